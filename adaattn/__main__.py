@@ -1,0 +1,5 @@
+"""`python -m adaattn` is the command `adaattn`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,29 @@
+from typing import Any
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    causal: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    kv_lengths: Any,
+    query_offset: Any,
+    scale: Any,
+    dropout_p: Any,
+    seed: Any,
+    precision: Any,
+    return_lse: Any,
+    out: Any,
+    num_threads: Any,
+    allocate: Any,
+    /,
+) -> Any: ...
+def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, allocate: Any, /) -> Any: ...
+def cpu_info() -> dict[str, Any]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int | None, /) -> None: ...
+def _alloc_fail_after(n: int, /) -> None: ...

@@ -1,0 +1,187 @@
+"""The public functions: signatures, defaults and documentation. The work is done by the engine in C."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from . import _adaattn
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    query_offset: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    precision: str = "auto",
+    return_lse: bool = False,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> Any:
+    """Scaled dot-product attention, softmax(scale * query @ key.T) @ value, exact for the inputs' dtype.
+
+    One score passes through, in this order: ``scale * q·k``, softcap, ALiBi, float mask; then boolean mask,
+    causal limit, window and lengths hide keys; then the softmax over the visible keys and the sink. Memory beyond
+    inputs and output does not grow with T * S.
+
+    Parameters
+    ----------
+    query : array of shape (B, H, T, D)
+        float32, float16, bfloat16 (``ml_dtypes``) or float64: a NumPy array or anything on the CPU that speaks
+        DLPack, such as a torch tensor. Any strides; read in place.
+    key, value : arrays of shape (B, G, S, D) and (B, G, S, E), query's dtype
+        H is a multiple of G (grouped-query and multi-query attention).
+    attn_mask : array that broadcasts to (B, H, T, S), optional
+        bool (True: may attend) or floating (added to the scores; -inf hides).
+    causal : bool, "lower_right" or "upper_left"
+        Query i stands at position ``query_offset + i`` and sees no key after it. True is "lower_right".
+    window : (left, right), optional
+        Query i sees keys from position - left to position + right; None leaves a side unbounded.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``.
+    alibi_slopes : (H,) or (B, H), optional
+        Adds ``-slope * |position - j|`` to the score of key j (Press et al., arXiv 2108.12409).
+    sinks : (H,), optional
+        A further logit per head that takes mass and gives no value.
+    kv_lengths : (B,) ints, optional
+        Keys from this index on are hidden.
+    query_offset : int or (B,) ints, optional
+        Position of the first query; default S - T, or 0 for "upper_left".
+    scale : float, optional
+        Default 1 / sqrt(D).
+    dropout_p : float
+        Probability with which a normalised weight is zeroed; kept ones are divided by 1 - dropout_p.
+    seed : int or (B,) ints
+        Needed where dropout_p > 0: the mask is a function of seed, head, query and key alone.
+    precision : "auto", "fp32" or "fp64"
+        What scores and sums are computed in. "auto" is fp64 for float64 arrays, else fp32; rows that overflow fp32
+        are computed in fp64.
+    return_lse : bool
+        Also return the logarithm of each row's sum of exponentials.
+    out : array of shape (B, H, T, E), optional
+        Written and returned; it must not overlap an input. Its contents are undefined if the call is interrupted.
+    num_threads : int, optional
+        At most this many threads; the result is the same, bit for bit, for any number.
+
+    Returns
+    -------
+    out : array of shape (B, H, T, E), query's dtype and kind of array
+    lse : array of shape (B, H, T), float32 (float64 for float64 inputs)
+        Natural logarithm; only with ``return_lse``. -inf (or the sink) where a row sees no key; its output is 0.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, DeviceError
+        Naming the argument, what was expected and what came.
+    MemoryError
+        No memory for the output or the scratch space.
+    KeyboardInterrupt
+        Ctrl-C during a call ends it within a fraction of a second.
+
+    Notes
+    -----
+    Tiles with an online softmax (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). NaN
+    and infinities pass as in plain arithmetic, but never out of what is hidden.
+
+    Examples
+    --------
+    >>> import numpy as np, adaattn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 128, 64), dtype=np.float32)
+    >>> adaattn.attention(q, k, v, causal=True).shape
+    (1, 8, 128, 64)
+    """
+    result = _adaattn.attention(
+        query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
+        scale, dropout_p, seed, precision, return_lse, out, num_threads, _allocate,
+    )  # fmt: skip
+    return result if isinstance(query, np.ndarray) or out is not None else _as_kind_of(query, result)
+
+
+def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
+    """Attention over the union of two disjoint sets of keys, from the results over each.
+
+    Parameters
+    ----------
+    out_a, out_b : arrays of shape (B, H, T, E)
+        Outputs of `attention` for the same queries, of one dtype.
+    lse_a, lse_b : arrays of shape (B, H, T)
+        Their ``lse``: float32, or float64 for float64 outputs. At most one side may carry the sink.
+
+    Returns
+    -------
+    out, lse : arrays of the same shapes and dtypes
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        Naming the argument, what was expected and what came.
+    """
+    result = _adaattn.merge(out_a, lse_a, out_b, lse_b, _allocate)
+    return result if isinstance(out_a, np.ndarray) else _as_kind_of(out_a, result)
+
+
+def cpu_info() -> dict[str, Any]:
+    """The processor's instruction sets, the kernel chosen for each slot, threads and build.
+
+    Returns
+    -------
+    dict
+        ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the environment
+        variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set), ``num_threads``, ``cpu_count``
+        and ``build`` (``compiler``, ``isa``, ``left_out``: what the compiler could not build and why).
+    """
+    return _adaattn.cpu_info()
+
+
+def get_num_threads() -> int:
+    """Threads that a call uses unless it says otherwise.
+
+    By default ADAATTN_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs that the affinity mask and the cgroup's quota
+    allow.
+    """
+    return _adaattn.get_num_threads()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads that a call uses unless it says otherwise; None returns to the default.
+
+    Raises
+    ------
+    ArgumentError
+        n is below 1.
+    """
+    _adaattn.set_num_threads(n)
+
+
+def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An uninitialised array of like's kind: torch makes its own, others get NumPy's and convert it in the end."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.empty(shape, ml_dtypes.bfloat16)
+    return np.empty(shape, dtype)
+
+
+def _as_kind_of(like: Any, result: Any) -> Any:
+    """NumPy results as arrays of like's library, where that follows the array API standard."""
+    if isinstance(result, tuple):
+        return tuple(_as_kind_of(like, array) for array in result)
+    if not isinstance(result, np.ndarray) or not hasattr(like, "__array_namespace__"):
+        return result
+    return like.__array_namespace__().asarray(result)

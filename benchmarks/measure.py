@@ -1,0 +1,287 @@
+"""Fair timing: everyone takes a turn in every round, and a ratio compares times of the same round.
+
+So whatever disturbs the machine disturbs all alike. Who goes first rotates. The machine's ceilings take their
+turn as well; the first is the yardstick: FMA peak for prefill, reading K and V with prefetch for decode.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+from peers import (
+    PEERS,
+    Array,
+    Call,
+    Roofline,
+    Shape,
+    build_adaattn,
+    make_inputs,
+    oracle,
+    relative_error,
+    sample_rows,
+)
+
+Quartiles = tuple[float, float, float]
+
+SCALING = Shape(1, 2, 4096, 4096, 64)
+IMPORT = """
+import importlib, sys, time
+start = time.perf_counter()
+importlib.import_module(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+MEMORY = """
+import re, sys
+import numpy, adaattn
+
+def status(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+threads, queries = map(int, sys.argv[1:])
+query, out = numpy.ones((2, 1, 1, queries, 64), numpy.float32)
+key, value = numpy.ones((2, 1, 1, 8192, 64), numpy.float32)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+adaattn.attention(query, key, value, out=out, num_threads=threads)
+print((status("VmHWM") - before) / threads)
+"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    rounds: int
+    sample: float  # seconds, at least, behind one sample
+    others: float  # seconds for each peer but AdaAttn and torch at fp32
+    processes: int  # fresh ones, to time an import
+
+
+@dataclass
+class Contestant:
+    """One that takes turns: a peer or a ceiling, on one shape; `sample(calls)` gives its seconds per call."""
+
+    section: str
+    shape: Shape
+    threads: int
+    name: str
+    dtype: str
+    sample: Callable[[int], float]
+    error: float | None = None  # relative Frobenius, against float64
+    limit: float = math.inf  # seconds, after which it sits out
+    calls: int = 1  # behind each sample
+    samples: list[float] = field(default_factory=list)
+    torch: Contestant | None = None  # torch in the same dtype
+    yardstick: Contestant | None = None
+
+    def calibrate(self, seconds: float, first: float = 0.0) -> Contestant:
+        """Choose how many calls make a sample of this long: one, if the first call was much longer already."""
+        if first < 4 * seconds:
+            once = self.sample(1)
+            self.calls = math.ceil(seconds / (once if once > 1e-3 else self.sample(10)))
+        return self
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def gflops(self) -> float:
+        return self.shape.flops / self.seconds / 1e9
+
+    @property
+    def traffic(self) -> int:
+        return self.shape.traffic(2 if self.dtype in ("fp16", "bf16") else 4)
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte of query, key, value and output."""
+        return self.shape.flops / self.traffic
+
+    @property
+    def speedup(self) -> Quartiles | None:
+        """Torch's time over this one's."""
+        return ratio(self.torch, self) if self.torch else None
+
+    @property
+    def share(self) -> float | None:
+        """Of the section's ceiling; where that is reading, half the bytes are worth half the time."""
+        if not self.yardstick:
+            return None
+        worth = self.traffic / self.yardstick.traffic if self.section == "decode" else 1.0
+        return worth * ratio(self.yardstick, self)[1]
+
+    @property
+    def error_ratio(self) -> float | None:
+        return self.error / self.torch.error if self.error and self.torch and self.torch.error else None
+
+    def row(self) -> dict[str, Any]:
+        """Every figure, as CSV and JSON give them."""
+        q1, median, q3 = self.speedup or (None,) * 3
+        return {
+            "section": self.section,
+            "shape": str(self.shape),
+            "threads": self.threads,
+            "name": self.name,
+            "dtype": self.dtype,
+            "seconds": self.seconds,
+            "speedup": median,
+            "speedup_q1": q1,
+            "speedup_q3": q3,
+            "gflops": self.gflops,
+            "intensity": self.intensity,
+            "share": self.share,
+            "error": self.error,
+            "error_ratio": self.error_ratio,
+            "calls": self.calls,
+            "rounds": len(self.samples),
+        }
+
+
+def timer(call: Call) -> Callable[[int], float]:
+    def sample(calls: int) -> float:
+        if calls > 1:
+            call()  # finds caches and threads as between calls in a row
+        start = time.perf_counter()
+        for _ in repeat(None, calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    return sample
+
+
+def settle() -> None:
+    """Wait for this process's other threads: those of OpenMP, OpenBLAS and onnxruntime spin on after work."""
+    for _ in range(200):
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.002:
+            return
+
+
+def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Fill the samples. Who sits out doesn't come back, so equal indices are the same round."""
+    for turn in range(rounds):
+        first = turn % len(contestants)
+        for one in (*contestants[first:], *contestants[:first]):
+            if sum(one.samples) * one.calls < one.limit:
+                if any(other.threads > 1 for other in contestants):
+                    settle()
+                one.samples.append(one.sample(one.calls))
+
+
+def ratio(a: Contestant, b: Contestant) -> Quartiles:
+    """Quartiles of a's time over b's."""
+    values = [x / y for x, y in zip(a.samples, b.samples, strict=False)]
+    q1, median, q3 = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def plural(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}"
+
+
+def fresh(script: str, *arguments: object) -> float:
+    """The number that a script prints in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+class Comparison:
+    """Everything that one run measures, and what it had to leave out, with reasons."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.results: list[Contestant] = []
+        self.extras: dict[str, float] = {}
+        self.left_out = {f"{peer.name} {peer.dtype}": why for peer in PEERS if (why := peer.obstacle())}
+        self.roofline: Roofline | None = None
+        try:
+            self.roofline = Roofline()
+        except OSError as why:
+            self.left_out["ceilings"] = str(why)
+
+    def pick(self, section: str, threads: int, name: str = "adaattn") -> list[Contestant]:
+        """Results of one peer at fp32, in the order of the shapes."""
+        wanted = section, threads, name, "fp32"
+        return [one for one in self.results if (one.section, one.threads, one.name, one.dtype) == wanted]
+
+    def measure(self, section: str, shape: Shape, thread_counts: Sequence[int]) -> Iterator[str]:
+        """Measure a shape; says what is done after each thread count."""
+        inputs = make_inputs(shape)
+        rows = sample_rows(shape)
+        exact = {dtype: oracle(arrays, rows, shape.causal) for dtype, arrays in inputs.items()}
+        for threads in thread_counts:
+            case = section, shape, threads
+            contestants = self.ceilings(*case, inputs["fp32"])
+            yardstick = contestants[0] if contestants else None
+            torch: dict[str, Contestant] = {}
+            for peer in PEERS:
+                if f"{peer.name} {peer.dtype}" in self.left_out:
+                    continue
+                call = peer.build(inputs[peer.dtype], shape.causal, threads)
+                start = time.perf_counter()
+                out = call()
+                first = time.perf_counter() - start
+                error = relative_error(out, rows, exact[peer.dtype])
+                one = Contestant(*case, peer.name, peer.dtype, timer(call), error, yardstick=yardstick)
+                if peer.dtype != "fp32" or peer.name not in ("adaattn", "torch"):
+                    one.limit = self.budget.others
+                if peer.name == "torch":
+                    torch[peer.dtype] = one
+                contestants.append(one.calibrate(self.budget.sample, first))
+            for one in contestants:
+                one.torch = torch.get(one.dtype)
+            take_turns(contestants, self.budget.rounds)
+            self.results += contestants
+            yield f"{section} {shape}, {plural(threads)}"
+
+    def ceilings(self, section: str, shape: Shape, threads: int, inputs: list[Array]) -> list[Contestant]:
+        """List what bounds the section's times; the first is the yardstick."""
+        if self.roofline is None or section == "small":
+            return []
+        compute, read = self.roofline.compute_seconds, self.roofline.read_seconds
+        _, key, value = inputs
+
+        def ceiling(name: str, sample: Callable[[int], float]) -> Contestant:
+            return Contestant(section, shape, threads, name, "", sample)
+
+        if section == "prefill":
+            return [ceiling("FMA peak", lambda _: compute(shape.flops, threads))]
+        reads = [
+            ceiling("read, prefetch", lambda passes: read(key, value, 1024, threads, passes)),
+            ceiling("read", lambda passes: read(key, value, 0, threads, passes)),
+        ]
+        return [one.calibrate(self.budget.sample) for one in reads]
+
+    def measure_extras(self) -> Iterator[str]:
+        """Measure scaling, memory and import time of AdaAttn alone; says what is done."""
+        inputs = make_inputs(SCALING)["fp32"]
+
+        def contestant(threads: int) -> Contestant:
+            sample = timer(build_adaattn(inputs, SCALING.causal, threads))
+            one = Contestant("scaling", SCALING, threads, "adaattn", "fp32", sample)
+            return one.calibrate(self.budget.sample)
+
+        if (os.cpu_count() or 1) > 1:
+            one, two = contestant(1), contestant(2)
+            take_turns([one, two], self.budget.rounds)
+            self.extras["two_threads_speedup"] = ratio(one, two)[1]
+        yield f"two threads against one, {SCALING}"
+        try:
+            memory = [fresh(MEMORY, threads, queries) for threads in (1, 2) for queries in (8192, 1)]
+            self.extras["memory_per_thread"] = max(memory)
+        except subprocess.CalledProcessError as why:
+            self.left_out["memory"] = why.stderr.strip().splitlines()[-1]
+        yield "memory"
+        times = [[fresh(IMPORT, name) for name in ("adaattn", "numpy")] for _ in range(self.budget.processes)]
+        ours, numpys = (statistics.median(column) for column in zip(*times, strict=True))
+        self.extras |= {"import_seconds": ours, "numpy_import_seconds": numpys}
+        yield "import"

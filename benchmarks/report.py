@@ -1,0 +1,229 @@
+"""What a comparison says: tables, the project's targets, JSON, CSV, figures. Colours are Okabe and Ito's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from measure import Comparison, Contestant, plural
+
+import adaattn
+
+LABELS = {"adaattn": "AdaAttn", "torch": "torch SDPA", "onnxruntime": "onnxruntime", "numpy": "NumPy"}
+COLORS = {"adaattn": "#0072B2", "torch": "#D55E00", "onnxruntime": "#009E73", "numpy": "#CC79A7"}
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    wanted: str
+    measured: str
+    reached: bool | None  # None: not measured
+
+
+def targets(run: Comparison, thread_counts: Sequence[int]) -> list[Target]:
+    """List what the project set itself at fp32 beside what this run measured; the worst shape counts."""
+    found: list[Target] = []
+
+    def check(name: str, form: str, bound: float, values: Iterable[float | None], fold: Any = min) -> None:
+        known = [value for value in values if value is not None and not math.isnan(value)]
+        value = fold(known) if known else math.nan
+        reached = (value <= bound if fold is max else value >= bound) if known else None
+        wanted = ("<= " if fold is max else ">= ") + form.format(bound)
+        found.append(Target(name, wanted, form.format(value) if known else "not measured", reached))
+
+    def speedups(results: Iterable[Contestant]) -> list[float]:
+        return [one.speedup[1] for one in results if one.speedup]
+
+    for n in thread_counts:
+        on, prefill, decode = plural(n), run.pick("prefill", n), run.pick("decode", n)
+        ratios = speedups(prefill)
+        check(f"prefill, {on}: torch/AdaAttn, mean", "{:.3f}", 1.3, ratios, statistics.geometric_mean)
+        check(f"prefill, {on}: torch/AdaAttn, least", "{:.3f}", 1.0, ratios)
+        long = [m for m in prefill if m.shape.keys >= 2048]
+        if n == 1:
+            full = [m.share for m in long if not m.shape.causal]
+            check(f"S >= 2048, full, {on}: of FMA peak", "{:.1%}", 0.92, full)
+            long = [m for m in long if m.shape.causal]
+        case = "S >= 2048, causal" if n == 1 else "S >= 2048"
+        check(f"{case}, {on}: of FMA peak", "{:.1%}", 0.85, [m.share for m in long])
+        check(f"prefill, {on}: error/torch's", "{:.3f}", 1.5, [m.error_ratio for m in prefill], max)
+        check(f"decode, {on}: of read bandwidth", "{:.1%}", 0.93, [m.share for m in decode])
+        check(f"decode, {on}: torch/AdaAttn, least", "{:.3f}", 2.4, speedups(decode))
+        check(f"small, {on}: torch/AdaAttn, least", "{:.3f}", 1.0, speedups(run.pick("small", n)))
+    extras = run.extras
+    beyond_numpy = extras.get("import_seconds", math.nan) - extras.get("numpy_import_seconds", math.nan)
+    check("two threads over one, S = 4096", "{:.3f}", 1.9, [extras.get("two_threads_speedup")])
+    check("memory per thread, MB", "{:.2f}", 2.0, [extras.get("memory_per_thread", math.nan) / 1e6], max)
+    check("import beyond NumPy's, ms", "{:.1f}", 20.0, [1e3 * beyond_numpy], max)
+    return found
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, by rich where it is installed."""
+    print()
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *rows)]
+        print(title, *lines, sep="\n")
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def show_section(run: Comparison, section: str, threads: int) -> None:
+    decode = section == "decode"
+
+    def cells(m: Contestant) -> list[str]:
+        speedup = "{1:.2f} ({0:.2f}-{2:.2f})".format(*m.speedup) if m.speedup and m.name != "torch" else ""
+        return [
+            str(m.shape),
+            f"{m.name} {m.dtype}",
+            f"{m.seconds * 1e3:.3f} ms" if m.seconds > 1e-4 else f"{m.seconds * 1e6:.2f} us",
+            speedup,
+            f"{m.gflops / m.intensity if decode else m.gflops:.1f}",
+            f"{m.share:.1%}" if m.share else "",
+            f"{m.error:.1e}" if m.error else "",
+            f"{m.error_ratio:.2f}" if m.error_ratio else "",
+        ]
+
+    rows = [cells(m) for m in run.results if (m.section, m.threads) == (section, threads)]
+    rate = "GB/s" if decode else "GFLOP/s"
+    header = ["B,H,S,D", "", "time", "torch/this", rate, "of ceiling", "error", "error/torch"]
+    show_table(f"{section}, {plural(threads)}", header, rows)
+    means = []
+    for peer, label in LABELS.items():
+        speedups = [m.speedup[1] for m in run.pick(section, threads, peer) if m.speedup]
+        if speedups and peer != "torch":
+            means.append(f"{label} {statistics.geometric_mean(speedups):.2f}")
+    if means:
+        print(f"geometric mean of torch/this at fp32, {plural(threads)}: {', '.join(means)}")
+
+
+def show_targets(found: Sequence[Target]) -> None:
+    verdicts = {True: "reached", False: "NOT REACHED", None: ""}
+    rows = [[target.name, target.wanted, target.measured, verdicts[target.reached]] for target in found]
+    show_table("targets (fp32)", ["", "wanted", "measured", ""], rows)
+
+
+def write_json(path: Path, run: Comparison, found: Sequence[Target]) -> None:
+    versions = {}
+    for name in ("adaattn", "numpy", "torch", "onnxruntime"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    document = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "load_average": os.getloadavg(),
+        "versions": {"python": platform.python_version(), **versions},
+        "cpu": adaattn.cpu_info(),
+        "budget": asdict(run.budget),
+        "left_out": run.left_out,
+        "targets": [asdict(target) for target in found],
+        "extras": run.extras,
+        "measurements": [one.row() | {"samples": one.samples} for one in run.results],
+    }
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+
+
+def write_csv(path: Path, run: Comparison) -> None:
+    rows = [one.row() for one in run.results]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(folder: Path, run: Comparison, thread_counts: Sequence[int]) -> None:
+    """Draw the speed-ups as bars, and the roofline, each as PNG and SVG."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("speedups", draw_speedups), ("roofline", draw_roofline)):
+        figure = Figure(layout="constrained", facecolor="white", dpi=100)
+        draw(figure, run, thread_counts)
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"{name}.{suffix}")
+
+
+def draw_speedups(figure: Any, run: Comparison, thread_counts: Sequence[int]) -> None:
+    cases = list(dict.fromkeys((m.section, m.shape) for m in run.results))
+    sections = dict.fromkeys(section for section, _ in cases)
+    names = [name for name in LABELS if name != "torch" and any(m.name == name for m in run.results)]
+    figure.set_size_inches(8, 1.6 + 0.45 * len(cases))
+    axes = figure.subplots(1, len(thread_counts), sharey=True, squeeze=False)[0]
+    for axis, threads in zip(axes, thread_counts, strict=True):
+        for i, name in enumerate(names):
+            at = [row + (i - (len(names) - 1) / 2) * 0.8 / len(names) for row in range(len(cases))]
+            speedups = [m.speedup[1] for s in sections for m in run.pick(s, threads, name) if m.speedup]
+            widths = [speedup - 1 for speedup in speedups]
+            bars = axis.barh(
+                at[: len(widths)], widths, 0.8 / len(names), 1, color=COLORS[name], label=LABELS[name]
+            )
+            if name == "adaattn":
+                axis.bar_label(bars, [f"{speedup:.2f}" for speedup in speedups], fontsize=9, padding=2)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.margins(x=0.15)
+        axis.set_xlabel(f"torch's time / this time, {plural(threads)}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_yticks(range(len(cases)), [f"{section} {shape}" for section, shape in cases])
+    axes[0].invert_yaxis()
+    figure.suptitle("Speed over torch SDPA, fp32 (B,H,S,D; T:S where they differ)", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
+def draw_roofline(figure: Any, run: Comparison, thread_counts: Sequence[int]) -> None:
+    figure.set_size_inches(8, 0.6 + 3.8 * len(thread_counts))
+    axes = figure.subplots(len(thread_counts), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, threads in zip(axes, thread_counts, strict=True):
+        ceiling = ceilings(run, threads)
+        if ceiling:
+            peak, bandwidth = ceiling
+            x = [0.25, peak / bandwidth, 2048]
+            label = f"measured: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s"
+            axis.plot(x, [min(peak, bandwidth * i) for i in x], color="black", label=label)
+        for peer, marker in (("adaattn", "o"), ("torch", "x")):
+            points = [m for section in ("prefill", "decode") for m in run.pick(section, threads, peer)]
+            x, y = [m.intensity for m in points], [m.gflops for m in points]
+            axis.scatter(x, y, marker=marker, color=COLORS[peer], label=f"{LABELS[peer]}, fp32", zorder=3)
+        axis.set(xscale="log", yscale="log", title=plural(threads), ylabel="GFLOP/s")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", frameon=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+    axes[-1].set_xlabel("operations per byte of query, key, value and output")
+
+
+def ceilings(run: Comparison, threads: int) -> tuple[float, float] | None:
+    """Peak GFLOP/s of FMA, and GB/s at which the longest keys and values are read."""
+    ours = [m for m in run.results if m.threads == threads]
+    peaks = [m.gflops for m in ours if m.name == "FMA peak"]
+    reads = [m for m in ours if m.name.startswith("read")]
+    if not peaks or not reads:
+        return None
+    longest = max(m.shape.keys for m in reads)
+    rates = [m.gflops / m.intensity for m in reads if m.shape.keys == longest]
+    return statistics.median(peaks), max(rates)

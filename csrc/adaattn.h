@@ -1,0 +1,106 @@
+/* AdaAttn's engine: types of one attention call and the functions that validate and run it.
+ *
+ * Dimensions, here and everywhere: B batch, H query heads, G key/value heads (H a multiple of G),
+ * T queries, S keys, D head size, E value head size. Bare numbers are elements; others carry their unit.
+ * Nothing here knows Python. Arrays belong to the caller and outlive the call.
+ */
+#ifndef ADAATTN_H
+#define ADAATTN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define ADA_VERSION "0.1.0"
+
+typedef enum {
+#define ADA_DTYPE(NAME, name, bytes) ADA_##NAME,
+#include "dtypes.def"
+#undef ADA_DTYPE
+    ADA_BOOL, /* attn_mask */
+    ADA_I64,  /* kv_lengths, query_offset */
+    ADA_U64   /* seed */
+} ada_dtype;
+
+typedef enum {
+    ADA_OK,
+    ADA_ERR_ARGUMENT, /* a value that makes no sense */
+    ADA_ERR_SHAPE,
+    ADA_ERR_DTYPE,
+    ADA_ERR_MEMORY,
+    ADA_INTERRUPTED
+} ada_status;
+
+/* One sentence: the argument, what was expected, what came. */
+typedef struct {
+    ada_status status;
+    char message[320];
+} ada_error;
+
+/* data == NULL: not given. Strides are in bytes and may be zero or negative; data is aligned to the dtype. */
+typedef struct {
+    void *data;
+    ada_dtype dtype;
+    int ndim;
+    int64_t shape[4];
+    int64_t stride[4];
+} ada_array;
+
+typedef enum { ADA_NOT_CAUSAL, ADA_LOWER_RIGHT, ADA_UPPER_LEFT } ada_causal;
+typedef enum { ADA_PRECISION_AUTO, ADA_PRECISION_FP32, ADA_PRECISION_FP64 } ada_precision;
+
+#define ADA_UNBOUNDED INT64_MAX
+
+/* One call. The caller fills the first part; ada_problem_init checks it and derives the second. */
+typedef struct {
+    ada_array query, key, value; /* (B, H, T, D), (B, G, S, D), (B, G, S, E) of one floating dtype */
+    ada_array attn_mask;         /* bool or floating, broadcastable to (B, H, T, S) */
+    ada_array alibi_slopes;      /* F64, (H) or (B, H) */
+    ada_array sinks;             /* F64, (H) */
+    ada_array kv_lengths;        /* I64, (B) */
+    ada_array query_offset;      /* I64, () or (B) */
+    ada_array seed;              /* U64, () or (B) */
+    ada_array out;               /* (B, H, T, E), query's dtype; may be attached after ada_problem_init */
+    void *lse;                   /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
+    ada_causal causal;
+    int64_t window_left, window_right; /* ADA_UNBOUNDED: no limit on that side */
+    bool has_softcap, has_scale, has_num_threads; /* else: no cap, 1/sqrt(D), the default */
+    double softcap, scale;
+    int64_t num_threads;
+    double dropout_p;
+    ada_precision precision;
+
+    int64_t B, H, G, T, S, D, E;
+    bool compute_f64; /* else fp32 accumulation */
+    uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
+} ada_problem;
+
+/* The only validator. Normalises attn_mask to four dimensions with zero strides where it broadcasts. */
+ada_status ada_problem_init(ada_problem *problem, ada_error *error);
+/* Checks out: shape, dtype, every element in a place of its own, none shared with an input. */
+ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
+
+/* Computes out and lse. Interrupted: interrupt(context) was true; out is then undefined. */
+ada_status ada_execute(const ada_problem *problem, bool (*interrupt)(void *), void *context, ada_error *error);
+
+/* Exact combination of attention over two disjoint sets of keys. Outputs (B, H, T, E) of one dtype, lse
+ * (B, H, T) float or double; a and b in, out and lse out. */
+typedef struct {
+    ada_array out_a, lse_a, out_b, lse_b, out, lse;
+} ada_merge_problem;
+ada_status ada_merge_init(const ada_merge_problem *merge, ada_error *error);
+ada_status ada_merge(const ada_merge_problem *merge, ada_error *error);
+
+const char *ada_dtype_name(ada_dtype dtype);
+int ada_dtype_bytes(ada_dtype dtype);
+
+/* Writes the sentence and returns the status. */
+ada_status ada_fail(ada_error *error, ada_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* The only allocator: 64-byte aligned, NULL when there is no memory. ada_alloc_fail_after(n) makes the
+ * (n + 1)-th allocation from now on fail once (for tests); a negative n switches that off. */
+void *ada_alloc(int64_t bytes);
+void ada_free(void *memory);
+void ada_alloc_fail_after(int n);
+
+#endif

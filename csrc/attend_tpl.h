@@ -1,0 +1,332 @@
+/* Attention of one tile of queries, and of few queries over a split of the keys, in REAL. The including file defines
+ * REAL, KIND(name) and KIND_FN(name), names of types and kernels of REAL, and READS_HALF where row kernels of half formats
+ * accumulate in REAL. What kernels refuse (overflow, NaN, infinities) is left to attend_tile_carefully.
+ */
+#define REAL_DTYPE (sizeof(REAL) == sizeof(double) ? ADA_F64 : ADA_F32)
+#define REAL_LARGEST ((REAL)(sizeof(REAL) == sizeof(double) ? DBL_MAX : FLT_MAX))
+
+typedef struct {
+    KIND(ada_tile) tile;
+    REAL *k, *v;       /* [ADA_BLOCK][max(D, E)] rows that could not be read in place */
+    REAL *rows;        /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
+    REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
+    REAL *factor;      /* [ADA_LANES] */
+    uint64_t *visible; /* [64], bits of lanes per key */
+    uint64_t *keep;    /* [64], the same */
+    uint8_t *special;  /* [E][ADA_LANES], used by the careful way only */
+} KIND(scratch);
+
+static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
+    const int64_t real = sizeof(REAL), strip = ADA_LANES * real, width = p->D > p->E ? p->D : p->E;
+    KIND(scratch) s;
+    s.tile.D = (int)p->D, s.tile.E = (int)p->E;
+    s.tile.q = ada_carve(c, p->D * strip);
+    s.tile.p = ada_carve(c, ADA_BLOCK * strip);
+    s.tile.o = ada_carve(c, p->E * strip);
+    s.tile.m = ada_carve(c, strip);
+    s.tile.l = ada_carve(c, strip);
+    s.k = ada_carve(c, ADA_BLOCK * p->D * real);
+    s.v = ada_carve(c, ADA_BLOCK * p->E * real);
+    s.rows = ada_carve(c, strip * (width > ADA_BLOCK ? width : ADA_BLOCK));
+    s.bias = ada_carve(c, ADA_BLOCK * strip);
+    s.factor = ada_carve(c, strip);
+    s.visible = ada_carve(c, 64 * sizeof(uint64_t));
+    s.keep = ada_carve(c, 64 * sizeof(uint64_t));
+    s.special = ada_carve(c, p->E * ADA_LANES);
+    return s;
+}
+
+/* n rows of (b, h) from i, as REAL: where they lie if they can be read there, else converted into copy. */
+static const REAL *KIND(rows_at)(const ada_run *r, const ada_array *a, int64_t b, int64_t h, int64_t i, int n,
+                                 REAL *copy, ptrdiff_t *ld) {
+    int width = (int)a->shape[3];
+    if (a->dtype == REAL_DTYPE && (a->stride[3] == (int64_t)sizeof(REAL) || width == 1)) {
+        *ld = a->stride[2] / (ptrdiff_t)sizeof(REAL);
+        return (const REAL *)ada_row_at(a, b, h, i);
+    }
+    *ld = width;
+    KIND(ada_load_rows)(r->k, copy, width, a, b, h, i, n, width);
+    return copy;
+}
+
+/* A float mask's values in natural units, row-major with a stride of ADA_BLOCK. */
+static void KIND(mask_rows)(const ada_run *r, REAL *rows, const ada_patch *patch) {
+    ada_array mask = r->p->attn_mask;
+    mask.data = (char *)mask.data + patch->j * mask.stride[3];
+    if (mask.dtype != ADA_F64) {
+        KIND(ada_load_rows)(r->k, rows, ADA_BLOCK, &mask, patch->b, patch->h, patch->i, patch->n, patch->nk);
+    } else {
+        /* The lowest double must stay finite as a float: it does not hide. */
+        for (int i = 0; i < patch->n; i++)
+            for (int j = 0; j < patch->nk; j++) {
+                double x = *(const double *)(ada_row_at(&mask, patch->b, patch->h, patch->i + i) + j * mask.stride[3]);
+                rows[i * ADA_BLOCK + j] = x > -INFINITY && x < -REAL_LARGEST ? -REAL_LARGEST : (REAL)x;
+            }
+    }
+    /* The lowest float16 swallows the scores added to it, as float32's and bfloat16's lowest do. */
+    if (mask.dtype == ADA_F16)
+        for (int i = 0; i < patch->n; i++)
+            for (int j = 0; j < patch->nk; j++)
+                if (rows[i * ADA_BLOCK + j] == -65504) rows[i * ADA_BLOCK + j] = -REAL_LARGEST;
+}
+
+/* What a float mask and ALiBi add to the scores of a patch, in log2 units, row-major with a stride of ADA_BLOCK;
+ * -inf hides. False when that is nothing. */
+static bool KIND(bias_rows)(const ada_run *r, REAL *rows, const ada_patch *patch) {
+    const ada_problem *p = r->p;
+    bool masked = p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL, any = false;
+    double slope = p->alibi_slopes.data ? ada_head_value(&p->alibi_slopes, patch->b, patch->h) : 0;
+    if (!masked && slope == 0) return false;
+    if (masked)
+        KIND(mask_rows)(r, rows, patch);
+    else
+        memset(rows, 0, (size_t)patch->n * ADA_BLOCK * sizeof *rows);
+    for (int i = 0; i < patch->n; i++) {
+        REAL *row = rows + i * ADA_BLOCK;
+        if (masked)
+            for (int j = 0; j < patch->nk; j++) {
+                REAL x = row[j], y = x * (REAL)ADA_LOG2E;
+                any |= x != 0;
+                y = y < -REAL_LARGEST ? -REAL_LARGEST : y;
+                row[j] = x == -INFINITY ? x : y;
+            }
+        if (slope != 0) {
+            int64_t distance = ada_position(p, patch->b, patch->i + i) - patch->j;
+            for (int j = 0; j < patch->nk; j++) row[j] -= (REAL)(slope * ADA_LOG2E * (double)llabs(distance - j));
+        }
+    }
+    return any || slope != 0;
+}
+
+/* One tile against one block of keys: what is visible, added and kept, and where K and V lie. */
+typedef struct {
+    const REAL *k, *v;
+    ptrdiff_t ldk, ldv;
+    const uint64_t *visible, *keep; /* NULL: all */
+    const REAL *bias;               /* NULL: none */
+} KIND(block);
+
+/* False when no query of the patch may see a key of it. */
+static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, KIND(block) * block) {
+    const ada_problem *p = r->p;
+    const int64_t g = patch->h / (p->H / p->G);
+    ada_sight sight = ada_visible_rows(p, patch, s->visible);
+    if (sight == ADA_HIDDEN) return false;
+    block->visible = block->keep = NULL;
+    if (sight == ADA_MIXED) {
+        turn_bits(s->visible, patch->n);
+        block->visible = s->visible;
+    }
+    if (p->drop_below) {
+        ada_kept_rows(p, r->k, patch, s->keep);
+        turn_bits(s->keep, patch->n);
+        block->keep = s->keep;
+    }
+    block->bias = NULL;
+    if (KIND(bias_rows)(r, s->rows, patch)) {
+        r->k->KIND(pack)(s->bias, s->rows, ADA_BLOCK, patch->n, patch->nk, s->tile.lanes, 1);
+        block->bias = s->bias;
+    }
+    block->k = KIND(rows_at)(r, &p->key, patch->b, g, patch->j, patch->nk, s->k, &block->ldk);
+    block->v = KIND(rows_at)(r, &p->value, patch->b, g, patch->j, patch->nk, s->v, &block->ldv);
+    /* scores reads whole steps of keys: past the array's end they are zeros in the copy. */
+    int whole = (patch->nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP;
+    if (whole > patch->nk && (block->k == s->k || patch->j + whole > p->S)) {
+        for (int j = 0; block->k != s->k && j < patch->nk; j++)
+            memcpy(s->k + j * p->D, block->k + j * block->ldk, (size_t)p->D * sizeof(REAL));
+        memset(s->k + patch->nk * p->D, 0, (size_t)((whole - patch->nk) * p->D) * sizeof(REAL));
+        block->k = s->k, block->ldk = (ptrdiff_t)p->D;
+    }
+    return true;
+}
+
+static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, bool *finite) {
+    r->k->KIND(scores)(&s->tile, block->k, block->ldk, (nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP);
+    *finite = !r->p->has_softcap ||
+              r->k->KIND(softcap)(s->tile.p, nk * ADA_LANES, (REAL)(r->p->softcap * ADA_LOG2E));
+}
+
+/* Weights of one block; false when REAL cannot hold its scores. */
+static bool KIND(block_weights)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, bool first) {
+    const ada_kernels *k = r->k;
+    bool plain = !block->visible && !block->bias && !block->keep && !r->p->has_softcap && nk % ADA_KEY_STEP == 0;
+    if (plain && !first && k->KIND(scores_weights)(&s->tile, block->k, block->ldk, nk)) return true;
+    for (bool raise = first || plain;; raise = true) {
+        bool finite;
+        KIND(raw_scores)(r, s, block, nk, &finite);
+        if (!finite) return false;
+        if (raise) k->KIND(reference)(&s->tile, nk, block->visible, block->bias);
+        if (k->KIND(weights)(&s->tile, nk, block->visible, block->bias, block->keep)) return true;
+        if (raise) return false;
+    }
+}
+
+/* Packs the queries and resets the sums. */
+static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patch *patch) {
+    const ada_problem *p = r->p;
+    ptrdiff_t ld;
+    s->tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
+    const REAL *q = KIND(rows_at)(r, &p->query, patch->b, patch->h, patch->i, patch->n, s->rows, &ld);
+    r->k->KIND(pack)(s->tile.q, q, ld, patch->n, (int)p->D, s->tile.lanes, (REAL)(p->scale * ADA_LOG2E));
+    memset(s->tile.o, 0, (size_t)p->E * ADA_LANES * sizeof(REAL));
+    for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
+}
+
+/* What the outputs of each lane are multiplied with; writes lse. */
+static void KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch) {
+    for (int i = 0; i < ADA_LANES; i++) s->factor[i] = 0;
+    for (int i = 0; i < patch->n; i++)
+        s->factor[i] = (REAL)finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
+}
+
+/* Writes out; false when an output is not finite. */
+static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch) {
+    const ada_array *out = &r->p->out;
+    const int E = (int)r->p->E;
+    bool direct = out->dtype == REAL_DTYPE && out->stride[3] == (int64_t)sizeof(REAL);
+    REAL *rows = direct ? (REAL *)ada_row_at(out, patch->b, patch->h, patch->i) : s->rows;
+    KIND(normalise)(r, s, patch);
+    if (!r->k->KIND(unpack)(rows, direct ? out->stride[2] / (ptrdiff_t)sizeof(REAL) : E, s->tile.o, s->factor,
+                            patch->n, E))
+        return false;
+    if (!direct) KIND(ada_store_rows)(r->k, out, patch->b, patch->h, patch->i, patch->n, E, rows, E);
+    return true;
+}
+
+/* Queries patch->i ... patch->i + n - 1 of a head against all keys. False: needs attend_tile_carefully. */
+static bool KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, ada_job *job, int worker) {
+    KIND(start_tile)(r, s, &patch);
+    ada_span span = tile_span(r->p, &patch);
+    bool first = true;
+    for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
+        if (ada_job_cancelled(job, worker)) return true;
+        patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
+        KIND(block) block;
+        if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
+        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) return false;
+        r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
+        first = false;
+    }
+    return KIND(finish_tile)(r, s, &patch);
+}
+
+/* m, l, o[E] of one query over one split of the keys; m is NaN where REAL did not suffice. */
+static REAL *KIND(partial)(const ada_run *r, int64_t b, int64_t h, int64_t i, int64_t split) {
+    const ada_problem *p = r->p;
+    return (REAL *)r->partials + (((b * p->H + h) * p->T + i) * r->splits + split) * (p->E + 2);
+}
+
+/* How the rows of K or V are read by the row kernels: in place in a dtype that they know, else converted to REAL. */
+typedef struct {
+    const ada_array *array;
+    KIND_FN(ada_row_scores) *scores;
+    KIND_FN(ada_row_values) *values;
+    bool in_place;
+    REAL *copy;
+} KIND(row_reader);
+
+static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_array *a, REAL *copy) {
+    bool unit = a->stride[3] == ada_dtype_bytes(a->dtype) || a->shape[3] == 1;
+    KIND(row_reader) reader = {a, k->KIND(row_scores), k->KIND(row_values), unit && a->dtype == REAL_DTYPE, copy};
+#ifdef READS_HALF
+    if (unit && a->dtype == ADA_F16)
+        reader.scores = k->row_scores_f16, reader.values = k->row_values_f16, reader.in_place = true;
+    if (unit && a->dtype == ADA_BF16)
+        reader.scores = k->row_scores_bf16, reader.values = k->row_values_bf16, reader.in_place = true;
+#endif
+    return reader;
+}
+
+static const void *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g, int64_t j,
+                                   int n, ptrdiff_t *ld) {
+    const ada_array *a = reader->array;
+    if (!reader->in_place) return KIND(rows_at)(r, a, b, g, j, n, reader->copy, ld);
+    *ld = a->stride[2] / ada_dtype_bytes(a->dtype);
+    return ada_row_at(a, b, g, j);
+}
+
+/* The weights of one query for one block, from its raw scores in s->tile.p. */
+static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t visible,
+                            KIND(ada_row) * row) {
+    const ada_problem *p = r->p;
+    uint64_t keep[ADA_LANES] = {UINT64_MAX};
+    if (p->has_softcap && !r->k->KIND(softcap)(s->tile.p, patch->nk, (REAL)(p->softcap * ADA_LOG2E))) return false;
+    if (p->drop_below) ada_kept_rows(p, r->k, patch, keep);
+    const REAL *bias = KIND(bias_rows)(r, s->rows, patch) ? s->rows : NULL;
+    return r->k->KIND(row_weights)(row, s->tile.p, patch->nk, visible, bias, keep[0]);
+}
+
+/* All queries that share key head g against one split of its keys, block by block, so that a block is read from
+ * memory once. */
+static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, int64_t g, int64_t split, ada_job *job,
+                               int worker) {
+    const ada_problem *p = r->p;
+    const int64_t group = p->H / p->G, rows = group * p->T, first = split * r->split_keys;
+    const int64_t end = first + r->split_keys < p->S ? first + r->split_keys : p->S;
+    const int D = (int)p->D, E = (int)p->E;
+    const KIND(row_reader) keys = KIND(row_reader_of)(r->k, &p->key, s->k);
+    const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);
+    for (int64_t row = 0; row < rows; row++) {
+        REAL *partial = KIND(partial)(r, b, g * group + row / p->T, row % p->T, split);
+        memset(partial, 0, (size_t)(E + 2) * sizeof *partial);
+        partial[0] = -INFINITY;
+    }
+    int64_t packed = -1; /* the row whose query lies scaled in s->tile.q */
+    for (int64_t j = first; j < end; j += ADA_BLOCK) {
+        if (ada_job_cancelled(job, worker)) return;
+        const int nk = (int)(end - j < ADA_BLOCK ? end - j : ADA_BLOCK);
+        const void *k = NULL, *v = NULL;
+        ptrdiff_t ldk = 0, ldv = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            const ada_patch patch = {b, g * group + row / p->T, row % p->T, j, 1, nk};
+            uint64_t visible[ADA_LANES] = {UINT64_MAX};
+            REAL *partial = KIND(partial)(r, b, patch.h, patch.i, split);
+            if (partial[0] != partial[0] || ada_visible_rows(p, &patch, visible) == ADA_HIDDEN) continue;
+            if (!k) {
+                k = KIND(read_rows)(r, &keys, b, g, j, nk, &ldk);
+                v = KIND(read_rows)(r, &values, b, g, j, nk, &ldv);
+            }
+            if (packed != row) {
+                KIND(ada_load_rows)(r->k, s->tile.q, D, &p->query, b, patch.h, patch.i, 1, D);
+                for (int d = 0; d < D; d++) s->tile.q[d] *= (REAL)(p->scale * ADA_LOG2E);
+                packed = row;
+            }
+            KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
+            keys.scores(s->tile.p, s->tile.q, k, ldk, nk, D);
+            if (KIND(weigh_row)(r, s, &patch, visible[0], &state)) {
+                values.values(partial + 2, s->tile.p, v, ldv, nk, E);
+                partial[0] = state.m, partial[1] = state.l;
+            } else {
+                partial[0] = NAN;
+            }
+        }
+    }
+}
+
+/* Joins the splits of query i in their order; false when it needs the careful way. */
+static bool KIND(join_splits)(const ada_run *r, const KIND(scratch) * s, int64_t b, int64_t h, int64_t i) {
+    const ada_problem *p = r->p;
+    const REAL *partial = KIND(partial)(r, b, h, i, 0), *end = partial + r->splits * (p->E + 2);
+    REAL m = -INFINITY, l = 0, *row = s->rows;
+    for (const REAL *x = partial; x < end; x += p->E + 2) {
+        if (x[0] != x[0]) return false;
+        if (x[0] > m) m = x[0];
+    }
+    memset(row, 0, (size_t)p->E * sizeof *row);
+    for (const REAL *x = partial; x < end; x += p->E + 2) {
+        if (x[0] == -INFINITY) continue;
+        REAL factor = (REAL)exp2((double)x[0] - m);
+        l += factor * x[1];
+        for (int64_t e = 0; e < p->E; e++) row[e] += factor * x[2 + e];
+    }
+    REAL factor = (REAL)finish_row(p, b, h, i, m, l);
+    bool finite = true;
+    for (int64_t e = 0; e < p->E; e++) {
+        row[e] *= factor;
+        finite &= row[e] >= -REAL_LARGEST && row[e] <= REAL_LARGEST;
+    }
+    if (finite) KIND(ada_store_rows)(r->k, &p->out, b, h, i, 1, (int)p->E, row, p->E);
+    return finite;
+}
+#undef REAL_DTYPE
+#undef REAL_LARGEST

@@ -1,0 +1,303 @@
+/* Runs a validated problem: the only file that knows the whole loop.
+ *
+ * The work is cut into tasks that depend on the sizes of one head only, never on the number of threads or heads, so bits
+ * do not either. Many queries: one task per tile of ADA_LANES queries. Few queries: one task per key head and split
+ * of its keys, then one per head that joins the splits. All memory is taken before threads start.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "execute.h"
+#include "memory.h"
+
+static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, double lse) {
+    if (!p->lse) return;
+    int64_t at = (b * p->H + h) * p->T + i;
+    if (p->query.dtype == ADA_F64)
+        ((double *)p->lse)[at] = lse;
+    else
+        ((float *)p->lse)[at] = (float)lse;
+}
+
+/* From reference m (log2 units) and sum l of a row: writes its lse, returns what its output is multiplied with. The
+ * sink joins here: mass without a value. */
+static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
+    double sink = p->sinks.data ? *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]) : -INFINITY;
+    if (l == 0) { /* no key */
+        store_lse(p, b, h, i, sink);
+        return 0;
+    }
+    double factor = 1;
+    if (sink > -INFINITY) {
+        double above = sink * ADA_LOG2E - m;
+        if (above <= 0) {
+            l += exp2(above);
+        } else {
+            factor = exp2(-above);
+            l = l * factor + 1;
+            m += above;
+        }
+    }
+    if (p->lse) store_lse(p, b, h, i, (m + log2(l)) * ADA_LN2);
+    return factor / l / (1 - p->dropout_p);
+}
+
+/* Row-major bits of n queries to lane bits per key; lanes without a query repeat the last one. */
+static void turn_bits(uint64_t bits[64], int n) {
+    for (int i = n; i < 64; i++) bits[i] = bits[n - 1];
+    ada_transpose_bits(bits);
+}
+
+/* The keys that some query of a tile may see, from a multiple of ADA_BLOCK on. */
+static ada_span tile_span(const ada_problem *p, const ada_patch *patch) {
+    ada_span span = {ada_visible_span(p, patch->b, patch->i).first,
+                     ada_visible_span(p, patch->b, patch->i + patch->n - 1).end};
+    span.first -= span.first % ADA_BLOCK;
+    return span;
+}
+
+#define REAL float
+#define KIND(name) name##_f32
+#define KIND_FN(name) name##_f32_fn
+#define READS_HALF
+#include "attend_tpl.h"
+#undef REAL
+#undef KIND
+#undef KIND_FN
+#undef READS_HALF
+
+#define REAL double
+#define KIND(name) name##_f64
+#define KIND_FN(name) name##_f64_fn
+#include "attend_tpl.h"
+#undef REAL
+#undef KIND
+#undef KIND_FN
+
+/* The careful way, in double, for tiles that hold NaN or infinities or overflow: kernels see only finite numbers, and
+ * what was taken out is put into the result as plain arithmetic would have. */
+
+enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
+
+/* Takes NaN and infinities out of the block's values; notes them for every lane that may attend to them. */
+static void take_special_values(const ada_run *r, scratch_f64 *s, block_f64 *block, int nk, double scale) {
+    const int E = (int)r->p->E;
+    for (int j = 0; j < nk; j++)
+        for (int e = 0; e < E; e++) {
+            double x = block->v[j * block->ldv + e];
+            int kind = isnan(x) ? SPECIAL_NAN : x == INFINITY ? SPECIAL_PLUS : x == -INFINITY ? SPECIAL_MINUS : 0;
+            uint64_t lanes = block->visible ? block->visible[j] : UINT64_MAX;
+            for (int i = 0; kind && i < ADA_LANES; i++)
+                if (lanes >> i & 1) s->special[e * ADA_LANES + i] |= (uint8_t)kind;
+            s->v[j * E + e] = kind ? 0 : x * scale;
+        }
+    block->v = s->v, block->ldv = E;
+}
+
+/* Adds the bias to the scores and hides what is not finite: a NaN or +inf makes its lane NaN, a -inf weighs 0. */
+static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, int n, uint64_t *nan_lanes,
+                                uint64_t *minus_lanes) {
+    if (!block->visible) memset(s->visible, 0xff, 64 * sizeof *s->visible);
+    block->visible = s->visible;
+    for (int j = 0; j < nk; j++)
+        for (int i = 0; i < n; i++) {
+            const uint64_t lane = (uint64_t)1 << i;
+            double *x = s->tile.p + j * ADA_LANES + i, add = block->bias ? block->bias[j * ADA_LANES + i] : 0;
+            if (!(s->visible[j] & lane)) continue;
+            *x += add;
+            if (isfinite(*x)) continue;
+            s->visible[j] &= ~lane;
+            if (add == -INFINITY) continue;
+            *(*x == -INFINITY ? minus_lanes : nan_lanes) |= lane;
+        }
+    block->bias = NULL;
+}
+
+/* Hides what lies so far below the reference that it weighs nothing, as the difference may overflow. */
+static void hide_weightless(const scratch_f64 *s, int nk, int n) {
+    for (int j = 0; j < nk; j++)
+        for (int i = 0; i < n; i++)
+            if (s->tile.p[j * ADA_LANES + i] - s->tile.m[i] < -4000) s->visible[j] &= ~((uint64_t)1 << i);
+}
+
+/* False when sums of values times v_scale overflow. */
+static bool attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch, double v_scale, ada_job *job,
+                               int worker) {
+    const ada_problem *p = r->p;
+    const int E = (int)p->E;
+    uint64_t nan_lanes = 0, minus_lanes = 0;
+    start_tile_f64(r, s, &patch);
+    memset(s->special, 0, (size_t)E * ADA_LANES);
+    ada_span span = tile_span(p, &patch);
+    for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
+        if (ada_job_cancelled(job, worker)) return true;
+        patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
+        block_f64 block;
+        bool finite;
+        if (!prepare_block_f64(r, s, &patch, &block)) continue;
+        take_special_values(r, s, &block, patch.nk, v_scale);
+        raw_scores_f64(r, s, &block, patch.nk, &finite);
+        take_special_scores(s, &block, patch.nk, patch.n, &nan_lanes, &minus_lanes);
+        r->k->reference_f64(&s->tile, patch.nk, block.visible, NULL);
+        hide_weightless(s, patch.nk, patch.n);
+        r->k->weights_f64(&s->tile, patch.nk, block.visible, NULL, block.keep);
+        r->k->values_f64(&s->tile, block.v, block.ldv, patch.nk);
+    }
+    /* Only scores of -inf, and no sink to take the mass: 0 / 0. */
+    for (int i = 0; i < patch.n && !p->sinks.data; i++)
+        if (s->tile.l[i] == 0) nan_lanes |= minus_lanes & (uint64_t)1 << i;
+    normalise_f64(r, s, &patch);
+    for (int i = 0; i < patch.n; i++) s->factor[i] /= v_scale;
+    bool finite = r->k->unpack_f64(s->rows, E, s->tile.o, s->factor, patch.n, E);
+    for (int i = 0; i < patch.n; i++) {
+        bool nan = nan_lanes >> i & 1;
+        if (nan) store_lse(p, patch.b, patch.h, patch.i + i, NAN);
+        for (int e = 0; e < E; e++) {
+            int kind = nan ? SPECIAL_NAN : s->special[e * ADA_LANES + i];
+            double *x = s->rows + i * E + e;
+            if (kind) *x = kind == SPECIAL_PLUS ? INFINITY : kind == SPECIAL_MINUS ? -INFINITY : NAN;
+        }
+    }
+    ada_store_rows_f64(r->k, &p->out, patch.b, patch.h, patch.i, patch.n, E, s->rows, E);
+    return finite;
+}
+
+static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    scratch_f64 s = scratch_of_f64(r->p, &carver);
+    /* Values near the largest double overflow in a sum of weights times values; their average does not. */
+    if (!attend_tile_scaled(r, &s, *patch, 1, job, worker)) attend_tile_scaled(r, &s, *patch, 0x1p-80, job, worker);
+}
+
+static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    const ada_problem *p = r->p;
+    /* Within a head the last tiles come first: under a causal limit they are the longest. */
+    int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
+    const ada_patch patch = {head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    bool good;
+    if (p->compute_f64) {
+        scratch_f64 s = scratch_of_f64(p, &carver);
+        good = attend_tile_f64(r, &s, patch, job, worker);
+    } else {
+        scratch_f32 s = scratch_of_f32(p, &carver);
+        good = attend_tile_f32(r, &s, patch, job, worker);
+    }
+    if (!good) attend_tile_carefully(r, &patch, job, worker);
+}
+
+static void split_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    int64_t split = task % r->splits, head = task / r->splits, b = head / r->p->G, g = head % r->p->G;
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    if (r->p->compute_f64) {
+        scratch_f64 s = scratch_of_f64(r->p, &carver);
+        attend_split_f64(r, &s, b, g, split, job, worker);
+    } else {
+        scratch_f32 s = scratch_of_f32(r->p, &carver);
+        attend_split_f32(r, &s, b, g, split, job, worker);
+    }
+}
+
+static void join_task(void *context, ada_job *job, int64_t head, int worker) {
+    const ada_run *r = context;
+    const ada_problem *p = r->p;
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    const scratch_f64 s64 = scratch_of_f64(p, &carver);
+    carver.used = 0;
+    const scratch_f32 s32 = scratch_of_f32(p, &carver);
+    for (int64_t i = 0; i < p->T; i++) {
+        const ada_patch patch = {head / p->H, head % p->H, i, 0, 1, 0};
+        if (!(p->compute_f64 ? join_splits_f64(r, &s64, patch.b, patch.h, i)
+                             : join_splits_f32(r, &s32, patch.b, patch.h, i)))
+            attend_tile_carefully(r, &patch, job, worker);
+    }
+}
+
+/* Looks for what a float mask must not hold, where it does not repeat itself, in rows of ADA_LANES queries. */
+static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
+    ada_run *r = context;
+    const ada_problem *p = r->p;
+    const ada_array *mask = &p->attn_mask;
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    float *copy = scratch_of_f32(p, &carver).rows;
+    int64_t heads = mask->stride[1] ? p->H : 1, width = mask->stride[3] ? p->S : 1;
+    int64_t rows = mask->stride[2] ? p->T : 1, chunks = (rows + ADA_LANES - 1) / ADA_LANES;
+    int64_t b = task / (heads * chunks), h = task / chunks % heads, first = task % chunks * ADA_LANES;
+    for (int64_t i = first; i < rows && i < first + ADA_LANES; i++)
+        for (int64_t j = 0; j < width; j += ADA_BLOCK) {
+            if (ada_job_cancelled(job, worker)) return;
+            const int n = (int)(width - j < ADA_BLOCK ? width - j : ADA_BLOCK);
+            const char *row = ada_row_at(mask, b, h, i) + j * mask->stride[3];
+            bool bad = false;
+            if (mask->dtype == ADA_F64) {
+                for (int c = 0; c < n; c++) bad |= !(*(const double *)(row + c * mask->stride[3]) < INFINITY);
+            } else {
+                ada_array part = *mask;
+                ptrdiff_t ld;
+                part.data = (void *)row;
+                part.shape[3] = n;
+                const float *x = rows_at_f32(r, &part, 0, 0, 0, 1, copy, &ld);
+                for (int c = 0; c < n; c++) bad |= !(x[c] < INFINITY);
+            }
+            if (bad) atomic_store_explicit(&r->mask_is_bad, true, memory_order_relaxed);
+        }
+}
+
+/* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
+#define WORK_PER_THREAD ((double)(1 << 19))
+
+static int threads_for(const ada_problem *p, double multiply_adds) {
+    int64_t n = p->has_num_threads ? p->num_threads : ada_get_num_threads();
+    double useful = 1 + multiply_adds / WORK_PER_THREAD;
+    return (int)(n < useful ? n : useful);
+}
+
+ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
+    ada_run r = {.p = p, .k = ada_kernels_get()};
+    r.tiles = (p->T + ADA_LANES - 1) / ADA_LANES;
+    const bool few = p->T <= ADA_ROWS_MAX;
+    const double pairs = (double)p->B * p->H * p->T * p->S;
+    const int threads = threads_for(p, pairs * (p->D + p->E));
+
+    ada_carver size = {NULL, 0};
+    scratch_of_f64(p, &size);
+    r.scratch_bytes = size.used;
+    int64_t partial_bytes = 0;
+    if (few) {
+        int64_t keys = (p->S + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
+        if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
+        r.split_keys = (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
+        r.splits = (p->S + r.split_keys - 1) / r.split_keys;
+        partial_bytes = p->B * p->H * p->T * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? 8 : 4);
+    }
+    int64_t bytes = threads * r.scratch_bytes + partial_bytes;
+    r.scratch = ada_scratch_take(bytes);
+    if (!r.scratch)
+        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch", (long long)bytes);
+    r.partials = r.scratch + threads * r.scratch_bytes;
+
+    const ada_array *mask = &p->attn_mask;
+    bool done = true;
+    if (mask->data && mask->dtype != ADA_BOOL) {
+        int64_t rows = mask->stride[2] ? p->T : 1;
+        int64_t tasks = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1) * ((rows + ADA_LANES - 1) / ADA_LANES);
+        done = ada_parallel_for(tasks, threads, mask_task, &r, interrupt, context);
+    }
+    if (done && !r.mask_is_bad) {
+        if (few)
+            done = ada_parallel_for(p->B * p->G * r.splits, threads, split_task, &r, interrupt, context) &&
+                   ada_parallel_for(p->B * p->H, threads_for(p, (double)p->B * p->H * p->T * r.splits * p->E), join_task,
+                                    &r, interrupt, context);
+        else
+            done = ada_parallel_for(p->B * p->H * r.tiles, threads, tile_task, &r, interrupt, context);
+    }
+    ada_scratch_give_back(r.scratch);
+    if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    if (r.mask_is_bad)
+        return ada_fail(error, ADA_ERR_ARGUMENT, "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+    return ADA_OK;
+}

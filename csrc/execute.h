@@ -1,0 +1,50 @@
+/* What execute.c and its two instances of attend_tpl.h share: one call in progress. */
+#ifndef ADA_EXECUTE_H
+#define ADA_EXECUTE_H
+
+#include <stdatomic.h>
+
+#include "adaattn.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "rows.h"
+#include "visible.h"
+
+#define ADA_LOG2E 1.4426950408889634
+#define ADA_LN2 0.69314718055994531
+
+/* Up to this many queries go one by one over the rows of K and V (a tile would compute ADA_LANE_STEP lanes),
+ * their keys split so that several threads share a head. */
+#define ADA_ROWS_MAX 8
+#define ADA_SPLITS_MAX 16
+#define ADA_SPLIT_KEYS_MIN 512
+
+typedef struct {
+    const ada_problem *p;
+    const ada_kernels *k;
+    char *scratch; /* of worker w: from scratch + w * scratch_bytes */
+    int64_t scratch_bytes;
+    int64_t tiles;      /* per head */
+    int64_t splits;     /* per head, on the way of few queries */
+    int64_t split_keys; /* a multiple of ADA_BLOCK */
+    void *partials;     /* [B][H][T][splits] of m, l, o[E] */
+    atomic_bool mask_is_bad;
+} ada_run;
+
+/* Hands out consecutive pieces of a block of memory, or counts their bytes when base is NULL. */
+typedef struct {
+    char *base;
+    int64_t used;
+} ada_carver;
+
+static inline void *ada_carve(ada_carver *c, int64_t bytes) {
+    void *piece = c->base ? c->base + c->used : NULL;
+    c->used += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+static inline double ada_head_value(const ada_array *a, int64_t b, int64_t h) {
+    return *(const double *)((const char *)a->data + b * a->stride[0] + h * a->stride[1]);
+}
+
+#endif

@@ -1,0 +1,95 @@
+/* The kernel slots: every typedef and contract, and the table that dispatch.c fills once.
+ *
+ * Lanes are queries. A tile holds ADA_LANES queries of one head side by side, so a row of a matrix here is
+ * one key or one coordinate for all queries: matrix products broadcast elements of K and V, read in place,
+ * and softmax works lane by lane, never across lanes. Scores are in log2 units (scale * log2(e) is folded
+ * into q). Kernels see tiles of visibility and bias, never an option. They never allocate, lock, log or
+ * branch on the ISA; matrices [n][ADA_LANES] and vectors [ADA_LANES] are 64-byte aligned and do not alias.
+ */
+#ifndef ADA_KERNELS_H
+#define ADA_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define ADA_LANES 64 /* queries of a tile: 4 zmm of float; bits of a visibility word */
+#define ADA_BLOCK 64 /* keys of a block: K, V, P and Q of one block and tile stay in L2 at D = 128 */
+#define ADA_LANE_STEP 16 /* tiles with fewer queries compute a multiple of this many lanes */
+#define ADA_KEY_STEP 16  /* scores are computed for a multiple of this many keys */
+
+/* The reference that weights are relative to is raised only when a score exceeds it by this many octaves:
+ * lazily, because raising rescales the output. float has 127; 2^60 * |v| * S overflows only for |v| beyond
+ * 1e14, and then the tile is computed again in fp64. */
+#define ADA_LAZY_OCTAVES 60
+
+#define ADA_REAL float
+#define KIND(name) name##_f32
+#define KIND_FN(name) name##_f32_fn
+#include "kernels_tpl.h"
+#undef ADA_REAL
+#undef KIND
+#undef KIND_FN
+
+#define ADA_REAL double
+#define KIND(name) name##_f64
+#define KIND_FN(name) name##_f64_fn
+#include "kernels_tpl.h"
+#undef ADA_REAL
+#undef KIND
+#undef KIND_FN
+
+/* s[j] = q . k[j] for one query, j < n <= ADA_BLOCK; k of the named dtype, ldk its row stride in elements.
+ * Reads memory a few KB ahead. */
+typedef void ada_row_scores_f32_fn(float *s, const float *q, const void *k, ptrdiff_t ldk, int n, int D);
+typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn;
+typedef void ada_row_scores_f64_fn(double *s, const double *q, const void *k, ptrdiff_t ldk, int n, int D);
+
+/* o[e] += sum of p[j] v[j][e] over j < n, for one query. */
+typedef void ada_row_values_f32_fn(float *o, const float *p, const void *v, ptrdiff_t ldv, int n, int E);
+typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn;
+typedef void ada_row_values_f64_fn(double *o, const double *p, const void *v, ptrdiff_t ldv, int n, int E);
+
+/* Conversions of n contiguous elements; to half formats by rounding to nearest even. No alignment. */
+typedef void ada_load_f16_fn(float *to, const uint16_t *from, int64_t n);
+typedef ada_load_f16_fn ada_load_bf16_fn;
+typedef void ada_store_f16_fn(uint16_t *to, const float *from, int64_t n);
+typedef ada_store_f16_fn ada_store_bf16_fn;
+
+/* Bit j of the result (j < n <= 64): key first + j is kept; its 32 random bits from state reach drop_below. */
+typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t drop_below);
+
+#define ADA_SLOTS(SLOT)                                                                                      \
+    SLOT(pack_f32) SLOT(scores_f32) SLOT(softcap_f32) SLOT(reference_f32) SLOT(weights_f32)                  \
+    SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32)                         \
+    SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)                  \
+    SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64)                         \
+    SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64)                     \
+    SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64)                     \
+    SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)
+
+typedef struct {
+#define SLOT(name) ada_##name##_fn *name;
+    ADA_SLOTS(SLOT)
+#undef SLOT
+} ada_kernels;
+
+enum {
+#define SLOT(name) +1
+    ADA_SLOT_COUNT = 0 ADA_SLOTS(SLOT)
+#undef SLOT
+};
+
+/* The fastest kernel per slot under a mask of ADA_ISA_* bits; isa_of (may be NULL) receives the ISA's name
+ * per slot, in the order of ADA_SLOTS. */
+void ada_kernels_select(uint32_t isa_mask, ada_kernels *kernels, const char *isa_of[]);
+const char *ada_slot_name(int index);
+
+/* The selection under ada_isa_allowed(), made once. */
+const ada_kernels *ada_kernels_get(void);
+
+/* What the CPU has and the environment variable ADAATTN_ISA (a name; an unknown one changes nothing) allows. */
+uint32_t ada_isa_allowed(void);
+uint32_t ada_isa_built(void); /* what the compiler could build */
+
+#endif

@@ -1,0 +1,11 @@
+/* Single-query kernels, double; AVX2. */
+#define REAL double
+#define REAL_BITS 64
+#include "kernel.h"
+#include "simd_avx2.h"
+
+#define ROW(op) ada_##op##_f64_avx2
+#define ELEMENT double
+#define LOAD v_load_f64
+#define LOAD_N v_load_f64_n
+#include "row_tpl.h"

@@ -1,0 +1,38 @@
+/* The thread pool: one per process, grown on demand, owned by this library alone.
+ *
+ * No OpenMP: two OpenMP runtimes in one process fight over cores, and theirs do not survive fork().
+ * One job runs at a time; a second caller that finds the pool busy computes on its own thread.
+ * Which thread runs a task never influences the result: tasks are independent and their number is
+ * fixed by the problem.
+ */
+#ifndef ADA_PARALLEL_H
+#define ADA_PARALLEL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct ada_job ada_job;
+
+/* Runs one task. worker is 0 for the calling thread, else 1 ... n_threads - 1; never two tasks at
+ * once with the same worker, so it may index scratch memory. */
+typedef void ada_task_fn(void *context, ada_job *job, int64_t task, int worker);
+
+/* Asked by the calling thread about every 50 ms; true means: stop as soon as possible. */
+typedef bool ada_interrupt_fn(void *context);
+
+/* Runs tasks 0 ... n_tasks - 1, started in increasing order, on at most n_threads threads, the caller
+ * among them. Every thread computes under the default floating-point environment (the caller's is
+ * restored). Returns false when interrupt (may be NULL) answered true; some tasks then never ran or
+ * stopped half way. */
+bool ada_parallel_for(int64_t n_tasks, int n_threads, ada_task_fn *task, void *context,
+                      ada_interrupt_fn *interrupt, void *interrupt_context);
+
+/* To be called now and then (every few microseconds of work) inside a task: true means return now. */
+bool ada_job_cancelled(ada_job *job, int worker);
+
+/* Threads used by default: ada_set_num_threads, else ADAATTN_NUM_THREADS, else OMP_NUM_THREADS, else the
+ * CPUs that the affinity mask and the cgroup quota allow; at least 1. */
+int ada_get_num_threads(void);
+void ada_set_num_threads(int n); /* n >= 1; 0 returns to the default */
+
+#endif

@@ -1,0 +1,304 @@
+/* The only validator. Every message is one sentence: the argument, what was expected, what came. */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "adaattn.h"
+
+/* Longest head size: sizes of rows and tiles stay far inside an int. */
+#define MAX_HEAD_SIZE ((int64_t)1 << 16)
+#define MAX_POSITION ((int64_t)1 << 40)
+
+ada_status ada_fail(ada_error *error, ada_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    error->status = status;
+    vsnprintf(error->message, sizeof error->message, format, args);
+    va_end(args);
+    return status;
+}
+
+static const struct {
+    const char *name;
+    int bytes;
+} dtypes[] = {
+#define ADA_DTYPE(NAME, name, bytes) {#name, bytes},
+#include "dtypes.def"
+#undef ADA_DTYPE
+    {"bool", 1},
+    {"int64", 8},
+    {"uint64", 8}};
+
+const char *ada_dtype_name(ada_dtype dtype) { return dtypes[dtype].name; }
+int ada_dtype_bytes(ada_dtype dtype) { return dtypes[dtype].bytes; }
+static bool is_floating(ada_dtype dtype) { return dtype < ADA_BOOL; }
+
+typedef struct {
+    char text[112];
+} shape_text;
+
+static shape_text shape_of(const ada_array *a) {
+    shape_text s = {"("};
+    size_t used = 1;
+    for (int i = 0; i < a->ndim; i++)
+        used += (size_t)snprintf(s.text + used, sizeof s.text - used, i ? ", %lld" : "%lld", (long long)a->shape[i]);
+    snprintf(s.text + used, sizeof s.text - used, a->ndim == 1 ? ",)" : ")");
+    return s;
+}
+
+static ada_status check_qkv(const ada_array *a, const char *name, const char *letters, ada_error *error) {
+    if (!is_floating(a->dtype))
+        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected float32, float64, float16 or bfloat16, got %s", name,
+                        ada_dtype_name(a->dtype));
+    if (a->ndim != 4)
+        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected 4 dimensions %s, got %d with shape %s", name, letters,
+                        a->ndim, shape_of(a).text);
+    for (int i = 0; i < 4; i++)
+        if (a->shape[i] < 1)
+            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected sizes of at least 1 in %s, got shape %s", name,
+                            letters, shape_of(a).text);
+    if (a->shape[3] > MAX_HEAD_SIZE)
+        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected a head size of at most %lld, got %lld", name,
+                        (long long)MAX_HEAD_SIZE, (long long)a->shape[3]);
+    return ADA_OK;
+}
+
+static ada_status check_inputs(ada_problem *p, ada_error *error) {
+    const ada_array *q = &p->query, *k = &p->key, *v = &p->value;
+    if (check_qkv(q, "query", "(B, H, T, D)", error) || check_qkv(k, "key", "(B, G, S, D)", error) ||
+        check_qkv(v, "value", "(B, G, S, E)", error))
+        return error->status;
+    if (k->dtype != q->dtype || v->dtype != q->dtype)
+        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected query's dtype %s, got %s",
+                        k->dtype != q->dtype ? "key" : "value", ada_dtype_name(q->dtype),
+                        ada_dtype_name(k->dtype != q->dtype ? k->dtype : v->dtype));
+    p->B = q->shape[0], p->H = q->shape[1], p->T = q->shape[2], p->D = q->shape[3];
+    p->G = k->shape[1], p->S = k->shape[2], p->E = v->shape[3];
+    if (k->shape[0] != p->B)
+        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's batch size %lld, got shape %s", (long long)p->B,
+                        shape_of(k).text);
+    if (k->shape[3] != p->D)
+        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's head size %lld, got shape %s", (long long)p->D,
+                        shape_of(k).text);
+    if (p->H % p->G)
+        return ada_fail(error, ADA_ERR_SHAPE, "key: expected a number of heads that divides query's %lld, got %lld",
+                        (long long)p->H, (long long)p->G);
+    if (v->shape[0] != p->B || v->shape[1] != p->G || v->shape[2] != p->S)
+        return ada_fail(error, ADA_ERR_SHAPE, "value: expected shape (%lld, %lld, %lld, E) like key's, got %s",
+                        (long long)p->B, (long long)p->G, (long long)p->S, shape_of(v).text);
+    return ADA_OK;
+}
+
+/* To four dimensions, with stride 0 where the mask repeats. */
+static ada_status broadcast_mask(ada_problem *p, ada_error *error) {
+    ada_array *mask = &p->attn_mask, wide = *mask;
+    const int64_t target[4] = {p->B, p->H, p->T, p->S};
+    if (!mask->data) return ADA_OK;
+    if (mask->dtype != ADA_BOOL && !is_floating(mask->dtype))
+        return ada_fail(error, ADA_ERR_DTYPE, "attn_mask: expected bool or a floating dtype, got %s",
+                        ada_dtype_name(mask->dtype));
+    bool fits = mask->ndim <= 4;
+    for (int i = 3, j = mask->ndim - 1; fits && i >= 0; i--, j--) {
+        int64_t size = j < 0 ? 1 : mask->shape[j];
+        fits = size == target[i] || size == 1;
+        wide.shape[i] = target[i];
+        wide.stride[i] = size == 1 ? 0 : mask->stride[j];
+    }
+    if (!fits)
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "attn_mask: expected a shape that broadcasts to (%lld, %lld, %lld, %lld), got %s",
+                        (long long)p->B, (long long)p->H, (long long)p->T, (long long)p->S, shape_of(mask).text);
+    wide.ndim = 4;
+    *mask = wide;
+    return ADA_OK;
+}
+
+/* A vector over the batch, or a scalar where that is allowed (then of stride 0). */
+static ada_status check_per_sequence(ada_array *a, const char *name, bool scalar_allowed, int64_t B,
+                                     ada_error *error) {
+    if (!a->data) return ADA_OK;
+    if (scalar_allowed && a->ndim == 0) {
+        a->stride[0] = 0;
+        return ADA_OK;
+    }
+    if (a->ndim != 1 || a->shape[0] != B)
+        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected %sshape (%lld,), got %s", name,
+                        scalar_allowed ? "an int or " : "", (long long)B, shape_of(a).text);
+    return ADA_OK;
+}
+
+static ada_status check_range(const ada_array *a, const char *name, int64_t low, int64_t high, ada_error *error) {
+    int64_t n = !a->data ? 0 : a->ndim ? a->shape[0] : 1;
+    for (int64_t b = 0; b < n; b++) {
+        int64_t x = *(const int64_t *)((const char *)a->data + b * a->stride[0]);
+        if (x < low || x > high)
+            return ada_fail(error, ADA_ERR_ARGUMENT, "%s: expected integers from %lld to %lld, got %lld", name,
+                            (long long)low, (long long)high, (long long)x);
+    }
+    return ADA_OK;
+}
+
+static ada_status check_alibi(ada_problem *p, ada_error *error) {
+    ada_array *a = &p->alibi_slopes;
+    if (!a->data) return ADA_OK;
+    bool per_head = a->ndim == 1 && a->shape[0] == p->H;
+    if (!per_head && !(a->ndim == 2 && a->shape[0] == p->B && a->shape[1] == p->H))
+        return ada_fail(error, ADA_ERR_SHAPE, "alibi_slopes: expected shape (%lld,) or (%lld, %lld), got %s",
+                        (long long)p->H, (long long)p->B, (long long)p->H, shape_of(a).text);
+    if (per_head) {
+        a->stride[1] = a->stride[0], a->shape[1] = a->shape[0];
+        a->stride[0] = 0, a->shape[0] = p->B, a->ndim = 2;
+    }
+    for (int64_t b = 0; b < p->B; b++)
+        for (int64_t h = 0; h < p->H; h++) {
+            double x = *(const double *)((const char *)a->data + b * a->stride[0] + h * a->stride[1]);
+            if (!isfinite(x))
+                return ada_fail(error, ADA_ERR_ARGUMENT, "alibi_slopes: expected finite numbers, got %g", x);
+        }
+    return ADA_OK;
+}
+
+static ada_status check_sinks(const ada_problem *p, ada_error *error) {
+    const ada_array *a = &p->sinks;
+    if (!a->data) return ADA_OK;
+    if (a->ndim != 1 || a->shape[0] != p->H)
+        return ada_fail(error, ADA_ERR_SHAPE, "sinks: expected shape (%lld,), got %s", (long long)p->H,
+                        shape_of(a).text);
+    for (int64_t h = 0; h < p->H; h++) {
+        double x = *(const double *)((const char *)a->data + h * a->stride[0]);
+        if (!(x < INFINITY))
+            return ada_fail(error, ADA_ERR_ARGUMENT, "sinks: expected finite numbers or -inf, got %g", x);
+    }
+    return ADA_OK;
+}
+
+static ada_status check_numbers(ada_problem *p, ada_error *error) {
+    if (p->window_left < 0 || p->window_right < 0)
+        return ada_fail(error, ADA_ERR_ARGUMENT, "window: expected integers of at least 0 or None, got %lld",
+                        (long long)(p->window_left < 0 ? p->window_left : p->window_right));
+    if (p->has_softcap && !(p->softcap > 0 && isfinite(p->softcap)))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "softcap: expected a finite number above 0, got %g", p->softcap);
+    if (p->has_scale && !(p->scale > 0 && isfinite(p->scale)))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "scale: expected a finite number above 0, got %g", p->scale);
+    if (!(p->dropout_p >= 0 && p->dropout_p < 1))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "dropout_p: expected a number from 0 to below 1, got %g",
+                        p->dropout_p);
+    if (p->dropout_p > 0 && !p->seed.data)
+        return ada_fail(error, ADA_ERR_ARGUMENT, "seed: expected an int or %lld ints since dropout_p is %g, got None",
+                        (long long)p->B, p->dropout_p);
+    if (p->has_num_threads && p->num_threads < 1)
+        return ada_fail(error, ADA_ERR_ARGUMENT, "num_threads: expected an int of at least 1, got %lld",
+                        (long long)p->num_threads);
+    return ADA_OK;
+}
+
+ada_status ada_problem_init(ada_problem *p, ada_error *error) {
+    if (check_inputs(p, error) || broadcast_mask(p, error) || check_alibi(p, error) || check_sinks(p, error) ||
+        check_per_sequence(&p->kv_lengths, "kv_lengths", false, p->B, error) ||
+        check_range(&p->kv_lengths, "kv_lengths", 0, p->S, error) ||
+        check_per_sequence(&p->query_offset, "query_offset", true, p->B, error) ||
+        check_range(&p->query_offset, "query_offset", -MAX_POSITION, MAX_POSITION, error) ||
+        check_per_sequence(&p->seed, "seed", true, p->B, error) || check_numbers(p, error))
+        return error->status;
+    if (!p->has_scale) p->scale = 1 / sqrt((double)p->D);
+    /* Beyond any position a window is no limit. */
+    if (p->window_left > 2 * MAX_POSITION) p->window_left = ADA_UNBOUNDED;
+    if (p->window_right > 2 * MAX_POSITION) p->window_right = ADA_UNBOUNDED;
+    p->compute_f64 = p->precision == ADA_PRECISION_FP64 ||
+                     (p->precision == ADA_PRECISION_AUTO && p->query.dtype == ADA_F64);
+    p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);
+    return ADA_OK;
+}
+
+/* The bytes that an array covers, from its lowest to behind its highest element. */
+static void extent(const ada_array *a, uintptr_t *low, uintptr_t *high) {
+    *low = *high = (uintptr_t)a->data;
+    for (int i = 0; i < a->ndim; i++) {
+        int64_t reach = (a->shape[i] - 1) * a->stride[i];
+        if (reach < 0)
+            *low -= (uintptr_t)-reach;
+        else
+            *high += (uintptr_t)reach;
+    }
+    *high += (uintptr_t)ada_dtype_bytes(a->dtype);
+}
+
+/* True where every dimension steps over all that the smaller-stepping ones cover. */
+static bool elements_are_distinct(const ada_array *a) {
+    int64_t covered = ada_dtype_bytes(a->dtype);
+    bool used[4] = {false};
+    for (int n = 0; n < a->ndim; n++) {
+        int next = -1;
+        for (int i = 0; i < a->ndim; i++)
+            if (!used[i] && (next < 0 || llabs(a->stride[i]) < llabs(a->stride[next]))) next = i;
+        used[next] = true;
+        if (a->shape[next] == 1) continue;
+        if (llabs(a->stride[next]) < covered) return false;
+        covered += (a->shape[next] - 1) * llabs(a->stride[next]);
+    }
+    return true;
+}
+
+ada_status ada_problem_check_out(const ada_problem *p, ada_error *error) {
+    const ada_array *out = &p->out;
+    const int64_t shape[4] = {p->B, p->H, p->T, p->E};
+    if (out->dtype != p->query.dtype)
+        return ada_fail(error, ADA_ERR_DTYPE, "out: expected query's dtype %s, got %s",
+                        ada_dtype_name(p->query.dtype), ada_dtype_name(out->dtype));
+    if (out->ndim != 4 || memcmp(out->shape, shape, sizeof shape))
+        return ada_fail(error, ADA_ERR_SHAPE, "out: expected shape (%lld, %lld, %lld, %lld), got %s", (long long)p->B,
+                        (long long)p->H, (long long)p->T, (long long)p->E, shape_of(out).text);
+    if (!elements_are_distinct(out))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "out: expected elements with a place in memory each, got an array "
+                                                 "whose strides overlap");
+    const struct {
+        const ada_array *array;
+        const char *name;
+    } inputs[] = {{&p->query, "query"}, {&p->key, "key"}, {&p->value, "value"}, {&p->attn_mask, "attn_mask"}};
+    uintptr_t low, high, input_low, input_high;
+    extent(out, &low, &high);
+    for (int i = 0; i < 4; i++) {
+        if (!inputs[i].array->data) continue;
+        extent(inputs[i].array, &input_low, &input_high);
+        if (low < input_high && input_low < high)
+            return ada_fail(error, ADA_ERR_ARGUMENT, "out: expected memory apart from the inputs, got memory that "
+                                                     "overlaps %s",
+                            inputs[i].name);
+    }
+    return ADA_OK;
+}
+
+ada_status ada_merge_init(const ada_merge_problem *m, ada_error *error) {
+    const struct {
+        const ada_array *array;
+        const char *name, *like;
+        int ndim;
+        const ada_array *model;
+    } checks[] = {{&m->out_a, "out_a", "", 4, &m->out_a},
+                  {&m->out_b, "out_b", "out_a", 4, &m->out_a},
+                  {&m->lse_a, "lse_a", "out_a", 3, &m->lse_a},
+                  {&m->lse_b, "lse_b", "lse_a", 3, &m->lse_a}};
+    for (int i = 0; i < 4; i++) {
+        const ada_array *a = checks[i].array, *model = checks[i].model;
+        if (!is_floating(a->dtype))
+            return ada_fail(error, ADA_ERR_DTYPE, "%s: expected a floating dtype, got %s", checks[i].name,
+                            ada_dtype_name(a->dtype));
+        if (a->ndim != checks[i].ndim)
+            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected %d dimensions %s, got shape %s", checks[i].name,
+                            checks[i].ndim, checks[i].ndim == 4 ? "(B, H, T, E)" : "(B, H, T)", shape_of(a).text);
+        if (memcmp(a->shape, m->out_a.shape, 3 * sizeof a->shape[0]) ||
+            (a->ndim == 4 && a->shape[3] != m->out_a.shape[3]))
+            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected the leading shape of out_a %s, got %s",
+                            checks[i].name, shape_of(&m->out_a).text, shape_of(a).text);
+        if (a->dtype != model->dtype)
+            return ada_fail(error, ADA_ERR_DTYPE, "%s: expected %s's dtype %s, got %s", checks[i].name,
+                            checks[i].like, ada_dtype_name(model->dtype), ada_dtype_name(a->dtype));
+    }
+    ada_dtype lse = m->out_a.dtype == ADA_F64 ? ADA_F64 : ADA_F32;
+    if (m->lse_a.dtype != lse)
+        return ada_fail(error, ADA_ERR_DTYPE, "lse_a: expected %s for outputs of dtype %s, got %s",
+                        ada_dtype_name(lse), ada_dtype_name(m->out_a.dtype), ada_dtype_name(m->lse_a.dtype));
+    return ADA_OK;
+}

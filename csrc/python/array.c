@@ -1,0 +1,261 @@
+/* Python objects to ada_array: NumPy arrays directly, everything else through DLPack. */
+#include "binding.h"
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+#include <string.h>
+
+#include "dlpack.h"
+
+int ada_array_import_numpy(void) {
+    import_array1(-1);
+    return 0;
+}
+
+void ada_view_release(ada_view *view) { Py_CLEAR(view->owner); }
+
+bool ada_is_numpy(PyObject *object) { return PyArray_Check(object); }
+
+static const char *type_name(PyObject *object) { return Py_TYPE(object)->tp_name; }
+
+/* ml_dtypes registers bfloat16 with NumPy under this name. */
+static bool is_bfloat16(PyArray_Descr *descr) {
+    const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
+    return descr->type_num >= NPY_USERDEF && strcmp(dot ? dot + 1 : name, "bfloat16") == 0;
+}
+
+static bool dtype_of(PyArray_Descr *descr, ada_dtype *dtype) {
+    switch (descr->type_num) {
+    case NPY_FLOAT: *dtype = ADA_F32; return true;
+    case NPY_DOUBLE: *dtype = ADA_F64; return true;
+    case NPY_HALF: *dtype = ADA_F16; return true;
+    case NPY_BOOL: *dtype = ADA_BOOL; return true;
+    default: *dtype = ADA_BF16; return is_bfloat16(descr);
+    }
+}
+
+/* Masked arrays would lose their mask and matrices have a product of their own: neither is an array here. */
+static bool is_refused_subclass(PyObject *object) {
+    if (PyArray_CheckExact(object)) return false;
+    PyObject *bases = Py_TYPE(object)->tp_mro;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(bases); i++) {
+        const char *name = ((PyTypeObject *)PyTuple_GET_ITEM(bases, i))->tp_name;
+        if (strcmp(name, "MaskedArray") == 0 || strcmp(name, "matrix") == 0) return true;
+    }
+    return false;
+}
+
+static int view_numpy(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+    PyArrayObject *array = (PyArrayObject *)object;
+    ada_array *a = &view->array;
+    if (is_refused_subclass(object)) {
+        PyErr_Format(state->dtype_error, "%s: expected a plain array, got %s", name, type_name(object));
+        return -1;
+    }
+    if (!dtype_of(PyArray_DESCR(array), &a->dtype)) {
+        PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16%s, got %S", name,
+                     strcmp(name, "attn_mask") ? "" : " or bool", (PyObject *)PyArray_DESCR(array));
+        return -1;
+    }
+    if (PyArray_NDIM(array) > 4) {
+        PyErr_Format(state->shape_error, "%s: expected at most 4 dimensions, got %d", name, PyArray_NDIM(array));
+        return -1;
+    }
+    if (writable && !(PyArray_ISBEHAVED(array))) {
+        PyErr_Format(state->argument_error, "%s: expected writable, aligned memory, got a%s array", name,
+                     PyArray_ISWRITEABLE(array) ? "n unaligned or byte-swapped" : " read-only");
+        return -1;
+    }
+    if (PyArray_ISALIGNED(array) && PyArray_ISNOTSWAPPED(array)) {
+        Py_INCREF(array);
+    } else {
+        PyArray_Descr *native = PyArray_DescrNewByteorder(PyArray_DESCR(array), NPY_NATIVE);
+        if (!native) return -1;
+        array = (PyArrayObject *)PyArray_FromArray(array, native, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_ENSURECOPY);
+        if (!array) return -1;
+    }
+    view->owner = (PyObject *)array;
+    a->data = PyArray_DATA(array);
+    a->ndim = PyArray_NDIM(array);
+    for (int i = 0; i < a->ndim; i++) {
+        a->shape[i] = PyArray_DIM(array, i);
+        a->stride[i] = PyArray_STRIDE(array, i);
+    }
+    return 0;
+}
+
+static bool dlpack_dtype_of(const dlpack_tensor *t, ada_dtype *dtype) {
+    const int key = t->dtype.code << 8 | t->dtype.bits;
+    if (t->dtype.lanes != 1) return false;
+    switch (key) {
+    case DLPACK_FLOAT << 8 | 16: *dtype = ADA_F16; return true;
+    case DLPACK_FLOAT << 8 | 32: *dtype = ADA_F32; return true;
+    case DLPACK_FLOAT << 8 | 64: *dtype = ADA_F64; return true;
+    case DLPACK_BFLOAT << 8 | 16: *dtype = ADA_BF16; return true;
+    case DLPACK_BOOL << 8 | 8: *dtype = ADA_BOOL; return true;
+    default: return false;
+    }
+}
+
+static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, const char *name, ada_array *a) {
+    if (t->device.type != DLPACK_CPU && t->device.type != DLPACK_CUDA_HOST) {
+        PyErr_Format(state->device_error, "%s: expected memory of the CPU, got a tensor on DLPack device %d:%d", name,
+                     (int)t->device.type, (int)t->device.id);
+        return -1;
+    }
+    if (!dlpack_dtype_of(t, &a->dtype)) {
+        static const char *const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+        PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16%s, got %s%d", name,
+                     strcmp(name, "attn_mask") ? "" : " or bool", t->dtype.code < 7 ? codes[t->dtype.code] : "type ",
+                     (int)t->dtype.bits);
+        return -1;
+    }
+    if (t->ndim > 4) {
+        PyErr_Format(state->shape_error, "%s: expected at most 4 dimensions, got %d", name, (int)t->ndim);
+        return -1;
+    }
+    int64_t itemsize = ada_dtype_bytes(a->dtype), step = itemsize;
+    a->data = (char *)t->data + t->byte_offset;
+    a->ndim = t->ndim;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        a->shape[i] = t->shape[i];
+        a->stride[i] = t->strides ? t->strides[i] * itemsize : step;
+        step *= t->shape[i];
+    }
+    if ((uintptr_t)a->data % (uintptr_t)itemsize) {
+        PyErr_Format(state->argument_error, "%s: expected memory aligned to %d bytes, got an unaligned tensor", name,
+                     (int)itemsize);
+        return -1;
+    }
+    return 0;
+}
+
+/* The capsule of a tensor; its own destructor gives the tensor back, as its name is never changed. */
+static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, const char *name) {
+    PyObject *capsule = PyObject_CallMethod(object, "__dlpack__", NULL);
+    if (capsule) return capsule;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyErr_Format(state->argument_error, "%s: expected an array that can be read through DLPack, got %s: %S", name,
+                 type_name(object), value ? value : Py_None);
+    PyObject *raised_type, *raised, *raised_traceback;
+    PyErr_Fetch(&raised_type, &raised, &raised_traceback);
+    PyErr_NormalizeException(&raised_type, &raised, &raised_traceback);
+    if (raised && value) {
+        PyException_SetCause(raised, value); /* takes the reference */
+        value = NULL;
+    }
+    Py_XDECREF(type), Py_XDECREF(value), Py_XDECREF(traceback);
+    PyErr_Restore(raised_type, raised, raised_traceback);
+    return NULL;
+}
+
+static int view_dlpack(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+    view->owner = export_dlpack(state, object, name);
+    if (!view->owner) return -1;
+    const dlpack_tensor *tensor = NULL;
+    bool read_only = false;
+    if (PyCapsule_IsValid(view->owner, "dltensor")) {
+        tensor = &((dlpack_managed *)PyCapsule_GetPointer(view->owner, "dltensor"))->tensor;
+    } else if (PyCapsule_IsValid(view->owner, "dltensor_versioned")) {
+        dlpack_managed_versioned *managed = PyCapsule_GetPointer(view->owner, "dltensor_versioned");
+        tensor = managed->version.major == 1 ? &managed->tensor : NULL;
+        read_only = managed->flags & DLPACK_READ_ONLY;
+    }
+    if (!tensor) {
+        PyErr_Format(state->dtype_error, "%s: expected a DLPack tensor of version 0 or 1, got another capsule from %s",
+                     name, type_name(object));
+    } else if (writable && read_only) {
+        PyErr_Format(state->argument_error, "%s: expected writable memory, got a read-only tensor", name);
+    } else if (view_tensor(state, tensor, name, &view->array) == 0) {
+        return 0;
+    }
+    ada_view_release(view);
+    return -1;
+}
+
+int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+    if (PyArray_Check(object)) return view_numpy(state, object, name, writable, view);
+    if (PyObject_HasAttrString(object, "__dlpack__") && !PyType_Check(object))
+        return view_dlpack(state, object, name, writable, view);
+    PyErr_Format(state->dtype_error, "%s: expected an array (NumPy's or one with __dlpack__), got %s", name,
+                 type_name(object));
+    return -1;
+}
+
+/* A scalar integer, any size: its low 64 bits (U64), or what fits (I64). */
+static PyObject *array_of_int(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype) {
+    PyObject *number = PyNumber_Index(object);
+    if (!number) return NULL;
+    int overflow = 0;
+    uint64_t bits = dtype == ADA_U64 ? PyLong_AsUnsignedLongLongMask(number)
+                                     : (uint64_t)PyLong_AsLongLongAndOverflow(number, &overflow);
+    PyObject *array = NULL;
+    if (overflow)
+        PyErr_Format(state->argument_error, "%s: expected an int of at most 64 bits, got %S", name, number);
+    else if (!PyErr_Occurred())
+        array = PyArray_ZEROS(0, NULL, NPY_INT64, 0);
+    if (array) memcpy(PyArray_DATA((PyArrayObject *)array), &bits, sizeof bits);
+    Py_DECREF(number);
+    return array;
+}
+
+int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype,
+                        ada_view *view) {
+    const bool integers = dtype != ADA_F64;
+    const char *expected = integers ? "integers" : "numbers";
+    view->array.data = NULL;
+    if (object == Py_None) return 0;
+    PyObject *array;
+    if (integers && PyIndex_Check(object) && !PyBool_Check(object) && !PyArray_Check(object)) {
+        array = array_of_int(state, object, name, dtype);
+    } else {
+        array = PyArray_FROM_O(object);
+        if (!array) {
+            if (PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
+            PyErr_Clear();
+        } else {
+            int type = PyArray_TYPE((PyArrayObject *)array);
+            bool fits = integers ? PyTypeNum_ISINTEGER(type)
+                                 : PyTypeNum_ISINTEGER(type) || PyTypeNum_ISFLOAT(type) ||
+                                       is_bfloat16(PyArray_DESCR((PyArrayObject *)array));
+            PyObject *cast = !fits ? NULL
+                                   : PyArray_Cast((PyArrayObject *)array, integers ? NPY_INT64 : NPY_DOUBLE);
+            Py_DECREF(array);
+            array = cast;
+            if (!fits) array = NULL;
+        }
+        if (!array && !PyErr_Occurred())
+            PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, type_name(object));
+    }
+    if (!array) return -1;
+    PyArrayObject *contiguous = (PyArrayObject *)array;
+    if (PyArray_NDIM(contiguous) > 2) {
+        PyErr_Format(state->shape_error, "%s: expected at most 2 dimensions, got %d", name, PyArray_NDIM(contiguous));
+        Py_DECREF(array);
+        return -1;
+    }
+    view->owner = array;
+    view->array.data = PyArray_DATA(contiguous);
+    view->array.dtype = dtype;
+    view->array.ndim = PyArray_NDIM(contiguous);
+    for (int i = 0; i < view->array.ndim; i++) {
+        view->array.shape[i] = PyArray_DIM(contiguous, i);
+        view->array.stride[i] = PyArray_STRIDE(contiguous, i);
+    }
+    return 0;
+}
+
+PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like) {
+    npy_intp dims[4];
+    for (int i = 0; i < ndim; i++) dims[i] = (npy_intp)shape[i];
+    PyArray_Descr *descr;
+    if (dtype == ADA_BF16) {
+        descr = PyArray_DESCR((PyArrayObject *)like);
+        Py_INCREF(descr);
+    } else {
+        descr = PyArray_DescrFromType(dtype == ADA_F64 ? NPY_DOUBLE : dtype == ADA_F32 ? NPY_FLOAT : NPY_HALF);
+    }
+    return PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, NULL, 0, NULL);
+}

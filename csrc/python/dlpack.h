@@ -1,0 +1,44 @@
+/* The DLPack structures of a CPU tensor, as its specification (version 1.x) lays them out in memory. */
+#ifndef ADA_DLPACK_H
+#define ADA_DLPACK_H
+
+#include <stdint.h>
+
+enum { DLPACK_CPU = 1, DLPACK_CUDA_HOST = 3 };
+enum { DLPACK_INT = 0, DLPACK_UINT = 1, DLPACK_FLOAT = 2, DLPACK_BFLOAT = 4, DLPACK_BOOL = 6 };
+enum { DLPACK_READ_ONLY = 1 };
+
+typedef struct {
+    void *data;
+    struct {
+        int32_t type, id;
+    } device;
+    int32_t ndim;
+    struct {
+        uint8_t code, bits;
+        uint16_t lanes;
+    } dtype;
+    int64_t *shape;
+    int64_t *strides; /* elements; NULL: C-contiguous */
+    uint64_t byte_offset;
+} dlpack_tensor;
+
+/* Capsule "dltensor". */
+typedef struct dlpack_managed {
+    dlpack_tensor tensor;
+    void *manager;
+    void (*deleter)(struct dlpack_managed *);
+} dlpack_managed;
+
+/* Capsule "dltensor_versioned". */
+typedef struct dlpack_managed_versioned {
+    struct {
+        uint32_t major, minor;
+    } version;
+    void *manager;
+    void (*deleter)(struct dlpack_managed_versioned *);
+    uint64_t flags;
+    dlpack_tensor tensor;
+} dlpack_managed_versioned;
+
+#endif

@@ -1,0 +1,378 @@
+/* The extension module adaattn._adaattn: arguments in, one engine call without the GIL, arrays out. */
+#include "binding.h"
+
+#include <float.h>
+#include <string.h>
+
+#include "../cpu.h"
+#include "../kernels.h"
+#include "../parallel.h"
+
+#ifndef ADA_BUILD_LEFT_OUT
+#    define ADA_BUILD_LEFT_OUT "" /* "isa: reason" of each ISA that the compiler could not build, "; " between */
+#endif
+
+static ada_module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
+
+/* ---- scalars ---- */
+
+static int type_error(const ada_module_state *state, const char *name, const char *expected, PyObject *object) {
+    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, Py_TYPE(object)->tp_name);
+    return -1;
+}
+
+static int number_of(const ada_module_state *state, PyObject *object, const char *name, double *value) {
+    *value = PyBool_Check(object) ? -1 : PyFloat_AsDouble(object);
+    return *value == -1 && (PyBool_Check(object) || PyErr_Occurred()) ? type_error(state, name, "a number", object) : 0;
+}
+
+/* Values beyond 64 bits become the nearest one. */
+static int integer_of(const ada_module_state *state, PyObject *object, const char *name, const char *expected,
+                      int64_t *value) {
+    int overflow;
+    PyObject *number = PyBool_Check(object) ? NULL : PyNumber_Index(object);
+    if (!number) return type_error(state, name, expected, object);
+    *value = PyLong_AsLongLongAndOverflow(number, &overflow);
+    Py_DECREF(number);
+    if (overflow) *value = overflow > 0 ? INT64_MAX : INT64_MIN;
+    return *value == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+/* One of the names, as its index. */
+static int name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
+                   const char *const names[], int n, int *index) {
+    if (!PyUnicode_Check(object)) return type_error(state, argument, expected, object);
+    for (*index = 0; *index < n; ++*index)
+        if (PyUnicode_CompareWithASCIIString(object, names[*index]) == 0) return 0;
+    PyErr_Format(state->argument_error, "%s: expected %s, got %R", argument, expected, object);
+    return -1;
+}
+
+static int causal_of(const ada_module_state *state, PyObject *object, ada_causal *causal) {
+    static const char *const names[] = {"lower_right", "upper_left"};
+    int index;
+    if (object == Py_False || object == Py_True) {
+        *causal = object == Py_True ? ADA_LOWER_RIGHT : ADA_NOT_CAUSAL;
+        return 0;
+    }
+    if (name_of(state, object, "causal", "a bool, 'lower_right' or 'upper_left'", names, 2, &index)) return -1;
+    *causal = index ? ADA_UPPER_LEFT : ADA_LOWER_RIGHT;
+    return 0;
+}
+
+static int window_of(const ada_module_state *state, PyObject *object, ada_problem *p) {
+    static const char expected[] = "None or a pair (left, right) of integers or None";
+    int64_t *sides[2] = {&p->window_left, &p->window_right};
+    p->window_left = p->window_right = ADA_UNBOUNDED;
+    if (object == Py_None) return 0;
+    if (!PyTuple_Check(object) && !PyList_Check(object)) return type_error(state, "window", expected, object);
+    if (PySequence_Size(object) != 2) {
+        PyErr_Format(state->argument_error, "window: expected %s, got %R", expected, object);
+        return -1;
+    }
+    for (int i = 0; i < 2; i++) {
+        PyObject *side = PySequence_GetItem(object, i);
+        int failed = !side || (side != Py_None && integer_of(state, side, "window", expected, sides[i]));
+        Py_XDECREF(side);
+        if (failed) return -1;
+    }
+    return 0;
+}
+
+static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *causal, PyObject *window,
+                      PyObject *softcap, PyObject *scale, PyObject *dropout_p, PyObject *precision,
+                      PyObject *num_threads) {
+    static const char *const precisions[] = {"auto", "fp32", "fp64"};
+    int index;
+    p->has_softcap = softcap != Py_None;
+    p->has_scale = scale != Py_None;
+    p->has_num_threads = num_threads != Py_None;
+    if (causal_of(state, causal, &p->causal) || window_of(state, window, p) ||
+        (p->has_softcap && number_of(state, softcap, "softcap", &p->softcap)) ||
+        (p->has_scale && number_of(state, scale, "scale", &p->scale)) ||
+        number_of(state, dropout_p, "dropout_p", &p->dropout_p) ||
+        (p->has_num_threads && integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
+        name_of(state, precision, "precision", "'auto', 'fp32' or 'fp64'", precisions, 3, &index))
+        return -1;
+    p->precision = (ada_precision)index;
+    return 0;
+}
+
+/* ---- attention ---- */
+
+typedef struct {
+    PyThreadState *thread;
+} released_gil;
+
+static bool interrupted(void *context) {
+    released_gil *gil = context;
+    PyEval_RestoreThread(gil->thread);
+    bool raised = PyErr_CheckSignals() != 0;
+    gil->thread = PyEval_SaveThread();
+    return raised;
+}
+
+/* A new output of the kind that query is: a NumPy array, or what allocate(query, shape, dtype name) makes. */
+static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim, const int64_t *shape) {
+    if (ada_is_numpy(query)) return ada_new_array(dtype, ndim, shape, query);
+    PyObject *sizes = PyTuple_New(ndim);
+    if (!sizes) return NULL;
+    for (int i = 0; i < ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(shape[i]);
+        if (!size) {
+            Py_DECREF(sizes);
+            return NULL;
+        }
+        PyTuple_SET_ITEM(sizes, i, size);
+    }
+    PyObject *array = PyObject_CallFunction(allocate, "OOs", query, sizes, ada_dtype_name(dtype));
+    Py_DECREF(sizes);
+    return array;
+}
+
+PyDoc_STRVAR(attention_doc, "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
+                            "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, out, "
+                            "num_threads, allocate, /)\n--\n\n"
+                            "adaattn.attention with every argument by position. allocate(query, shape, dtype) makes "
+                            "outputs where query is not a NumPy array.");
+
+static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    enum { QUERY, KEY, VALUE, MASK, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, LENGTHS, OFFSET, SCALE, DROPOUT, SEED,
+           PRECISION, RETURN_LSE, OUT, NUM_THREADS, ALLOCATE, N_ARGS };
+    enum { N_VIEWS = 10 };
+    const ada_module_state *state = state_of(module);
+    ada_problem p = {0};
+    ada_error error;
+    ada_view views[N_VIEWS] = {0};
+    PyObject *out = NULL, *lse = NULL, *result = NULL;
+    if (nargs != N_ARGS) {
+        PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
+        return NULL;
+    }
+
+    ada_view *view = views;
+    const struct {
+        int arg;
+        const char *name;
+        ada_array *array;
+    } arrays[] = {{QUERY, "query", &p.query}, {KEY, "key", &p.key}, {VALUE, "value", &p.value},
+                  {MASK, "attn_mask", &p.attn_mask}};
+    for (int i = 0; i < 4; i++, view++) {
+        if (i == 3 && args[MASK] == Py_None) continue;
+        if (ada_view_of(state, args[arrays[i].arg], arrays[i].name, false, view)) goto done;
+        *arrays[i].array = view->array;
+    }
+    const struct {
+        int arg;
+        const char *name;
+        ada_dtype dtype;
+        ada_array *array;
+    } vectors[] = {{ALIBI, "alibi_slopes", ADA_F64, &p.alibi_slopes},
+                   {SINKS, "sinks", ADA_F64, &p.sinks},
+                   {LENGTHS, "kv_lengths", ADA_I64, &p.kv_lengths},
+                   {OFFSET, "query_offset", ADA_I64, &p.query_offset},
+                   {SEED, "seed", ADA_U64, &p.seed}};
+    for (int i = 0; i < 5; i++, view++) {
+        if (ada_view_of_numbers(state, args[vectors[i].arg], vectors[i].name, vectors[i].dtype, view)) goto done;
+        *vectors[i].array = view->array;
+    }
+    if (scalars_of(state, &p, args[CAUSAL], args[WINDOW], args[SOFTCAP], args[SCALE], args[DROPOUT], args[PRECISION],
+                   args[NUM_THREADS]))
+        goto done;
+    int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
+    if (return_lse < 0) goto done;
+    if (ada_problem_init(&p, &error)) {
+        ada_raise(state, &error);
+        goto done;
+    }
+
+    const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
+    out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
+                               : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
+    if (!out || ada_view_of(state, out, "out", true, view)) goto done;
+    p.out = view->array;
+    if (ada_problem_check_out(&p, &error)) {
+        ada_raise(state, &error);
+        goto done;
+    }
+    ada_view lse_view = {0};
+    if (return_lse) {
+        lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3, out_shape);
+        if (!lse || ada_view_of(state, lse, "lse", true, &lse_view)) goto done;
+        p.lse = lse_view.array.data;
+    }
+
+    released_gil gil = {PyEval_SaveThread()};
+    ada_status status = ada_execute(&p, interrupted, &gil, &error);
+    PyEval_RestoreThread(gil.thread);
+    ada_view_release(&lse_view);
+    if (status) {
+        ada_raise(state, &error);
+        goto done;
+    }
+    result = lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+done:
+    for (int i = 0; i < N_VIEWS; i++) ada_view_release(&views[i]);
+    Py_XDECREF(out);
+    Py_XDECREF(lse);
+    return result;
+}
+
+/* ---- merge ---- */
+
+PyDoc_STRVAR(merge_doc, "merge($module, out_a, lse_a, out_b, lse_b, allocate, /)\n--\n\nSee adaattn.merge.");
+
+static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    static const char *const names[] = {"out_a", "lse_a", "out_b", "lse_b"};
+    const ada_module_state *state = state_of(module);
+    ada_merge_problem m = {0};
+    ada_array *const arrays[] = {&m.out_a, &m.lse_a, &m.out_b, &m.lse_b, &m.out, &m.lse};
+    ada_error error;
+    ada_view views[6] = {0};
+    PyObject *out = NULL, *lse = NULL, *result = NULL;
+    if (nargs != 5) {
+        PyErr_Format(PyExc_TypeError, "merge: expected 5 positional arguments, got %zd", nargs);
+        return NULL;
+    }
+    for (int i = 0; i < 4; i++) {
+        if (ada_view_of(state, args[i], names[i], false, &views[i])) goto done;
+        *arrays[i] = views[i].array;
+    }
+    if (ada_merge_init(&m, &error)) {
+        ada_raise(state, &error);
+        goto done;
+    }
+    out = new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
+    lse = out ? new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
+    if (!lse || ada_view_of(state, out, "out", true, &views[4]) || ada_view_of(state, lse, "lse", true, &views[5]))
+        goto done;
+    m.out = views[4].array, m.lse = views[5].array;
+    ada_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ada_merge(&m, &error);
+    Py_END_ALLOW_THREADS
+    result = status ? ada_raise(state, &error) : PyTuple_Pack(2, out, lse);
+done:
+    for (int i = 0; i < 6; i++) ada_view_release(&views[i]);
+    Py_XDECREF(out);
+    Py_XDECREF(lse);
+    return result;
+}
+
+/* ---- the machine ---- */
+
+static PyObject *isa_list(uint32_t mask) {
+    PyObject *list = PyList_New(0);
+    for (uint32_t bit = 1; list && bit; bit <<= 1) {
+        if (!(mask & bit) || !ada_isa_name(bit)) continue;
+        PyObject *name = PyUnicode_FromString(ada_isa_name(bit));
+        if (!name || PyList_Append(list, name)) Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *kernel_dict(void) {
+    const char *isa_of[ADA_SLOT_COUNT];
+    ada_kernels kernels;
+    ada_kernels_select(ada_isa_allowed(), &kernels, isa_of);
+    PyObject *dict = PyDict_New();
+    for (int i = 0; dict && i < ADA_SLOT_COUNT; i++) {
+        PyObject *isa = PyUnicode_FromString(isa_of[i]);
+        if (!isa || PyDict_SetItemString(dict, ada_slot_name(i), isa)) Py_CLEAR(dict);
+        Py_XDECREF(isa);
+    }
+    return dict;
+}
+
+PyDoc_STRVAR(cpu_info_doc, "cpu_info($module, /)\n--\n\nSee adaattn.cpu_info.");
+
+static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored)) {
+    (void)module;
+    char cpu[128];
+    ada_cpu_name(cpu, sizeof cpu);
+    return Py_BuildValue("{s:s, s:s, s:N, s:N, s:N, s:i, s:i, s:{s:s, s:N, s:s}}", "version", ADA_VERSION, "cpu", cpu,
+                         "isa_detected", isa_list(ada_cpu_isa()), "isa_used", isa_list(ada_isa_allowed()), "kernels",
+                         kernel_dict(), "num_threads", ada_get_num_threads(), "cpu_count", ada_cpu_count(), "build",
+                         "compiler", __VERSION__, "isa", isa_list(ada_isa_built()), "left_out", ADA_BUILD_LEFT_OUT);
+}
+
+PyDoc_STRVAR(get_num_threads_doc, "get_num_threads($module, /)\n--\n\nSee adaattn.get_num_threads.");
+
+static PyObject *get_num_threads(PyObject *module, PyObject *Py_UNUSED(ignored)) {
+    (void)module;
+    return PyLong_FromLong(ada_get_num_threads());
+}
+
+PyDoc_STRVAR(set_num_threads_doc, "set_num_threads($module, n, /)\n--\n\nSee adaattn.set_num_threads.");
+
+static PyObject *set_num_threads(PyObject *module, PyObject *object) {
+    const ada_module_state *state = state_of(module);
+    int64_t n = 0;
+    if (object != Py_None) {
+        if (integer_of(state, object, "n", "an int or None", &n)) return NULL;
+        if (n < 1) return PyErr_Format(state->argument_error, "n: expected an int of at least 1, got %S", object);
+    }
+    ada_set_num_threads(n > INT_MAX ? INT_MAX : (int)n);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(fail_doc, "_alloc_fail_after($module, n, /)\n--\n\n"
+                       "For tests: the (n + 1)-th allocation of the engine from now on fails once; -1: none.");
+
+static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
+    int64_t n;
+    if (integer_of(state_of(module), object, "n", "an int", &n)) return NULL;
+    ada_alloc_fail_after((int)n);
+    Py_RETURN_NONE;
+}
+
+/* ---- the module ---- */
+
+static PyMethodDef methods[] = {
+    {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
+    {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
+    {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
+    {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
+    {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
+    {"_alloc_fail_after", alloc_fail_after, METH_O, fail_doc},
+    {NULL, NULL, 0, NULL}};
+
+static int module_exec(PyObject *module) {
+    return ada_array_import_numpy() || ada_errors_import(state_of(module)) ? -1 : 0;
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg) {
+    ada_module_state *state = state_of(module);
+    Py_VISIT(state->argument_error);
+    Py_VISIT(state->shape_error);
+    Py_VISIT(state->dtype_error);
+    Py_VISIT(state->device_error);
+    return 0;
+}
+
+static int module_clear(PyObject *module) {
+    ada_errors_clear(state_of(module));
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+                                   {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+                                   {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+                                   {0, NULL}};
+
+static PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,
+                                 .m_name = "adaattn._adaattn",
+                                 .m_doc = "AdaAttn's engine.",
+                                 .m_size = sizeof(ada_module_state),
+                                 .m_methods = methods,
+                                 .m_slots = slots,
+                                 .m_traverse = module_traverse,
+                                 .m_clear = module_clear};
+
+PyMODINIT_FUNC PyInit__adaattn(void) { return PyModuleDef_Init(&definition); }

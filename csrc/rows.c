@@ -1,0 +1,102 @@
+/* Conversion of rows. Half formats go through float, in chunks; whole contiguous rows take the kernels. */
+#include <string.h>
+
+#include "rows.h"
+
+enum { CHUNK = 256 };
+
+/* n elements of one dtype, stride_bytes apart, to contiguous float. */
+static void load_f32(const ada_kernels *k, float *to, const char *from, ada_dtype dtype, int64_t stride_bytes,
+                     int n) {
+    uint16_t half[CHUNK];
+    switch (dtype) {
+    case ADA_F32:
+        if (stride_bytes == (int64_t)sizeof(float)) {
+            memcpy(to, from, (size_t)n * sizeof(float));
+            return;
+        }
+        for (int i = 0; i < n; i++) to[i] = *(const float *)(from + i * stride_bytes);
+        return;
+    case ADA_F64:
+        for (int i = 0; i < n; i++) to[i] = (float)*(const double *)(from + i * stride_bytes);
+        return;
+    default: {
+        const uint16_t *source = (const uint16_t *)from;
+        if (stride_bytes != (int64_t)sizeof *half) {
+            for (int i = 0; i < n; i++) half[i] = *(const uint16_t *)(from + i * stride_bytes);
+            source = half;
+        }
+        (dtype == ADA_F16 ? k->load_f16 : k->load_bf16)(to, source, n);
+    }
+    }
+}
+
+static void load_f64(const ada_kernels *k, double *to, const char *from, ada_dtype dtype, int64_t stride_bytes,
+                     int n) {
+    if (dtype == ADA_F64) {
+        for (int i = 0; i < n; i++) to[i] = *(const double *)(from + i * stride_bytes);
+        return;
+    }
+    float wide[CHUNK];
+    load_f32(k, wide, from, dtype, stride_bytes, n);
+    for (int i = 0; i < n; i++) to[i] = wide[i];
+}
+
+static void store_f32(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes, const float *from,
+                      int n) {
+    uint16_t half[CHUNK];
+    switch (dtype) {
+    case ADA_F32:
+        for (int i = 0; i < n; i++) *(float *)(to + i * stride_bytes) = from[i];
+        return;
+    case ADA_F64:
+        for (int i = 0; i < n; i++) *(double *)(to + i * stride_bytes) = from[i];
+        return;
+    default:
+        (dtype == ADA_F16 ? k->store_f16 : k->store_bf16)(half, from, n);
+        for (int i = 0; i < n; i++) *(uint16_t *)(to + i * stride_bytes) = half[i];
+    }
+}
+
+static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes, const double *from,
+                      int n) {
+    if (dtype == ADA_F64) {
+        for (int i = 0; i < n; i++) *(double *)(to + i * stride_bytes) = from[i];
+        return;
+    }
+    float narrow[CHUNK] = {0};
+    for (int i = 0; i < n; i++) narrow[i] = (float)from[i];
+    store_f32(k, to, dtype, stride_bytes, narrow, n);
+}
+
+/* The four functions of rows.h: rows, each in chunks. */
+#define FOR_CHUNKS(statement)                                                                                \
+    for (int r = 0; r < n; r++)                                                                              \
+        for (int c = 0; c < width; c += CHUNK) {                                                             \
+            int left = width - c < CHUNK ? width - c : CHUNK;                                                \
+            statement;                                                                                       \
+        }
+
+void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b, int64_t h,
+                       int64_t i, int n, int width) {
+    FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
+                        from->stride[3], left))
+}
+
+void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
+                       int64_t h, int64_t i, int n, int width) {
+    FOR_CHUNKS(load_f64(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
+                        from->stride[3], left))
+}
+
+void ada_store_rows_f32(const ada_kernels *k, const ada_array *to, int64_t b, int64_t h, int64_t i, int n,
+                        int width, const float *from, ptrdiff_t ld) {
+    FOR_CHUNKS(store_f32(k, ada_row_at(to, b, h, i + r) + c * to->stride[3], to->dtype, to->stride[3],
+                         from + r * ld + c, left))
+}
+
+void ada_store_rows_f64(const ada_kernels *k, const ada_array *to, int64_t b, int64_t h, int64_t i, int n,
+                        int width, const double *from, ptrdiff_t ld) {
+    FOR_CHUNKS(store_f64(k, ada_row_at(to, b, h, i + r) + c * to->stride[3], to->dtype, to->stride[3],
+                         from + r * ld + c, left))
+}

@@ -1,0 +1,38 @@
+/* Who may attend to what: causal, window, lengths, boolean masks and dropout, as bits. Every option ends here; what
+ * comes after sees bits (and, for float masks and ALiBi, a bias). */
+#ifndef ADA_VISIBLE_H
+#define ADA_VISIBLE_H
+
+#include "adaattn.h"
+#include "kernels.h"
+
+/* Keys first ... end - 1; empty when end <= first. */
+typedef struct {
+    int64_t first, end;
+} ada_span;
+
+/* Queries i ... i + n - 1 of (b, h) against keys j ... j + nk - 1; n <= ADA_LANES, nk <= ADA_BLOCK. */
+typedef struct {
+    int64_t b, h, i, j;
+    int n, nk;
+} ada_patch;
+
+/* Position of query i of sequence b on the axis of the keys. */
+int64_t ada_position(const ada_problem *p, int64_t b, int64_t i);
+
+/* What causal, window and kv_lengths leave to query i. Both ends never decrease with i. */
+ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i);
+
+typedef enum { ADA_HIDDEN, ADA_MIXED, ADA_PLAIN } ada_sight;
+
+/* Bit c of rows[r]: query i + r may attend to key j + c, by the spans and a boolean mask. rows is filled
+ * only where the patch is mixed; plain: all may, hidden: none. */
+ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t rows[ADA_LANES]);
+
+/* Bit c of rows[r]: dropout keeps key j + c for query i + r. */
+void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch, uint64_t rows[ADA_LANES]);
+
+/* rows[r] bit c <-> rows[c] bit r. */
+void ada_transpose_bits(uint64_t rows[64]);
+
+#endif

@@ -1,0 +1,91 @@
+"""Builds the engine: every kernel file with its own ISA flags, probed first, so that one binary runs everywhere.
+
+Environment: ADAATTN_WERROR=1 makes warnings errors, ADAATTN_COVERAGE=1 instruments for gcov, ADAATTN_SANITIZE=address,undefined
+builds with sanitizers.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# ISA, flags, and an intrinsic that needs them
+ISAS = [
+    ("avx2", AVX2, "_mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps())"),
+    ("avx512", AVX512, "_mm512_and_ps(_mm512_setzero_ps(), _mm512_setzero_ps())"),
+]
+
+
+def env_flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags that the environment asks for."""
+    compile_flags, link_flags = [], []
+    if os.environ.get("ADAATTN_WERROR") == "1":
+        compile_flags += ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    if os.environ.get("ADAATTN_COVERAGE") == "1":
+        compile_flags += ["--coverage", "-O1"]
+        link_flags += ["--coverage"]
+    if sanitize := os.environ.get("ADAATTN_SANITIZE"):
+        compile_flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+        link_flags += [f"-fsanitize={sanitize}"]
+    return compile_flags, link_flags
+
+
+class BuildEngine(build_ext):
+    """Compiles the sources in groups, one for each ISA, and links them into one extension."""
+
+    def can_build(self, flags: list[str], expression: str) -> bool:
+        """Whether the compiler takes the flags and knows the intrinsics behind them."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.c")
+            probe.write_text(f"#include <immintrin.h>\nvoid probe(void) {{ (void){expression}; }}\n")
+            try:
+                self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
+            except Exception:
+                return False
+        return True
+
+    def build_extension(self, ext: Extension) -> None:
+        """Builds the objects of each ISA, then lets setuptools compile the rest and link."""
+        compile_flags, link_flags = env_flags()
+        ext.extra_compile_args = [*ext.extra_compile_args, *compile_flags]
+        ext.extra_link_args = [*ext.extra_link_args, *link_flags]
+        left_out = []
+        for isa, flags, expression in ISAS:
+            built = self.can_build(flags, expression)
+            ext.define_macros.append((f"ADA_BUILD_{isa.upper()}", str(int(built))))
+            if not built:
+                left_out.append(f"{isa}: the compiler does not take {' '.join(flags)}")
+                continue
+            ext.extra_objects += self.compiler.compile(
+                sorted(map(str, Path("csrc/kernels").glob(f"*_{isa}.c"))),
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        ext.define_macros.append(("ADA_BUILD_LEFT_OUT", '"' + "; ".join(left_out) + '"'))
+        super().build_extension(ext)
+
+
+sources = [*Path("csrc").glob("*.c"), *Path("csrc/python").glob("*.c"), *Path("csrc/kernels").glob("*_scalar.c")]
+headers = [path for suffix in ("*.h", "*.def") for path in Path("csrc").rglob(suffix)]
+engine = Extension(
+    "adaattn._adaattn",
+    sorted(map(str, sources)),
+    include_dirs=[numpy.get_include()],
+    define_macros=[("_GNU_SOURCE", "1"), ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION")],
+    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread"],
+    extra_link_args=["-pthread", "-lm"],
+    depends=sorted(map(str, headers)),
+)
+
+if sys.platform == "win32":
+    raise SystemExit("adaattn needs a POSIX system (Linux or macOS): its thread pool is built on pthreads")
+
+setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})

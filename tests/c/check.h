@@ -1,0 +1,539 @@
+/* The harness of check_kernels.c: random inputs, guarded buffers, an expectation per element, the loop over kernels.
+ *
+ * A generator makes one case: buffers, what they must hold afterwards, and the call, wrapped in RUN, which runs
+ * every kernel of the slot on it. Elements without an expectation must keep their bits: inputs, gaps
+ * between rows, unused lanes. A buffer lies between two pages that trap, flush with one of them or a few elements
+ * off, so that vector instructions that no sanitizer sees cannot read beyond it either.
+ */
+#ifndef CHECK_H
+#define CHECK_H
+
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#ifdef __SANITIZE_ADDRESS__
+#    include <sanitizer/asan_interface.h>
+#else
+#    define ASAN_POISON_MEMORY_REGION(start, bytes) ((void)0)
+#    define ASAN_UNPOISON_MEMORY_REGION(start, bytes) ((void)0)
+#endif
+
+#include "../../csrc/adaattn.h"
+#include "../../csrc/cpu.h"
+#include "../../csrc/kernels.h"
+
+typedef long double wide; /* what expectations are computed in */
+
+typedef enum { SAME, NEAR, NONFINITE, BITS, ANY } rule; /* BITS: value is the pattern */
+typedef struct {
+    rule rule;
+    wide value;
+    double tolerance;
+    double exp2; /* to be multiplied by the relative error that exp2 may have in this kernel */
+} expectation;
+
+typedef struct {
+    const char *name;
+    ada_dtype dtype;
+    int bytes; /* of an element */
+    int64_t count, columns;
+    char *data;
+    char *mapping, *before; /* everything between the two pages that trap, and its bytes before the call */
+    size_t mapped;
+    wide *values;
+    expectation *expected; /* NULL: all SAME */
+} buffer;
+
+/* n rows of D elements; first is row 0, at its index in b; rows are ld elements apart. */
+typedef struct {
+    buffer *b;
+    int64_t at;
+    ptrdiff_t ld;
+    void *first;
+} matrix;
+
+enum { SAMPLES = 15, CALIBRATIONS = 3, MAX_BUFFERS = 12, MAX_KERNELS = 16 };
+
+typedef void (*function)(void);
+
+typedef struct {
+    const char *slot, *isa;
+    uint32_t needs;
+    function run;
+    bool failed;
+    double worst; /* largest error as a share of its bound */
+    int64_t turns;
+    double ns[SAMPLES];
+} kernel;
+
+typedef struct {
+    double unit, normal, least; /* unit roundoff, smallest normal and subnormal number */
+    wide largest;
+} limits;
+
+static const limits limits_f32 = {FLT_EPSILON / 2, FLT_MIN, 0x1p-149, FLT_MAX};
+static const limits limits_f64 = {DBL_EPSILON / 2, DBL_MIN, 0x1p-1074, DBL_MAX};
+
+typedef enum { PLAIN, SCALES, SPECIALS } style;
+
+typedef struct {
+    ada_dtype real, element; /* accumulation; K and V */
+    limits limit;
+    uint64_t seed, random;
+    int index; /* of the case */
+    style style;
+    double low, high; /* SCALES: exponents; SPECIALS: their share is 2^low */
+    char shape[160];
+    buffer buffers[MAX_BUFFERS];
+    int n_buffers;
+    kernel *kernels[MAX_KERNELS];
+    int n_kernels, running; /* -1: none yet */
+    function kernel;
+    uint64_t result, expected;
+    bool any_result;
+    union {
+        ada_tile_f32 f32;
+        ada_tile_f64 f64;
+    } tile;
+    bool bench;
+    double flops, bytes; /* of one call, for the benchmark */
+    int64_t turn, turns;
+    int sample;
+    double started;
+} check;
+
+/* ---- random numbers ---- */
+
+static uint64_t random_bits(check *c) {
+    uint64_t x = c->random += 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+static int integer(check *c, int low, int high) {
+    return low + (int)(random_bits(c) % (uint64_t)(high - low + 1));
+}
+static double uniform(check *c, double low, double high) {
+    return low + (high - low) * (double)(random_bits(c) >> 11) * 0x1p-53;
+}
+static bool chance(check *c, double p) { return uniform(c, 0, 1) < p; }
+
+/* ---- elements ---- */
+
+/* Half formats: bits of the significand, exponent of the smallest normal number. */
+static int precision(ada_dtype dtype) { return dtype == ADA_F16 ? 11 : 8; }
+static int low_exponent(ada_dtype dtype) { return dtype == ADA_F16 ? -14 : -126; }
+static uint16_t half_infinity(ada_dtype dtype) { return dtype == ADA_F16 ? 0x7c00 : 0x7f80; }
+
+/* By arithmetic, nothing shared with the kernels: to nearest, ties to even; a NaN keeps its sign and the top of its
+ * payload and becomes quiet. */
+static uint16_t to_half(float x, ada_dtype dtype) {
+    const int p = precision(dtype);
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000), infinity = half_infinity(dtype);
+    if (isnan(x)) return (uint16_t)(sign | infinity | 1 << (p - 2) | (bits & 0x7fffff) >> (24 - p));
+    if (isinf(x)) return sign | infinity;
+    int exponent = x == 0 ? low_exponent(dtype) : ilogb(x);
+    if (exponent < low_exponent(dtype)) exponent = low_exponent(dtype);
+    double units = nearbyint(ldexp(fabs((double)x), p - 1 - exponent));
+    double magnitude = units + ldexp(exponent - low_exponent(dtype), p - 1);
+    return sign | (magnitude < infinity ? (uint16_t)magnitude : infinity);
+}
+
+static wide from_half(uint16_t bits, ada_dtype dtype) {
+    const int p = precision(dtype), mantissa = bits & ((1 << (p - 1)) - 1), exponent = (bits & 0x7fff) >> (p - 1);
+    wide x = ldexpl(mantissa + (exponent ? 1 << (p - 1) : 0), (exponent ? exponent : 1) + low_exponent(dtype) - p);
+    if ((bits & 0x7fff) >= half_infinity(dtype)) x = mantissa ? (wide)NAN : (wide)INFINITY;
+    return bits & 0x8000 ? -x : x;
+}
+
+static int dtype_bytes(ada_dtype dtype) {
+    return dtype == ADA_F32 ? 4 : dtype == ADA_F64 || dtype == ADA_U64 ? 8 : 2;
+}
+
+static uint64_t bits_at(const buffer *b, int64_t i) {
+    uint64_t bits = 0;
+    memcpy(&bits, b->data + i * b->bytes, (size_t)b->bytes);
+    return bits;
+}
+static void set_bits(buffer *b, int64_t i, uint64_t bits) {
+    memcpy(b->data + i * b->bytes, &bits, (size_t)b->bytes);
+}
+
+static wide value_at(const buffer *b, int64_t i) {
+    float f;
+    double d;
+    uint64_t bits = bits_at(b, i);
+    switch (b->dtype) {
+    case ADA_F32: memcpy(&f, &bits, sizeof f); return f;
+    case ADA_F64: memcpy(&d, &bits, sizeof d); return d;
+    case ADA_U64: return bits;
+    default: return from_half((uint16_t)bits, b->dtype);
+    }
+}
+
+static void set(buffer *b, int64_t i, double x) {
+    float f = (float)x;
+    switch (b->dtype) {
+    case ADA_F32: memcpy(b->data + i * 4, &f, sizeof f); break;
+    case ADA_F64: memcpy(b->data + i * 8, &x, sizeof x); break;
+    default: set_bits(b, i, to_half(f, b->dtype));
+    }
+}
+
+/* All elements as they were before the call. */
+static const wide *values(buffer *b) {
+    if (!b->values) {
+        b->values = malloc((size_t)b->count * sizeof *b->values);
+        for (int64_t i = 0; i < b->count; i++) b->values[i] = value_at(b, i);
+    }
+    return b->values;
+}
+
+static double rounded(const check *c, double x) { return c->real == ADA_F32 ? (float)x : x; }
+/* Whether REAL can hold x exactly. */
+static bool holds(const check *c, wide x) { return c->real == ADA_F32 ? x == (float)x : x == (double)x; }
+static double sum_of(const check *c, wide a, wide b) {
+    return c->real == ADA_F32 ? (float)a + (float)b : (double)a + (double)b;
+}
+
+/* NaN of any payload and sign, infinities, zeros, subnormal and very large numbers. */
+static void set_special(check *c, buffer *b, int64_t i) {
+    static const int mantissa_bits[] = {[ADA_F32] = 23, [ADA_F64] = 52, [ADA_F16] = 10, [ADA_BF16] = 7};
+    int mantissa = mantissa_bits[b->dtype], width = b->bytes * 8;
+    uint64_t payload = random_bits(c) >> integer(c, 64 - mantissa, 63);
+    uint64_t infinity = (UINT64_C(1) << (width - 1)) - (UINT64_C(1) << mantissa);
+    uint64_t sign = random_bits(c) << (width - 1);
+    switch (integer(c, 0, 7)) {
+    case 0:
+    case 1: set_bits(b, i, sign | infinity | payload | (payload == 0)); break;
+    case 2:
+    case 3: set_bits(b, i, sign | infinity); break;
+    case 4: set_bits(b, i, sign); break;
+    case 5: set_bits(b, i, sign | payload); break;
+    case 6: set_bits(b, i, sign | (infinity - 1)); break;
+    default: set(b, i, chance(c, 0.5) ? 1e30 : -1e30);
+    }
+}
+
+/* A random number in the style of the case. */
+static void put(check *c, buffer *b, int64_t i) {
+    if (c->style == SPECIALS && chance(c, exp2(c->low)))
+        set_special(c, b, i);
+    else if (c->style == SCALES)
+        set(b, i, (chance(c, 0.5) ? 1 : -1) * exp2(uniform(c, c->low, c->high)));
+    else
+        set(b, i, uniform(c, -2, 2));
+}
+
+/* ---- shapes and buffers ---- */
+
+static int note(check *c, const char *name, int value) {
+    size_t used = strlen(c->shape);
+    snprintf(c->shape + used, sizeof c->shape - used, "%s%s=%d", used ? " " : "", name, value);
+    return value;
+}
+
+static int pick(check *c, const char *name, int low, int high, int bench) {
+    return note(c, name, c->bench ? bench : integer(c, low, high));
+}
+
+/* D or E: small, around multiples of vectors, anything. */
+static int pick_size(check *c, const char *name) {
+    int sizes[] = {integer(c, 1, 20), 16 * integer(c, 1, 16) + integer(c, -1, 1), 8 * integer(c, 1, 37),
+                   integer(c, 1, 300)};
+    return note(c, name, c->bench ? 128 : sizes[integer(c, 0, 3)]);
+}
+
+static int pick_lanes(check *c) {
+    return note(c, "lanes", c->bench ? ADA_LANES : ADA_LANE_STEP * integer(c, 1, ADA_LANES / ADA_LANE_STEP));
+}
+
+/* Filled with random bits: what a kernel must not read is likely NaN. */
+static buffer *new_buffer(check *c, const char *name, ada_dtype dtype, int64_t count, int64_t columns,
+                          size_t alignment) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    if (c->n_buffers == MAX_BUFFERS) abort();
+    buffer *b = &c->buffers[c->n_buffers++];
+    *b = (buffer){.name = name, .dtype = dtype, .bytes = dtype_bytes(dtype), .count = count, .columns = columns};
+    size_t bytes = (size_t)count * (size_t)b->bytes;
+    b->mapped = (bytes + 128 + page - 1) / page * page;
+    char *whole = mmap(NULL, b->mapped + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (whole == MAP_FAILED || mprotect(whole + page, b->mapped, PROT_READ | PROT_WRITE) != 0) {
+        perror("mmap");
+        exit(2);
+    }
+    b->mapping = whole + page;
+    size_t steps = (b->mapped - bytes) / alignment; /* to the end, or the last multiple of alignment before it */
+    if (chance(c, 0.3)) steps -= (size_t)integer(c, 0, (int)(128 / alignment));
+    if (chance(c, 0.1)) steps = 0;
+    b->data = b->mapping + steps * alignment;
+    for (size_t i = 0; i < (c->bench ? 0 : b->mapped); i += 8) {
+        uint64_t bits = random_bits(c);
+        memcpy(b->mapping + i, &bits, 8);
+    }
+    return b;
+}
+
+static void free_buffers(check *c) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) {
+        munmap(b->mapping - page, b->mapped + 2 * page);
+        free(b->before);
+        free(b->values);
+        free(b->expected);
+    }
+    c->n_buffers = 0;
+}
+
+/* [rows][ADA_LANES]; lanes from `lanes` on stay random bits. */
+static buffer *new_strips(check *c, const char *name, int rows, int lanes) {
+    buffer *b = new_buffer(c, name, c->real, (int64_t)rows * ADA_LANES, ADA_LANES, 64);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < lanes; i++) put(c, b, r * ADA_LANES + i);
+    return b;
+}
+
+static buffer *new_vector(check *c, const char *name, ada_dtype dtype, int n) {
+    buffer *b = new_buffer(c, name, dtype, n, n, (size_t)dtype_bytes(dtype));
+    for (int i = 0; i < n; i++) put(c, b, i);
+    return b;
+}
+
+/* A caller's rows, apart or backwards; inputs may also overlap or be one row for all. */
+static matrix new_rows(check *c, const char *name, ada_dtype dtype, int n, int width, bool input) {
+    int ld = width + (chance(c, 0.5) ? 0 : integer(c, 1, 20));
+    if (input && chance(c, 0.1)) ld = integer(c, 0, 2);
+    if (chance(c, 0.2)) ld = -ld;
+    if (c->bench) ld = width;
+    note(c, "ld", ld);
+    int64_t count = (int64_t)(n - 1) * abs(ld) + width;
+    buffer *b = new_buffer(c, name, dtype, count, count, (size_t)dtype_bytes(dtype));
+    matrix m = {b, ld < 0 ? (int64_t)(n - 1) * -ld : 0, ld, NULL};
+    m.first = b->data + m.at * b->bytes;
+    for (int j = 0; j < n && input; j++)
+        for (int d = 0; d < width; d++) put(c, b, m.at + (int64_t)j * ld + d);
+    return m;
+}
+
+static void *tile_of(check *c, buffer *q, buffer *p, buffer *o, buffer *m, buffer *l, int D, int E, int lanes) {
+#define DATA(b) (b ? (void *)b->data : NULL)
+    if (c->real == ADA_F32)
+        c->tile.f32 = (ada_tile_f32){DATA(q), DATA(p), DATA(o), DATA(m), DATA(l), D, E, lanes};
+    else
+        c->tile.f64 = (ada_tile_f64){DATA(q), DATA(p), DATA(o), DATA(m), DATA(l), D, E, lanes};
+#undef DATA
+    return &c->tile;
+}
+
+/* ---- expectations ---- */
+
+static void expect(buffer *b, int64_t i, expectation e) {
+    if (!b->expected) b->expected = calloc((size_t)b->count, sizeof *b->expected);
+    b->expected[i] = e;
+}
+static void expect_near(buffer *b, int64_t i, wide value, double tolerance, double exp2) {
+    expect(b, i, (expectation){NEAR, value, tolerance, exp2});
+}
+static void expect_bits(buffer *b, int64_t i, uint64_t bits) { expect(b, i, (expectation){.rule = BITS, .value = bits}); }
+static void expect_any(buffer *b, int64_t i) { expect(b, i, (expectation){.rule = ANY}); }
+
+/* One rounding of value, a hair more because `wide` rounds too. */
+static double rounding(const check *c, wide value) {
+    return isfinite(value) ? (double)fabsl(value) * c->limit.unit * 1.001 + c->limit.least * 0.501 : 0;
+}
+
+/* A sum of products, and what bounds its error. */
+typedef struct {
+    wide sum, magnitude, largest; /* of finite products */
+    int terms; /* that are not zero */
+} total;
+
+static inline void add_product(total *t, wide a, wide b) {
+    wide x = a * b, size = fabsl(x);
+    t->sum += x;
+    t->terms += x != 0;
+    if (!(size <= LDBL_MAX)) return;
+    t->magnitude += size;
+    if (size > t->largest) t->largest = size;
+}
+
+/* Any order, with or without FMA: a product and at most terms - 1 additions, each within one unit roundoff of
+ * a magnitude of at most that of the whole, to first order; the same number of roundings to subnormals. */
+static double total_tolerance(const check *c, const total *t) {
+    if (t->terms <= 1) return holds(c, t->sum) ? 0 : rounding(c, t->sum);
+    return (double)t->magnitude * c->limit.unit * (t->terms + 1) + c->limit.least * t->terms;
+}
+
+typedef enum { FINITE, MAYBE, INFINITE } finiteness;
+/* Whether REAL can hold the sum in any order of computation; a product beyond twice the largest number overflows
+ * whatever it is added to. */
+static finiteness total_finiteness(const check *c, const total *t) {
+    if (!isfinite(t->sum) || t->largest > 2.1L * c->limit.largest) return INFINITE;
+    return t->magnitude + total_tolerance(c, t) > c->limit.largest ? MAYBE : FINITE;
+}
+
+static void expect_total(const check *c, buffer *b, int64_t i, const total *t) {
+    finiteness finite = total_finiteness(c, t);
+    bool overflow = t->magnitude + total_tolerance(c, t) > c->limit.largest;
+    if (finite == FINITE || (finite == INFINITE && (isnan(t->sum) || !overflow)))
+        expect_near(b, i, t->sum, total_tolerance(c, t), 0);
+    else
+        expect(b, i, (expectation){.rule = finite == MAYBE ? ANY : NONFINITE});
+}
+
+/* Relative error of exp2 in units of 1: a table of 16 and two FMAs with AVX-512, else a polynomial of degree 6
+ * and the rounding of its last steps; double: the rounding of the last steps of degree 11. */
+static double exp2_error(const check *c, const kernel *k) {
+    return c->real == ADA_F64 ? 4e-16 : k->needs & ADA_ISA_AVX512 ? 4e-7 : 1.5e-7;
+}
+
+/* ---- running ---- */
+
+static void fail(check *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void fail(check *c, const char *format, ...) {
+    kernel *k = c->kernels[c->running];
+    if (!k->failed) {
+        char text[400];
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(text, sizeof text, format, arguments);
+        va_end(arguments);
+        printf("%s %s: seed %llu, case %d (%s): %s\n", k->slot, k->isa, (unsigned long long)c->seed, c->index,
+               c->shape, text);
+    }
+    k->failed = true;
+}
+
+/* The error as a share of its bound. */
+static double badness(const check *c, const kernel *k, const buffer *b, int64_t i, const expectation *e) {
+    if (e->rule == ANY) return 0;
+    if (e->rule == BITS) return bits_at(b, i) == (uint64_t)e->value ? 0 : INFINITY;
+    wide x = value_at(b, i);
+    if (e->rule == NONFINITE) return isfinite(x) ? INFINITY : 0;
+    double tolerance = e->tolerance + e->exp2 * exp2_error(c, k);
+    if (isnan(e->value)) return isnan(x) ? 0 : INFINITY;
+    if (x == e->value) return 0;
+    if (isinf(x) && fabsl(e->value) + tolerance >= c->limit.largest && signbit(x) == signbit(e->value)) return 0;
+    return isfinite(x) && tolerance > 0 ? (double)(fabsl(x - e->value) / tolerance) : INFINITY;
+}
+
+static void fail_at(check *c, const buffer *b, int64_t i, const char *what) {
+    if (b->columns < b->count)
+        fail(c, "%s[%lld][%lld] %s", b->name, (long long)(i / b->columns), (long long)(i % b->columns), what);
+    else
+        fail(c, "%s[%lld] %s", b->name, (long long)i, what);
+}
+
+static void verify_element(check *c, kernel *k, const buffer *b, int64_t i, const expectation *e) {
+    char what[160];
+    double bad = badness(c, k, b, i, e);
+    if (bad > k->worst) k->worst = bad;
+    if (bad <= 1) return;
+    if (e->rule == BITS)
+        snprintf(what, sizeof what, "has bits %#llx, expected %#llx", (unsigned long long)bits_at(b, i),
+                 (unsigned long long)e->value);
+    else if (e->rule == NONFINITE)
+        snprintf(what, sizeof what, "is %.9Lg, expected NaN or an infinity", value_at(b, i));
+    else
+        snprintf(what, sizeof what, "is %.17Lg, expected %.17Lg within %.3g", value_at(b, i), e->value,
+                 e->tolerance + e->exp2 * exp2_error(c, k));
+    fail_at(c, b, i, what);
+}
+
+static void verify_buffer(check *c, kernel *k, const buffer *b) {
+    const size_t start = (size_t)(b->data - b->mapping), end = start + (size_t)(b->count * b->bytes);
+    for (size_t at = 0; at < b->mapped; at++) {
+        if (at == start && end == b->mapped) break;
+        if (at == start) at = end;
+        if (b->mapping[at] != b->before[at]) {
+            fail(c, "wrote %td bytes from the start of %s, which has %zu", at - start, b->name, end - start);
+            break;
+        }
+    }
+    for (int64_t i = 0; i < b->count && !k->failed; i++) {
+        const expectation *e = b->expected ? &b->expected[i] : NULL;
+        if (e && e->rule != SAME)
+            verify_element(c, k, b, i, e);
+        else if (memcmp(b->data + i * b->bytes, b->before + start + i * b->bytes, (size_t)b->bytes) != 0)
+            fail_at(c, b, i, "was changed");
+    }
+}
+
+static void guard(const buffer *b, bool on) {
+    char *data_end = b->data + b->count * b->bytes, *end = b->mapping + b->mapped;
+    if (on) {
+        ASAN_POISON_MEMORY_REGION(b->mapping, (size_t)(b->data - b->mapping));
+        ASAN_POISON_MEMORY_REGION(data_end, (size_t)(end - data_end));
+    } else {
+        ASAN_UNPOISON_MEMORY_REGION(b->mapping, b->mapped);
+    }
+    (void)data_end, (void)end;
+}
+
+static double now(void);
+
+/* Kernels take turns, so that all see the same weather; the first rounds find how many calls make a sample. */
+static bool next_sample(check *c) {
+    double elapsed = now() - c->started;
+    if (c->running >= 0) {
+        kernel *k = c->kernels[c->running];
+        if (c->sample < CALIBRATIONS) {
+            double turns = 3e-4 / (elapsed / (double)k->turns + 1e-9);
+            k->turns = turns > 1 ? (int64_t)turns : 1;
+        } else {
+            k->ns[c->sample - CALIBRATIONS] = elapsed * 1e9 / (double)k->turns;
+        }
+    }
+    if (++c->running == c->n_kernels) c->running = 0, c->sample++;
+    if (c->sample == CALIBRATIONS + SAMPLES) return false;
+    kernel *k = c->kernels[c->running];
+    if (c->sample == 0) k->turns = 1;
+    c->turns = k->turns;
+    c->kernel = k->run;
+    c->started = now();
+    return true;
+}
+
+/* Puts the inputs in place and chooses the next kernel, after checking what the previous one left. */
+static bool next_run(check *c) {
+    if (c->bench) return next_sample(c);
+    if (c->running >= 0 && !c->any_result && c->result != c->expected)
+        fail(c, "returned %#llx, expected %#llx", (unsigned long long)c->result, (unsigned long long)c->expected);
+    for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) {
+        if (c->running < 0) {
+            b->before = malloc(b->mapped);
+            memcpy(b->before, b->mapping, b->mapped);
+        } else {
+            guard(b, false);
+            verify_buffer(c, c->kernels[c->running], b);
+            memcpy(b->mapping, b->before, b->mapped);
+        }
+    }
+    c->result = 0;
+    c->turns = 1;
+    while (++c->running < c->n_kernels)
+        if (!c->kernels[c->running]->failed) {
+            c->kernel = c->kernels[c->running]->run;
+            for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) guard(b, true);
+            return true;
+        }
+    return false;
+}
+
+#define RUN(c, statement)                                                                                    \
+    while (next_run(c))                                                                                      \
+        for ((c)->turn = 0; (c)->turn < (c)->turns; (c)->turn++) statement
+/* The kernel under check, called through the type of its slot. */
+#define CALL_AS(c, slot, ...) (((ada_##slot##_fn *)(c)->kernel)(__VA_ARGS__))
+#define CALL(c, op, ...)                                                                                     \
+    ((c)->real == ADA_F32 ? CALL_AS(c, op##_f32, __VA_ARGS__) : CALL_AS(c, op##_f64, __VA_ARGS__))
+
+#endif

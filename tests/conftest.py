@@ -1,0 +1,56 @@
+"""Options, profiles and fixtures of the suite; what test files import from each other lives in support.py.
+
+`--full` is the slow tier: every row against float64, large hypothesis budgets, builds of the package.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# `python -m pytest` puts the checkout first on the path; unless it holds an engine, the installed package is meant.
+if not any((ROOT / "adaattn").glob("_adaattn*.so")):
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+
+hypothesis.settings.register_profile(
+    "fast", max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.register_profile(
+    "full", hypothesis.settings.get_profile("fast"), max_examples=20_000, derandomize=False, print_blob=True
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the slow tier as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa_sample: also run under every narrower ADAATTN_ISA")
+    config.addinivalue_line("markers", "slow: run with --full only")
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "fast")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="needs --full"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def cc() -> str:
+    """The C compiler; tests that need one are skipped where there is none."""
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return found or pytest.skip("no C compiler")

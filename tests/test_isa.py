@@ -1,0 +1,57 @@
+"""The kernels behind the fastest: a sample of the suite under every ADAATTN_ISA that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import in_new_process
+
+import adaattn
+
+ISAS = ["scalar", "avx2", "avx512"]
+
+
+def _kernels() -> dict[str, str]:
+    return adaattn.cpu_info()["kernels"]
+
+
+def machine_isas() -> list[str]:
+    """The instruction sets up to the best that a kernel is chosen from where nothing narrows the choice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ADAATTN_ISA", raising=False)
+        return ISAS[: 1 + max(map(ISAS.index, in_new_process(_kernels).values()))]
+
+
+@pytest.fixture(scope="module", name="machine_isas")
+def machine_isas_fixture() -> list[str]:
+    return machine_isas()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_choice_of_kernels(isa: str, machine_isas: list[str]) -> None:
+    kernels = in_new_process(_kernels, ADAATTN_ISA=isa)
+    assert kernels.keys() == adaattn.cpu_info()["kernels"].keys()
+    assert set(kernels.values()) == {isa if isa in machine_isas else machine_isas[-1]}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sample_of_the_suite(isa: str, machine_isas: list[str]) -> None:
+    if isa not in machine_isas:
+        pytest.skip("not on this machine")
+    if set(_kernels().values()) == {isa}:
+        pytest.skip("what the suite runs under anyhow")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "isa_sample", "-p", "no:cacheprovider"]
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [*command, folder],
+        env=os.environ | {"ADAATTN_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    print(f"ADAATTN_ISA={isa}: {done.stdout.splitlines()[-1]}")

@@ -1,0 +1,196 @@
+"""What a user installs: imports, types, sizes, the command line, builds."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from support import in_new_process
+
+import adaattn
+from adaattn import cli
+
+PACKAGE = Path(adaattn.__file__).parent
+
+USAGE = """
+import numpy as np
+from numpy.typing import NDArray
+import adaattn
+
+x: NDArray[np.float32] = np.ones((1, 2, 3, 4), np.float32)
+out = adaattn.attention(x, x, x, causal="upper_left", window=(3, None), softcap=2.0, dropout_p=0.1, seed=[1])
+out, lse = adaattn.attention(x, x, x, attn_mask=x[0, 0, :, :3], return_lse=True)
+out, lse = adaattn.merge(out, lse, out, lse)
+adaattn.set_num_threads(adaattn.get_num_threads())
+kernels: dict[str, str] = adaattn.cpu_info()["kernels"]
+oracle = adaattn.reference.attention(x, x, x)
+try:
+    adaattn.attention(x, x, x, scale=-1.0)
+except adaattn.ArgumentError as error:
+    print(error)
+"""
+
+
+def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter where nothing but the package that is tested can be imported by its name."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **({"cwd": PACKAGE.parent} | options)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# ---- import
+
+
+def _modules_of_import() -> set[str]:
+    code = "import sys, numpy; before = set(sys.modules); import adaattn; print(*(set(sys.modules) - before))"
+    return {name.partition(".")[0] for name in python("-c", code).stdout.split()}
+
+
+def test_import_loads_numpy_and_the_standard_library_only() -> None:
+    assert _modules_of_import() - set(sys.stdlib_module_names) - {"numpy"} == {"adaattn"}
+
+
+def test_everything_public_has_a_docstring() -> None:
+    public = [getattr(adaattn, name) for name in adaattn.__all__]
+    assert all(x.__doc__ for x in public if callable(x))
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", adaattn.__version__)
+    assert adaattn.cpu_info()["version"] == adaattn.__version__
+
+
+# ---- types
+
+
+def test_usage_is_typed(tmp_path: Path) -> None:
+    (tmp_path / "usage.py").write_text(USAGE)
+    python("-m", "mypy", "--strict", "--cache-dir", tmp_path, tmp_path / "usage.py")
+    python(tmp_path / "usage.py")
+
+
+def test_stub_is_complete(tmp_path: Path) -> None:
+    python("-m", "mypy.stubtest", "adaattn._adaattn", "--mypy-config-file", write(tmp_path / "empty.ini", "[mypy]"))
+
+
+def test_sources_are_typed(tmp_path: Path) -> None:
+    python("-m", "mypy", "--strict", "--cache-dir", tmp_path, "-p", "adaattn")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# ---- sizes
+
+
+def test_sizes(tmp_path: Path) -> None:
+    """The engine under 3 MB and the packed package, model included, under 10 MB."""
+    (engine,) = PACKAGE.glob("_adaattn*.so")
+    assert engine.stat().st_size < 3e6
+    with zipfile.ZipFile(tmp_path / "package.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in PACKAGE.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.write(path)
+    assert (tmp_path / "package.zip").stat().st_size < 10e6
+
+
+@pytest.mark.slow
+def test_builds_and_installs(tmp_path: Path) -> None:
+    """A wheel made from the sdist alone, and an editable install of it, each work in an environment of their own."""
+    python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=ROOT)
+    (sdist,) = tmp_path.glob("adaattn-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    python("-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("adaattn-*.whl")
+    assert wheel.stat().st_size < 10e6
+    check = "import adaattn, numpy; x = numpy.ones((1, 1, 2, 4)); assert (adaattn.attention(x, x, x) == 1).all()"
+    for name, what in (("wheel", [wheel]), ("editable", ["--editable", source])):
+        python("-m", "venv", tmp_path / name)
+        for arguments in (["-m", "pip", "install", *what], ["-c", check]):
+            subprocess.run([tmp_path / name / "bin" / "python", *arguments], check=True, cwd=tmp_path)
+
+
+# ---- command line
+
+
+def test_info() -> None:
+    info = json.loads(python("-m", "adaattn", "info", "--json").stdout)
+    assert info == json.loads(json.dumps(adaattn.cpu_info()))
+    text = python("-m", "adaattn", "info").stdout
+    assert all(slot in text for slot in info["kernels"])
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Any]:
+    return json.loads(python("-m", "adaattn", "demo", "--json").stdout)
+
+
+def test_demo_reads_the_text(demo: dict[str, Any]) -> None:
+    assert demo["bytes"] == 4096 and demo["passed"] is True
+    assert abs(demo["bits_per_byte"] - 1.208149) < 1e-3
+    assert demo["continuation"].startswith('path) as f:\n        """Return the file at the file')
+    assert len(demo["continuation"].encode()) == 64
+
+
+def test_demo_measures_every_layer(demo: dict[str, Any]) -> None:
+    assert [layer["layer"] for layer in demo["layers"]] == [0, 1, 2, 3]
+    for layer in demo["layers"]:
+        assert layer["seconds"] > 0 and layer["numpy_seconds"] > 0
+        assert 0 < layer["error"] <= layer["worst_head_error"] < 2e-6
+
+
+def test_demo_for_people() -> None:
+    text = python("-m", "adaattn", "demo").stdout
+    assert "1.208" in text and "path) as f:" in text and text.count("e-") >= 4
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--unknown"]], ids=str)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "usage: adaattn" in capsys.readouterr().err
+
+
+def test_demo_that_fails_its_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from adaattn import demo as module
+
+    monkeypatch.setattr(module, "EXPECTED_BITS_PER_BYTE", 1.3)
+    monkeypatch.setattr(module, "LENGTH", 64)
+    monkeypatch.setattr(module, "NEW_BYTES", 2)
+    assert cli.main(["demo", "--json"]) == 1
+    assert "bits per byte" in capsys.readouterr().err
+
+
+def test_demo_without_safetensors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert cli.main(["demo"]) == 1
+    assert "pip install adaattn[demo]" in capsys.readouterr().err
+
+
+def _loaded_twice() -> bool:
+    """A second copy of the extension module beside the first: nothing is shared but the thread pool."""
+    import importlib
+
+    first = sys.modules.pop("adaattn._adaattn")
+    second = importlib.import_module("adaattn._adaattn")
+    x = np.ones((1, 1, 2, 4), np.float32)
+    return second is not first and bool((adaattn.attention(x, x, x) == 1).all())
+
+
+def test_extension_can_be_loaded_twice() -> None:
+    assert in_new_process(_loaded_twice)

@@ -1,0 +1,477 @@
+"""The engine within its process: fork, threads, signals, the floating-point environment, memory and failing allocations.
+
+Functions whose names begin with an underscore run in a fresh process, see `support.in_new_process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import BF16, CASES, DTYPES, F32, F64, SHAPES, Array, Shape, in_new_process, inputs, peak_memory, same_bits
+
+import adaattn
+from adaattn import _adaattn
+
+CASE = Shape(2, 4, 2, 150, 200, 32, 32)
+ONE_QUERY = Shape(1, 2, 1, 1, 9000, 64, 64)
+
+
+def endless(T: int, S: int, dtype: Any = F32, E: int = 64) -> list[Array]:
+    """Arrays of no memory to speak of that keep any machine busy."""
+    one = np.ones((1, 1, 1, 1), dtype)
+    return [np.broadcast_to(one, size) for size in ((1, 8, T, 64), (1, 8, S, 64), (1, 8, S, E))]
+
+
+def some_calls(num_threads: int = 3) -> list[Any]:
+    rng = np.random.default_rng(1)
+    shapes = [CASE, ONE_QUERY, *SHAPES]
+    return [
+        adaattn.attention(*inputs(rng, s), return_lse=True, num_threads=num_threads, **CASES[case](rng, s))
+        for s, case in itertools.product(shapes, ("plain", "all"))
+    ]
+
+
+# ---- fork
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("depth", [1, 2])
+def test_fork_in_parent_and_child(depth: int) -> None:
+    expected = some_calls()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = [pool.apply_async(fork_again, (depth - 1,)) for _ in range(4)]
+        assert all(map(same_bits, some_calls(), expected))
+        for result in results:
+            assert all(map(same_bits, result.get(60), expected))
+    assert all(map(same_bits, some_calls(), expected))
+
+
+def fork_again(depth: int) -> list[Any]:
+    """What a child computes; its own child, if it is to have one, must agree."""
+    mine = some_calls()
+    if depth:
+        if (child := os.fork()) == 0:
+            compare_and_exit(mine)
+        assert os.waitpid(child, 0)[1] == 0
+    return mine
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_threads_compute() -> None:
+    stop, expected = threading.Event(), some_calls()
+
+    def busy() -> None:
+        while not stop.is_set():
+            adaattn.attention(*inputs(np.random.default_rng(0), CASE), num_threads=2)
+
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(busy) for _ in range(2)]
+        try:
+            for _ in range(8):
+                child = multiprocessing.get_context("fork").Process(target=compare_and_exit, args=(expected,))
+                child.start()
+                child.join(60)
+                assert child.exitcode == 0
+        finally:
+            stop.set()
+        for thread in running:
+            thread.result(60)
+
+
+def compare_and_exit(expected: list[Any]) -> None:
+    os._exit(0 if all(map(same_bits, some_calls(), expected)) else 1)
+
+
+# ---- threads
+
+
+def test_many_python_threads_at_once() -> None:
+    def compute(i: int) -> tuple[Array, Array]:
+        rng = np.random.default_rng(i)
+        shape = [CASE, ONE_QUERY, *SHAPES][i % 12]
+        arrays, options = inputs(rng, shape), CASES["all" if i % 2 else "plain"](rng, shape)
+        return adaattn.attention(*arrays, return_lse=True, num_threads=1 + i % 4, **options)
+
+    expected = [compute(i) for i in range(96)]
+    with ThreadPoolExecutor(16) as pool:
+        assert all(map(same_bits, pool.map(compute, range(96)), expected))
+
+
+def test_gil_is_released() -> None:
+    """Another Python thread goes on counting during a call."""
+    done = threading.Event()
+
+    def call() -> None:
+        adaattn.attention(*(x[:, :2, :6000] for x in endless(8000, 8000)), num_threads=1)
+        done.set()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    ticks = 0
+    while not done.is_set():
+        time.sleep(1e-3)
+        ticks += 1
+    thread.join()
+    assert ticks >= 10
+
+
+@pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="needs a free-threaded Python")
+def test_free_threaded_build_stays_free() -> None:
+    assert not sys._is_gil_enabled()
+
+
+def _default_threads(cpus: int | None = None) -> int:
+    if cpus:
+        os.sched_setaffinity(0, set(itertools.islice(os.sched_getaffinity(0), cpus)))
+    return adaattn.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"ADAATTN_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, 3),
+        ({"OMP_NUM_THREADS": "5"}, 5),
+        ({"ADAATTN_NUM_THREADS": "zero", "OMP_NUM_THREADS": "4"}, 4),
+    ],
+    ids=str,
+)
+def test_number_of_threads_from_the_environment(environment: dict[str, str], expected: int) -> None:
+    assert in_new_process(_default_threads, **environment) == expected
+
+
+def test_number_of_threads_from_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ADAATTN_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert in_new_process(_default_threads, 1) == 1
+
+
+# ---- signals
+
+
+def _interrupted_after(threads: int, T: int, S: int, dtype: str) -> tuple[float, bool]:
+    """Seconds from SIGINT to KeyboardInterrupt, and whether the engine works afterwards."""
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    expected = some_calls()
+    arrays = endless(T, S, np.dtype(dtype))
+    threading.Timer(0.5, interrupt).start()
+    try:
+        adaattn.attention(*arrays, num_threads=threads)
+    except KeyboardInterrupt:
+        return time.monotonic() - sent[0], all(map(same_bits, some_calls(), expected))
+    raise AssertionError("the call ended by itself")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("T", "S"), [(400_000, 400_000), (1, 1_000_000_000), (2_000_000, 20_000)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_ctrl_c(threads: int, T: int, S: int, dtype: str) -> None:
+    """The best of three: what else runs on the machine may delay one."""
+    delay = np.inf
+    for _ in range(3):
+        seconds, works = in_new_process(_interrupted_after, threads, T, S, dtype)
+        assert works
+        delay = min(delay, seconds)
+        if delay < 0.2:
+            return
+    raise AssertionError(f"KeyboardInterrupt came {delay:.3f} s after the signal")
+
+
+def test_handler_that_raises_something_else() -> None:
+    def handler(signum: int, frame: Any) -> None:
+        raise LookupError("mine")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(LookupError, match="mine"):
+            adaattn.attention(*endless(400_000, 400_000))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_handler_that_returns_lets_the_call_finish() -> None:
+    calls: list[int] = []
+    arrays = inputs(np.random.default_rng(0), Shape(1, 4, 4, 3000, 3000, 64, 64))
+    expected = adaattn.attention(*arrays)
+    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        assert same_bits(adaattn.attention(*arrays), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert calls
+
+
+# ---- floating-point environment
+
+FLUSH, ROUND_UP, FLAGS, DEFAULT = 0x8040, 0x4000, 0x3F, 0x1F80
+
+CSR_SOURCE = """
+unsigned get_csr(void) { return __builtin_ia32_stmxcsr(); }
+void set_csr(unsigned value) { __builtin_ia32_ldmxcsr(value); }
+"""
+
+
+@pytest.fixture(scope="module")
+def csr(cc: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+    if platform.machine() != "x86_64":
+        pytest.skip("MXCSR is a register of x86")
+    folder = tmp_path_factory.mktemp("csr")
+    (folder / "csr.c").write_text(CSR_SOURCE)
+    subprocess.run([cc, "-shared", "-fPIC", "-O2", "csr.c", "-o", "csr.so"], cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "csr.so"))
+    yield library
+    library.set_csr(DEFAULT)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("control", [DEFAULT, DEFAULT | FLUSH, DEFAULT | ROUND_UP, DEFAULT | FLUSH | FLAGS], ids=hex)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [CASE, ONE_QUERY], ids=str)
+def test_mxcsr_stays_and_changes_nothing(
+    shape: Shape, dtype: Any, control: int, threads: int, csr: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    arrays, options = inputs(rng, shape, dtype), CASES["all"](rng, shape)
+    arrays[2] *= np.asarray(1e-6 if dtype == np.float16 else 1e-38, dtype)
+    expected = adaattn.attention(*arrays, return_lse=True, num_threads=threads, **options)
+    csr.set_csr(control)
+    result = adaattn.attention(*arrays, return_lse=True, num_threads=threads, **options)
+    after = csr.get_csr()
+    csr.set_csr(DEFAULT)
+    assert after & ~FLAGS == control & ~FLAGS
+    assert same_bits(result, expected)
+
+
+def test_mxcsr_after_an_error(csr: ctypes.CDLL) -> None:
+    csr.set_csr(DEFAULT | FLUSH)
+    with contextlib.suppress(adaattn.Error):
+        adaattn.attention(*inputs(np.random.default_rng(0), CASE), softcap=-1.0)
+    after = csr.get_csr()
+    csr.set_csr(DEFAULT)
+    assert after & ~FLAGS == DEFAULT | FLUSH
+
+
+# ---- memory
+
+
+def calls_of_all_kinds() -> list[Callable[[], Any]]:
+    """Small calls through every path, and others that fail."""
+    rng = np.random.default_rng(0)
+    shapes = [SHAPES[1], SHAPES[2], SHAPES[5]]
+    cases = [(inputs(rng, s, dtype), options(rng, s)) for s in shapes for dtype in DTYPES for options in CASES.values()]
+    calls: list[Callable[[], Any]] = [
+        lambda a=arrays, o=options: adaattn.attention(*a, return_lse=True, **o) for arrays, options in cases
+    ]
+    arrays = inputs(rng, SHAPES[1])
+    side = adaattn.attention(*arrays, return_lse=True)
+    out = np.empty_like(side[0])
+    calls += [lambda: adaattn.merge(*side, *side), lambda: adaattn.attention(*arrays, out=out), adaattn.cpu_info]
+    bad: list[dict[str, Any]] = [
+        {"attn_mask": np.ones(3, bool)},
+        {"attn_mask": np.full((1, 7), np.nan)},
+        {"alibi_slopes": np.ones(9)},
+        {"sinks": [1, 2, "x"]},
+        {"kv_lengths": np.array([99, 99])},
+        {"query_offset": 1.5},
+        {"seed": object()},
+        {"window": (1, -1)},
+        {"window": 5},
+        {"causal": "left"},
+        {"scale": np.nan},
+        {"dropout_p": 2.0},
+        {"precision": "fp16"},
+        {"out": np.empty((1, 2))},
+        {"out": arrays[0]},
+        {"num_threads": 0},
+        {"unknown": 1},
+        {"key": arrays[1][0]},
+        {"value": arrays[2].astype(F64)},
+        {"query": "query"},
+    ]
+    named = dict(zip(("query", "key", "value"), arrays, strict=True))
+    for options in bad:
+        calls.append(lambda o=options: pytest.raises((TypeError, ValueError), adaattn.attention, **(named | o)))
+    return calls
+
+
+def _growth(rounds: int) -> tuple[int, int]:
+    """Python's memory blocks and bytes of resident memory that are gained, after a warm-up."""
+    calls = calls_of_all_kinds()
+
+    def measure() -> tuple[int, int]:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return sys.getallocatedblocks(), pages * resource.getpagesize()
+
+    for _ in range(3):
+        for call in calls:
+            call()
+    before = measure()
+    for _ in range(rounds):
+        for call in calls:
+            call()
+    after = measure()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def test_nothing_leaks() -> None:
+    blocks, size = in_new_process(_growth, 10)
+    assert blocks < 100 and size < 2**20
+
+
+def test_references_are_given_back(rng: np.random.Generator) -> None:
+    s = SHAPES[1]
+    arguments: dict[str, Any] = dict(zip(("query", "key", "value"), inputs(rng, s), strict=True))
+    arguments |= CASES["all"](rng, s) | {"out": np.empty((s.B, s.H, s.T, s.E), F32), "dropout_p": 0.25}
+    objects = [*arguments.values(), None, True, False, F32, np.ndarray]
+    bad = {"query": 1, "attn_mask": "x", "window": (1, -1), "seed": "x", "out": arguments["key"], "sinks": np.ones(77)}
+
+    def calls() -> None:
+        adaattn.attention(**arguments, return_lse=True)
+        for name, value in bad.items():
+            with pytest.raises((TypeError, ValueError)):
+                adaattn.attention(**(arguments | {name: value}))
+
+    calls()
+    before = [sys.getrefcount(x) for x in objects]
+    for _ in range(50):
+        calls()
+    after = [sys.getrefcount(x) for x in objects]
+    assert all(abs(a - b) < 25 for a, b in zip(after, before, strict=True))
+
+
+def _peak_beyond_output(T: int, S: int, threads: int, options: dict[str, Any]) -> int:
+    """Bytes by which the resident memory peaks above inputs and output; the scores alone would be T S 4 bytes."""
+    rng = np.random.default_rng(0)
+    arrays = inputs(rng, Shape(1, 2, 1, T, S, 64, 64))
+    adaattn.attention(*(x[:, :, :64] for x in arrays), num_threads=threads)
+    out = np.zeros_like(arrays[0])
+
+    before = peak_memory()
+    adaattn.attention(*arrays, out=out, num_threads=threads, **options)
+    return peak_memory() - before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("T", "S"), [(4096, 4096), (1, 300_000), (4, 100_000)])
+def test_no_buffer_of_all_scores(T: int, S: int, threads: int) -> None:
+    for options in ({}, {"causal": True, "softcap": 3.0}):
+        assert in_new_process(_peak_beyond_output, T, S, threads, options) < threads * 2 * 2**20
+
+
+# ---- failing allocations
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What a call gives in a thread of its own, which has no memory kept from calls before."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("case", ["plain", "all", "bias float16"])
+@pytest.mark.parametrize("shape", [CASE, ONE_QUERY, SHAPES[5], Shape(1, 2, 2, 3, 5000, 16, 16)], ids=str)
+def test_engine_allocations_that_fail(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -> None:
+    arrays, options = inputs(rng, shape, dtype), CASES[case](rng, shape)
+    assert_memory_errors(lambda: adaattn.attention(*arrays, return_lse=True, **options))
+
+
+def test_engine_allocations_that_fail_beyond_fp32(rng: np.random.Generator) -> None:
+    """A head that is computed again in fp64 needs more memory; so do arrays that are not aligned."""
+    arrays = [np.asfortranarray(1e30 * x) for x in inputs(rng, CASE)]
+    assert_memory_errors(lambda: adaattn.attention(*arrays))
+    shifted = [np.frombuffer(b" " + x.tobytes(), np.uint8)[1:].view(F32).reshape(x.shape) for x in arrays]
+    assert_memory_errors(lambda: adaattn.attention(*shifted))
+
+
+def assert_memory_errors(call: Callable[[], Any]) -> None:
+    """Failing the first allocation, then the second and so on gives MemoryError each time, until none is left to fail."""
+    expected = attempt(call)
+
+    def failing(n: int) -> Any:
+        _adaattn._alloc_fail_after(n)
+        try:
+            return call()
+        except MemoryError:
+            return None
+        finally:
+            _adaattn._alloc_fail_after(-1)
+
+    for n in range(100):
+        if (result := attempt(lambda n=n: failing(n))) is not None:
+            assert n > 0 and same_bits(result, expected)
+            return
+    raise AssertionError("allocations never end")
+
+
+def test_results_too_large_for_memory() -> None:
+    with pytest.raises(MemoryError):
+        adaattn.attention(*endless(2**48, 16))
+    with pytest.raises(MemoryError):
+        adaattn.attention(*endless(2**48, 16), return_lse=True)
+
+
+def _python_allocations_that_fail(which: int) -> int:
+    """Fail each of the interpreter's own allocations in turn; how many calls raised MemoryError."""
+    import _testcapi
+
+    rng = np.random.default_rng(0)
+    shape = SHAPES[1]
+    arrays, options = inputs(rng, shape), CASES["all"](rng, shape)
+    side = adaattn.attention(*arrays, return_lse=True)
+    calls: list[Callable[[], Any]] = [
+        lambda: adaattn.attention(*arrays, return_lse=True, **options),
+        lambda: adaattn.attention(*arrays, window=(1, 2), sinks=[1, 2, 3, 4], kv_lengths=[3, 4]),
+        lambda: adaattn.merge(*side, *side),
+        adaattn.cpu_info,
+        lambda: adaattn.attention(*arrays, softcap=-1.0),
+        lambda: adaattn.attention(*arrays, causal="left"),
+    ]
+    call = calls[which]
+    raised, calm = 0, 0
+    for n in range(1, 3000):
+        _testcapi.set_nomemory(n, n + 1)
+        try:
+            call()
+        except MemoryError:
+            raised, calm = raised + 1, 0
+        except adaattn.Error:
+            calm += 1
+        else:
+            calm += 1
+        finally:
+            _testcapi.remove_mem_hooks()
+        if calm > 200:
+            break
+    return raised
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_python_allocations_that_fail(which: int) -> None:
+    pytest.importorskip("_testcapi")
+    assert in_new_process(_python_allocations_that_fail, which) > 0
