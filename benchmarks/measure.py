@@ -82,7 +82,7 @@ class Contestant:
     yardstick: Contestant | None = None
 
     def calibrate(self, seconds: float, first: float = 0.0) -> Contestant:
-        """Choose how many calls make a sample of this long: one, if the first call was much longer already."""
+        """Choose how many calls make a sample of this long: one if the first call took far longer."""
         if first < 4 * seconds:
             once = self.sample(1)
             self.calls = math.ceil(seconds / (once if once > 1e-3 else self.sample(10)))

@@ -52,15 +52,15 @@ def targets(run: Comparison, thread_counts: Sequence[int]) -> list[Target]:
         ratios = speedups(prefill)
         check(f"prefill, {on}: torch/AdaAttn, mean", "{:.3f}", 1.3, ratios, statistics.geometric_mean)
         check(f"prefill, {on}: torch/AdaAttn, least", "{:.3f}", 1.0, ratios)
-        long = [m for m in prefill if m.shape.keys >= 2048]
+        long = [one for one in prefill if one.shape.keys >= 2048]
         if n == 1:
-            full = [m.share for m in long if not m.shape.causal]
+            full = [one.share for one in long if not one.shape.causal]
             check(f"S >= 2048, full, {on}: of FMA peak", "{:.1%}", 0.92, full)
-            long = [m for m in long if m.shape.causal]
+            long = [one for one in long if one.shape.causal]
         case = "S >= 2048, causal" if n == 1 else "S >= 2048"
-        check(f"{case}, {on}: of FMA peak", "{:.1%}", 0.85, [m.share for m in long])
-        check(f"prefill, {on}: error/torch's", "{:.3f}", 1.5, [m.error_ratio for m in prefill], max)
-        check(f"decode, {on}: of read bandwidth", "{:.1%}", 0.93, [m.share for m in decode])
+        check(f"{case}, {on}: of FMA peak", "{:.1%}", 0.85, [one.share for one in long])
+        check(f"prefill, {on}: error/torch's", "{:.3f}", 1.5, [one.error_ratio for one in prefill], max)
+        check(f"decode, {on}: of read bandwidth", "{:.1%}", 0.93, [one.share for one in decode])
         check(f"decode, {on}: torch/AdaAttn, least", "{:.3f}", 2.4, speedups(decode))
         check(f"small, {on}: torch/AdaAttn, least", "{:.3f}", 1.0, speedups(run.pick("small", n)))
     extras = run.extras
@@ -94,26 +94,28 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 def show_section(run: Comparison, section: str, threads: int) -> None:
     decode = section == "decode"
 
-    def cells(m: Contestant) -> list[str]:
-        speedup = "{1:.2f} ({0:.2f}-{2:.2f})".format(*m.speedup) if m.speedup and m.name != "torch" else ""
+    def cells(one: Contestant) -> list[str]:
+        speedup = (
+            "{1:.2f} ({0:.2f}-{2:.2f})".format(*one.speedup) if one.speedup and one.name != "torch" else ""
+        )
         return [
-            str(m.shape),
-            f"{m.name} {m.dtype}",
-            f"{m.seconds * 1e3:.3f} ms" if m.seconds > 1e-4 else f"{m.seconds * 1e6:.2f} us",
+            str(one.shape),
+            f"{one.name} {one.dtype}",
+            f"{one.seconds * 1e3:.3f} ms" if one.seconds > 1e-4 else f"{one.seconds * 1e6:.2f} us",
             speedup,
-            f"{m.gflops / m.intensity if decode else m.gflops:.1f}",
-            f"{m.share:.1%}" if m.share else "",
-            f"{m.error:.1e}" if m.error else "",
-            f"{m.error_ratio:.2f}" if m.error_ratio else "",
+            f"{one.gflops / one.intensity if decode else one.gflops:.1f}",
+            f"{one.share:.1%}" if one.share else "",
+            f"{one.error:.1e}" if one.error else "",
+            f"{one.error_ratio:.2f}" if one.error_ratio else "",
         ]
 
-    rows = [cells(m) for m in run.results if (m.section, m.threads) == (section, threads)]
+    rows = [cells(one) for one in run.results if (one.section, one.threads) == (section, threads)]
     rate = "GB/s" if decode else "GFLOP/s"
     header = ["B,H,S,D", "", "time", "torch/this", rate, "of ceiling", "error", "error/torch"]
     show_table(f"{section}, {plural(threads)}", header, rows)
     means = []
     for peer, label in LABELS.items():
-        speedups = [m.speedup[1] for m in run.pick(section, threads, peer) if m.speedup]
+        speedups = [one.speedup[1] for one in run.pick(section, threads, peer) if one.speedup]
         if speedups and peer != "torch":
             means.append(f"{label} {statistics.geometric_mean(speedups):.2f}")
     if means:
@@ -161,7 +163,12 @@ def plot(folder: Path, run: Comparison, thread_counts: Sequence[int]) -> None:
 
     rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("speedups", draw_speedups), ("roofline", draw_roofline)):
+    drawings = {}
+    if any(one.speedup for one in run.results):
+        drawings["speedups"] = draw_speedups
+    if any(one.section != "small" for one in run.results):
+        drawings["roofline"] = draw_roofline
+    for name, draw in drawings.items():
         figure = Figure(layout="constrained", facecolor="white", dpi=100)
         draw(figure, run, thread_counts)
         for suffix in ("png", "svg"):
@@ -169,19 +176,17 @@ def plot(folder: Path, run: Comparison, thread_counts: Sequence[int]) -> None:
 
 
 def draw_speedups(figure: Any, run: Comparison, thread_counts: Sequence[int]) -> None:
-    cases = list(dict.fromkeys((m.section, m.shape) for m in run.results))
+    cases = list(dict.fromkeys((one.section, one.shape) for one in run.results))
     sections = dict.fromkeys(section for section, _ in cases)
-    names = [name for name in LABELS if name != "torch" and any(m.name == name for m in run.results)]
+    names = [name for name in LABELS if name != "torch" and any(one.name == name for one in run.results)]
     figure.set_size_inches(8, 1.6 + 0.45 * len(cases))
     axes = figure.subplots(1, len(thread_counts), sharey=True, squeeze=False)[0]
     for axis, threads in zip(axes, thread_counts, strict=True):
         for i, name in enumerate(names):
             at = [row + (i - (len(names) - 1) / 2) * 0.8 / len(names) for row in range(len(cases))]
-            speedups = [m.speedup[1] for s in sections for m in run.pick(s, threads, name) if m.speedup]
+            speedups = [one.speedup[1] for s in sections for one in run.pick(s, threads, name) if one.speedup]
             widths = [speedup - 1 for speedup in speedups]
-            bars = axis.barh(
-                at[: len(widths)], widths, 0.8 / len(names), 1, color=COLORS[name], label=LABELS[name]
-            )
+            bars = axis.barh(at, widths, 0.8 / len(names), 1, color=COLORS[name], label=LABELS[name])
             if name == "adaattn":
                 axis.bar_label(bars, [f"{speedup:.2f}" for speedup in speedups], fontsize=9, padding=2)
         axis.axvline(1, color="black", linewidth=1)
@@ -206,8 +211,8 @@ def draw_roofline(figure: Any, run: Comparison, thread_counts: Sequence[int]) ->
             label = f"measured: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s"
             axis.plot(x, [min(peak, bandwidth * i) for i in x], color="black", label=label)
         for peer, marker in (("adaattn", "o"), ("torch", "x")):
-            points = [m for section in ("prefill", "decode") for m in run.pick(section, threads, peer)]
-            x, y = [m.intensity for m in points], [m.gflops for m in points]
+            points = [one for section in ("prefill", "decode") for one in run.pick(section, threads, peer)]
+            x, y = [one.intensity for one in points], [one.gflops for one in points]
             axis.scatter(x, y, marker=marker, color=COLORS[peer], label=f"{LABELS[peer]}, fp32", zorder=3)
         axis.set(xscale="log", yscale="log", title=plural(threads), ylabel="GFLOP/s")
         axis.grid(alpha=0.3)
@@ -219,11 +224,11 @@ def draw_roofline(figure: Any, run: Comparison, thread_counts: Sequence[int]) ->
 
 def ceilings(run: Comparison, threads: int) -> tuple[float, float] | None:
     """Peak GFLOP/s of FMA, and GB/s at which the longest keys and values are read."""
-    ours = [m for m in run.results if m.threads == threads]
-    peaks = [m.gflops for m in ours if m.name == "FMA peak"]
-    reads = [m for m in ours if m.name.startswith("read")]
+    ours = [one for one in run.results if one.threads == threads]
+    peaks = [one.gflops for one in ours if one.name == "FMA peak"]
+    reads = [one for one in ours if one.name.startswith("read")]
     if not peaks or not reads:
         return None
-    longest = max(m.shape.keys for m in reads)
-    rates = [m.gflops / m.intensity for m in reads if m.shape.keys == longest]
+    longest = max(one.shape.keys for one in reads)
+    rates = [one.gflops / one.intensity for one in reads if one.shape.keys == longest]
     return statistics.median(peaks), max(rates)

@@ -63,11 +63,11 @@ static void KIND(mask_rows)(const ada_run *r, REAL *rows, const ada_patch *patch
                 rows[i * ADA_BLOCK + j] = x > -INFINITY && x < -REAL_LARGEST ? -REAL_LARGEST : (REAL)x;
             }
     }
-    /* The lowest float16 swallows the scores added to it, as float32's and bfloat16's lowest do. */
+    /* The lowest float16 counts as float32's lowest: it swallows the scores that are added to it. */
     if (mask.dtype == ADA_F16)
         for (int i = 0; i < patch->n; i++)
             for (int j = 0; j < patch->nk; j++)
-                if (rows[i * ADA_BLOCK + j] == -65504) rows[i * ADA_BLOCK + j] = -REAL_LARGEST;
+                if (rows[i * ADA_BLOCK + j] == -65504) rows[i * ADA_BLOCK + j] = -FLT_MAX;
 }
 
 /* What a float mask and ALiBi add to the scores of a patch, in log2 units, row-major with a stride of ADA_BLOCK;
@@ -140,10 +140,16 @@ static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const
     return true;
 }
 
-static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, bool *finite) {
+/* Scores of a block times factor, capped; false when a score to be capped is not finite. */
+static bool KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, REAL factor) {
     r->k->KIND(scores)(&s->tile, block->k, block->ldk, (nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP);
-    *finite = !r->p->has_softcap ||
-              r->k->KIND(softcap)(s->tile.p, nk * ADA_LANES, (REAL)(r->p->softcap * ADA_LOG2E));
+    bool finite = true;
+    for (int j = 0; (factor != 1 || r->p->has_softcap) && j < nk; j++) {
+        REAL *row = s->tile.p + j * ADA_LANES;
+        for (int i = 0; i < s->tile.lanes; i++) row[i] *= factor;
+        if (r->p->has_softcap) finite &= r->k->KIND(softcap)(row, s->tile.lanes, (REAL)(r->p->softcap * ADA_LOG2E));
+    }
+    return finite;
 }
 
 /* Weights of one block; false when REAL cannot hold its scores. */
@@ -152,22 +158,20 @@ static bool KIND(block_weights)(const ada_run *r, const KIND(scratch) * s, const
     bool plain = !block->visible && !block->bias && !block->keep && !r->p->has_softcap && nk % ADA_KEY_STEP == 0;
     if (plain && !first && k->KIND(scores_weights)(&s->tile, block->k, block->ldk, nk)) return true;
     for (bool raise = first || plain;; raise = true) {
-        bool finite;
-        KIND(raw_scores)(r, s, block, nk, &finite);
-        if (!finite) return false;
+        if (!KIND(raw_scores)(r, s, block, nk, 1)) return false;
         if (raise) k->KIND(reference)(&s->tile, nk, block->visible, block->bias);
         if (k->KIND(weights)(&s->tile, nk, block->visible, block->bias, block->keep)) return true;
         if (raise) return false;
     }
 }
 
-/* Packs the queries and resets the sums. */
-static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patch *patch) {
+/* Packs the queries times factor and resets the sums. */
+static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patch *patch, REAL factor) {
     const ada_problem *p = r->p;
     ptrdiff_t ld;
     s->tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
     const REAL *q = KIND(rows_at)(r, &p->query, patch->b, patch->h, patch->i, patch->n, s->rows, &ld);
-    r->k->KIND(pack)(s->tile.q, q, ld, patch->n, (int)p->D, s->tile.lanes, (REAL)(p->scale * ADA_LOG2E));
+    r->k->KIND(pack)(s->tile.q, q, ld, patch->n, (int)p->D, s->tile.lanes, factor);
     memset(s->tile.o, 0, (size_t)p->E * ADA_LANES * sizeof(REAL));
     for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
 }
@@ -179,35 +183,74 @@ static void KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada
         s->factor[i] = (REAL)finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
 }
 
-/* Writes out; false when an output is not finite. */
-static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch) {
+/* Writes out; false when an output is not finite. patched: then puts back what take_special_values took out. */
+static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, bool patched) {
     const ada_array *out = &r->p->out;
     const int E = (int)r->p->E;
-    bool direct = out->dtype == REAL_DTYPE && out->stride[3] == (int64_t)sizeof(REAL);
+    bool direct = !patched && out->dtype == REAL_DTYPE && out->stride[3] == (int64_t)sizeof(REAL);
     REAL *rows = direct ? (REAL *)ada_row_at(out, patch->b, patch->h, patch->i) : s->rows;
-    KIND(normalise)(r, s, patch);
-    if (!r->k->KIND(unpack)(rows, direct ? out->stride[2] / (ptrdiff_t)sizeof(REAL) : E, s->tile.o, s->factor,
-                            patch->n, E))
-        return false;
-    if (!direct) KIND(ada_store_rows)(r->k, out, patch->b, patch->h, patch->i, patch->n, E, rows, E);
-    return true;
+    bool finite = r->k->KIND(unpack)(rows, direct ? out->stride[2] / (ptrdiff_t)sizeof(REAL) : E, s->tile.o, s->factor,
+                                     patch->n, E);
+    if (direct) return finite;
+    for (int i = 0; patched && i < patch->n; i++)
+        for (int e = 0; e < E; e++) {
+            int kind = s->special[e * ADA_LANES + i];
+            if (!kind) continue;
+            rows[i * E + e] = kind == SPECIAL_PLUS ? INFINITY : kind == SPECIAL_MINUS ? -INFINITY : NAN;
+        }
+    KIND(ada_store_rows)(r->k, out, patch->b, patch->h, patch->i, patch->n, E, rows, E);
+    return finite;
 }
 
-/* Queries patch->i ... patch->i + n - 1 of a head against all keys. False: needs attend_tile_carefully. */
-static bool KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, ada_job *job, int worker) {
-    KIND(start_tile)(r, s, &patch);
+/* Takes NaN and infinities out of the block's values and notes them for every lane that may attend to them; scales
+ * the others. */
+static void KIND(take_special_values)(const ada_run *r, KIND(scratch) * s, KIND(block) * block, int nk, REAL scale) {
+    const int E = (int)r->p->E;
+    for (int j = 0; j < nk; j++)
+        for (int e = 0; e < E; e++) {
+            REAL x = block->v[j * block->ldv + e];
+            int kind = isnan(x) ? SPECIAL_NAN : x == INFINITY ? SPECIAL_PLUS : x == -INFINITY ? SPECIAL_MINUS : 0;
+            uint64_t lanes = block->visible ? block->visible[j] : UINT64_MAX;
+            for (int i = 0; kind && i < s->tile.lanes; i++)
+                if ((lanes >> i & 1) && !(block->bias && block->bias[j * ADA_LANES + i] == -INFINITY))
+                    s->special[e * ADA_LANES + i] |= (uint8_t)kind;
+            s->v[j * E + e] = kind ? 0 : x * scale;
+        }
+    block->v = s->v, block->ldv = E;
+}
+
+/* Queries patch->i ... patch->i + n - 1 of a head against all keys. patched: NaN and infinities in V are taken out and
+ * put back into the result, which leaves every other bit as if they had been finite. */
+static outcome KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, bool patched, ada_job *job,
+                                 int worker) {
+    KIND(start_tile)(r, s, &patch, (REAL)(r->p->scale * ADA_LOG2E));
+    if (patched) memset(s->special, 0, (size_t)r->p->E * ADA_LANES);
     ada_span span = tile_span(r->p, &patch);
     bool first = true;
     for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
-        if (ada_job_cancelled(job, worker)) return true;
+        if (ada_job_cancelled(job, worker)) return DONE;
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         KIND(block) block;
         if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
-        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) return false;
+        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) return BAD_SCORES;
+        if (patched) KIND(take_special_values)(r, s, &block, patch.nk, 1);
         r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
         first = false;
     }
-    return KIND(finish_tile)(r, s, &patch);
+    /* Scores so low come from masks only, and were clamped: double keeps them apart. */
+    for (int i = 0; sizeof(REAL) == sizeof(float) && i < patch.n; i++)
+        if (s->tile.l[i] > 0 && s->tile.m[i] < -REAL_LARGEST / 4) return BAD_SCORES;
+    KIND(normalise)(r, s, &patch);
+    return KIND(finish_tile)(r, s, &patch, patched) ? DONE : BAD_OUTPUT;
+}
+
+/* One tile, as exactly as REAL allows; false where it must be computed carefully. */
+static bool KIND(complete_tile)(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    KIND(scratch) s = KIND(scratch_of)(r->p, &carver);
+    outcome result = KIND(attend_tile)(r, &s, *patch, false, job, worker);
+    if (result == BAD_OUTPUT) result = KIND(attend_tile)(r, &s, *patch, true, job, worker);
+    return result == DONE;
 }
 
 /* m, l, o[E] of one query over one split of the keys; m is NaN where REAL did not suffice. */
@@ -222,25 +265,27 @@ typedef struct {
     KIND_FN(ada_row_scores) *scores;
     KIND_FN(ada_row_values) *values;
     bool in_place;
+    int bytes; /* of an element as the kernels read it */
     REAL *copy;
 } KIND(row_reader);
 
 static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_array *a, REAL *copy) {
     bool unit = a->stride[3] == ada_dtype_bytes(a->dtype) || a->shape[3] == 1;
-    KIND(row_reader) reader = {a, k->KIND(row_scores), k->KIND(row_values), unit && a->dtype == REAL_DTYPE, copy};
+    bool in_place = unit && a->dtype == REAL_DTYPE;
+    KIND(row_reader) reader = {a, k->KIND(row_scores), k->KIND(row_values), in_place, sizeof(REAL), copy};
 #ifdef READS_HALF
     if (unit && a->dtype == ADA_F16)
-        reader.scores = k->row_scores_f16, reader.values = k->row_values_f16, reader.in_place = true;
+        reader = (KIND(row_reader)){a, k->row_scores_f16, k->row_values_f16, true, 2, NULL};
     if (unit && a->dtype == ADA_BF16)
-        reader.scores = k->row_scores_bf16, reader.values = k->row_values_bf16, reader.in_place = true;
+        reader = (KIND(row_reader)){a, k->row_scores_bf16, k->row_values_bf16, true, 2, NULL};
 #endif
     return reader;
 }
 
-static const void *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g, int64_t j,
+static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g, int64_t j,
                                    int n, ptrdiff_t *ld) {
     const ada_array *a = reader->array;
-    if (!reader->in_place) return KIND(rows_at)(r, a, b, g, j, n, reader->copy, ld);
+    if (!reader->in_place) return (const char *)KIND(rows_at)(r, a, b, g, j, n, reader->copy, ld);
     *ld = a->stride[2] / ada_dtype_bytes(a->dtype);
     return ada_row_at(a, b, g, j);
 }
@@ -275,13 +320,14 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     for (int64_t j = first; j < end; j += ADA_BLOCK) {
         if (ada_job_cancelled(job, worker)) return;
         const int nk = (int)(end - j < ADA_BLOCK ? end - j : ADA_BLOCK);
-        const void *k = NULL, *v = NULL;
+        const char *k = NULL, *v = NULL;
         ptrdiff_t ldk = 0, ldv = 0;
         for (int64_t row = 0; row < rows; row++) {
-            const ada_patch patch = {b, g * group + row / p->T, row % p->T, j, 1, nk};
+            ada_patch patch = {b, g * group + row / p->T, row % p->T, j, 1, nk};
             uint64_t visible[ADA_LANES] = {UINT64_MAX};
             REAL *partial = KIND(partial)(r, b, patch.h, patch.i, split);
             if (partial[0] != partial[0] || ada_visible_rows(p, &patch, visible) == ADA_HIDDEN) continue;
+            const int skipped = trim_patch(&patch, visible);
             if (!k) {
                 k = KIND(read_rows)(r, &keys, b, g, j, nk, &ldk);
                 v = KIND(read_rows)(r, &values, b, g, j, nk, &ldv);
@@ -292,9 +338,9 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
                 packed = row;
             }
             KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
-            keys.scores(s->tile.p, s->tile.q, k, ldk, nk, D);
+            keys.scores(s->tile.p, s->tile.q, k + skipped * ldk * keys.bytes, ldk, patch.nk, D);
             if (KIND(weigh_row)(r, s, &patch, visible[0], &state)) {
-                values.values(partial + 2, s->tile.p, v, ldv, nk, E);
+                values.values(partial + 2, s->tile.p, v + skipped * ldv * values.bytes, ldv, patch.nk, E);
                 partial[0] = state.m, partial[1] = state.l;
             } else {
                 partial[0] = NAN;
@@ -319,6 +365,7 @@ static bool KIND(join_splits)(const ada_run *r, const KIND(scratch) * s, int64_t
         l += factor * x[1];
         for (int64_t e = 0; e < p->E; e++) row[e] += factor * x[2 + e];
     }
+    if (sizeof(REAL) == sizeof(float) && l > 0 && m < -REAL_LARGEST / 4) return false; /* as in attend_tile */
     REAL factor = (REAL)finish_row(p, b, h, i, m, l);
     bool finite = true;
     for (int64_t e = 0; e < p->E; e++) {

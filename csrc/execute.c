@@ -58,6 +58,21 @@ static ada_span tile_span(const ada_problem *p, const ada_patch *patch) {
     return span;
 }
 
+/* Drops the hidden keys at both ends of a patch of one query; returns how many in front. */
+static int trim_patch(ada_patch *patch, uint64_t visible[1]) {
+    uint64_t bits = patch->nk == 64 ? visible[0] : visible[0] & (((uint64_t)1 << patch->nk) - 1);
+    int skipped = __builtin_ctzll(bits);
+    visible[0] = bits >> skipped;
+    patch->j += skipped;
+    patch->nk = 64 - __builtin_clzll(visible[0]);
+    return skipped;
+}
+
+/* BAD_SCORES: a score is NaN, infinite or beyond the format; BAD_OUTPUT: all scores are good. */
+typedef enum { DONE, BAD_SCORES, BAD_OUTPUT } outcome;
+
+enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
+
 #define REAL float
 #define KIND(name) name##_f32
 #define KIND_FN(name) name##_f32_fn
@@ -76,32 +91,15 @@ static ada_span tile_span(const ada_problem *p, const ada_patch *patch) {
 #undef KIND
 #undef KIND_FN
 
-/* The careful way, in double, for tiles that hold NaN or infinities or overflow: kernels see only finite numbers, and
+/* The careful way, in double, for tiles whose scores are not finite or overflow: kernels see only finite numbers, and
  * what was taken out is put into the result as plain arithmetic would have. */
-
-enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
-
-/* Takes NaN and infinities out of the block's values; notes them for every lane that may attend to them. */
-static void take_special_values(const ada_run *r, scratch_f64 *s, block_f64 *block, int nk, double scale) {
-    const int E = (int)r->p->E;
-    for (int j = 0; j < nk; j++)
-        for (int e = 0; e < E; e++) {
-            double x = block->v[j * block->ldv + e];
-            int kind = isnan(x) ? SPECIAL_NAN : x == INFINITY ? SPECIAL_PLUS : x == -INFINITY ? SPECIAL_MINUS : 0;
-            uint64_t lanes = block->visible ? block->visible[j] : UINT64_MAX;
-            for (int i = 0; kind && i < ADA_LANES; i++)
-                if (lanes >> i & 1) s->special[e * ADA_LANES + i] |= (uint8_t)kind;
-            s->v[j * E + e] = kind ? 0 : x * scale;
-        }
-    block->v = s->v, block->ldv = E;
-}
 
 /* Adds the bias to the scores and hides what is not finite: a NaN or +inf makes its lane NaN, a -inf weighs 0. */
 static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, int n, uint64_t *nan_lanes,
                                 uint64_t *minus_lanes) {
-    if (!block->visible) memset(s->visible, 0xff, 64 * sizeof *s->visible);
-    block->visible = s->visible;
-    for (int j = 0; j < nk; j++)
+    const uint64_t queries = n == ADA_LANES ? UINT64_MAX : ((uint64_t)1 << n) - 1;
+    for (int j = 0; j < nk; j++) {
+        s->visible[j] = block->visible ? block->visible[j] & queries : queries;
         for (int i = 0; i < n; i++) {
             const uint64_t lane = (uint64_t)1 << i;
             double *x = s->tile.p + j * ADA_LANES + i, add = block->bias ? block->bias[j * ADA_LANES + i] : 0;
@@ -112,6 +110,8 @@ static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, 
             if (add == -INFINITY) continue;
             *(*x == -INFINITY ? minus_lanes : nan_lanes) |= lane;
         }
+    }
+    block->visible = s->visible;
     block->bias = NULL;
 }
 
@@ -128,17 +128,17 @@ static bool attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch
     const ada_problem *p = r->p;
     const int E = (int)p->E;
     uint64_t nan_lanes = 0, minus_lanes = 0;
-    start_tile_f64(r, s, &patch);
+    /* The scale is applied to the scores: products of floats are exact in double, and so cancel. */
+    start_tile_f64(r, s, &patch, 1);
     memset(s->special, 0, (size_t)E * ADA_LANES);
     ada_span span = tile_span(p, &patch);
     for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
         if (ada_job_cancelled(job, worker)) return true;
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         block_f64 block;
-        bool finite;
         if (!prepare_block_f64(r, s, &patch, &block)) continue;
-        take_special_values(r, s, &block, patch.nk, v_scale);
-        raw_scores_f64(r, s, &block, patch.nk, &finite);
+        take_special_values_f64(r, s, &block, patch.nk, v_scale);
+        raw_scores_f64(r, s, &block, patch.nk, p->scale * ADA_LOG2E);
         take_special_scores(s, &block, patch.nk, patch.n, &nan_lanes, &minus_lanes);
         r->k->reference_f64(&s->tile, patch.nk, block.visible, NULL);
         hide_weightless(s, patch.nk, patch.n);
@@ -149,19 +149,13 @@ static bool attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch
     for (int i = 0; i < patch.n && !p->sinks.data; i++)
         if (s->tile.l[i] == 0) nan_lanes |= minus_lanes & (uint64_t)1 << i;
     normalise_f64(r, s, &patch);
-    for (int i = 0; i < patch.n; i++) s->factor[i] /= v_scale;
-    bool finite = r->k->unpack_f64(s->rows, E, s->tile.o, s->factor, patch.n, E);
     for (int i = 0; i < patch.n; i++) {
-        bool nan = nan_lanes >> i & 1;
-        if (nan) store_lse(p, patch.b, patch.h, patch.i + i, NAN);
-        for (int e = 0; e < E; e++) {
-            int kind = nan ? SPECIAL_NAN : s->special[e * ADA_LANES + i];
-            double *x = s->rows + i * E + e;
-            if (kind) *x = kind == SPECIAL_PLUS ? INFINITY : kind == SPECIAL_MINUS ? -INFINITY : NAN;
-        }
+        s->factor[i] /= v_scale;
+        if (!(nan_lanes >> i & 1)) continue;
+        store_lse(p, patch.b, patch.h, patch.i + i, NAN);
+        for (int e = 0; e < E; e++) s->special[e * ADA_LANES + i] = SPECIAL_NAN;
     }
-    ada_store_rows_f64(r->k, &p->out, patch.b, patch.h, patch.i, patch.n, E, s->rows, E);
-    return finite;
+    return finish_tile_f64(r, s, &patch, true);
 }
 
 static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
@@ -177,16 +171,8 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     /* Within a head the last tiles come first: under a causal limit they are the longest. */
     int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
     const ada_patch patch = {head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
-    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
-    bool good;
-    if (p->compute_f64) {
-        scratch_f64 s = scratch_of_f64(p, &carver);
-        good = attend_tile_f64(r, &s, patch, job, worker);
-    } else {
-        scratch_f32 s = scratch_of_f32(p, &carver);
-        good = attend_tile_f32(r, &s, patch, job, worker);
-    }
-    if (!good) attend_tile_carefully(r, &patch, job, worker);
+    if (!(p->compute_f64 ? complete_tile_f64(r, &patch, job, worker) : complete_tile_f32(r, &patch, job, worker)))
+        attend_tile_carefully(r, &patch, job, worker);
 }
 
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {

@@ -11,7 +11,8 @@ typedef struct {
     int lanes; /* lanes to compute, a multiple of ADA_LANE_STEP; only they are read and written */
 } KIND(ada_tile);
 
-/* to[d][i] = rows[i][d] * factor for i < n, zero for the other lanes; ld is rows' stride in elements. */
+/* to[d][i] = rows[i][d] * factor for i < n; the lanes from n on repeat row n - 1, so that they never make
+ * trouble of their own. ld is rows' stride in elements. */
 typedef void KIND_FN(ada_pack)(ADA_REAL *to, const ADA_REAL *rows, ptrdiff_t ld, int n, int D, int lanes, ADA_REAL factor);
 
 /* p[j][i] = q_i . k_j for j < n, n a multiple of ADA_KEY_STEP; ldk is the row stride in elements. */

@@ -226,7 +226,7 @@ class TestThreads:
     def test_set_and_get(self) -> None:
         adaattn.set_num_threads(3)
         assert adaattn.get_num_threads() == 3
-        assert adaattn.cpu_info()["threads"] == 3
+        assert adaattn.cpu_info()["num_threads"] == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])

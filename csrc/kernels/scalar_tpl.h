@@ -17,7 +17,7 @@ static REAL KIND(score)(const KIND(tile) * t, int j, int i, const REAL *bias) {
 
 void KERNEL(pack)(REAL *to, const REAL *rows, ptrdiff_t ld, int n, int D, int lanes, REAL factor) {
     for (int d = 0; d < D; d++)
-        for (int i = 0; i < lanes; i++) to[d * ADA_LANES + i] = i < n ? rows[i * ld + d] * factor : 0;
+        for (int i = 0; i < lanes; i++) to[d * ADA_LANES + i] = rows[(i < n ? i : n - 1) * ld + d] * factor;
 }
 
 void KERNEL(scores)(const KIND(tile) * t, const REAL *k, ptrdiff_t ldk, int n) {

@@ -53,6 +53,8 @@ INLINE mask m_or(mask a, mask b) { return _mm256_or_ps(a, b); }
 INLINE mask m_and(mask a, mask b) { return _mm256_and_ps(a, b); }
 INLINE bool m_any(mask a) { return _mm256_movemask_ps(a) != 0; }
 INLINE mask m_greater(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+/* NaN differs from anything. */
+INLINE mask m_differ(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
 /* Lanes that are not within [low, high], NaN among them. */
 INLINE mask m_outside(vec a, vec low, vec high) {
     return _mm256_or_ps(_mm256_cmp_ps(a, low, _CMP_NGE_UQ), _mm256_cmp_ps(a, high, _CMP_NLE_UQ));
@@ -142,6 +144,7 @@ INLINE mask m_or(mask a, mask b) { return _mm256_or_pd(a, b); }
 INLINE mask m_and(mask a, mask b) { return _mm256_and_pd(a, b); }
 INLINE bool m_any(mask a) { return _mm256_movemask_pd(a) != 0; }
 INLINE mask m_greater(vec a, vec b) { return _mm256_cmp_pd(a, b, _CMP_GT_OQ); }
+INLINE mask m_differ(vec a, vec b) { return _mm256_cmp_pd(a, b, _CMP_NEQ_UQ); }
 INLINE mask m_outside(vec a, vec low, vec high) {
     return _mm256_or_pd(_mm256_cmp_pd(a, low, _CMP_NGE_UQ), _mm256_cmp_pd(a, high, _CMP_NLE_UQ));
 }

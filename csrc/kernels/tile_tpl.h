@@ -38,9 +38,8 @@ void KERNEL(pack)(REAL *to, const REAL *rows, ptrdiff_t ld, int n, int D, int la
         for (int d = 0; d < D; d += VL) {
             vec r[VL];
             UNROLL for (int i = 0; i < VL; i++) {
-                const REAL *row = rows + (lane + i) * ld + d;
-                r[i] = lane + i >= n ? v_zero() : d + VL <= D ? v_loadu(row) : v_load_n(row, D - d);
-                r[i] = v_mul(r[i], v_set1(factor));
+                const REAL *row = rows + (lane + i < n ? lane + i : n - 1) * ld + d;
+                r[i] = v_mul(d + VL <= D ? v_loadu(row) : v_load_n(row, D - d), v_set1(factor));
             }
             v_transpose(r);
             for (int i = 0; i < VL && d + i < D; i++) v_store(to + (d + i) * ADA_LANES + lane, r[i]);
@@ -106,7 +105,7 @@ INLINE vec biased(const tile_t *t, int j, int lane, const REAL *bias) {
 }
 INLINE mask seen(int j, int lane, const uint64_t *visible, const REAL *bias) {
     mask see = visible ? m_bits(visible[j], lane) : m_first(VL);
-    return bias ? m_and(see, m_greater(v_load(bias + j * ADA_LANES + lane), v_set1(-INFINITY))) : see;
+    return bias ? m_and(see, m_differ(v_load(bias + j * ADA_LANES + lane), v_set1(-INFINITY))) : see;
 }
 
 void KERNEL(reference)(const tile_t *t, int n, const uint64_t *visible, const REAL *bias) {
@@ -212,7 +211,7 @@ bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REA
         if (bias) {
             vec add = v_load_n(bias + j, n - j);
             x = v_add(x, add);
-            see = m_and(see, m_greater(add, v_set1(-INFINITY)));
+            see = m_and(see, m_differ(add, v_set1(-INFINITY)));
         }
         bad = m_or(bad, m_and(see, m_outside(x, v_set1(-LARGEST), v_set1(LARGEST))));
         x = v_select(see, x, v_set1(-INFINITY));

@@ -133,7 +133,8 @@ static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, co
 /* The capsule of a tensor; its own destructor gives the tensor back, as its name is never changed. */
 static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, const char *name) {
     PyObject *capsule = PyObject_CallMethod(object, "__dlpack__", NULL);
-    if (capsule) return capsule;
+    if (capsule || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+        return capsule;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
@@ -184,20 +185,17 @@ int ada_view_of(const ada_module_state *state, PyObject *object, const char *nam
     return -1;
 }
 
-/* A scalar integer, any size: its low 64 bits (U64), or what fits (I64). */
+/* A Python int: its low 64 bits (U64), or what fits (I64). */
 static PyObject *array_of_int(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype) {
-    PyObject *number = PyNumber_Index(object);
-    if (!number) return NULL;
     int overflow = 0;
-    uint64_t bits = dtype == ADA_U64 ? PyLong_AsUnsignedLongLongMask(number)
-                                     : (uint64_t)PyLong_AsLongLongAndOverflow(number, &overflow);
+    uint64_t bits = dtype == ADA_U64 ? PyLong_AsUnsignedLongLongMask(object)
+                                     : (uint64_t)PyLong_AsLongLongAndOverflow(object, &overflow);
     PyObject *array = NULL;
     if (overflow)
-        PyErr_Format(state->argument_error, "%s: expected an int of at most 64 bits, got %S", name, number);
+        PyErr_Format(state->argument_error, "%s: expected an int of at most 64 bits, got %S", name, object);
     else if (!PyErr_Occurred())
         array = PyArray_ZEROS(0, NULL, NPY_INT64, 0);
     if (array) memcpy(PyArray_DATA((PyArrayObject *)array), &bits, sizeof bits);
-    Py_DECREF(number);
     return array;
 }
 
@@ -208,7 +206,7 @@ int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const c
     view->array.data = NULL;
     if (object == Py_None) return 0;
     PyObject *array;
-    if (integers && PyIndex_Check(object) && !PyBool_Check(object) && !PyArray_Check(object)) {
+    if (integers && PyLong_Check(object) && !PyBool_Check(object)) {
         array = array_of_int(state, object, name, dtype);
     } else {
         array = PyArray_FROM_O(object);

@@ -206,6 +206,7 @@ static buffer *new_bits(check *c, const char *name, int n) {
     return b;
 }
 static bool bit(const buffer *b, int j, int i) { return !b || (bits_at(b, j) >> i & 1); }
+static bool hides(const buffer *bias, int64_t at) { return bias && value_at(bias, at) == -INFINITY; }
 static void clear_bit(buffer *b, int j, int i) { set_bits(b, j, bits_at(b, j) & ~(UINT64_C(1) << i)); }
 
 /* A reference m per lane: zero, which keeps differences exact, or around some level. */
@@ -222,10 +223,11 @@ static void spoil(check *c, buffer *b, int64_t at, wide m) {
     uint64_t sign = random_bits(c) << 63 >> (64 - 8 * b->bytes), infinity;
     set(b, at, INFINITY);
     infinity = bits_at(b, at);
-    switch (integer(c, 0, 3)) {
+    switch (integer(c, 0, 4)) {
     case 0: set_bits(b, at, sign | infinity | (1 + random_bits(c) % 0x3fffff)); break;
     case 1: set_bits(b, at, sign | infinity); break;
     case 2: set(b, at, (double)m + ADA_LAZY_OCTAVES * 1.001 + fabs((double)m) * 1e-5); break;
+    case 3: set(b, at, (ADA_LAZY_OCTAVES + (double)m) * (1 + 2 * c->limit.unit)); break; /* the next number */
     default: set(b, at, c->real == ADA_F32 ? FLT_MAX : DBL_MAX);
     }
 }
@@ -245,7 +247,7 @@ static void make_weights(check *c) {
             if (empty) clear_bit(visible, j, i);
             set(p, at, octaves(c) + (double)value_at(m, i) - (bias ? (double)value_at(bias, at) : 0));
             if (!bit(visible, j, i) && chance(c, 0.3)) set_special(c, chance(c, 0.5) && bias ? bias : p, at);
-            else if (bias && chance(c, 0.05)) set(bias, at, -1e30);
+            else if (bias && chance(c, 0.05)) set(bias, at, chance(c, 0.5) ? -INFINITY : -1e30);
         }
         if (empty) set(m, i, -INFINITY);
     }
@@ -264,7 +266,7 @@ static void make_weights(check *c) {
             double error = bias && !holds(c, score) ? rounding(c, score) : 0;
             weight *x = &w[j * lanes + i];
             *x = (weight){HIDDEN, false, 0, 0, 0};
-            if (bit(visible, j, i)) *x = weigh(c, score, error, values(m)[i], ADA_LAZY_OCTAVES);
+            if (bit(visible, j, i) && !hides(bias, at)) *x = weigh(c, score, error, values(m)[i], ADA_LAZY_OCTAVES);
             x->kept = bit(keep, j, i);
         }
     }
@@ -275,8 +277,8 @@ static void make_weights(check *c) {
     RUN(c, c->result = CALL(c, weights, tile, n, DATA(visible), DATA(bias), DATA(keep)));
 }
 
-/* Three ways to scores: any q and k; k the identity, which makes q the scores exactly; D = 1 with NaN of every sort,
- * infinities and huge numbers in k. */
+/* Three ways to scores: any q and k; k the identity, which makes q the scores exactly; D = 1 with all scores of one sign,
+ * and NaN of every sort, infinities or huge numbers in one key or lane. */
 static void make_scores_weights(check *c) {
     enum { ANYTHING, EXACT, ONE_COLUMN } way = c->bench ? ANYTHING : (unsigned)integer(c, 0, 2);
     int lanes = pick_lanes(c), n = ADA_KEY_STEP * pick(c, "n/16", 1, 4, 4);
@@ -292,8 +294,13 @@ static void make_scores_weights(check *c) {
         set(k.b, k.at + j * k.ld + j, 1);
         for (int i = 0; i < lanes; i++) set(q, j * ADA_LANES + i, (double)value_at(m, i) + octaves(c));
     }
-    for (int i = 0; i < lanes && way == ONE_COLUMN; i++) set(m, i, 3), set(q, i, chance(c, 0.5) ? 1 : -1);
-    if (way == ONE_COLUMN && chance(c, 0.8)) spoil(c, k.b, k.at + integer(c, 0, n - 1) * k.ld, 3);
+    double signs[] = {chance(c, 0.5) ? 1 : -1, chance(c, 0.5) ? 1 : -1};
+    for (int i = 0; i < lanes && way == ONE_COLUMN; i++) set(q, i, signs[0]);
+    for (int j = 0; j < n && way == ONE_COLUMN; j++) set(k.b, k.at + j * k.ld, signs[1]);
+    int j = integer(c, 0, n - 1), i = integer(c, 0, lanes - 1);
+    if (way == EXACT && chance(c, 0.3)) spoil(c, q, j * ADA_LANES + i, value_at(m, i));
+    if (way == ONE_COLUMN && chance(c, 0.4)) spoil(c, q, i, value_at(m, i));
+    else if (way == ONE_COLUMN && chance(c, 0.6)) spoil(c, k.b, k.at + j * k.ld, value_at(m, 0));
 
     weight w[ADA_BLOCK * ADA_LANES] = {0}, start[ADA_LANES] = {0};
     double slack = integer(c, 0, 9) ? uniform(c, -50, 5) : -60.5;
@@ -349,7 +356,7 @@ static void make_reference(check *c) {
         for (int j = 0; j < n; j++) {
             int at = j * ADA_LANES + i;
             wide x = sum_of(c, value_at(p, at), bias ? value_at(bias, at) : 0);
-            if (!bit(visible, j, i)) continue;
+            if (!bit(visible, j, i) || hides(bias, at)) continue;
             nan |= isnan(x);
             if (x > after) after = x;
         }
@@ -383,7 +390,7 @@ static void make_row_weights(check *c) {
     for (int j = 0; j < n; j++) {
         set(s, j, level + octaves(c));
         if (!(visible >> j & 1) && chance(c, 0.3)) set_special(c, bias && chance(c, 0.5) ? bias : s, j);
-        else if (bias && chance(c, 0.05)) set(bias, j, -1e30);
+        else if (bias && chance(c, 0.05)) set(bias, j, chance(c, 0.5) ? -INFINITY : -1e30);
     }
     if (!c->bench && chance(c, 0.3)) spoil(c, bias && chance(c, 0.3) ? bias : s, integer(c, 0, n - 1), level);
 
@@ -403,14 +410,14 @@ static void make_row_weights(check *c) {
     wide after = m;
     for (int j = 0; j < n; j++) {
         wide x = sum_of(c, values(s)[j], bias ? values(bias)[j] : 0);
-        if (visible >> j & 1 && x > after) after = x;
+        if (visible >> j & 1 && !hides(bias, j) && x > after) after = x;
     }
     weight w[ADA_BLOCK], factor = power(c, m - after, rounding(c, m - after));
     if (after == m) factor = (weight){GOOD, true, 1, 0, 0};
     for (int j = 0; j < n; j++) {
         wide x = sum_of(c, values(s)[j], bias ? values(bias)[j] : 0);
         w[j] = (weight){HIDDEN, false, 0, 0, 0};
-        if (visible >> j & 1) w[j] = weigh(c, x, 0, after, INFINITY);
+        if (visible >> j & 1 && !hides(bias, j)) w[j] = weigh(c, x, 0, after, INFINITY);
         w[j].kept = keep >> j & 1;
     }
     weight l = factor;
@@ -653,11 +660,9 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: %s [--bench] [--list] [--only SLOT] [--isa NAME] [--seed N] [--cases N]\n", argv[0]);
         return 2;
     }
-#ifndef __SANITIZE_ADDRESS__
     signal(SIGSEGV, crashed);
     signal(SIGBUS, crashed);
     signal(SIGILL, crashed);
-#endif
     const uint32_t isa = ada_cpu_isa();
     if (options.bench) {
         fma_peak = roofline_fma(1, 0.3) * 1e-9;
