@@ -254,7 +254,7 @@ class Comparison:
             return Contestant(section, shape, threads, name, "", sample)
 
         if section == "prefill":
-            return [ceiling("FMA peak", lambda _: compute(shape.flops, threads))]
+            return [ceiling("FMA peak", lambda _: compute(shape.flops, threads, self.budget.sample))]
         reads = [
             ceiling("read, prefetch", lambda passes: read(key, value, 1024, threads, passes)),
             ceiling("read", lambda passes: read(key, value, 0, threads, passes)),

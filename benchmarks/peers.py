@@ -215,9 +215,9 @@ class Roofline:
         self._fma.argtypes = [ctypes.c_int, ctypes.c_double]
         self._read.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2 + [ctypes.c_int] * 2
 
-    def compute_seconds(self, flops: int, threads: int) -> float:
-        """Time that `flops` take at the peak rate of fp32 FMA, which is measured for 5 ms."""
-        return flops / float(self._fma(threads, 5e-3))
+    def compute_seconds(self, flops: int, threads: int, seconds: float) -> float:
+        """Time that `flops` take at the peak rate of fp32 FMA, which is measured over `seconds`."""
+        return flops / float(self._fma(threads, seconds))
 
     def read_seconds(self, key: Array, value: Array, ahead: int, threads: int, passes: int) -> float:
         """Time to read both arrays with prefetch `ahead` bytes ahead (0: none), mean of `passes`."""

@@ -88,21 +88,19 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
         table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def show_section(run: Comparison, section: str, threads: int) -> None:
     decode = section == "decode"
 
     def cells(one: Contestant) -> list[str]:
-        speedup = (
-            "{1:.2f} ({0:.2f}-{2:.2f})".format(*one.speedup) if one.speedup and one.name != "torch" else ""
-        )
+        speedup = "{1:.2f} ({0:.2f}-{2:.2f})".format(*one.speedup) if one.speedup else ""
         return [
             str(one.shape),
             f"{one.name} {one.dtype}",
             f"{one.seconds * 1e3:.3f} ms" if one.seconds > 1e-4 else f"{one.seconds * 1e6:.2f} us",
-            speedup,
+            speedup if one.name != "torch" else "",
             f"{one.gflops / one.intensity if decode else one.gflops:.1f}",
             f"{one.share:.1%}" if one.share else "",
             f"{one.error:.1e}" if one.error else "",

@@ -98,7 +98,7 @@ static void read_share(member_t *m) {
     for (int a = 0; a < 2; a++) m->sink ^= read_range(m->team->arrays[a] + from, to - from, m->team->ahead);
 }
 
-// A new thread may be left on its parent's CPU for longer than the measurement takes; it moves away from there.
+// A new thread may be left on its parent's CPU for longer than the measurement takes: it moves elsewhere.
 static void move_off(int home, int index) {
 #if defined(__linux__)
     cpu_set_t allowed, own;
@@ -165,8 +165,8 @@ double roofline_fma(int threads, double seconds) {
     return flops / elapsed;
 }
 
-// Seconds to read two arrays of `bytes` bytes once, mean of `passes` (several follow an untimed one); negative: it
-// failed. `ahead` is how many bytes ahead of the loads to prefetch, 0: not at all.
+// Seconds to read two arrays of `bytes` bytes once, mean of `passes`, several of which follow an untimed one;
+// negative: it failed. `ahead` is how many bytes ahead of the loads to prefetch, 0: not at all.
 double roofline_read(const void *a, const void *b, size_t bytes, size_t ahead, int threads, int passes) {
     team_t team = {.threads = threads, .arrays = {a, b}, .bytes = bytes, .ahead = ahead, .passes = passes};
     double flops;

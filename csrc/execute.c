@@ -236,31 +236,32 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
 
-static int threads_for(const ada_problem *p, double multiply_adds) {
+static int threads_for(const ada_problem *p, int64_t tasks, double multiply_adds) {
     int64_t n = p->has_num_threads ? p->num_threads : ada_get_num_threads();
-    double useful = 1 + multiply_adds / WORK_PER_THREAD;
+    double useful = fmin((double)tasks, 1 + multiply_adds / WORK_PER_THREAD);
     return (int)(n < useful ? n : useful);
 }
 
+/* How the few queries of a head share its keys out: by the number of keys alone. */
+static void split_keys(ada_run *r) {
+    int64_t keys = (r->p->S + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
+    if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
+    r->split_keys = (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
+    r->splits = (r->p->S + r->split_keys - 1) / r->split_keys;
+}
+
 ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
-    ada_run r = {.p = p, .k = ada_kernels_get()};
-    r.tiles = (p->T + ADA_LANES - 1) / ADA_LANES;
+    ada_run r = {.p = p, .k = ada_kernels_get(), .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
     const bool few = p->T <= ADA_ROWS_MAX;
-    const double pairs = (double)p->B * p->H * p->T * p->S;
-    const int threads = threads_for(p, pairs * (p->D + p->E));
+    if (few) split_keys(&r);
+    const int64_t rows = p->B * p->H * p->T, tasks = few ? p->B * p->G * r.splits : p->B * p->H * r.tiles;
+    const int threads = threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
 
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
     r.scratch_bytes = size.used;
-    int64_t partial_bytes = 0;
-    if (few) {
-        int64_t keys = (p->S + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
-        if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
-        r.split_keys = (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
-        r.splits = (p->S + r.split_keys - 1) / r.split_keys;
-        partial_bytes = p->B * p->H * p->T * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? 8 : 4);
-    }
-    int64_t bytes = threads * r.scratch_bytes + partial_bytes;
+    const int64_t partial_bytes = rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
+    const int64_t bytes = threads * r.scratch_bytes + partial_bytes;
     r.scratch = ada_scratch_take(bytes);
     if (!r.scratch)
         return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch", (long long)bytes);
@@ -269,17 +270,14 @@ ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *co
     const ada_array *mask = &p->attn_mask;
     bool done = true;
     if (mask->data && mask->dtype != ADA_BOOL) {
-        int64_t rows = mask->stride[2] ? p->T : 1;
-        int64_t tasks = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1) * ((rows + ADA_LANES - 1) / ADA_LANES);
-        done = ada_parallel_for(tasks, threads, mask_task, &r, interrupt, context);
+        const int64_t heads = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1);
+        done = ada_parallel_for(heads * (mask->stride[2] ? r.tiles : 1), threads, mask_task, &r, interrupt, context);
     }
-    if (done && !r.mask_is_bad) {
-        if (few)
-            done = ada_parallel_for(p->B * p->G * r.splits, threads, split_task, &r, interrupt, context) &&
-                   ada_parallel_for(p->B * p->H, threads_for(p, (double)p->B * p->H * p->T * r.splits * p->E), join_task,
-                                    &r, interrupt, context);
-        else
-            done = ada_parallel_for(p->B * p->H * r.tiles, threads, tile_task, &r, interrupt, context);
+    if (done && !r.mask_is_bad)
+        done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
+    if (done && !r.mask_is_bad && few) {
+        const int joiners = threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
+        done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt, context);
     }
     ada_scratch_give_back(r.scratch);
     if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");

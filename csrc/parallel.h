@@ -20,14 +20,20 @@ typedef void ada_task_fn(void *context, ada_job *job, int64_t task, int worker);
 /* Asked by the calling thread about every 50 ms; true means: stop as soon as possible. */
 typedef bool ada_interrupt_fn(void *context);
 
-/* Runs tasks 0 ... n_tasks - 1, started in increasing order, on at most n_threads threads, the caller
- * among them. Every thread computes under the default floating-point environment (the caller's is
- * restored). Returns false when interrupt (may be NULL) answered true; some tasks then never ran or
- * stopped half way. */
+/* Runs tasks 0 ... n_tasks - 1, started in increasing order, on at most n_threads (at most 1024) threads, the
+ * caller among them; on the caller's alone when the pool is busy, when called from inside a task or
+ * interrupt, and when no thread can be created. Every thread computes under the default floating-point
+ * environment; interrupt runs under the caller's, which is restored at the end. Returns false when interrupt
+ * (may be NULL) answered true; some tasks then never ran or stopped half way.
+ *
+ * fork() is safe at any time, also inside a task or interrupt: the child has a new pool, and goes on with the
+ * job it was in on its own. Only a child forked by a pool thread cannot, as it has no caller: that thread
+ * ends when its task returns. */
 bool ada_parallel_for(int64_t n_tasks, int n_threads, ada_task_fn *task, void *context,
                       ada_interrupt_fn *interrupt, void *interrupt_context);
 
-/* To be called now and then (every few microseconds of work) inside a task: true means return now. */
+/* To be called now and then (every few microseconds of work) inside a task: true means return now. Costs
+ * nanoseconds. */
 bool ada_job_cancelled(ada_job *job, int worker);
 
 /* Threads used by default: ada_set_num_threads, else ADAATTN_NUM_THREADS, else OMP_NUM_THREADS, else the

@@ -15,12 +15,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# `python -m pytest` puts the checkout first on the path; unless it holds an engine, the installed package is meant.
+# `python -m pytest` puts the checkout first on the path; it is meant where it holds an engine.
 if not any((ROOT / "adaattn").glob("_adaattn*.so")):
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 
 hypothesis.settings.register_profile(
-    "fast", max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    "fast",
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile(
     "full", hypothesis.settings.get_profile("fast"), max_examples=20_000, derandomize=False, print_blob=True

@@ -1,5 +1,5 @@
-"""What the test files share: problems, the table of options, memory layouts, fresh processes, and `check`: the comparison
-of the engine with the oracle under one bound of the rounding error."""
+"""What the test files share: problems, the table of options, memory layouts, fresh processes, and `check`:
+the comparison of the engine with the oracle under one bound of the rounding error."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ def reversed_axes(x: Array) -> Array:
 
 
 LAYOUTS: dict[str, Callable[[Array], Array]] = {
-    "batch, position, head": lambda x: np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else x,
+    "batch, position, head": lambda x: (
+        np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2) if x.ndim > 2 else x
+    ),
     "last axis first": np.asfortranarray,
     "gapped": gapped,
     "misaligned": misaligned,
@@ -183,10 +185,10 @@ LAYOUTS: dict[str, Callable[[Array], Array]] = {
 
 
 def check(query: Array, key: Array, value: Array, **options: Any) -> tuple[Array, Array]:
-    """Compare the engine's out and lse with the oracle's, and the arguments after the call with those before it.
+    """Compare the engine's out and lse with the oracle's, and the arguments after the call with those before.
 
-    Weights err by the rounding of the scores, out by that of the weights and its own, each counted in units of the
-    format that computes. The size of a score is bounded by the norms of its query and key and the bias added.
+    Weights err by the rounding of the scores, out by that of the weights and its own, each counted in units
+    of the format that computes. A score's size is bounded by the norms of its query and key and its bias.
     """
     arrays = [query, key, value, *(x for x in options.values() if isinstance(x, np.ndarray))]
     before = [x.tobytes() for x in arrays]
@@ -243,7 +245,9 @@ def same_bits(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def in_new_process(function: Callable[..., Any], *arguments: Any, timeout: float = 120, **environment: str) -> Any:
+def in_new_process(
+    function: Callable[..., Any], *arguments: Any, timeout: float = 120, **environment: str
+) -> Any:
     """Result of a call in a fresh interpreter, whose environment has the given variables besides ours."""
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=spawn) as pool:

@@ -1,5 +1,5 @@
-"""The meaning of every option: the table of cases on every shape and dtype against the oracle, then what can be said
-without it."""
+"""The meaning of every option: the table of cases on every shape and dtype against the oracle, then what can
+be said without it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BF16, CASES, DTYPES, F16, F32, F64, SHAPES, Array, OptionsOf, Shape, check, inputs, same_bits
+from support import (
+    BF16,
+    CASES,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    SHAPES,
+    Array,
+    OptionsOf,
+    Shape,
+    check,
+    inputs,
+    same_bits,
+)
 
 import adaattn
 
@@ -63,7 +77,9 @@ def test_window_reaches_beyond_every_integer(rng: np.random.Generator) -> None:
 
 def test_names_of_causal_are_synonyms(rng: np.random.Generator) -> None:
     arrays = inputs(rng, Shape(1, 1, 1, 20, 30, 8, 8))
-    assert same_bits(adaattn.attention(*arrays, causal=True), adaattn.attention(*arrays, causal="lower_right"))
+    assert same_bits(
+        adaattn.attention(*arrays, causal=True), adaattn.attention(*arrays, causal="lower_right")
+    )
     assert same_bits(adaattn.attention(*arrays), adaattn.attention(*arrays, causal=False))
 
 

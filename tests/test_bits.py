@@ -1,4 +1,4 @@
-"""Same arguments, same bits: whatever the threads, the neighbours in the batch, the place and layout in memory."""
+"""Same arguments, same bits: whatever the threads, the neighbours in the batch, the place in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BF16, CASES, DTYPES, F32, LAYOUTS, SHAPES, Array, Options, OptionsOf, Shape, inputs, same_bits
+from support import (
+    BF16,
+    CASES,
+    DTYPES,
+    F32,
+    LAYOUTS,
+    SHAPES,
+    Array,
+    Options,
+    OptionsOf,
+    Shape,
+    bool_mask,
+    inputs,
+    same_bits,
+)
 
 import adaattn
 
@@ -23,7 +37,9 @@ def attention(arrays: list[Array], **options: Any) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["plain", "causal", "window", "bias (B, H, T, S)", "mask (B, 1, T, S)", "all"])
+@pytest.mark.parametrize(
+    "case", ["plain", "causal", "window", "bias (B, H, T, S)", "mask (B, 1, T, S)", "all"]
+)
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_threads(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -> None:
     arrays, options = inputs(rng, shape, dtype), CASES[case](rng, shape)
@@ -46,7 +62,16 @@ def part(options: Options, b: slice, h: slice, H: int) -> Options:
     return picked
 
 
-BATCHED = ["plain", "causal", "mask (B, 1, T, S)", "bias (B, H, T, S)", "lengths", "offsets", "dropout, seeds", "sinks"]
+BATCHED = [
+    "plain",
+    "causal",
+    "mask (B, 1, T, S)",
+    "bias (B, H, T, S)",
+    "lengths",
+    "offsets",
+    "dropout, seeds",
+    "sinks",
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +111,11 @@ def test_neighbours_that_overflow(special: float, rng: np.random.Generator) -> N
 @pytest.mark.parametrize("options_of", [CASES["plain"], CASES["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize("shape", [*SHAPES, LONG], ids=str)
 def test_layouts(
-    shape: Shape, options_of: OptionsOf, dtype: Any, layout: Callable[[Array], Array], rng: np.random.Generator
+    shape: Shape,
+    options_of: OptionsOf,
+    dtype: Any,
+    layout: Callable[[Array], Array],
+    rng: np.random.Generator,
 ) -> None:
     arrays, options = inputs(rng, shape, dtype), options_of(rng, shape)
     expected = attention(arrays, **options)
@@ -104,8 +133,8 @@ def test_zero_strides(shape: Shape, axis: int, dtype: Any, rng: np.random.Genera
     arrays = inputs(rng, shape, dtype)
     views = [np.broadcast_to(x.take([0], axis), x.shape) for x in arrays]
     assert same_bits(attention(views), attention([x.copy() for x in views]))
-    mask = np.broadcast_to((rng.random((shape.B, shape.H, shape.T, shape.S)) < 0.5).take([0], axis), (
-        shape.B, shape.H, shape.T, shape.S))  # fmt: skip
+    size = shape.B, shape.H, shape.T, shape.S
+    mask = np.broadcast_to(bool_mask(rng, *size).take([0], axis), size)
     assert same_bits(attention(arrays, attn_mask=mask), attention(arrays, attn_mask=mask.copy()))
 
 
@@ -121,7 +150,10 @@ def test_inputs_that_share_memory(dtype: Any, rng: np.random.Generator) -> None:
 def test_every_alignment(offset: int, rng: np.random.Generator) -> None:
     for shape in (SHAPES[5], LONG):
         arrays = inputs(rng, shape)
-        moved = [np.frombuffer(b" " * offset + x.tobytes(), np.uint8)[offset:].view(x.dtype).reshape(x.shape) for x in arrays]
+        moved = [
+            np.frombuffer(b" " * offset + x.tobytes(), np.uint8)[offset:].view(x.dtype).reshape(x.shape)
+            for x in arrays
+        ]
         assert same_bits(attention(moved), attention(arrays))
 
 

@@ -51,7 +51,8 @@ def test_bfloat16_mask(dtype: Any, rng: np.random.Generator) -> None:
     arrays = tensors(rng, dtype)
     mask = torch.randn(70, 130).bfloat16()
     assert same_bits(
-        array(adaattn.attention(*arrays, attn_mask=mask)), array(adaattn.attention(*arrays, attn_mask=mask.float()))
+        array(adaattn.attention(*arrays, attn_mask=mask)),
+        array(adaattn.attention(*arrays, attn_mask=mask.float())),
     )
 
 

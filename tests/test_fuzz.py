@@ -26,7 +26,7 @@ def draw_mask(draw: Any, rng: np.random.Generator, s: Shape) -> Array:
     size = [n if draw(st.booleans()) else 1 for n in (s.B, s.H, s.T, s.S)][draw(st.integers(0, 4)) :]
     dtype, hidden = draw(MASK_DTYPES), draw(st.sampled_from([0, 0.3, 0.97, 1]))
     seen = rng.random(size) >= hidden
-    if dtype == bool:
+    if dtype.kind == "b":
         return seen
     low = draw(st.sampled_from([-np.inf, float(np.finfo(np.float32).min)])) if dtype != F16 else -np.inf
     return np.where(seen, rng.standard_normal(size), low).astype(dtype)
@@ -42,10 +42,14 @@ def draw_options(draw: Any, rng: np.random.Generator, s: Shape) -> Options:
         "causal": lambda: draw(st.sampled_from([False, True, "lower_right", "upper_left"])),
         "window": lambda: (draw(reach), draw(reach)),
         "softcap": lambda: draw(st.sampled_from([0.5, 5.0, 50.0])),
-        "alibi_slopes": lambda: rng.random((s.B, s.H) if draw(st.booleans()) else s.H).astype(draw(st.sampled_from("fd"))),
+        "alibi_slopes": lambda: rng.random((s.B, s.H) if draw(st.booleans()) else s.H).astype(
+            draw(st.sampled_from("fd"))
+        ),
         "sinks": lambda: rng.normal(0, 2, s.H).astype(draw(st.sampled_from("fd"))),
         "kv_lengths": lambda: rng.integers(0, top + 1, s.B).astype(integers),
-        "query_offset": lambda: draw(st.integers(-5, s.S + 5)) if draw(st.booleans()) else rng.integers(0, top + 1, s.B),
+        "query_offset": lambda: (
+            draw(st.integers(-5, s.S + 5)) if draw(st.booleans()) else rng.integers(0, top + 1, s.B)
+        ),
         "scale": lambda: draw(st.sampled_from([1e-3, 0.2, 1.0])),
         "dropout_p": lambda: draw(st.sampled_from([0.01, 0.5, 0.99])),
         "precision": lambda: draw(st.sampled_from(["auto", "fp32", "fp64"])),
@@ -54,7 +58,9 @@ def draw_options(draw: Any, rng: np.random.Generator, s: Shape) -> Options:
     names = draw(st.lists(st.sampled_from(sorted(strategies)), unique=True, max_size=5))
     options = {name: strategies[name]() for name in names}
     if "dropout_p" in options:
-        options["seed"] = draw(st.integers(-(2**63), 2**64)) if draw(st.booleans()) else rng.integers(0, 2**62, s.B)
+        options["seed"] = (
+            draw(st.integers(-(2**63), 2**64)) if draw(st.booleans()) else rng.integers(0, 2**62, s.B)
+        )
     return options
 
 
@@ -62,7 +68,12 @@ def draw_options(draw: Any, rng: np.random.Generator, s: Shape) -> Options:
 def test_against_the_oracle(data: st.DataObject) -> None:
     draw = data.draw
     G = draw(st.integers(1, 3))
-    s = Shape(draw(st.integers(1, 3)), G * draw(st.integers(1, 3)), G, *map(draw, (SIZES, SIZES, HEAD_SIZES, HEAD_SIZES)))
+    s = Shape(
+        draw(st.integers(1, 3)),
+        G * draw(st.integers(1, 3)),
+        G,
+        *map(draw, (SIZES, SIZES, HEAD_SIZES, HEAD_SIZES)),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     arrays = inputs(rng, s, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([0.1, 1.0, 4.0])))
     for array in arrays:

@@ -17,15 +17,18 @@ ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512d
 WARNINGS = ["-std=c11", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}"]
 SANITIZERS = {
     "plain": [],
-    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "address,undefined": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ],
     "thread": ["-fsanitize=thread"],
 }
-ENGINE = [path for path in sorted((ROOT / "csrc").glob("*.c"))]
 KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.c"))
 
 # Each program with the sources it is linked to; the one that checks the pool includes the pool.
 PROGRAMS = {
-    "check_kernels": [*ENGINE, *KERNELS],
+    "check_kernels": [ROOT / "csrc" / "cpu.c", *KERNELS],
     "test_parallel": [ROOT / "csrc" / "cpu.c"],
 }
 
@@ -48,13 +51,14 @@ def isas(cc: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         isa
         for isa, flags in ISA_FLAGS.items()
-        if isa == "scalar" or (x86 and subprocess.run([*command, *flags], capture_output=True).returncode == 0)
+        if isa == "scalar"
+        or (x86 and subprocess.run([*command, *flags], capture_output=True).returncode == 0)
     ]
 
 
 @pytest.fixture(scope="session")
 def build(cc: str, isas: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function that compiles a program of tests/c; object files are kept for the others with the same flags."""
+    """Function that compiles a program of tests/c; it keeps the object files, one for each set of flags."""
     objects: dict[tuple[Path, str], Path] = {}
     defines = [f"-DADA_BUILD_{isa.upper()}=1" for isa in isas if isa != "scalar"]
 
@@ -80,7 +84,9 @@ def build(cc: str, isas: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 def fixed_addresses() -> list[str]:
     """Older ThreadSanitizers find their shadow memory taken where addresses are random over many bits."""
-    return ["setarch", "-R"] if shutil.which("setarch") and os.access("/proc/self/personality", os.R_OK) else []
+    return (
+        ["setarch", "-R"] if shutil.which("setarch") and os.access("/proc/self/personality", os.R_OK) else []
+    )
 
 
 @pytest.mark.parametrize("variant", ["plain", "address,undefined"])

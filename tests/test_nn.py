@@ -1,4 +1,4 @@
-"""The modules against formulas written out, the model file against its format, generation against plain reading."""
+"""The modules against formulas written out, model files against their format, generation against reading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_linear(x: Any, rng: np.random.Generator) -> None:
     layer = nn.Linear(16, 5, seed=1)
     layer.bias[...] = rng.standard_normal(5)
     assert layer(x).dtype == np.float32 and np.abs(layer.weight).max() <= 0.25
-    np.testing.assert_allclose(layer(x), np.einsum("bti,oi->bto", x, layer.weight) + layer.bias, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        layer(x), np.einsum("bti,oi->bto", x, layer.weight) + layer.bias, rtol=1e-5, atol=1e-6
+    )
     assert nn.Linear(16, 5, bias=False).bias is None
 
 
@@ -141,7 +143,11 @@ def test_state_moves_between_models() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda s: s.pop("norm.weight"), adaattn.ArgumentError, "state: expected every .*, got none for norm.weight"),
+        (
+            lambda s: s.pop("norm.weight"),
+            adaattn.ArgumentError,
+            "state: expected every .*, got none for norm.weight",
+        ),
         (lambda s: s.update(a=1, b=2), adaattn.ArgumentError, "state: expected only .*, got a, b"),
         (
             lambda s: s.update({"norm.weight": np.ones(3)}),
@@ -228,9 +234,13 @@ def test_file_of_a_model(saved: Any) -> None:
 
 
 def test_files_that_are_refused(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(adaattn.ArgumentError, match=r"^path: expected a file with config in its metadata, got .*model"):
+    with pytest.raises(
+        adaattn.ArgumentError, match=r"^path: expected a file with config in its metadata, got .*model"
+    ):
         nn.Transformer.load(saved(metadata=False))
-    with pytest.raises(adaattn.ArgumentError, match=r"^path: expected a model with activation 'gelu', got 'relu'"):
+    with pytest.raises(
+        adaattn.ArgumentError, match=r"^path: expected a model with activation 'gelu', got 'relu'"
+    ):
         nn.Transformer.load(saved(activation="relu"))
     with pytest.raises(adaattn.ArgumentError, match=r"^state: expected every parameter"):
         nn.Transformer.load(saved(num_layers=3))

@@ -43,7 +43,10 @@ except adaattn.ArgumentError as error:
 def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the interpreter where nothing but the package that is tested can be imported by its name."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **({"cwd": PACKAGE.parent} | options)
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **({"cwd": PACKAGE.parent} | options),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -81,7 +84,13 @@ def test_usage_is_typed(tmp_path: Path) -> None:
 
 
 def test_stub_is_complete(tmp_path: Path) -> None:
-    python("-m", "mypy.stubtest", "adaattn._adaattn", "--mypy-config-file", write(tmp_path / "empty.ini", "[mypy]"))
+    python(
+        "-m",
+        "mypy.stubtest",
+        "adaattn._adaattn",
+        "--mypy-config-file",
+        write(tmp_path / "empty.ini", "[mypy]"),
+    )
 
 
 def test_sources_are_typed(tmp_path: Path) -> None:
@@ -109,7 +118,7 @@ def test_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_builds_and_installs(tmp_path: Path) -> None:
-    """A wheel made from the sdist alone, and an editable install of it, each work in an environment of their own."""
+    """A wheel made from the sdist alone and an editable install of it, each in an environment of its own."""
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=ROOT)
     (sdist,) = tmp_path.glob("adaattn-*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -118,7 +127,9 @@ def test_builds_and_installs(tmp_path: Path) -> None:
     python("-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("adaattn-*.whl")
     assert wheel.stat().st_size < 10e6
-    check = "import adaattn, numpy; x = numpy.ones((1, 1, 2, 4)); assert (adaattn.attention(x, x, x) == 1).all()"
+    check = (
+        "import adaattn, numpy; x = numpy.ones((1, 1, 2, 4)); assert (adaattn.attention(x, x, x) == 1).all()"
+    )
     for name, what in (("wheel", [wheel]), ("editable", ["--editable", source])):
         python("-m", "venv", tmp_path / name)
         for arguments in (["-m", "pip", "install", *what], ["-c", check]):
@@ -166,7 +177,9 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: adaattn" in capsys.readouterr().err
 
 
-def test_demo_that_fails_its_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_that_fails_its_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from adaattn import demo as module
 
     monkeypatch.setattr(module, "EXPECTED_BITS_PER_BYTE", 1.3)
@@ -176,7 +189,9 @@ def test_demo_that_fails_its_check(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "bits per byte" in capsys.readouterr().err
 
 
-def test_demo_without_safetensors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_without_safetensors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert cli.main(["demo"]) == 1
     assert "pip install adaattn[demo]" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The engine within its process: fork, threads, signals, the floating-point environment, memory and failing allocations.
+"""The engine within its process: fork, threads, signals, floating point, memory, failing allocations.
 
 Functions whose names begin with an underscore run in a fresh process, see `support.in_new_process`.
 """
@@ -27,7 +27,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import BF16, CASES, DTYPES, F32, F64, SHAPES, Array, Shape, in_new_process, inputs, peak_memory, same_bits
+from support import (
+    BF16,
+    CASES,
+    DTYPES,
+    F32,
+    F64,
+    SHAPES,
+    Array,
+    Shape,
+    in_new_process,
+    inputs,
+    peak_memory,
+    same_bits,
+)
 
 import adaattn
 from adaattn import _adaattn, api
@@ -255,7 +268,9 @@ def csr(cc: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CD
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("control", [DEFAULT, DEFAULT | FLUSH, DEFAULT | ROUND_UP, DEFAULT | FLUSH | FLAGS], ids=hex)
+@pytest.mark.parametrize(
+    "control", [DEFAULT, DEFAULT | FLUSH, DEFAULT | ROUND_UP, DEFAULT | FLUSH | FLAGS], ids=hex
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [CASE, ONE_QUERY], ids=str)
 def test_mxcsr_stays_and_changes_nothing(
@@ -288,14 +303,23 @@ def calls_of_all_kinds() -> list[Callable[[], Any]]:
     """Small calls through every path, and others that fail."""
     rng = np.random.default_rng(0)
     shapes = [SHAPES[1], SHAPES[2], SHAPES[5]]
-    cases = [(inputs(rng, s, dtype), options(rng, s)) for s in shapes for dtype in DTYPES for options in CASES.values()]
+    cases = [
+        (inputs(rng, s, dtype), options(rng, s))
+        for s in shapes
+        for dtype in DTYPES
+        for options in CASES.values()
+    ]
     calls: list[Callable[[], Any]] = [
         lambda a=arrays, o=options: adaattn.attention(*a, return_lse=True, **o) for arrays, options in cases
     ]
     arrays = inputs(rng, SHAPES[1])
     side = adaattn.attention(*arrays, return_lse=True)
     out = np.empty_like(side[0])
-    calls += [lambda: adaattn.merge(*side, *side), lambda: adaattn.attention(*arrays, out=out), adaattn.cpu_info]
+    calls += [
+        lambda: adaattn.merge(*side, *side),
+        lambda: adaattn.attention(*arrays, out=out),
+        adaattn.cpu_info,
+    ]
     bad: list[dict[str, Any]] = [
         {"attn_mask": np.ones(3, bool)},
         {"attn_mask": np.full((1, 7), np.nan)},
@@ -319,9 +343,12 @@ def calls_of_all_kinds() -> list[Callable[[], Any]]:
         {"query": "query"},
     ]
     named = dict(zip(("query", "key", "value"), arrays, strict=True))
-    for options in bad:
-        calls.append(lambda o=options: pytest.raises((TypeError, ValueError), adaattn.attention, **(named | o)))
-    return calls
+    return calls + [lambda o=options: refused(**(named | o)) for options in bad]
+
+
+def refused(**arguments: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        adaattn.attention(**arguments)
 
 
 def _growth(rounds: int) -> tuple[int, int]:
@@ -354,13 +381,19 @@ def test_references_are_given_back(rng: np.random.Generator) -> None:
     arguments: dict[str, Any] = dict(zip(("query", "key", "value"), inputs(rng, s), strict=True))
     arguments |= CASES["all"](rng, s) | {"out": np.empty((s.B, s.H, s.T, s.E), F32), "dropout_p": 0.25}
     objects = [*arguments.values(), None, True, False, F32, np.ndarray]
-    bad = {"query": 1, "attn_mask": "x", "window": (1, -1), "seed": "x", "out": arguments["key"], "sinks": np.ones(77)}
+    bad = {
+        "query": 1,
+        "attn_mask": "x",
+        "window": (1, -1),
+        "seed": "x",
+        "out": arguments["key"],
+        "sinks": np.ones(77),
+    }
 
     def calls() -> None:
         adaattn.attention(**arguments, return_lse=True)
         for name, value in bad.items():
-            with pytest.raises((TypeError, ValueError)):
-                adaattn.attention(**(arguments | {name: value}))
+            refused(**(arguments | {name: value}))
 
     calls()
     before = [sys.getrefcount(x) for x in objects]
@@ -371,7 +404,7 @@ def test_references_are_given_back(rng: np.random.Generator) -> None:
 
 
 def _peak_beyond_output(T: int, S: int, threads: int, options: dict[str, Any]) -> int:
-    """Bytes by which the resident memory peaks above inputs and output; the scores alone would be T S 4 bytes."""
+    """Bytes by which resident memory peaks above inputs and output; the scores alone would take 4 T S."""
     rng = np.random.default_rng(0)
     arrays = inputs(rng, Shape(1, 2, 1, T, S, 64, 64))
     adaattn.attention(*(x[:, :, :64] for x in arrays), num_threads=threads)
@@ -415,7 +448,7 @@ def test_engine_allocations_that_fail_beyond_fp32(rng: np.random.Generator) -> N
 
 
 def assert_memory_errors(call: Callable[[], Any]) -> None:
-    """Failing the first allocation, then the second and so on gives MemoryError each time, until none is left to fail."""
+    """MemoryError when the first allocation fails, then the second and so on, until none is left to fail."""
     expected = attempt(call)
 
     def failing(n: int) -> Any:
@@ -442,14 +475,14 @@ def test_results_too_large_for_memory() -> None:
 
 
 def engine_call(*arrays: Array, **options: Any) -> Callable[[], Any]:
-    """A call without a Python frame: CPython itself loses an exception when the frame's own allocation fails."""
+    """A call without a Python frame: where allocating the frame fails, CPython itself loses the exception."""
     defaults = {name: p.default for name, p in inspect.signature(adaattn.attention).parameters.items()}
     options = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
     return functools.partial(_adaattn.attention, *(defaults | options).values(), api._allocate)
 
 
 def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
-    """Fail each of the interpreter's own allocations in turn; how many calls raised MemoryError, and what others did."""
+    """Fail each of Python's allocations in turn; how many calls raised MemoryError, and what others did."""
     import _testcapi
 
     rng = np.random.default_rng(0)
@@ -485,7 +518,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
 OUTCOMES = ["result"] * 4 + ["ArgumentError"] * 2 + ["DTypeError"]
 
 
-@pytest.mark.parametrize(("which", "outcome"), enumerate(OUTCOMES))
+@pytest.mark.parametrize(("which", "outcome"), list(enumerate(OUTCOMES)))
 def test_python_allocations_that_fail(which: int, outcome: str) -> None:
     pytest.importorskip("_testcapi")
     raised, others = in_new_process(_python_allocations_that_fail, which)

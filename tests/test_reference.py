@@ -1,5 +1,5 @@
-"""The oracle against PyTorch in float64, and against a second implementation: one query, one key at a time, in Python's
-own floats and integers."""
+"""The oracle against PyTorch in float64, and against a second implementation: one query, one key at a time,
+in Python's own floats and integers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def naive(query: Array, key: Array, value: Array, **options: Any) -> tuple[Array
             bias = mask[b, h, i, j]
             if bias == (False if mask.dtype == bool else -math.inf):
                 continue
-            s = scale * math.fsum(x * y for x, y in zip(query[b, h, i], key[b, h // (H // G), j], strict=True))
+            s = scale * math.fsum(
+                x * y for x, y in zip(query[b, h, i], key[b, h // (H // G), j], strict=True)
+            )
             s = softcap * math.tanh(s / softcap) if softcap else s
             s -= slopes[b, h] * abs(position - j)
             if mask.dtype != bool:
@@ -77,7 +79,9 @@ def naive(query: Array, key: Array, value: Array, **options: Any) -> tuple[Array
 
 
 @pytest.mark.parametrize("options_of", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("shape", [SHAPES[1], Shape(2, 6, 3, 9, 5, 3, 4), Shape(1, 2, 1, 6, 90, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [SHAPES[1], Shape(2, 6, 3, 9, 5, 3, 4), Shape(1, 2, 1, 6, 90, 4, 3)], ids=str
+)
 def test_against_one_key_at_a_time(shape: Shape, options_of: OptionsOf, rng: np.random.Generator) -> None:
     arrays, options = inputs(rng, shape, F64), options_of(rng, shape)
     expected = naive(*arrays, **{k: v for k, v in options.items() if k not in ("precision", "num_threads")})

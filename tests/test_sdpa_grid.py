@@ -1,8 +1,9 @@
-"""The grid of PyTorch's own tests of scaled_dot_product_attention, under FlashAttention's rule: against float64, our error
-is at most twice that of a plain implementation in the same precision.
+"""The grid of PyTorch's own tests of scaled_dot_product_attention, under FlashAttention's rule: against
+float64, our error is at most twice that of a plain implementation in the same precision, and (as there) twice
+the fp32 rounding of adding 0.3.
 
-Plain is torch's math backend, which computes half dtypes in fp32 and rounds once. Both references are computed for a
-sample of the queries (with --full for all): a different one in every configuration.
+Plain is torch's math backend: half dtypes are computed in fp32 and rounded once. Both references are made for
+a sample of the queries, another one in every configuration; with --full for all.
 """
 
 from __future__ import annotations
@@ -70,8 +71,16 @@ def test_configuration(
     sees = torch.ones(S, S, dtype=torch.bool).tril() if mask == "causal" else options.get("attn_mask")
     sees = None if sees is None else sees[..., rows, :]
     exact, plain = (plain_attention(query[:, :, rows], key, value, sees, t) for t in (torch.float64, dtype))
-    ours_error, plain_error = ((x.double() - exact).abs().max() for x in (out[:, :, rows], plain))
-    assert ours_error <= 2 * plain_error + torch.finfo(dtype).eps / 8 * exact.abs().max()
+    ours_error, plain_error = (x.double() - exact for x in (out[:, :, rows], plain))
+    ours_max, plain_max, rounding = map(
+        largest, (ours_error, plain_error, exact.float() + 0.3 - 0.3 - exact.float())
+    )
+    assert ours_max <= 2 * plain_max + 2 * rounding
+    assert ours_error.norm().item() <= 2 * plain_error.norm().item()
+
+
+def largest(x: Any) -> float:
+    return x.abs().max().item()
 
 
 def plain_attention(query: Any, key: Any, value: Any, mask: Any, dtype: Any) -> Any:

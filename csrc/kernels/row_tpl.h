@@ -1,36 +1,31 @@
-/* Scores and values of a single query, rows of K and V read along the head: memory-bound, so elements are
- * converted in registers and the rows some KB ahead are prefetched (what makes one core reach its read bandwidth). The
- * including file defines ROW(op), the symbol of an op, ELEMENT, the dtype of K and V, and LOAD(p) / LOAD_N(p, n).
+/* Scores and values of a single query, rows of K and V read along the head. Memory-bound: elements are converted in
+ * registers, rows are read one after the other as one stream, and each line asks for the one some KB ahead (on Zen 4
+ * that reads 1.4 times faster than four rows at a time with prefetches in bursts). The including file defines
+ * ROW(op), the symbol of an op, ELEMENT, the dtype of K and V, and LOAD(p) / LOAD_N(p, n).
  */
 
-#define AHEAD_BYTES 16384
-#define PREFETCH_ROW(row, n)                                                                                 \
-    for (int b = 0; b < (n) * (int)sizeof(ELEMENT); b += 64)                                                 \
-        __builtin_prefetch((const char *)(row) + AHEAD_BYTES + b, 0, 2)
+/* Far enough to hide the latency; with 16 KB more requests are dropped than met. */
+#define AHEAD_BYTES 2048
+#define PREFETCH(p) __builtin_prefetch((const char *)(p) + AHEAD_BYTES, 0, 2)
 
-/* Four rows at a time share the loads of q and hide the FMA latency. */
-INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int rows, int D) {
+INLINE REAL ROW(dot)(const REAL *q, const ELEMENT *k, int D) {
     vec acc[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     int d = 0;
-    for (; d + VL <= D; d += VL) {
-        vec x = v_loadu(q + d);
-        UNROLL for (int i = 0; i < rows; i++) acc[i] = v_fma(x, LOAD(k + i * ldk + d), acc[i]);
+    for (; d + 4 * VL <= D; d += 4 * VL)
+        UNROLL for (int i = 0; i < 4; i++) {
+            PREFETCH(k + d + i * VL);
+            acc[i] = v_fma(v_loadu(q + d + i * VL), LOAD(k + d + i * VL), acc[i]);
+        }
+    for (; d < D; d += VL) {
+        PREFETCH(k + d);
+        acc[0] = v_fma(v_load_n(q + d, D - d), LOAD_N(k + d, D - d), acc[0]);
     }
-    if (d < D) {
-        vec x = v_load_n(q + d, D - d);
-        UNROLL for (int i = 0; i < rows; i++) acc[i] = v_fma(x, LOAD_N(k + i * ldk + d, D - d), acc[i]);
-    }
-    UNROLL for (int i = 0; i < rows; i++) s[i] = v_sum(acc[i]);
+    return v_sum(v_add(v_add(acc[0], acc[1]), v_add(acc[2], acc[3])));
 }
 
 void ROW(row_scores)(REAL *s, const REAL *q, const void *keys, ptrdiff_t ldk, int n, int D) {
     const ELEMENT *k = keys;
-    int j = 0;
-    for (; j + 4 <= n; j += 4) {
-        for (int i = 0; i < 4; i++) PREFETCH_ROW(k + (j + i) * ldk, D);
-        ROW(dots)(s + j, q, k + j * ldk, ldk, 4, D);
-    }
-    for (; j < n; j++) ROW(dots)(s + j, q, k + j * ldk, ldk, 1, D);
+    for (int j = 0; j < n; j++, k += ldk) s[j] = ROW(dot)(q, k, D);
 }
 
 /* NV vectors of coordinates in registers over all n rows. */
@@ -38,10 +33,12 @@ INLINE void ROW(columns)(REAL *o, const REAL *p, const ELEMENT *v, ptrdiff_t ldv
     vec acc[8];
     UNROLL for (int x = 0; x < NV; x++) acc[x] = v_zero();
     for (int j = 0; j < n; j++, v += ldv) {
-        PREFETCH_ROW(v, width);
         vec w = v_set1(p[j]);
-        UNROLL for (int x = 0; x < NV - 1; x++) acc[x] = v_fma(w, LOAD(v + x * VL), acc[x]);
-        acc[NV - 1] = v_fma(w, LOAD_N(v + (NV - 1) * VL, width - (NV - 1) * VL), acc[NV - 1]);
+        UNROLL for (int x = 0; x < NV; x++) {
+            PREFETCH(v + x * VL);
+            vec row = x < NV - 1 ? LOAD(v + x * VL) : LOAD_N(v + x * VL, width - x * VL);
+            acc[x] = v_fma(w, row, acc[x]);
+        }
     }
     UNROLL for (int x = 0; x < NV; x++) {
         int left = width - x * VL;
@@ -65,4 +62,4 @@ void ROW(row_values)(REAL *o, const REAL *p, const void *values, ptrdiff_t ldv, 
 #undef LOAD
 #undef LOAD_N
 #undef AHEAD_BYTES
-#undef PREFETCH_ROW
+#undef PREFETCH

@@ -1,14 +1,14 @@
-/* The harness of check_kernels.c: random inputs, guarded buffers, an expectation per element, the loop over kernels.
+/* The harness of check_kernels.c, first half: random inputs, guarded buffers, an expectation per element.
  *
- * A generator makes one case: buffers, what they must hold afterwards, and the call, wrapped in RUN, which runs
- * every kernel of the slot on it. Elements without an expectation must keep their bits: inputs, gaps
- * between rows, unused lanes. A buffer lies between two pages that trap, flush with one of them or a few elements
- * off, so that vector instructions that no sanitizer sees cannot read beyond it either.
+ * A buffer lies between two pages that trap, flush with one of them or a few elements off, so that vector
+ * instructions that no sanitizer sees cannot read beyond it either. An element without an expectation must
+ * keep its bits: inputs, gaps between rows, unused lanes.
  */
 #ifndef CHECK_H
 #define CHECK_H
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -102,9 +102,10 @@ typedef struct {
     } tile;
     bool bench;
     double flops, bytes; /* of one call, for the benchmark */
-    int64_t turn, turns;
+    bool walks;          /* through memory */
+    int64_t turn, start, turns;
     int sample;
-    double started;
+    double started, peaks[SAMPLES];
 } check;
 
 /* ---- random numbers ---- */
@@ -131,8 +132,8 @@ static int precision(ada_dtype dtype) { return dtype == ADA_F16 ? 11 : 8; }
 static int low_exponent(ada_dtype dtype) { return dtype == ADA_F16 ? -14 : -126; }
 static uint16_t half_infinity(ada_dtype dtype) { return dtype == ADA_F16 ? 0x7c00 : 0x7f80; }
 
-/* By arithmetic, nothing shared with the kernels: to nearest, ties to even; a NaN keeps its sign and the top of its
- * payload and becomes quiet. */
+/* By arithmetic, nothing shared with the kernels: to nearest, ties to even; a NaN keeps its sign and the top
+ * of its payload and becomes quiet. */
 static uint16_t to_half(float x, ada_dtype dtype) {
     const int p = precision(dtype);
     uint32_t bits;
@@ -148,8 +149,10 @@ static uint16_t to_half(float x, ada_dtype dtype) {
 }
 
 static wide from_half(uint16_t bits, ada_dtype dtype) {
-    const int p = precision(dtype), mantissa = bits & ((1 << (p - 1)) - 1), exponent = (bits & 0x7fff) >> (p - 1);
-    wide x = ldexpl(mantissa + (exponent ? 1 << (p - 1) : 0), (exponent ? exponent : 1) + low_exponent(dtype) - p);
+    const int p = precision(dtype), mantissa = bits & ((1 << (p - 1)) - 1),
+              exponent = (bits & 0x7fff) >> (p - 1);
+    wide x =
+        ldexpl(mantissa + (exponent ? 1 << (p - 1) : 0), (exponent ? exponent : 1) + low_exponent(dtype) - p);
     if ((bits & 0x7fff) >= half_infinity(dtype)) x = mantissa ? (wide)NAN : (wide)INFINITY;
     return bits & 0x8000 ? -x : x;
 }
@@ -172,19 +175,30 @@ static wide value_at(const buffer *b, int64_t i) {
     double d;
     uint64_t bits = bits_at(b, i);
     switch (b->dtype) {
-    case ADA_F32: memcpy(&f, &bits, sizeof f); return f;
-    case ADA_F64: memcpy(&d, &bits, sizeof d); return d;
-    case ADA_U64: return bits;
-    default: return from_half((uint16_t)bits, b->dtype);
+    case ADA_F32:
+        memcpy(&f, &bits, sizeof f);
+        return f;
+    case ADA_F64:
+        memcpy(&d, &bits, sizeof d);
+        return d;
+    case ADA_U64:
+        return bits;
+    default:
+        return from_half((uint16_t)bits, b->dtype);
     }
 }
 
 static void set(buffer *b, int64_t i, double x) {
     float f = (float)x;
     switch (b->dtype) {
-    case ADA_F32: memcpy(b->data + i * 4, &f, sizeof f); break;
-    case ADA_F64: memcpy(b->data + i * 8, &x, sizeof x); break;
-    default: set_bits(b, i, to_half(f, b->dtype));
+    case ADA_F32:
+        memcpy(b->data + i * 4, &f, sizeof f);
+        break;
+    case ADA_F64:
+        memcpy(b->data + i * 8, &x, sizeof x);
+        break;
+    default:
+        set_bits(b, i, to_half(f, b->dtype));
     }
 }
 
@@ -213,13 +227,24 @@ static void set_special(check *c, buffer *b, int64_t i) {
     uint64_t sign = random_bits(c) << (width - 1);
     switch (integer(c, 0, 7)) {
     case 0:
-    case 1: set_bits(b, i, sign | infinity | payload | (payload == 0)); break;
+    case 1:
+        set_bits(b, i, sign | infinity | payload | (payload == 0));
+        break;
     case 2:
-    case 3: set_bits(b, i, sign | infinity); break;
-    case 4: set_bits(b, i, sign); break;
-    case 5: set_bits(b, i, sign | payload); break;
-    case 6: set_bits(b, i, sign | (infinity - 1)); break;
-    default: set(b, i, chance(c, 0.5) ? 1e30 : -1e30);
+    case 3:
+        set_bits(b, i, sign | infinity);
+        break;
+    case 4:
+        set_bits(b, i, sign);
+        break;
+    case 5:
+        set_bits(b, i, sign | payload);
+        break;
+    case 6:
+        set_bits(b, i, sign | (infinity - 1));
+        break;
+    default:
+        set(b, i, chance(c, 0.5) ? 1e30 : -1e30);
     }
 }
 
@@ -262,7 +287,8 @@ static buffer *new_buffer(check *c, const char *name, ada_dtype dtype, int64_t c
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     if (c->n_buffers == MAX_BUFFERS) abort();
     buffer *b = &c->buffers[c->n_buffers++];
-    *b = (buffer){.name = name, .dtype = dtype, .bytes = dtype_bytes(dtype), .count = count, .columns = columns};
+    *b = (buffer){
+        .name = name, .dtype = dtype, .bytes = dtype_bytes(dtype), .count = count, .columns = columns};
     size_t bytes = (size_t)count * (size_t)b->bytes;
     b->mapped = (bytes + 128 + page - 1) / page * page;
     char *whole = mmap(NULL, b->mapped + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -271,7 +297,8 @@ static buffer *new_buffer(check *c, const char *name, ada_dtype dtype, int64_t c
         exit(2);
     }
     b->mapping = whole + page;
-    size_t steps = (b->mapped - bytes) / alignment; /* to the end, or the last multiple of alignment before it */
+    size_t steps =
+        (b->mapped - bytes) / alignment; /* to the end, or the last multiple of alignment before it */
     if (chance(c, 0.3)) steps -= (size_t)integer(c, 0, (int)(128 / alignment));
     if (chance(c, 0.1)) steps = 0;
     b->data = b->mapping + steps * alignment;
@@ -323,13 +350,14 @@ static matrix new_rows(check *c, const char *name, ada_dtype dtype, int n, int w
     return m;
 }
 
-static void *tile_of(check *c, buffer *q, buffer *p, buffer *o, buffer *m, buffer *l, int D, int E, int lanes) {
-#define DATA(b) (b ? (void *)b->data : NULL)
+static void *data(const buffer *b) { return b ? b->data : NULL; }
+
+static void *tile_of(check *c, buffer *q, buffer *p, buffer *o, buffer *m, buffer *l, int D, int E,
+                     int lanes) {
     if (c->real == ADA_F32)
-        c->tile.f32 = (ada_tile_f32){DATA(q), DATA(p), DATA(o), DATA(m), DATA(l), D, E, lanes};
+        c->tile.f32 = (ada_tile_f32){data(q), data(p), data(o), data(m), data(l), D, E, lanes};
     else
-        c->tile.f64 = (ada_tile_f64){DATA(q), DATA(p), DATA(o), DATA(m), DATA(l), D, E, lanes};
-#undef DATA
+        c->tile.f64 = (ada_tile_f64){data(q), data(p), data(o), data(m), data(l), D, E, lanes};
     return &c->tile;
 }
 
@@ -342,7 +370,9 @@ static void expect(buffer *b, int64_t i, expectation e) {
 static void expect_near(buffer *b, int64_t i, wide value, double tolerance, double exp2) {
     expect(b, i, (expectation){NEAR, value, tolerance, exp2});
 }
-static void expect_bits(buffer *b, int64_t i, uint64_t bits) { expect(b, i, (expectation){.rule = BITS, .value = bits}); }
+static void expect_bits(buffer *b, int64_t i, uint64_t bits) {
+    expect(b, i, (expectation){.rule = BITS, .value = bits});
+}
 static void expect_any(buffer *b, int64_t i) { expect(b, i, (expectation){.rule = ANY}); }
 
 /* One rounding of value, a hair more because `wide` rounds too. */
@@ -353,7 +383,7 @@ static double rounding(const check *c, wide value) {
 /* A sum of products, and what bounds its error. */
 typedef struct {
     wide sum, magnitude, largest; /* of finite products */
-    int terms; /* that are not zero */
+    int terms;                    /* that are not zero */
 } total;
 
 static inline void add_product(total *t, wide a, wide b) {
@@ -373,8 +403,8 @@ static double total_tolerance(const check *c, const total *t) {
 }
 
 typedef enum { FINITE, MAYBE, INFINITE } finiteness;
-/* Whether REAL can hold the sum in any order of computation; a product beyond twice the largest number overflows
- * whatever it is added to. */
+/* Whether REAL can hold the sum in any order of computation; a product beyond twice the largest number
+ * overflows whatever it is added to. */
 static finiteness total_finiteness(const check *c, const total *t) {
     if (!isfinite(t->sum) || t->largest > 2.1L * c->limit.largest) return INFINITE;
     return t->magnitude + total_tolerance(c, t) > c->limit.largest ? MAYBE : FINITE;
@@ -389,152 +419,11 @@ static void expect_total(const check *c, buffer *b, int64_t i, const total *t) {
         expect(b, i, (expectation){.rule = finite == MAYBE ? ANY : NONFINITE});
 }
 
-/* Relative error of exp2. AVX-512 float: (ln 2)^3 / 6 * (1/32)^3 / 4 = 4.2e-7 of the polynomial of degree 2, and the
- * roundings of a table entry and the result. Others: polynomials whose error is far below the rounding of
- * their last steps. */
+/* Relative error of exp2. AVX-512 float: (ln 2)^3 / 6 * (1/32)^3 / 4 = 4.2e-7 of the polynomial of degree 2,
+ * and the roundings of a table entry and the result. Others: polynomials whose error is far below the
+ * rounding of their last steps. */
 static double exp2_error(const check *c, const kernel *k) {
     return c->real == ADA_F64 ? 4e-16 : k->needs & ADA_ISA_AVX512 ? 5.4e-7 : 1e-7;
 }
-
-/* ---- running ---- */
-
-static void fail(check *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void fail(check *c, const char *format, ...) {
-    kernel *k = c->kernels[c->running];
-    if (!k->failed) {
-        char text[400];
-        va_list arguments;
-        va_start(arguments, format);
-        vsnprintf(text, sizeof text, format, arguments);
-        va_end(arguments);
-        printf("%s %s: seed %llu, case %d (%s): %s\n", k->slot, k->isa, (unsigned long long)c->seed, c->index,
-               c->shape, text);
-    }
-    k->failed = true;
-}
-
-/* The error as a share of its bound. */
-static double badness(const check *c, const kernel *k, const buffer *b, int64_t i, const expectation *e) {
-    if (e->rule == ANY) return 0;
-    if (e->rule == BITS) return bits_at(b, i) == (uint64_t)e->value ? 0 : INFINITY;
-    wide x = value_at(b, i);
-    if (e->rule == NONFINITE) return isfinite(x) ? INFINITY : 0;
-    double tolerance = e->tolerance + e->exp2 * exp2_error(c, k);
-    if (isnan(e->value)) return isnan(x) ? 0 : INFINITY;
-    if (x == e->value) return 0;
-    if (isinf(x) && fabsl(e->value) + tolerance >= c->limit.largest && signbit(x) == signbit(e->value)) return 0;
-    return isfinite(x) && tolerance > 0 ? (double)(fabsl(x - e->value) / tolerance) : INFINITY;
-}
-
-static void fail_at(check *c, const buffer *b, int64_t i, const char *what) {
-    if (b->columns < b->count)
-        fail(c, "%s[%lld][%lld] %s", b->name, (long long)(i / b->columns), (long long)(i % b->columns), what);
-    else
-        fail(c, "%s[%lld] %s", b->name, (long long)i, what);
-}
-
-static void verify_element(check *c, kernel *k, const buffer *b, int64_t i, const expectation *e) {
-    char what[160];
-    double bad = badness(c, k, b, i, e);
-    if (bad > k->worst) k->worst = bad;
-    if (bad <= 1) return;
-    if (e->rule == BITS)
-        snprintf(what, sizeof what, "has bits %#llx, expected %#llx", (unsigned long long)bits_at(b, i),
-                 (unsigned long long)e->value);
-    else if (e->rule == NONFINITE)
-        snprintf(what, sizeof what, "is %.9Lg, expected NaN or an infinity", value_at(b, i));
-    else
-        snprintf(what, sizeof what, "is %.17Lg, expected %.17Lg within %.3g", value_at(b, i), e->value,
-                 e->tolerance + e->exp2 * exp2_error(c, k));
-    fail_at(c, b, i, what);
-}
-
-static void verify_buffer(check *c, kernel *k, const buffer *b) {
-    const size_t start = (size_t)(b->data - b->mapping), end = start + (size_t)(b->count * b->bytes);
-    for (size_t at = 0; at < b->mapped; at++) {
-        if (at == start && end == b->mapped) break;
-        if (at == start) at = end;
-        if (b->mapping[at] != b->before[at]) {
-            fail(c, "wrote %td bytes from the start of %s, which has %zu", at - start, b->name, end - start);
-            break;
-        }
-    }
-    for (int64_t i = 0; i < b->count && !k->failed; i++) {
-        const expectation *e = b->expected ? &b->expected[i] : NULL;
-        if (e && e->rule != SAME)
-            verify_element(c, k, b, i, e);
-        else if (memcmp(b->data + i * b->bytes, b->before + start + i * b->bytes, (size_t)b->bytes) != 0)
-            fail_at(c, b, i, "was changed");
-    }
-}
-
-static void guard(const buffer *b, bool on) {
-    char *data_end = b->data + b->count * b->bytes, *end = b->mapping + b->mapped;
-    if (on) {
-        ASAN_POISON_MEMORY_REGION(b->mapping, (size_t)(b->data - b->mapping));
-        ASAN_POISON_MEMORY_REGION(data_end, (size_t)(end - data_end));
-    } else {
-        ASAN_UNPOISON_MEMORY_REGION(b->mapping, b->mapped);
-    }
-    (void)data_end, (void)end;
-}
-
-static double now(void);
-
-/* Kernels take turns, so that all see the same weather; the first rounds find how many calls make a sample. */
-static bool next_sample(check *c) {
-    double elapsed = now() - c->started;
-    if (c->running >= 0) {
-        kernel *k = c->kernels[c->running];
-        if (c->sample < CALIBRATIONS) {
-            double turns = 3e-4 / (elapsed / (double)k->turns + 1e-9);
-            k->turns = turns > 1 ? (int64_t)turns : 1;
-        } else {
-            k->ns[c->sample - CALIBRATIONS] = elapsed * 1e9 / (double)k->turns;
-        }
-    }
-    if (++c->running == c->n_kernels) c->running = 0, c->sample++;
-    if (c->sample == CALIBRATIONS + SAMPLES) return false;
-    kernel *k = c->kernels[c->running];
-    if (c->sample == 0) k->turns = 1;
-    c->turns = k->turns;
-    c->kernel = k->run;
-    c->started = now();
-    return true;
-}
-
-/* Puts the inputs in place and chooses the next kernel, after checking what the previous one left. */
-static bool next_run(check *c) {
-    if (c->bench) return next_sample(c);
-    if (c->running >= 0 && !c->any_result && c->result != c->expected)
-        fail(c, "returned %#llx, expected %#llx", (unsigned long long)c->result, (unsigned long long)c->expected);
-    for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) {
-        if (c->running < 0) {
-            b->before = malloc(b->mapped);
-            memcpy(b->before, b->mapping, b->mapped);
-        } else {
-            guard(b, false);
-            verify_buffer(c, c->kernels[c->running], b);
-            memcpy(b->mapping, b->before, b->mapped);
-        }
-    }
-    c->result = 0;
-    c->turns = 1;
-    while (++c->running < c->n_kernels)
-        if (!c->kernels[c->running]->failed) {
-            c->kernel = c->kernels[c->running]->run;
-            for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) guard(b, true);
-            return true;
-        }
-    return false;
-}
-
-#define RUN(c, statement)                                                                                    \
-    while (next_run(c))                                                                                      \
-        for ((c)->turn = 0; (c)->turn < (c)->turns; (c)->turn++) statement
-/* The kernel under check, called through the type of its slot. */
-#define CALL_AS(c, slot, ...) (((ada_##slot##_fn *)(c)->kernel)(__VA_ARGS__))
-#define CALL(c, op, ...)                                                                                     \
-    ((c)->real == ADA_F32 ? CALL_AS(c, op##_f32, __VA_ARGS__) : CALL_AS(c, op##_f64, __VA_ARGS__))
 
 #endif

@@ -1,0 +1,180 @@
+/* Generators of the slots for single queries, half formats and dropout; see check_tiles.h. */
+#ifndef CHECK_ROWS_H
+#define CHECK_ROWS_H
+
+#include "check_tiles.h"
+
+static void make_row_weights(check *c) {
+    int n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), E = pick_size(c, "E");
+    uint64_t visible =
+        c->bench || chance(c, 0.3) ? UINT64_MAX : random_bits(c) | (chance(c, 0.3) ? random_bits(c) : 0);
+    uint64_t keep = c->bench || chance(c, 0.5) ? UINT64_MAX : random_bits(c);
+    if (!c->bench && chance(c, 0.1)) visible = 0;
+    if (c->style == SPECIALS) c->style = PLAIN;
+    buffer *o = new_vector(c, "o", c->real, E), *s = new_vector(c, "s", c->real, n);
+    buffer *bias = c->bench || chance(c, 0.5) ? NULL : new_vector(c, "bias", c->real, n);
+    note(c, "bias", bias != NULL);
+    double level = c->bench || chance(c, 0.3) ? 0 : uniform(c, -1000, 1000);
+    double m = chance(c, 0.2) ? -INFINITY : rounded(c, chance(c, 0.2) ? 0 : level + uniform(c, -30, 30));
+    for (int j = 0; j < n; j++) {
+        set(s, j, level + octaves(c, true));
+        if (!(visible >> j & 1) && chance(c, 0.3))
+            set_special(c, bias && chance(c, 0.5) ? bias : s, j);
+        else if (bias && chance(c, 0.05))
+            set(bias, j, chance(c, 0.5) ? -INFINITY : -1e30);
+    }
+    if (!c->bench && chance(c, 0.3)) spoil(c, bias && chance(c, 0.5) ? bias : s, integer(c, 0, n - 1), level);
+
+    /* The struct as a buffer of REAL: m and l are what a kernel may change. */
+    buffer *row = new_buffer(c, "row", c->real, (int64_t)sizeof(ada_row_f64) / dtype_bytes(c->real), 99, 8);
+    ada_row_f32 row_f32 = {data(o), (float)m, 1.5f, E};
+    ada_row_f64 row_f64 = {data(o), m, 1.5, E};
+    int64_t m_at, l_at;
+    if (c->real == ADA_F32) {
+        memcpy(row->data, &row_f32, sizeof row_f32);
+        m_at = offsetof(ada_row_f32, m) / 4, l_at = offsetof(ada_row_f32, l) / 4;
+    } else {
+        memcpy(row->data, &row_f64, sizeof row_f64);
+        m_at = offsetof(ada_row_f64, m) / 8, l_at = offsetof(ada_row_f64, l) / 8;
+    }
+
+    wide after = m;
+    for (int j = 0; j < n; j++) {
+        wide x = sum_of(c, values(s)[j], bias ? values(bias)[j] : 0);
+        if (visible >> j & 1 && !hides(bias, j) && x > after) after = x;
+    }
+    weight w[ADA_BLOCK], factor = power(c, m - after, rounding(c, m - after));
+    if (after == m) factor = (weight){GOOD, true, 1, 0, 0};
+    for (int j = 0; j < n; j++) {
+        wide x = sum_of(c, values(s)[j], bias ? values(bias)[j] : 0);
+        w[j] = (weight){HIDDEN, false, 0, 0, 0};
+        if (visible >> j & 1 && !hides(bias, j)) w[j] = weigh(c, x, 0, after, INFINITY);
+        w[j].kept = keep >> j & 1;
+    }
+    weight l = factor;
+    l.value *= 1.5, l.tolerance *= 1.5, l.exp2 *= 1.5;
+    if (expect_weights(c, w, n, 1, s, 1, row, l_at, &l)) {
+        expect_near(row, m_at, after, 0, 0);
+        for (int e = 0; e < E && after > m; e++) expect_scaled(c, o, e, factor);
+    } else {
+        expect_any(row, m_at), expect_any(row, l_at);
+        for (int e = 0; e < E; e++) expect_any(o, e);
+    }
+    c->bytes = 2.0 * n * s->bytes;
+    RUN(c, c->result = CALL(c, row_weights, data(row), data(s), n, visible, data(bias), keep));
+}
+
+/* K or V of one head; a benchmark walks through more than the caches hold. */
+enum { WALK_BYTES = 96 << 20 };
+static matrix new_head(check *c, const char *name, int n, int width, int *blocks) {
+    int block_bytes = n * width * dtype_bytes(c->element);
+    *blocks = c->bench ? WALK_BYTES / block_bytes : 1;
+    c->bytes = block_bytes, c->walks = true;
+    return new_rows(c, name, c->element, n * *blocks, width, true);
+}
+
+static void make_row_scores(check *c) {
+    int n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), D = pick_size(c, "D"), blocks;
+    buffer *q = new_vector(c, "q", c->real, D),
+           *s = new_buffer(c, "s", c->real, n, n, (size_t)dtype_bytes(c->real));
+    matrix k = new_head(c, "k", n, D, &blocks);
+    for (int j = 0; j < n && !c->bench; j++) {
+        total t = {0};
+        for (int d = 0; d < D; d++) add_product(&t, values(q)[d], values(k.b)[k.at + j * k.ld + d]);
+        expect_total(c, s, j, &t);
+    }
+    RUN(c, CALL(c, row_scores, data(s), data(q), (char *)k.first + c->turn % blocks * n * D * k.b->bytes,
+                k.ld, n, D));
+}
+
+static void make_row_values(check *c) {
+    int n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), E = pick_size(c, "E"), blocks;
+    buffer *p = new_vector(c, "p", c->real, n), *o = new_vector(c, "o", c->real, E);
+    matrix v = new_head(c, "v", n, E, &blocks);
+    for (int e = 0; e < E && !c->bench; e++) {
+        total t = {0};
+        add_product(&t, 1, values(o)[e]);
+        for (int j = 0; j < n; j++) add_product(&t, values(p)[j], values(v.b)[v.at + j * v.ld + e]);
+        expect_total(c, o, e, &t);
+    }
+    RUN(c, CALL(c, row_values, data(o), data(p), (char *)v.first + c->turn % blocks * n * E * v.b->bytes,
+                v.ld, n, E));
+}
+
+/* ---- conversions and dropout ---- */
+
+enum { HALVES = 1 << 16, HALVES_CASES = 16, HALVES_STEP = HALVES / HALVES_CASES };
+
+/* The first cases together hold all half-precision numbers. */
+static void make_load_half(check *c) {
+    int n = c->index < HALVES_CASES ? HALVES_STEP + integer(c, 0, 40) : pick(c, "n", 1, 100, 4096);
+    buffer *from = new_buffer(c, "from", c->element, n, n, 2), *to = new_buffer(c, "to", ADA_F32, n, n, 4);
+    for (int i = 0; i < n; i++) {
+        uint16_t half =
+            (uint16_t)(c->index < HALVES_CASES ? c->index * HALVES_STEP + i : (int)random_bits(c));
+        set_bits(from, i, half);
+        float x = (float)from_half(half, c->element);
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        /* A NaN of float16 becomes quiet, as the hardware's conversion does; bfloat16 is float cut in two. */
+        if (isnan(x)) bits = (half & 0x8000u) << 16 | 0x7fc00000u | (half & 0x3ffu) << 13;
+        if (c->element == ADA_BF16) bits = (uint32_t)half << 16;
+        expect_bits(to, i, bits);
+    }
+    c->bytes = 6.0 * n;
+    float *target = (float *)to->data;
+    RUN(c, c->element == ADA_F16 ? CALL_AS(c, load_f16, target, (uint16_t *)from->data, n)
+                                 : CALL_AS(c, load_bf16, target, (uint16_t *)from->data, n));
+}
+
+/* The first cases together hold all half-precision numbers, all ties between two neighbours and what lies
+ * directly beside the ties; the others hold random bits. */
+static void make_store_half(check *c) {
+    bool ties = c->index < HALVES_CASES && !c->bench;
+    int n = ties ? 4 * (HALVES_STEP + integer(c, 0, 9)) + integer(c, 0, 3) : pick(c, "n", 1, 20000, 4096);
+    buffer *from = new_buffer(c, "from", ADA_F32, n, n, 4), *to = new_buffer(c, "to", c->element, n, n, 2);
+    for (int i = 0; i < n; i++) {
+        uint16_t half = (uint16_t)(c->index * HALVES_STEP + i / 4);
+        wide low = from_half(half, c->element), high = from_half((uint16_t)(half + 1), c->element);
+        if (isinf(high)) high = low + (low - from_half((uint16_t)(half - 1), c->element));
+        float x = (float)(i % 4 ? (low + high) / 2 : low);
+        if (i % 4 >= 2) x = nextafterf(x, i % 4 == 2 ? INFINITY : -INFINITY);
+        if (ties) set(from, i, x);
+        if (c->bench) set(from, i, uniform(c, -2, 2));
+        expect_bits(to, i, to_half((float)value_at(from, i), c->element));
+    }
+    c->bytes = 6.0 * n;
+    uint16_t *target = (uint16_t *)to->data;
+    RUN(c, c->element == ADA_F16 ? CALL_AS(c, store_f16, target, (float *)from->data, n)
+                                 : CALL_AS(c, store_bf16, target, (float *)from->data, n));
+}
+
+static uint32_t fmix32(uint32_t h) {
+    h ^= h >> 16;
+    h *= 0x85EBCA6B;
+    h ^= h >> 13;
+    h *= 0xC2B2AE35;
+    h ^= h >> 16;
+    return h;
+}
+
+static void make_dropout(check *c) {
+    int n = pick(c, "n", 1, 64, 64);
+    uint64_t state = random_bits(c), drop_below = random_bits(c) >> integer(c, 32, 63);
+    if (chance(c, 0.2)) drop_below = chance(c, 0.5) ? 0 : UINT32_MAX;
+    uint32_t first = (uint32_t)random_bits(c), a = (uint32_t)state, high = (uint32_t)(state >> 32);
+    if (chance(c, 0.2)) first = UINT32_MAX - (uint32_t)integer(c, 0, 70);
+    for (int j = 0; j < n; j++) {
+        uint32_t bits = fmix32(fmix32((first + (uint32_t)j) * 0x9E3779B1 + a) ^ high);
+        if (chance(c, 0.01))
+            drop_below = bits + (uint64_t)integer(c, 0, 1); /* keeps or just drops this one */
+    }
+    if (drop_below > UINT32_MAX) drop_below = UINT32_MAX;
+    for (int j = 0; j < n; j++) {
+        uint32_t bits = fmix32(fmix32((first + (uint32_t)j) * 0x9E3779B1 + a) ^ high);
+        c->expected |= (uint64_t)(bits >= drop_below) << j;
+    }
+    RUN(c, c->result = CALL_AS(c, dropout, state, first, n, drop_below));
+}
+
+#endif
