@@ -1,13 +1,13 @@
 /* Attention of one tile of queries, and of few queries over a split of the keys, in REAL. The including file defines
  * REAL, KIND(name) and KIND_FN(name), names of types and kernels of REAL, and READS_HALF where row kernels of half formats
- * accumulate in REAL. What kernels refuse (overflow, NaN, infinities) is left to attend_tile_carefully.
+ * accumulate in REAL. Rows that REAL cannot hold (overflow, NaN, infinities) are left to attend_tile_carefully.
  */
 #define REAL_DTYPE (sizeof(REAL) == sizeof(double) ? ADA_F64 : ADA_F32)
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == sizeof(double) ? DBL_MAX : FLT_MAX))
 
 typedef struct {
     KIND(ada_tile) tile;
-    REAL *k, *v;       /* [ADA_BLOCK][max(D, E)] rows that could not be read in place */
+    REAL *k, *v;       /* [ADA_BLOCK][D] and [ADA_BLOCK][E], rows that could not be read in place */
     REAL *rows;        /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
     REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
     REAL *factor;      /* [ADA_LANES] */
@@ -92,7 +92,10 @@ static bool KIND(bias_rows)(const ada_run *r, REAL *rows, const ada_patch *patch
             }
         if (slope != 0) {
             int64_t distance = ada_position(p, patch->b, patch->i + i) - patch->j;
-            for (int j = 0; j < patch->nk; j++) row[j] -= (REAL)(slope * ADA_LOG2E * (double)llabs(distance - j));
+            for (int j = 0; j < patch->nk; j++) {
+                REAL y = row[j] - (REAL)(slope * ADA_LOG2E * (double)llabs(distance - j));
+                row[j] = row[j] > -INFINITY && y < -REAL_LARGEST ? -REAL_LARGEST : y;
+            }
         }
     }
     return any || slope != 0;
@@ -140,29 +143,57 @@ static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const
     return true;
 }
 
-/* Scores of a block times factor, capped; false when a score to be capped is not finite. */
-static bool KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, REAL factor) {
+/* Scores of a block times factor. */
+static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, REAL factor) {
     r->k->KIND(scores)(&s->tile, block->k, block->ldk, (nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP);
+    for (int j = 0; factor != 1 && j < nk; j++)
+        for (int i = 0; i < s->tile.lanes; i++) s->tile.p[j * ADA_LANES + i] *= factor;
+}
+
+/* False when a score was not finite before it was capped. */
+static bool KIND(cap_scores)(const ada_run *r, const KIND(scratch) * s, int nk) {
     bool finite = true;
-    for (int j = 0; (factor != 1 || r->p->has_softcap) && j < nk; j++) {
-        REAL *row = s->tile.p + j * ADA_LANES;
-        for (int i = 0; i < s->tile.lanes; i++) row[i] *= factor;
-        if (r->p->has_softcap) finite &= r->k->KIND(softcap)(row, s->tile.lanes, (REAL)(r->p->softcap * ADA_LOG2E));
-    }
+    for (int j = 0; r->p->has_softcap && j < nk; j++)
+        finite &= r->k->KIND(softcap)(s->tile.p + j * ADA_LANES, s->tile.lanes, (REAL)(r->p->softcap * ADA_LOG2E));
     return finite;
 }
 
-/* Weights of one block; false when REAL cannot hold its scores. */
+/* Weights of one block; false when REAL cannot hold a score of some lane. */
 static bool KIND(block_weights)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, bool first) {
     const ada_kernels *k = r->k;
     bool plain = !block->visible && !block->bias && !block->keep && !r->p->has_softcap && nk % ADA_KEY_STEP == 0;
     if (plain && !first && k->KIND(scores_weights)(&s->tile, block->k, block->ldk, nk)) return true;
     for (bool raise = first || plain;; raise = true) {
-        if (!KIND(raw_scores)(r, s, block, nk, 1)) return false;
+        KIND(raw_scores)(r, s, block, nk, 1);
+        if (!KIND(cap_scores)(r, s, nk)) return false;
         if (raise) k->KIND(reference)(&s->tile, nk, block->visible, block->bias);
         if (k->KIND(weights)(&s->tile, nk, block->visible, block->bias, block->keep)) return true;
         if (raise) return false;
     }
+}
+
+static void KIND(hide_lanes)(const KIND(scratch) * s, KIND(block) * block, int nk, uint64_t lanes) {
+    for (int j = 0; j < nk; j++) s->visible[j] = (block->visible ? block->visible[j] : UINT64_MAX) & ~lanes;
+    block->visible = s->visible;
+}
+
+/* The same where some lanes are beyond REAL: finds them by their raw scores, adds them to dead, hides their keys and
+ * computes the others, to the same bits as without them. */
+static void KIND(living_weights)(const ada_run *r, const KIND(scratch) * s, KIND(block) * block, int nk, uint64_t *dead) {
+    const ada_kernels *k = r->k;
+    KIND(raw_scores)(r, s, block, nk, 1);
+    for (int j = 0; j < nk; j++)
+        for (int i = 0; i < s->tile.lanes; i++) {
+            REAL add = block->bias ? block->bias[j * ADA_LANES + i] : 0;
+            bool seen = (!block->visible || (block->visible[j] >> i & 1)) && add != -INFINITY;
+            /* A quarter: the difference of two scores must be finite too. */
+            if (seen && !(fabs((double)s->tile.p[j * ADA_LANES + i] + (double)add) < (double)REAL_LARGEST / 4))
+                *dead |= (uint64_t)1 << i;
+        }
+    KIND(hide_lanes)(s, block, nk, *dead);
+    KIND(cap_scores)(r, s, nk);
+    k->KIND(reference)(&s->tile, nk, block->visible, block->bias);
+    k->KIND(weights)(&s->tile, nk, block->visible, block->bias, block->keep);
 }
 
 /* Packs the queries times factor and resets the sums. */
@@ -176,30 +207,50 @@ static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patc
     for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
 }
 
-/* What the outputs of each lane are multiplied with; writes lse. */
-static void KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch) {
+/* What the outputs of each lane are multiplied with; writes lse of the lanes in rows. Returns those of them that REAL
+ * cannot hold: a factor that is subnormal, or scores around a bias so large that it swallowed their digits. */
+static uint64_t KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t rows) {
+    const bool single = sizeof(REAL) == sizeof(float);
+    const bool biased = r->p->alibi_slopes.data || (r->p->attn_mask.data && r->p->attn_mask.dtype != ADA_BOOL);
+    uint64_t dead = 0;
     for (int i = 0; i < ADA_LANES; i++) s->factor[i] = 0;
-    for (int i = 0; i < patch->n; i++)
-        s->factor[i] = (REAL)finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
+    for (int i = 0; i < patch->n; i++) {
+        if (!(rows >> i & 1)) continue;
+        double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
+        s->factor[i] = (REAL)factor;
+        if (single && row_needs_double(factor, biased ? s->tile.m[i] : 0)) dead |= (uint64_t)1 << i;
+    }
+    return dead;
 }
 
-/* Writes out; false when an output is not finite. patched: then puts back what take_special_values took out. */
-static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, bool patched) {
+/* Writes out; false when an output is not finite. */
+static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch) {
     const ada_array *out = &r->p->out;
     const int E = (int)r->p->E;
-    bool direct = !patched && out->dtype == REAL_DTYPE && out->stride[3] == (int64_t)sizeof(REAL);
+    bool direct = out->dtype == REAL_DTYPE && out->stride[3] == (int64_t)sizeof(REAL);
     REAL *rows = direct ? (REAL *)ada_row_at(out, patch->b, patch->h, patch->i) : s->rows;
-    bool finite = r->k->KIND(unpack)(rows, direct ? out->stride[2] / (ptrdiff_t)sizeof(REAL) : E, s->tile.o, s->factor,
-                                     patch->n, E);
-    if (direct) return finite;
-    for (int i = 0; patched && i < patch->n; i++)
+    ptrdiff_t ld = direct ? out->stride[2] / (ptrdiff_t)sizeof(REAL) : E;
+    if (!r->k->KIND(unpack)(rows, ld, s->tile.o, s->factor, patch->n, E)) return false;
+    if (!direct) KIND(ada_store_rows)(r->k, out, patch->b, patch->h, patch->i, patch->n, E, rows, E);
+    return true;
+}
+
+/* Writes the rows out after putting back what take_special_values took; returns those with other infinities or NaN. */
+static uint64_t KIND(finish_patched)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t rows) {
+    const int E = (int)r->p->E;
+    uint64_t overflown = 0;
+    r->k->KIND(unpack)(s->rows, E, s->tile.o, s->factor, patch->n, E);
+    for (int i = 0; i < patch->n; i++) {
+        REAL *row = s->rows + i * E;
+        if (!(rows >> i & 1)) continue;
         for (int e = 0; e < E; e++) {
             int kind = s->special[e * ADA_LANES + i];
-            if (!kind) continue;
-            rows[i * E + e] = kind == SPECIAL_PLUS ? INFINITY : kind == SPECIAL_MINUS ? -INFINITY : NAN;
+            if (!isfinite(row[e])) overflown |= (uint64_t)1 << i;
+            if (kind) row[e] = kind == SPECIAL_PLUS ? INFINITY : kind == SPECIAL_MINUS ? -INFINITY : NAN;
         }
-    KIND(ada_store_rows)(r->k, out, patch->b, patch->h, patch->i, patch->n, E, rows, E);
-    return finite;
+        KIND(ada_store_rows)(r->k, &r->p->out, patch->b, patch->h, patch->i + i, 1, E, row, E);
+    }
+    return overflown;
 }
 
 /* Takes NaN and infinities out of the block's values and notes them for every lane that may attend to them; scales
@@ -219,38 +270,43 @@ static void KIND(take_special_values)(const ada_run *r, KIND(scratch) * s, KIND(
     block->v = s->v, block->ldv = E;
 }
 
-/* Queries patch->i ... patch->i + n - 1 of a head against all keys. patched: NaN and infinities in V are taken out and
- * put back into the result, which leaves every other bit as if they had been finite. */
-static outcome KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, bool patched, ada_job *job,
-                                 int worker) {
+/* Queries patch->i ... patch->i + n - 1 of a head against all keys. Returns the lanes whose rows REAL cannot hold.
+ * again: an output is not finite, and values must be patched. patched: NaN and infinities in V are taken out and put
+ * back into the result, which leaves every other bit as if they had been finite. */
+static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, bool patched, bool *again,
+                                  ada_job *job, int worker) {
     KIND(start_tile)(r, s, &patch, (REAL)(r->p->scale * ADA_LOG2E));
     if (patched) memset(s->special, 0, (size_t)r->p->E * ADA_LANES);
     ada_span span = tile_span(r->p, &patch);
+    uint64_t dead = 0;
     bool first = true;
-    for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
-        if (ada_job_cancelled(job, worker)) return DONE;
+    for (patch.j = span.first; patch.j < span.end && ~dead & lanes_of(&patch); patch.j += ADA_BLOCK) {
+        if (ada_job_cancelled(job, worker)) return 0;
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         KIND(block) block;
         if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
-        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) return BAD_SCORES;
+        if (dead) KIND(hide_lanes)(s, &block, patch.nk, dead);
+        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) KIND(living_weights)(r, s, &block, patch.nk, &dead);
         if (patched) KIND(take_special_values)(r, s, &block, patch.nk, 1);
         r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
         first = false;
     }
-    /* Scores so low come from masks only, and were clamped: double keeps them apart. */
-    for (int i = 0; sizeof(REAL) == sizeof(float) && i < patch.n; i++)
-        if (s->tile.l[i] > 0 && s->tile.m[i] < -REAL_LARGEST / 4) return BAD_SCORES;
-    KIND(normalise)(r, s, &patch);
-    return KIND(finish_tile)(r, s, &patch, patched) ? DONE : BAD_OUTPUT;
+    dead |= KIND(normalise)(r, s, &patch, ~dead & lanes_of(&patch));
+    if (patched) return dead | KIND(finish_patched)(r, s, &patch, ~dead);
+    *again = !KIND(finish_tile)(r, s, &patch);
+    return dead;
 }
 
-/* One tile, as exactly as REAL allows; false where it must be computed carefully. */
-static bool KIND(complete_tile)(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
+/* One tile; returns the lanes whose rows REAL cannot hold. */
+static uint64_t KIND(complete_tile)(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     KIND(scratch) s = KIND(scratch_of)(r->p, &carver);
-    outcome result = KIND(attend_tile)(r, &s, *patch, false, job, worker);
-    if (result == BAD_OUTPUT) result = KIND(attend_tile)(r, &s, *patch, true, job, worker);
-    return result == DONE;
+    bool again = false;
+    uint64_t dead = KIND(attend_tile)(r, &s, *patch, false, &again, job, worker);
+    if (!again) return dead;
+    /* Doubles beyond float look like infinities to float. */
+    if (r->p->value.dtype == ADA_F64 && REAL_DTYPE == ADA_F32) return UINT64_MAX;
+    return KIND(attend_tile)(r, &s, *patch, true, &again, job, worker);
 }
 
 /* m, l, o[E] of one query over one split of the keys; m is NaN where REAL did not suffice. */
@@ -290,15 +346,33 @@ static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * re
     return ada_row_at(a, b, g, j);
 }
 
-/* The weights of one query for one block, from its raw scores in s->tile.p. */
-static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t visible,
+/* The weights of one query for one block, from its raw scores in s->tile.p; what the bias hides leaves visible. */
+static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t *visible,
                             KIND(ada_row) * row) {
     const ada_problem *p = r->p;
     uint64_t keep[ADA_LANES] = {UINT64_MAX};
-    if (p->has_softcap && !r->k->KIND(softcap)(s->tile.p, patch->nk, (REAL)(p->softcap * ADA_LOG2E))) return false;
-    if (p->drop_below) ada_kept_rows(p, r->k, patch, keep);
+    REAL *scores = s->tile.p;
     const REAL *bias = KIND(bias_rows)(r, s->rows, patch) ? s->rows : NULL;
-    return r->k->KIND(row_weights)(row, s->tile.p, patch->nk, visible, bias, keep[0]);
+    for (int j = 0; bias && j < patch->nk; j++)
+        if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
+    if (p->has_softcap) {
+        for (int j = 0; j < patch->nk; j++)
+            if ((*visible >> j & 1) && !isfinite(scores[j])) return false;
+        r->k->KIND(softcap)(scores, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
+    }
+    if (p->drop_below) ada_kept_rows(p, r->k, patch, keep);
+    return r->k->KIND(row_weights)(row, scores, patch->nk, *visible, bias, keep[0]);
+}
+
+/* Adds the values of the visible keys, run by run: what is hidden is not even read. */
+static void KIND(add_values)(const KIND(row_reader) * reader, REAL *o, const REAL *weights, uint64_t visible,
+                             const char *v, ptrdiff_t ldv, int nk, int E) {
+    for (int first = 0, n; first < nk; first += n) {
+        uint64_t rest = visible >> first;
+        n = rest & 1 ? (~rest ? __builtin_ctzll(~rest) : 64) : rest ? __builtin_ctzll(rest) : 64;
+        if (n > nk - first) n = nk - first;
+        if (rest & 1) reader->values(o, weights + first, v + first * ldv * reader->bytes, ldv, n, E);
+    }
 }
 
 /* All queries that share key head g against one split of its keys, block by block, so that a block is read from
@@ -339,8 +413,9 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
             }
             KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
             keys.scores(s->tile.p, s->tile.q, k + skipped * ldk * keys.bytes, ldk, patch.nk, D);
-            if (KIND(weigh_row)(r, s, &patch, visible[0], &state)) {
-                values.values(partial + 2, s->tile.p, v + skipped * ldv * values.bytes, ldv, patch.nk, E);
+            if (KIND(weigh_row)(r, s, &patch, visible, &state)) {
+                KIND(add_values)(&values, partial + 2, s->tile.p, visible[0], v + skipped * ldv * values.bytes, ldv,
+                                 patch.nk, E);
                 partial[0] = state.m, partial[1] = state.l;
             } else {
                 partial[0] = NAN;
@@ -365,8 +440,10 @@ static bool KIND(join_splits)(const ada_run *r, const KIND(scratch) * s, int64_t
         l += factor * x[1];
         for (int64_t e = 0; e < p->E; e++) row[e] += factor * x[2 + e];
     }
-    if (sizeof(REAL) == sizeof(float) && l > 0 && m < -REAL_LARGEST / 4) return false; /* as in attend_tile */
-    REAL factor = (REAL)finish_row(p, b, h, i, m, l);
+    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
+    const double exact_factor = finish_row(p, b, h, i, m, l);
+    const REAL factor = (REAL)exact_factor;
+    if (sizeof(REAL) == sizeof(float) && row_needs_double(exact_factor, biased ? m : 0)) return false;
     bool finite = true;
     for (int64_t e = 0; e < p->E; e++) {
         row[e] *= factor;

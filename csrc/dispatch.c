@@ -6,19 +6,6 @@
 #include "cpu.h"
 #include "kernels.h"
 
-/* An ISA that the compiler could not build is left out; setup.py says which it could. */
-#define ADA_IF_scalar(x) x
-#if ADA_BUILD_AVX2
-#    define ADA_IF_avx2(x) x
-#else
-#    define ADA_IF_avx2(x)
-#endif
-#if ADA_BUILD_AVX512
-#    define ADA_IF_avx512(x) x
-#else
-#    define ADA_IF_avx512(x)
-#endif
-
 #define ADA_KERNEL(slot, isa, need) ADA_IF_##isa(ada_##slot##_fn ada_##slot##_##isa;)
 #include "kernels.def"
 #undef ADA_KERNEL

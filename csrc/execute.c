@@ -21,27 +21,38 @@ static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, dou
         ((float *)p->lse)[at] = (float)lse;
 }
 
+static double sink_of(const ada_problem *p, int64_t h) {
+    if (!p->sinks.data) return -INFINITY;
+    return *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]);
+}
+
 /* From reference m (log2 units) and sum l of a row: writes its lse, returns what its output is multiplied with. The
  * sink joins here: mass without a value. */
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
-    double sink = p->sinks.data ? *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]) : -INFINITY;
+    double sink = sink_of(p, h), above = sink * ADA_LOG2E - m, factor = 1, base = m * ADA_LN2;
     if (l == 0) { /* no key */
         store_lse(p, b, h, i, sink);
         return 0;
     }
-    double factor = 1;
-    if (sink > -INFINITY) {
-        double above = sink * ADA_LOG2E - m;
-        if (above <= 0) {
-            l += exp2(above);
-        } else {
-            factor = exp2(-above);
-            l = l * factor + 1;
-            m += above;
-        }
+    if (above > 0) {
+        factor = exp2(-above);
+        l = l * factor + 1;
+        base = sink;
+    } else if (sink > -INFINITY) {
+        l += exp2(above);
     }
-    if (p->lse) store_lse(p, b, h, i, (m + log2(l)) * ADA_LN2);
+    if (p->lse) store_lse(p, b, h, i, base + log2(l) * ADA_LN2);
     return factor / l / (1 - p->dropout_p);
+}
+
+/* Whether a row of floats lost more than rounding: its factor is subnormal, or its scores lie around a bias of more than
+ * 2^10 octaves, whose last digit is worth 2^-13 and more. */
+static bool row_needs_double(double factor, double biased_m) {
+    return (factor != 0 && factor < FLT_MIN) || (isfinite(biased_m) && fabs(biased_m) > 1024);
+}
+
+static uint64_t lanes_of(const ada_patch *patch) {
+    return patch->n == ADA_LANES ? UINT64_MAX : ((uint64_t)1 << patch->n) - 1;
 }
 
 /* Row-major bits of n queries to lane bits per key; lanes without a query repeat the last one. */
@@ -68,9 +79,6 @@ static int trim_patch(ada_patch *patch, uint64_t visible[1]) {
     return skipped;
 }
 
-/* BAD_SCORES: a score is NaN, infinite or beyond the format; BAD_OUTPUT: all scores are good. */
-typedef enum { DONE, BAD_SCORES, BAD_OUTPUT } outcome;
-
 enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
 
 #define REAL float
@@ -94,13 +102,13 @@ enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
 /* The careful way, in double, for tiles whose scores are not finite or overflow: kernels see only finite numbers, and
  * what was taken out is put into the result as plain arithmetic would have. */
 
-/* Adds the bias to the scores and hides what is not finite: a NaN or +inf makes its lane NaN, a -inf weighs 0. */
-static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, int n, uint64_t *nan_lanes,
+/* Adds the bias to the scores of the queries and hides what is not finite: a NaN or +inf makes its lane NaN, a -inf
+ * weighs 0. */
+static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, uint64_t queries, uint64_t *nan_lanes,
                                 uint64_t *minus_lanes) {
-    const uint64_t queries = n == ADA_LANES ? UINT64_MAX : ((uint64_t)1 << n) - 1;
-    for (int j = 0; j < nk; j++) {
-        s->visible[j] = block->visible ? block->visible[j] & queries : queries;
-        for (int i = 0; i < n; i++) {
+    hide_lanes_f64(s, block, nk, ~queries);
+    for (int j = 0; j < nk; j++)
+        for (int i = 0; i < ADA_LANES; i++) {
             const uint64_t lane = (uint64_t)1 << i;
             double *x = s->tile.p + j * ADA_LANES + i, add = block->bias ? block->bias[j * ADA_LANES + i] : 0;
             if (!(s->visible[j] & lane)) continue;
@@ -110,8 +118,6 @@ static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, 
             if (add == -INFINITY) continue;
             *(*x == -INFINITY ? minus_lanes : nan_lanes) |= lane;
         }
-    }
-    block->visible = s->visible;
     block->bias = NULL;
 }
 
@@ -122,9 +128,9 @@ static void hide_weightless(const scratch_f64 *s, int nk, int n) {
             if (s->tile.p[j * ADA_LANES + i] - s->tile.m[i] < -4000) s->visible[j] &= ~((uint64_t)1 << i);
 }
 
-/* False when sums of values times v_scale overflow. */
-static bool attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch, double v_scale, ada_job *job,
-                               int worker) {
+/* Computes the rows of a tile; returns those whose sums of values times v_scale overflow. */
+static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch, uint64_t rows, double v_scale,
+                                   ada_job *job, int worker) {
     const ada_problem *p = r->p;
     const int E = (int)p->E;
     uint64_t nan_lanes = 0, minus_lanes = 0;
@@ -133,36 +139,37 @@ static bool attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch
     memset(s->special, 0, (size_t)E * ADA_LANES);
     ada_span span = tile_span(p, &patch);
     for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
-        if (ada_job_cancelled(job, worker)) return true;
+        if (ada_job_cancelled(job, worker)) return 0;
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         block_f64 block;
         if (!prepare_block_f64(r, s, &patch, &block)) continue;
         take_special_values_f64(r, s, &block, patch.nk, v_scale);
         raw_scores_f64(r, s, &block, patch.nk, p->scale * ADA_LOG2E);
-        take_special_scores(s, &block, patch.nk, patch.n, &nan_lanes, &minus_lanes);
+        cap_scores_f64(r, s, patch.nk);
+        take_special_scores(s, &block, patch.nk, rows, &nan_lanes, &minus_lanes);
         r->k->reference_f64(&s->tile, patch.nk, block.visible, NULL);
         hide_weightless(s, patch.nk, patch.n);
         r->k->weights_f64(&s->tile, patch.nk, block.visible, NULL, block.keep);
         r->k->values_f64(&s->tile, block.v, block.ldv, patch.nk);
     }
-    /* Only scores of -inf, and no sink to take the mass: 0 / 0. */
-    for (int i = 0; i < patch.n && !p->sinks.data; i++)
-        if (s->tile.l[i] == 0) nan_lanes |= minus_lanes & (uint64_t)1 << i;
-    normalise_f64(r, s, &patch);
+    normalise_f64(r, s, &patch, rows);
     for (int i = 0; i < patch.n; i++) {
         s->factor[i] /= v_scale;
-        if (!(nan_lanes >> i & 1)) continue;
+        /* Only scores of -inf, and no sink to take the mass: 0 / 0. */
+        if (s->tile.l[i] == 0 && sink_of(p, patch.h) == -INFINITY) nan_lanes |= minus_lanes & (uint64_t)1 << i;
+        if (!(rows & nan_lanes & (uint64_t)1 << i)) continue;
         store_lse(p, patch.b, patch.h, patch.i + i, NAN);
         for (int e = 0; e < E; e++) s->special[e * ADA_LANES + i] = SPECIAL_NAN;
     }
-    return finish_tile_f64(r, s, &patch, true);
+    return finish_patched_f64(r, s, &patch, rows);
 }
 
-static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
+static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, uint64_t rows, ada_job *job, int worker) {
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     scratch_f64 s = scratch_of_f64(r->p, &carver);
     /* Values near the largest double overflow in a sum of weights times values; their average does not. */
-    if (!attend_tile_scaled(r, &s, *patch, 1, job, worker)) attend_tile_scaled(r, &s, *patch, 0x1p-80, job, worker);
+    rows = attend_tile_scaled(r, &s, *patch, rows & lanes_of(patch), 1, job, worker);
+    if (rows) attend_tile_scaled(r, &s, *patch, rows, 0x1p-80, job, worker);
 }
 
 static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -171,8 +178,9 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     /* Within a head the last tiles come first: under a causal limit they are the longest. */
     int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
     const ada_patch patch = {head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
-    if (!(p->compute_f64 ? complete_tile_f64(r, &patch, job, worker) : complete_tile_f32(r, &patch, job, worker)))
-        attend_tile_carefully(r, &patch, job, worker);
+    uint64_t dead = p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
+                                   : complete_tile_f32(r, &patch, job, worker);
+    if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
 }
 
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -199,7 +207,7 @@ static void join_task(void *context, ada_job *job, int64_t head, int worker) {
         const ada_patch patch = {head / p->H, head % p->H, i, 0, 1, 0};
         if (!(p->compute_f64 ? join_splits_f64(r, &s64, patch.b, patch.h, i)
                              : join_splits_f32(r, &s32, patch.b, patch.h, i)))
-            attend_tile_carefully(r, &patch, job, worker);
+            attend_tile_carefully(r, &patch, 1, job, worker);
     }
 }
 

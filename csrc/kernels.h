@@ -40,7 +40,7 @@
 #undef KIND_FN
 
 /* s[j] = q . k[j] for one query, j < n <= ADA_BLOCK; k of the named dtype, ldk its row stride in elements.
- * Reads memory a few KB ahead. */
+ * Prefetches beyond the rows. */
 typedef void ada_row_scores_f32_fn(float *s, const float *q, const void *k, ptrdiff_t ldk, int n, int D);
 typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn;
 typedef void ada_row_scores_f64_fn(double *s, const double *q, const void *k, ptrdiff_t ldk, int n, int D);
@@ -73,6 +73,19 @@ typedef struct {
     ADA_SLOTS(SLOT)
 #undef SLOT
 } ada_kernels;
+
+/* For kernels.def: what belongs to an ISA that the compiler could not build is left out; setup.py says which it could. */
+#define ADA_IF_scalar(...) __VA_ARGS__
+#if ADA_BUILD_AVX2
+#    define ADA_IF_avx2(...) __VA_ARGS__
+#else
+#    define ADA_IF_avx2(...)
+#endif
+#if ADA_BUILD_AVX512
+#    define ADA_IF_avx512(...) __VA_ARGS__
+#else
+#    define ADA_IF_avx512(...)
+#endif
 
 enum {
 #define SLOT(name) +1

@@ -21,8 +21,9 @@ typedef void KIND_FN(ada_scores)(const KIND(ada_tile) * tile, const ADA_REAL *k,
 /* s = cap * tanh(s / cap) on n contiguous elements; false when one was NaN or infinite. */
 typedef bool KIND_FN(ada_softcap)(ADA_REAL *s, int n, ADA_REAL cap);
 
-/* Raises m to the largest visible score (plus bias) of the block, and scales l and o along. Bit i of
- * visible[j] says that lane i may attend to key j; NULL: all may. bias[j][i] is added, -inf hides; NULL: none. */
+/* Where the largest visible score (plus bias) of the block exceeds m by more than ADA_LAZY_OCTAVES, raises m to it and
+ * scales l and o along; a NaN is passed over. No lane depends on another. Bit i of visible[j] says that lane i
+ * may attend to key j; NULL: all may. bias[j][i] is added, -inf hides; NULL: none. n >= 1. */
 typedef void KIND_FN(ada_reference)(const KIND(ada_tile) * tile, int n, const uint64_t *visible, const ADA_REAL *bias);
 
 /* Turns the scores in p into weights, zero where hidden, and adds their sums to l; then zeroes the weights

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +25,9 @@ Options = dict[str, Any]
 F64, F32, F16, BF16 = DTYPES = [
     np.dtype(scalar) for scalar in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 ]
+
+
+PATIENCE = 120.0
 
 
 class Shape(NamedTuple):
@@ -245,13 +249,29 @@ def same_bits(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def in_new_process(
-    function: Callable[..., Any], *arguments: Any, timeout: float = 120, **environment: str
-) -> Any:
+def in_new_process(function: Callable[..., Any], *arguments: Any, **environment: str) -> Any:
     """Result of a call in a fresh interpreter, whose environment has the given variables besides ours."""
     spawn = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result(timeout)
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_send_result, args=(sender, function, arguments))
+    with mock.patch.dict(os.environ, environment):
+        process.start()
+    sender.close()
+    try:
+        assert receiver.poll(PATIENCE), f"no result within {PATIENCE} s"
+        result, error = receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert error is None, error
+    return result
+
+
+def _send_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send((function(*arguments), None))
+    except BaseException:
+        sender.send((None, traceback.format_exc()))
 
 
 def peak_memory() -> int:

@@ -19,8 +19,8 @@ void KERNEL(store_f16)(uint16_t *to, const float *from, int64_t n) {
     for (int64_t i = 0; i < n; i += VL) {
         int left = n - i < VL ? (int)(n - i) : VL;
         uint16_t half[VL];
-        v_to_f16(half, v_load_n(from + i, left));
-        memcpy(to + i, half, (size_t)left * sizeof *to);
+        v_to_f16(left == VL ? to + i : half, v_load_n(from + i, left));
+        if (left < VL) memcpy(to + i, half, (size_t)left * sizeof *to);
     }
 }
 

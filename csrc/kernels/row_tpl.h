@@ -16,10 +16,11 @@ INLINE REAL ROW(dot)(const REAL *q, const ELEMENT *k, int D) {
             PREFETCH(k + d + i * VL);
             acc[i] = v_fma(v_loadu(q + d + i * VL), LOAD(k + d + i * VL), acc[i]);
         }
-    for (; d < D; d += VL) {
+    for (; d + VL <= D; d += VL) {
         PREFETCH(k + d);
-        acc[0] = v_fma(v_load_n(q + d, D - d), LOAD_N(k + d, D - d), acc[0]);
+        acc[0] = v_fma(v_loadu(q + d), LOAD(k + d), acc[0]);
     }
+    if (d < D) acc[0] = v_fma(v_load_n(q + d, D - d), LOAD_N(k + d, D - d), acc[0]);
     return v_sum(v_add(v_add(acc[0], acc[1]), v_add(acc[2], acc[3])));
 }
 
@@ -29,33 +30,39 @@ void ROW(row_scores)(REAL *s, const REAL *q, const void *keys, ptrdiff_t ldk, in
 }
 
 /* NV vectors of coordinates in registers over all n rows. */
-INLINE void ROW(columns)(REAL *o, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n, int width, const int NV) {
+INLINE void ROW(columns)(REAL *o, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n, const int NV) {
     vec acc[8];
     UNROLL for (int x = 0; x < NV; x++) acc[x] = v_zero();
     for (int j = 0; j < n; j++, v += ldv) {
         vec w = v_set1(p[j]);
         UNROLL for (int x = 0; x < NV; x++) {
             PREFETCH(v + x * VL);
-            vec row = x < NV - 1 ? LOAD(v + x * VL) : LOAD_N(v + x * VL, width - x * VL);
-            acc[x] = v_fma(w, row, acc[x]);
+            acc[x] = v_fma(w, LOAD(v + x * VL), acc[x]);
         }
     }
-    UNROLL for (int x = 0; x < NV; x++) {
-        int left = width - x * VL;
-        v_store_n(o + x * VL, v_add(v_load_n(o + x * VL, left), acc[x]), left);
-    }
+    UNROLL for (int x = 0; x < NV; x++) v_storeu(o + x * VL, v_add(v_loadu(o + x * VL), acc[x]));
+}
+
+/* Fewer than VL coordinates. Partial loads that miss the cache cost twice, so nothing else uses them. */
+INLINE void ROW(last_columns)(REAL *o, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n, int width) {
+    vec acc = v_zero();
+    for (int j = 0; j < n; j++) acc = v_fma(v_set1(p[j]), LOAD_N(v + j * ldv, width), acc);
+    v_store_n(o, v_add(v_load_n(o, width), acc), width);
 }
 
 void ROW(row_values)(REAL *o, const REAL *p, const void *values, ptrdiff_t ldv, int n, int E) {
     const ELEMENT *v = values;
-    for (int e = 0; e < E; e += 8 * VL) {
-        int width = E - e < 8 * VL ? E - e : 8 * VL;
-#define COLUMNS(NV) case NV: ROW(columns)(o + e, p, v + e, ldv, n, width, NV); break;
-        switch ((width + VL - 1) / VL) {
+    int e = 0;
+    while (E - e >= VL) {
+        const int vectors = (E - e) / VL < 8 ? (E - e) / VL : 8;
+#define COLUMNS(NV) case NV: ROW(columns)(o + e, p, v + e, ldv, n, NV); break;
+        switch (vectors) {
             COLUMNS(1) COLUMNS(2) COLUMNS(3) COLUMNS(4) COLUMNS(5) COLUMNS(6) COLUMNS(7) COLUMNS(8)
         }
 #undef COLUMNS
+        e += vectors * VL;
     }
+    if (e < E) ROW(last_columns)(o + e, p, v + e, ldv, n, E - e);
 }
 #undef ROW
 #undef ELEMENT

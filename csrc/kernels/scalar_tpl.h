@@ -45,7 +45,7 @@ void KERNEL(reference)(const KIND(tile) * t, int n, const uint64_t *visible, con
             REAL s = KIND(score)(t, j, i, bias);
             if (KIND(sees)(j, i, visible, bias) && s > m) m = s;
         }
-        if (!(m > t->m[i])) continue;
+        if (!(m > t->m[i] + ADA_LAZY_OCTAVES)) continue;
         REAL factor = EXP2(t->m[i] - m);
         t->m[i] = m;
         t->l[i] *= factor;

@@ -9,8 +9,9 @@
 
 /* The first n half-precision elements, zeros behind them. */
 INLINE __m128i half_first(const uint16_t *p, int n) {
+    if (n >= 8) return _mm_loadu_si128((const __m128i *)p);
     uint16_t copy[8] = {0};
-    memcpy(copy, p, (n < 8 ? (size_t)n : 8) * sizeof *p);
+    memcpy(copy, p, (size_t)n * sizeof *p);
     return _mm_loadu_si128((const __m128i *)copy);
 }
 
@@ -33,7 +34,13 @@ INLINE vec v_loadu(const float *p) { return _mm256_loadu_ps(p); }
 INLINE vec v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, _mm256_castps_si256(m_first(n))); }
 INLINE void v_store(float *p, vec a) { _mm256_store_ps(p, a); }
 INLINE void v_storeu(float *p, vec a) { _mm256_storeu_ps(p, a); }
-INLINE void v_store_n(float *p, vec a, int n) { _mm256_maskstore_ps(p, _mm256_castps_si256(m_first(n)), a); }
+/* A masked store costs as much as ten whole ones on Zen 4. */
+INLINE void v_store_n(float *p, vec a, int n) {
+    if (n >= VL)
+        v_storeu(p, a);
+    else
+        _mm256_maskstore_ps(p, _mm256_castps_si256(m_first(n)), a);
+}
 INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
 INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
 INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
@@ -125,7 +132,12 @@ INLINE vec v_loadu(const double *p) { return _mm256_loadu_pd(p); }
 INLINE vec v_load_n(const double *p, int n) { return _mm256_maskload_pd(p, _mm256_castpd_si256(m_first(n))); }
 INLINE void v_store(double *p, vec a) { _mm256_store_pd(p, a); }
 INLINE void v_storeu(double *p, vec a) { _mm256_storeu_pd(p, a); }
-INLINE void v_store_n(double *p, vec a, int n) { _mm256_maskstore_pd(p, _mm256_castpd_si256(m_first(n)), a); }
+INLINE void v_store_n(double *p, vec a, int n) {
+    if (n >= VL)
+        v_storeu(p, a);
+    else
+        _mm256_maskstore_pd(p, _mm256_castpd_si256(m_first(n)), a);
+}
 INLINE vec v_add(vec a, vec b) { return _mm256_add_pd(a, b); }
 INLINE vec v_sub(vec a, vec b) { return _mm256_sub_pd(a, b); }
 INLINE vec v_mul(vec a, vec b) { return _mm256_mul_pd(a, b); }

@@ -112,8 +112,9 @@ void KERNEL(reference)(const tile_t *t, int n, const uint64_t *visible, const RE
     for (int lane = 0; lane < t->lanes; lane += VL) {
         vec before = v_load(t->m + lane), m = before;
         for (int j = 0; j < n; j++) m = v_max(v_select(seen(j, lane, visible, bias), biased(t, j, lane, bias), m), m);
-        mask raised = m_greater(m, before);
+        mask raised = m_greater(m, v_add(before, v_set1(GAP)));
         if (!m_any(raised)) continue;
+        m = v_select(raised, m, before);
         v_store(t->m + lane, m);
         vec f = v_select(raised, v_exp2(v_sub(before, m)), v_set1(1));
         v_store(t->l + lane, v_mul(f, v_load(t->l + lane)));

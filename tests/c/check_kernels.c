@@ -17,18 +17,6 @@
 
 #include <signal.h>
 
-#define ADA_IF_scalar(...) __VA_ARGS__
-#if ADA_BUILD_AVX2
-#    define ADA_IF_avx2(...) __VA_ARGS__
-#else
-#    define ADA_IF_avx2(...)
-#endif
-#if ADA_BUILD_AVX512
-#    define ADA_IF_avx512(...) __VA_ARGS__
-#else
-#    define ADA_IF_avx512(...)
-#endif
-
 #define ADA_KERNEL(slot, isa, needs) ADA_IF_##isa(ada_##slot##_fn ada_##slot##_##isa;)
 #include "../../csrc/kernels.def"
 #undef ADA_KERNEL
