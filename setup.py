@@ -53,6 +53,7 @@ class BuildEngine(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Builds the objects of each ISA, then lets setuptools compile the rest and link."""
         compile_flags, link_flags = env_flags()
+        self.force = self.force or bool(compile_flags)
         ext.extra_compile_args = [*ext.extra_compile_args, *compile_flags]
         ext.extra_link_args = [*ext.extra_link_args, *link_flags]
         left_out = []
@@ -73,8 +74,12 @@ class BuildEngine(build_ext):
         super().build_extension(ext)
 
 
-sources = [*Path("csrc").glob("*.c"), *Path("csrc/python").glob("*.c"), *Path("csrc/kernels").glob("*_scalar.c")]
-headers = [path for suffix in ("*.h", "*.def") for path in Path("csrc").rglob(suffix)]
+sources = [
+    *Path("csrc").glob("*.c"),
+    *Path("csrc/python").glob("*.c"),
+    *Path("csrc/kernels").glob("*_scalar.c"),
+]
+depends = [Path("setup.py"), *(path for suffix in ("*.[ch]", "*.def") for path in Path("csrc").rglob(suffix))]
 engine = Extension(
     "adaattn._adaattn",
     sorted(map(str, sources)),
@@ -82,7 +87,7 @@ engine = Extension(
     define_macros=[("_GNU_SOURCE", "1"), ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION")],
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread"],
     extra_link_args=["-pthread", "-lm"],
-    depends=sorted(map(str, headers)),
+    depends=sorted(map(str, depends)),
 )
 
 if sys.platform == "win32":

@@ -68,7 +68,7 @@ def attention(
         Needed where dropout_p > 0: the mask is a function of seed, head, query and key alone.
     precision : "auto", "fp32" or "fp64"
         What scores and sums are computed in. "auto" is fp64 for float64 arrays, else fp32; rows that overflow fp32
-        are computed in fp64.
+        are computed in fp64. "fp32" rounds float64 arrays to float32 first.
     return_lse : bool
         Also return the logarithm of each row's sum of exponentials.
     out : array of shape (B, H, T, E), optional
@@ -107,7 +107,7 @@ def attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
         scale, dropout_p, seed, precision, return_lse, out, num_threads, _allocate,
     )  # fmt: skip
-    return result if isinstance(query, np.ndarray) or out is not None else _as_kind_of(query, result)
+    return result if isinstance(query, np.ndarray) else _as_kind_of(query, result, out)
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
@@ -178,10 +178,10 @@ def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     return np.empty(shape, dtype)
 
 
-def _as_kind_of(like: Any, result: Any) -> Any:
-    """NumPy results as arrays of like's library, where that follows the array API standard."""
+def _as_kind_of(like: Any, result: Any, out: Any = None) -> Any:
+    """NumPy results (but for the caller's out) as arrays of like's library, if that follows the array API standard."""
     if isinstance(result, tuple):
-        return tuple(_as_kind_of(like, array) for array in result)
-    if not isinstance(result, np.ndarray) or not hasattr(like, "__array_namespace__"):
+        return tuple(_as_kind_of(like, array, out) for array in result)
+    if result is out or not isinstance(result, np.ndarray) or not hasattr(like, "__array_namespace__"):
         return result
     return like.__array_namespace__().asarray(result)

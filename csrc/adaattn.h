@@ -60,9 +60,9 @@ typedef struct {
     ada_array query_offset;      /* I64, () or (B) */
     ada_array seed;              /* U64, () or (B) */
     ada_array out;               /* (B, H, T, E), query's dtype; may be attached after ada_problem_init */
-    void *lse;                   /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
+    void *lse; /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
     ada_causal causal;
-    int64_t window_left, window_right; /* ADA_UNBOUNDED: no limit on that side */
+    int64_t window_left, window_right;            /* ADA_UNBOUNDED: no limit on that side */
     bool has_softcap, has_scale, has_num_threads; /* else: no cap, 1/sqrt(D), the default */
     double softcap, scale;
     int64_t num_threads;
@@ -70,7 +70,7 @@ typedef struct {
     ada_precision precision;
 
     int64_t B, H, G, T, S, D, E;
-    bool compute_f64; /* else fp32 accumulation */
+    bool compute_f64;    /* else fp32 accumulation */
     uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
 } ada_problem;
 
@@ -80,7 +80,8 @@ ada_status ada_problem_init(ada_problem *problem, ada_error *error);
 ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
 
 /* Computes out and lse. Interrupted: interrupt(context) was true; out is then undefined. */
-ada_status ada_execute(const ada_problem *problem, bool (*interrupt)(void *), void *context, ada_error *error);
+ada_status ada_execute(const ada_problem *problem, bool (*interrupt)(void *), void *context,
+                       ada_error *error);
 
 /* Exact combination of attention over two disjoint sets of keys. Outputs (B, H, T, E) of one dtype, lse
  * (B, H, T) float or double; a and b in, out and lse out. */
@@ -88,7 +89,8 @@ typedef struct {
     ada_array out_a, lse_a, out_b, lse_b, out, lse;
 } ada_merge_problem;
 ada_status ada_merge_init(const ada_merge_problem *merge, ada_error *error);
-ada_status ada_merge(const ada_merge_problem *merge, ada_error *error);
+ada_status ada_merge(const ada_merge_problem *merge, bool (*interrupt)(void *), void *context,
+                     ada_error *error);
 
 const char *ada_dtype_name(ada_dtype dtype);
 int ada_dtype_bytes(ada_dtype dtype);

@@ -1,6 +1,7 @@
-/* Attention of one tile of queries, and of few queries over a split of the keys, in REAL. The including file defines
- * REAL, KIND(name) and KIND_FN(name), names of types and kernels of REAL, and READS_HALF where row kernels of half formats
- * accumulate in REAL. Rows that REAL cannot hold (overflow, NaN, infinities) are left to attend_tile_carefully.
+/* Attention of one tile of queries, and of few queries over a split of the keys, in REAL. The including file
+ * defines REAL, KIND(name) and KIND_FN(name), names of types and kernels of REAL, and READS_HALF where row
+ * kernels of half formats accumulate in REAL. Rows that REAL cannot hold (overflow, NaN, infinities) are left
+ * to attend_tile_carefully.
  */
 #define REAL_DTYPE (sizeof(REAL) == sizeof(double) ? ADA_F64 : ADA_F32)
 #define REAL_LARGEST ((REAL)(sizeof(REAL) == sizeof(double) ? DBL_MAX : FLT_MAX))
@@ -59,7 +60,8 @@ static void KIND(mask_rows)(const ada_run *r, REAL *rows, const ada_patch *patch
         /* The lowest double must stay finite as a float: it does not hide. */
         for (int i = 0; i < patch->n; i++)
             for (int j = 0; j < patch->nk; j++) {
-                double x = *(const double *)(ada_row_at(&mask, patch->b, patch->h, patch->i + i) + j * mask.stride[3]);
+                double x = *(const double *)(ada_row_at(&mask, patch->b, patch->h, patch->i + i) +
+                                             j * mask.stride[3]);
                 rows[i * ADA_BLOCK + j] = x > -INFINITY && x < -REAL_LARGEST ? -REAL_LARGEST : (REAL)x;
             }
     }
@@ -70,8 +72,8 @@ static void KIND(mask_rows)(const ada_run *r, REAL *rows, const ada_patch *patch
                 if (rows[i * ADA_BLOCK + j] == -65504) rows[i * ADA_BLOCK + j] = -FLT_MAX;
 }
 
-/* What a float mask and ALiBi add to the scores of a patch, in log2 units, row-major with a stride of ADA_BLOCK;
- * -inf hides. False when that is nothing. */
+/* What a float mask and ALiBi add to the scores of a patch, in log2 units, row-major with a stride of
+ * ADA_BLOCK; -inf hides. False when that is nothing. */
 static bool KIND(bias_rows)(const ada_run *r, REAL *rows, const ada_patch *patch) {
     const ada_problem *p = r->p;
     bool masked = p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL, any = false;
@@ -110,7 +112,8 @@ typedef struct {
 } KIND(block);
 
 /* False when no query of the patch may see a key of it. */
-static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, KIND(block) * block) {
+static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                                KIND(block) * block) {
     const ada_problem *p = r->p;
     const int64_t g = patch->h / (p->H / p->G);
     ada_sight sight = ada_visible_rows(p, patch, s->visible);
@@ -144,7 +147,8 @@ static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const
 }
 
 /* Scores of a block times factor. */
-static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, REAL factor) {
+static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk,
+                             REAL factor) {
     r->k->KIND(scores)(&s->tile, block->k, block->ldk, (nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP);
     for (int j = 0; factor != 1 && j < nk; j++)
         for (int i = 0; i < s->tile.lanes; i++) s->tile.p[j * ADA_LANES + i] *= factor;
@@ -154,14 +158,17 @@ static void KIND(raw_scores)(const ada_run *r, const KIND(scratch) * s, const KI
 static bool KIND(cap_scores)(const ada_run *r, const KIND(scratch) * s, int nk) {
     bool finite = true;
     for (int j = 0; r->p->has_softcap && j < nk; j++)
-        finite &= r->k->KIND(softcap)(s->tile.p + j * ADA_LANES, s->tile.lanes, (REAL)(r->p->softcap * ADA_LOG2E));
+        finite &=
+            r->k->KIND(softcap)(s->tile.p + j * ADA_LANES, s->tile.lanes, (REAL)(r->p->softcap * ADA_LOG2E));
     return finite;
 }
 
 /* Weights of one block; false when REAL cannot hold a score of some lane. */
-static bool KIND(block_weights)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk, bool first) {
+static bool KIND(block_weights)(const ada_run *r, const KIND(scratch) * s, const KIND(block) * block, int nk,
+                                bool first) {
     const ada_kernels *k = r->k;
-    bool plain = !block->visible && !block->bias && !block->keep && !r->p->has_softcap && nk % ADA_KEY_STEP == 0;
+    bool plain =
+        !block->visible && !block->bias && !block->keep && !r->p->has_softcap && nk % ADA_KEY_STEP == 0;
     if (plain && !first && k->KIND(scores_weights)(&s->tile, block->k, block->ldk, nk)) return true;
     for (bool raise = first || plain;; raise = true) {
         KIND(raw_scores)(r, s, block, nk, 1);
@@ -177,9 +184,10 @@ static void KIND(hide_lanes)(const KIND(scratch) * s, KIND(block) * block, int n
     block->visible = s->visible;
 }
 
-/* The same where some lanes are beyond REAL: finds them by their raw scores, adds them to dead, hides their keys and
- * computes the others, to the same bits as without them. */
-static void KIND(living_weights)(const ada_run *r, const KIND(scratch) * s, KIND(block) * block, int nk, uint64_t *dead) {
+/* The same where some lanes are beyond REAL: finds them by their raw scores, adds them to dead, hides their
+ * keys and computes the others, to the same bits as without them. */
+static void KIND(living_weights)(const ada_run *r, const KIND(scratch) * s, KIND(block) * block, int nk,
+                                 uint64_t *dead) {
     const ada_kernels *k = r->k;
     KIND(raw_scores)(r, s, block, nk, 1);
     for (int j = 0; j < nk; j++)
@@ -187,7 +195,8 @@ static void KIND(living_weights)(const ada_run *r, const KIND(scratch) * s, KIND
             REAL add = block->bias ? block->bias[j * ADA_LANES + i] : 0;
             bool seen = (!block->visible || (block->visible[j] >> i & 1)) && add != -INFINITY;
             /* A quarter: the difference of two scores must be finite too. */
-            if (seen && !(fabs((double)s->tile.p[j * ADA_LANES + i] + (double)add) < (double)REAL_LARGEST / 4))
+            if (seen &&
+                !(fabs((double)s->tile.p[j * ADA_LANES + i] + (double)add) < (double)REAL_LARGEST / 4))
                 *dead |= (uint64_t)1 << i;
         }
     KIND(hide_lanes)(s, block, nk, *dead);
@@ -207,11 +216,14 @@ static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patc
     for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
 }
 
-/* What the outputs of each lane are multiplied with; writes lse of the lanes in rows. Returns those of them that REAL
- * cannot hold: a factor that is subnormal, or scores around a bias so large that it swallowed their digits. */
-static uint64_t KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t rows) {
+/* What the outputs of each lane are multiplied with; writes lse of the lanes in rows. Returns those of them
+ * that REAL cannot hold: a factor that is subnormal, or scores around a bias so large that it swallowed their
+ * digits. */
+static uint64_t KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                                uint64_t rows) {
     const bool single = sizeof(REAL) == sizeof(float);
-    const bool biased = r->p->alibi_slopes.data || (r->p->attn_mask.data && r->p->attn_mask.dtype != ADA_BOOL);
+    const bool biased =
+        r->p->alibi_slopes.data || (r->p->attn_mask.data && r->p->attn_mask.dtype != ADA_BOOL);
     uint64_t dead = 0;
     for (int i = 0; i < ADA_LANES; i++) s->factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
@@ -235,8 +247,10 @@ static bool KIND(finish_tile)(const ada_run *r, const KIND(scratch) * s, const a
     return true;
 }
 
-/* Writes the rows out after putting back what take_special_values took; returns those with other infinities or NaN. */
-static uint64_t KIND(finish_patched)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t rows) {
+/* Writes the rows out after putting back what take_special_values took; returns those with other infinities
+ * or NaN. */
+static uint64_t KIND(finish_patched)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                                     uint64_t rows) {
     const int E = (int)r->p->E;
     uint64_t overflown = 0;
     r->k->KIND(unpack)(s->rows, E, s->tile.o, s->factor, patch->n, E);
@@ -253,14 +267,18 @@ static uint64_t KIND(finish_patched)(const ada_run *r, const KIND(scratch) * s, 
     return overflown;
 }
 
-/* Takes NaN and infinities out of the block's values and notes them for every lane that may attend to them; scales
- * the others. */
-static void KIND(take_special_values)(const ada_run *r, KIND(scratch) * s, KIND(block) * block, int nk, REAL scale) {
+/* Takes NaN and infinities out of the block's values and notes them for every lane that may attend to them;
+ * scales the others. */
+static void KIND(take_special_values)(const ada_run *r, KIND(scratch) * s, KIND(block) * block, int nk,
+                                      REAL scale) {
     const int E = (int)r->p->E;
     for (int j = 0; j < nk; j++)
         for (int e = 0; e < E; e++) {
             REAL x = block->v[j * block->ldv + e];
-            int kind = isnan(x) ? SPECIAL_NAN : x == INFINITY ? SPECIAL_PLUS : x == -INFINITY ? SPECIAL_MINUS : 0;
+            int kind = isnan(x)         ? SPECIAL_NAN
+                       : x == INFINITY  ? SPECIAL_PLUS
+                       : x == -INFINITY ? SPECIAL_MINUS
+                                        : 0;
             uint64_t lanes = block->visible ? block->visible[j] : UINT64_MAX;
             for (int i = 0; kind && i < s->tile.lanes; i++)
                 if ((lanes >> i & 1) && !(block->bias && block->bias[j * ADA_LANES + i] == -INFINITY))
@@ -270,11 +288,11 @@ static void KIND(take_special_values)(const ada_run *r, KIND(scratch) * s, KIND(
     block->v = s->v, block->ldv = E;
 }
 
-/* Queries patch->i ... patch->i + n - 1 of a head against all keys. Returns the lanes whose rows REAL cannot hold.
- * again: an output is not finite, and values must be patched. patched: NaN and infinities in V are taken out and put
- * back into the result, which leaves every other bit as if they had been finite. */
-static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, bool patched, bool *again,
-                                  ada_job *job, int worker) {
+/* Queries patch->i ... patch->i + n - 1 of a head against all keys. Returns the lanes whose rows REAL cannot
+ * hold. again: an output is not finite, and values must be patched. patched: NaN and infinities in V are
+ * taken out and put back into the result, which leaves every other bit as if they had been finite. */
+static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch patch, bool patched,
+                                  bool *again, ada_job *job, int worker) {
     KIND(start_tile)(r, s, &patch, (REAL)(r->p->scale * ADA_LOG2E));
     if (patched) memset(s->special, 0, (size_t)r->p->E * ADA_LANES);
     ada_span span = tile_span(r->p, &patch);
@@ -286,7 +304,8 @@ static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch
         KIND(block) block;
         if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
         if (dead) KIND(hide_lanes)(s, &block, patch.nk, dead);
-        if (!KIND(block_weights)(r, s, &block, patch.nk, first)) KIND(living_weights)(r, s, &block, patch.nk, &dead);
+        if (!KIND(block_weights)(r, s, &block, patch.nk, first))
+            KIND(living_weights)(r, s, &block, patch.nk, &dead);
         if (patched) KIND(take_special_values)(r, s, &block, patch.nk, 1);
         r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
         first = false;
@@ -315,11 +334,12 @@ static REAL *KIND(partial)(const ada_run *r, int64_t b, int64_t h, int64_t i, in
     return (REAL *)r->partials + (((b * p->H + h) * p->T + i) * r->splits + split) * (p->E + 2);
 }
 
-/* How the rows of K or V are read by the row kernels: in place in a dtype that they know, else converted to REAL. */
+/* How the rows of K or V are read by the row kernels: in place in a dtype that they know, else converted to
+ * REAL. */
 typedef struct {
     const ada_array *array;
-    KIND_FN(ada_row_scores) *scores;
-    KIND_FN(ada_row_values) *values;
+    KIND_FN(ada_row_scores) * scores;
+    KIND_FN(ada_row_values) * values;
     bool in_place;
     int bytes; /* of an element as the kernels read it */
     REAL *copy;
@@ -338,17 +358,18 @@ static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_arra
     return reader;
 }
 
-static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g, int64_t j,
-                                   int n, ptrdiff_t *ld) {
+static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g,
+                                   int64_t j, int n, ptrdiff_t *ld) {
     const ada_array *a = reader->array;
     if (!reader->in_place) return (const char *)KIND(rows_at)(r, a, b, g, j, n, reader->copy, ld);
     *ld = a->stride[2] / ada_dtype_bytes(a->dtype);
     return ada_row_at(a, b, g, j);
 }
 
-/* The weights of one query for one block, from its raw scores in s->tile.p; what the bias hides leaves visible. */
-static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch, uint64_t *visible,
-                            KIND(ada_row) * row) {
+/* The weights of one query for one block, from its raw scores in s->tile.p; what the bias hides leaves
+ * visible. */
+static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                            uint64_t *visible, KIND(ada_row) * row) {
     const ada_problem *p = r->p;
     uint64_t keep[ADA_LANES] = {UINT64_MAX};
     REAL *scores = s->tile.p;
@@ -375,10 +396,10 @@ static void KIND(add_values)(const KIND(row_reader) * reader, REAL *o, const REA
     }
 }
 
-/* All queries that share key head g against one split of its keys, block by block, so that a block is read from
- * memory once. */
-static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, int64_t g, int64_t split, ada_job *job,
-                               int worker) {
+/* All queries that share key head g against one split of its keys, block by block, so that a block is read
+ * from memory once. */
+static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, int64_t g, int64_t split,
+                               ada_job *job, int worker) {
     const ada_problem *p = r->p;
     const int64_t group = p->H / p->G, rows = group * p->T, first = split * r->split_keys;
     const int64_t end = first + r->split_keys < p->S ? first + r->split_keys : p->S;
@@ -414,8 +435,9 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
             KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
             keys.scores(s->tile.p, s->tile.q, k + skipped * ldk * keys.bytes, ldk, patch.nk, D);
             if (KIND(weigh_row)(r, s, &patch, visible, &state)) {
-                KIND(add_values)(&values, partial + 2, s->tile.p, visible[0], v + skipped * ldv * values.bytes, ldv,
-                                 patch.nk, E);
+                KIND(add_values)
+                (&values, partial + 2, s->tile.p, visible[0], v + skipped * ldv * values.bytes, ldv, patch.nk,
+                 E);
                 partial[0] = state.m, partial[1] = state.l;
             } else {
                 partial[0] = NAN;

@@ -1,8 +1,9 @@
 /* Runs a validated problem: the only file that knows the whole loop.
  *
- * The work is cut into tasks that depend on the sizes of one head only, never on the number of threads or heads, so bits
- * do not either. Many queries: one task per tile of ADA_LANES queries. Few queries: one task per key head and split
- * of its keys, then one per head that joins the splits. All memory is taken before threads start.
+ * The work is cut into tasks that depend on the sizes of one head only, never on the number of threads or
+ * heads, so bits do not either. Many queries: one task per tile of ADA_LANES queries. Few queries: one task
+ * per key head and split of its keys, then one per head that joins the splits. All memory is taken before
+ * threads start.
  */
 #include <float.h>
 #include <math.h>
@@ -26,8 +27,8 @@ static double sink_of(const ada_problem *p, int64_t h) {
     return *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]);
 }
 
-/* From reference m (log2 units) and sum l of a row: writes its lse, returns what its output is multiplied with. The
- * sink joins here: mass without a value. */
+/* From reference m (log2 units) and sum l of a row: writes its lse, returns what its output is multiplied
+ * with. The sink joins here: mass without a value. */
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
     double sink = sink_of(p, h), above = sink * ADA_LOG2E - m, factor = 1, base = m * ADA_LN2;
     if (l == 0) { /* no key */
@@ -45,8 +46,8 @@ static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, 
     return factor / l / (1 - p->dropout_p);
 }
 
-/* Whether a row of floats lost more than rounding: its factor is subnormal, or its scores lie around a bias of more than
- * 2^10 octaves, whose last digit is worth 2^-13 and more. */
+/* Whether a row of floats lost more than rounding: its factor is subnormal, or its scores lie around a bias
+ * of more than 2^10 octaves, whose last digit is worth 2^-13 and more. */
 static bool row_needs_double(double factor, double biased_m) {
     return (factor != 0 && factor < FLT_MIN) || (isfinite(biased_m) && fabs(biased_m) > 1024);
 }
@@ -99,13 +100,13 @@ enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
 #undef KIND
 #undef KIND_FN
 
-/* The careful way, in double, for tiles whose scores are not finite or overflow: kernels see only finite numbers, and
- * what was taken out is put into the result as plain arithmetic would have. */
+/* The careful way, in double, for tiles whose scores are not finite or overflow: kernels see only finite
+ * numbers, and what was taken out is put into the result as plain arithmetic would have. */
 
-/* Adds the bias to the scores of the queries and hides what is not finite: a NaN or +inf makes its lane NaN, a -inf
- * weighs 0. */
-static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, uint64_t queries, uint64_t *nan_lanes,
-                                uint64_t *minus_lanes) {
+/* Adds the bias to the scores of the queries and hides what is not finite: a NaN or +inf makes its lane NaN,
+ * a -inf weighs 0. */
+static void take_special_scores(const scratch_f64 *s, block_f64 *block, int nk, uint64_t queries,
+                                uint64_t *nan_lanes, uint64_t *minus_lanes) {
     hide_lanes_f64(s, block, nk, ~queries);
     for (int j = 0; j < nk; j++)
         for (int i = 0; i < ADA_LANES; i++) {
@@ -129,8 +130,8 @@ static void hide_weightless(const scratch_f64 *s, int nk, int n) {
 }
 
 /* Computes the rows of a tile; returns those whose sums of values times v_scale overflow. */
-static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch, uint64_t rows, double v_scale,
-                                   ada_job *job, int worker) {
+static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch patch, uint64_t rows,
+                                   double v_scale, ada_job *job, int worker) {
     const ada_problem *p = r->p;
     const int E = (int)p->E;
     uint64_t nan_lanes = 0, minus_lanes = 0;
@@ -156,7 +157,8 @@ static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch p
     for (int i = 0; i < patch.n; i++) {
         s->factor[i] /= v_scale;
         /* Only scores of -inf, and no sink to take the mass: 0 / 0. */
-        if (s->tile.l[i] == 0 && sink_of(p, patch.h) == -INFINITY) nan_lanes |= minus_lanes & (uint64_t)1 << i;
+        if (s->tile.l[i] == 0 && sink_of(p, patch.h) == -INFINITY)
+            nan_lanes |= minus_lanes & (uint64_t)1 << i;
         if (!(rows & nan_lanes & (uint64_t)1 << i)) continue;
         store_lse(p, patch.b, patch.h, patch.i + i, NAN);
         for (int e = 0; e < E; e++) s->special[e * ADA_LANES + i] = SPECIAL_NAN;
@@ -164,7 +166,8 @@ static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch p
     return finish_patched_f64(r, s, &patch, rows);
 }
 
-static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, uint64_t rows, ada_job *job, int worker) {
+static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, uint64_t rows, ada_job *job,
+                                  int worker) {
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     scratch_f64 s = scratch_of_f64(r->p, &carver);
     /* Values near the largest double overflow in a sum of weights times values; their average does not. */
@@ -177,7 +180,8 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_problem *p = r->p;
     /* Within a head the last tiles come first: under a causal limit they are the longest. */
     int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
-    const ada_patch patch = {head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
+    const ada_patch patch = {
+        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
     uint64_t dead = p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
                                    : complete_tile_f32(r, &patch, job, worker);
     if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
@@ -211,7 +215,8 @@ static void join_task(void *context, ada_job *job, int64_t head, int worker) {
     }
 }
 
-/* Looks for what a float mask must not hold, where it does not repeat itself, in rows of ADA_LANES queries. */
+/* Looks for what a float mask must not hold, where it does not repeat itself, in rows of ADA_LANES queries.
+ */
 static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
     ada_run *r = context;
     const ada_problem *p = r->p;
@@ -246,8 +251,8 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
 
 static int threads_for(const ada_problem *p, int64_t tasks, double multiply_adds) {
     int64_t n = p->has_num_threads ? p->num_threads : ada_get_num_threads();
-    double useful = fmin((double)tasks, 1 + multiply_adds / WORK_PER_THREAD);
-    return (int)(n < useful ? n : useful);
+    double useful = fmin(fmin((double)tasks, ADA_MAX_THREADS), 1 + multiply_adds / WORK_PER_THREAD);
+    return (int)fmin((double)n, useful);
 }
 
 /* How the few queries of a head share its keys out: by the number of keys alone. */
@@ -268,28 +273,33 @@ ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *co
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
     r.scratch_bytes = size.used;
-    const int64_t partial_bytes = rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
+    const int64_t partial_bytes =
+        rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
     const int64_t bytes = threads * r.scratch_bytes + partial_bytes;
     r.scratch = ada_scratch_take(bytes);
     if (!r.scratch)
-        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch", (long long)bytes);
+        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
+                        (long long)bytes);
     r.partials = r.scratch + threads * r.scratch_bytes;
 
     const ada_array *mask = &p->attn_mask;
     bool done = true;
     if (mask->data && mask->dtype != ADA_BOOL) {
         const int64_t heads = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1);
-        done = ada_parallel_for(heads * (mask->stride[2] ? r.tiles : 1), threads, mask_task, &r, interrupt, context);
+        done = ada_parallel_for(heads * (mask->stride[2] ? r.tiles : 1), threads, mask_task, &r, interrupt,
+                                context);
     }
     if (done && !r.mask_is_bad)
         done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && !r.mask_is_bad && few) {
         const int joiners = threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
-        done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt, context);
+        done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,
+                                context);
     }
     ada_scratch_give_back(r.scratch);
     if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
     if (r.mask_is_bad)
-        return ada_fail(error, ADA_ERR_ARGUMENT, "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "attn_mask: expected finite numbers or -inf, got NaN or +inf");
     return ADA_OK;
 }

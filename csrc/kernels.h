@@ -13,8 +13,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define ADA_LANES 64 /* queries of a tile: 4 zmm of float; bits of a visibility word */
-#define ADA_BLOCK 64 /* keys of a block: K, V, P and Q of one block and tile stay in L2 at D = 128 */
+#define ADA_LANES 64     /* queries of a tile: 4 zmm of float; bits of a visibility word */
+#define ADA_BLOCK 64     /* keys of a block: K, V, P and Q of one block and tile stay in L2 at D = 128 */
 #define ADA_LANE_STEP 16 /* tiles with fewer queries compute a multiple of this many lanes */
 #define ADA_KEY_STEP 16  /* scores are computed for a multiple of this many keys */
 
@@ -56,17 +56,19 @@ typedef ada_load_f16_fn ada_load_bf16_fn;
 typedef void ada_store_f16_fn(uint16_t *to, const float *from, int64_t n);
 typedef ada_store_f16_fn ada_store_bf16_fn;
 
-/* Bit j of the result (j < n <= 64): key first + j is kept; its 32 random bits from state reach drop_below. */
+/* Bit j of the result (j < n <= 64): key first + j is kept; its 32 random bits from state reach drop_below.
+ */
 typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t drop_below);
 
 #define ADA_SLOTS(SLOT)                                                                                      \
-    SLOT(pack_f32) SLOT(scores_f32) SLOT(softcap_f32) SLOT(reference_f32) SLOT(weights_f32)                  \
-    SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32)                         \
-    SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)                  \
-    SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64)                         \
-    SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64)                     \
-    SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64)                     \
-    SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)
+    SLOT(pack_f32)                                                                                           \
+    SLOT(scores_f32) SLOT(softcap_f32) SLOT(reference_f32) SLOT(weights_f32) SLOT(scores_weights_f32)        \
+        SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32) SLOT(pack_f64) SLOT(scores_f64)              \
+            SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64)                 \
+                SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(row_scores_f32)                 \
+                    SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64) SLOT(row_values_f32)     \
+                        SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64) SLOT(load_f16)       \
+                            SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)
 
 typedef struct {
 #define SLOT(name) ada_##name##_fn *name;
@@ -74,7 +76,8 @@ typedef struct {
 #undef SLOT
 } ada_kernels;
 
-/* For kernels.def: what belongs to an ISA that the compiler could not build is left out; setup.py says which it could. */
+/* For kernels.def: what belongs to an ISA that the compiler could not build is left out; setup.py says which
+ * it could. */
 #define ADA_IF_scalar(...) __VA_ARGS__
 #if ADA_BUILD_AVX2
 #    define ADA_IF_avx2(...) __VA_ARGS__
@@ -101,7 +104,8 @@ const char *ada_slot_name(int index);
 /* The selection under ada_isa_allowed(), made once. */
 const ada_kernels *ada_kernels_get(void);
 
-/* What the CPU has and the environment variable ADAATTN_ISA (a name; an unknown one changes nothing) allows. */
+/* What the CPU has and the environment variable ADAATTN_ISA (a name; an unknown one changes nothing) allows.
+ */
 uint32_t ada_isa_allowed(void);
 uint32_t ada_isa_built(void); /* what the compiler could build */
 

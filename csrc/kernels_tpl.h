@@ -13,7 +13,8 @@ typedef struct {
 
 /* to[d][i] = rows[i][d] * factor for i < n; the lanes from n on repeat row n - 1, so that they never make
  * trouble of their own. ld is rows' stride in elements. */
-typedef void KIND_FN(ada_pack)(ADA_REAL *to, const ADA_REAL *rows, ptrdiff_t ld, int n, int D, int lanes, ADA_REAL factor);
+typedef void KIND_FN(ada_pack)(ADA_REAL *to, const ADA_REAL *rows, ptrdiff_t ld, int n, int D, int lanes,
+                               ADA_REAL factor);
 
 /* p[j][i] = q_i . k_j for j < n, n a multiple of ADA_KEY_STEP; ldk is the row stride in elements. */
 typedef void KIND_FN(ada_scores)(const KIND(ada_tile) * tile, const ADA_REAL *k, ptrdiff_t ldk, int n);
@@ -21,25 +22,28 @@ typedef void KIND_FN(ada_scores)(const KIND(ada_tile) * tile, const ADA_REAL *k,
 /* s = cap * tanh(s / cap) on n contiguous elements; false when one was NaN or infinite. */
 typedef bool KIND_FN(ada_softcap)(ADA_REAL *s, int n, ADA_REAL cap);
 
-/* Where the largest visible score (plus bias) of the block exceeds m by more than ADA_LAZY_OCTAVES, raises m to it and
- * scales l and o along; a NaN is passed over. No lane depends on another. Bit i of visible[j] says that lane i
- * may attend to key j; NULL: all may. bias[j][i] is added, -inf hides; NULL: none. n >= 1. */
-typedef void KIND_FN(ada_reference)(const KIND(ada_tile) * tile, int n, const uint64_t *visible, const ADA_REAL *bias);
+/* Where the largest visible score (plus bias) of the block exceeds m by more than ADA_LAZY_OCTAVES, raises m
+ * to it and scales l and o along; a NaN is passed over. No lane depends on another. Bit i of visible[j] says
+ * that lane i may attend to key j; NULL: all may. bias[j][i] is added, -inf hides; NULL: none. n >= 1. */
+typedef void KIND_FN(ada_reference)(const KIND(ada_tile) * tile, int n, const uint64_t *visible,
+                                    const ADA_REAL *bias);
 
 /* Turns the scores in p into weights, zero where hidden, and adds their sums to l; then zeroes the weights
- * whose bit in keep (NULL: all ones) is not set. Returns false, with l as before and p spoilt, when a visible score is
- * not finite or exceeds m by more than ADA_LAZY_OCTAVES. */
-typedef bool KIND_FN(ada_weights)(const KIND(ada_tile) * tile, int n, const uint64_t *visible, const ADA_REAL *bias,
-                                  const uint64_t *keep);
+ * whose bit in keep (NULL: all ones) is not set. Returns false, with l as before and p spoilt, when a visible
+ * score is not finite or exceeds m by more than ADA_LAZY_OCTAVES. */
+typedef bool KIND_FN(ada_weights)(const KIND(ada_tile) * tile, int n, const uint64_t *visible,
+                                  const ADA_REAL *bias, const uint64_t *keep);
 
 /* scores and weights in one, for blocks where all is visible and nothing is added. */
-typedef bool KIND_FN(ada_scores_weights)(const KIND(ada_tile) * tile, const ADA_REAL *k, ptrdiff_t ldk, int n);
+typedef bool KIND_FN(ada_scores_weights)(const KIND(ada_tile) * tile, const ADA_REAL *k, ptrdiff_t ldk,
+                                         int n);
 
 /* o[e][i] += sum of p[j][i] v[j][e] over j < n, any n. */
 typedef void KIND_FN(ada_values)(const KIND(ada_tile) * tile, const ADA_REAL *v, ptrdiff_t ldv, int n);
 
 /* rows[i][e] = o[e][i] * factor[i] for i < n; false when one of them is NaN or infinite. */
-typedef bool KIND_FN(ada_unpack)(ADA_REAL *rows, ptrdiff_t ld, const ADA_REAL *o, const ADA_REAL *factor, int n, int E);
+typedef bool KIND_FN(ada_unpack)(ADA_REAL *rows, ptrdiff_t ld, const ADA_REAL *o, const ADA_REAL *factor,
+                                 int n, int E);
 
 /* One query on its way over the keys: o[E], not aligned. */
 typedef struct {
@@ -50,5 +54,5 @@ typedef struct {
 
 /* reference and weights for one query: s[j] (j < n <= ADA_BLOCK) becomes the weight of key j. Bits of visible
  * and keep are keys; bias (-inf hides) may be NULL. False when a visible score is NaN or infinite. */
-typedef bool KIND_FN(ada_row_weights)(KIND(ada_row) * row, ADA_REAL *s, int n, uint64_t visible, const ADA_REAL *bias,
-                                      uint64_t keep);
+typedef bool KIND_FN(ada_row_weights)(KIND(ada_row) * row, ADA_REAL *s, int n, uint64_t visible,
+                                      const ADA_REAL *bias, uint64_t keep);

@@ -1,5 +1,5 @@
-/* Scratch memory of a call: 64-byte aligned, kept by the thread for its next call when it is small, because fresh pages
- * would cost more than a small call. NULL when there is no memory. */
+/* Scratch memory of a call: 64-byte aligned, kept by the thread for its next call when it is small, because
+ * fresh pages would cost more than a small call. NULL when there is no memory. */
 #ifndef ADA_MEMORY_H
 #define ADA_MEMORY_H
 

@@ -11,6 +11,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* No job runs on more; no known machine gains from more. */
+#define ADA_MAX_THREADS 1024
+
 typedef struct ada_job ada_job;
 
 /* Runs one task. worker is 0 for the calling thread, else 1 ... n_threads - 1; never two tasks at

@@ -1,4 +1,5 @@
 /* The only validator. Every message is one sentence: the argument, what was expected, what came. */
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -27,9 +28,7 @@ static const struct {
 #define ADA_DTYPE(NAME, name, bytes) {#name, bytes},
 #include "dtypes.def"
 #undef ADA_DTYPE
-    {"bool", 1},
-    {"int64", 8},
-    {"uint64", 8}};
+    {"bool", 1}, {"int64", 8}, {"uint64", 8}};
 
 const char *ada_dtype_name(ada_dtype dtype) { return dtypes[dtype].name; }
 int ada_dtype_bytes(ada_dtype dtype) { return dtypes[dtype].bytes; }
@@ -43,22 +42,23 @@ static shape_text shape_of(const ada_array *a) {
     shape_text s = {"("};
     size_t used = 1;
     for (int i = 0; i < a->ndim; i++)
-        used += (size_t)snprintf(s.text + used, sizeof s.text - used, i ? ", %lld" : "%lld", (long long)a->shape[i]);
+        used += (size_t)snprintf(s.text + used, sizeof s.text - used, i ? ", %lld" : "%lld",
+                                 (long long)a->shape[i]);
     snprintf(s.text + used, sizeof s.text - used, a->ndim == 1 ? ",)" : ")");
     return s;
 }
 
 static ada_status check_qkv(const ada_array *a, const char *name, const char *letters, ada_error *error) {
     if (!is_floating(a->dtype))
-        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected float32, float64, float16 or bfloat16, got %s", name,
-                        ada_dtype_name(a->dtype));
+        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected float32, float64, float16 or bfloat16, got %s",
+                        name, ada_dtype_name(a->dtype));
     if (a->ndim != 4)
-        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected 4 dimensions %s, got %d with shape %s", name, letters,
-                        a->ndim, shape_of(a).text);
+        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected 4 dimensions %s, got %d with shape %s", name,
+                        letters, a->ndim, shape_of(a).text);
     for (int i = 0; i < 4; i++)
         if (a->shape[i] < 1)
-            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected sizes of at least 1 in %s, got shape %s", name,
-                            letters, shape_of(a).text);
+            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected sizes of at least 1 in %s, got shape %s",
+                            name, letters, shape_of(a).text);
     if (a->shape[3] > MAX_HEAD_SIZE)
         return ada_fail(error, ADA_ERR_SHAPE, "%s: expected a head size of at most %lld, got %lld", name,
                         (long long)MAX_HEAD_SIZE, (long long)a->shape[3]);
@@ -77,17 +77,19 @@ static ada_status check_inputs(ada_problem *p, ada_error *error) {
     p->B = q->shape[0], p->H = q->shape[1], p->T = q->shape[2], p->D = q->shape[3];
     p->G = k->shape[1], p->S = k->shape[2], p->E = v->shape[3];
     if (k->shape[0] != p->B)
-        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's batch size %lld, got shape %s", (long long)p->B,
-                        shape_of(k).text);
+        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's batch size %lld, got shape %s",
+                        (long long)p->B, shape_of(k).text);
     if (k->shape[3] != p->D)
-        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's head size %lld, got shape %s", (long long)p->D,
-                        shape_of(k).text);
+        return ada_fail(error, ADA_ERR_SHAPE, "key: expected query's head size %lld, got shape %s",
+                        (long long)p->D, shape_of(k).text);
     if (p->H % p->G)
-        return ada_fail(error, ADA_ERR_SHAPE, "key: expected a number of heads that divides query's %lld, got %lld",
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "key: expected a number of heads that divides query's %lld, got %lld",
                         (long long)p->H, (long long)p->G);
     if (v->shape[0] != p->B || v->shape[1] != p->G || v->shape[2] != p->S)
-        return ada_fail(error, ADA_ERR_SHAPE, "value: expected shape (%lld, %lld, %lld, E) like key's, got %s",
-                        (long long)p->B, (long long)p->G, (long long)p->S, shape_of(v).text);
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "value: expected shape (%lld, %lld, %lld, E) like key's, got %s", (long long)p->B,
+                        (long long)p->G, (long long)p->S, shape_of(v).text);
     return ADA_OK;
 }
 
@@ -109,7 +111,8 @@ static ada_status broadcast_mask(ada_problem *p, ada_error *error) {
     if (!fits)
         return ada_fail(error, ADA_ERR_SHAPE,
                         "attn_mask: expected a shape that broadcasts to (%lld, %lld, %lld, %lld), got %s",
-                        (long long)p->B, (long long)p->H, (long long)p->T, (long long)p->S, shape_of(mask).text);
+                        (long long)p->B, (long long)p->H, (long long)p->T, (long long)p->S,
+                        shape_of(mask).text);
     wide.ndim = 4;
     *mask = wide;
     return ADA_OK;
@@ -129,13 +132,14 @@ static ada_status check_per_sequence(ada_array *a, const char *name, bool scalar
     return ADA_OK;
 }
 
-static ada_status check_range(const ada_array *a, const char *name, int64_t low, int64_t high, ada_error *error) {
+static ada_status check_range(const ada_array *a, const char *name, int64_t low, int64_t high,
+                              ada_error *error) {
     int64_t n = !a->data ? 0 : a->ndim ? a->shape[0] : 1;
     for (int64_t b = 0; b < n; b++) {
         int64_t x = *(const int64_t *)((const char *)a->data + b * a->stride[0]);
         if (x < low || x > high)
-            return ada_fail(error, ADA_ERR_ARGUMENT, "%s: expected integers from %lld to %lld, got %lld", name,
-                            (long long)low, (long long)high, (long long)x);
+            return ada_fail(error, ADA_ERR_ARGUMENT, "%s: expected integers from %lld to %lld, got %lld",
+                            name, (long long)low, (long long)high, (long long)x);
     }
     return ADA_OK;
 }
@@ -179,15 +183,17 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
         return ada_fail(error, ADA_ERR_ARGUMENT, "window: expected integers of at least 0 or None, got %lld",
                         (long long)(p->window_left < 0 ? p->window_left : p->window_right));
     if (p->has_softcap && !(p->softcap > 0 && isfinite(p->softcap)))
-        return ada_fail(error, ADA_ERR_ARGUMENT, "softcap: expected a finite number above 0, got %g", p->softcap);
+        return ada_fail(error, ADA_ERR_ARGUMENT, "softcap: expected a finite number above 0, got %g",
+                        p->softcap);
     if (p->has_scale && !(p->scale > 0 && isfinite(p->scale)))
         return ada_fail(error, ADA_ERR_ARGUMENT, "scale: expected a finite number above 0, got %g", p->scale);
     if (!(p->dropout_p >= 0 && p->dropout_p < 1))
         return ada_fail(error, ADA_ERR_ARGUMENT, "dropout_p: expected a number from 0 to below 1, got %g",
                         p->dropout_p);
     if (p->dropout_p > 0 && !p->seed.data)
-        return ada_fail(error, ADA_ERR_ARGUMENT, "seed: expected an int or %lld ints since dropout_p is %g, got None",
-                        (long long)p->B, p->dropout_p);
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "seed: expected an int or %lld ints since dropout_p is %g, got None", (long long)p->B,
+                        p->dropout_p);
     if (p->has_num_threads && p->num_threads < 1)
         return ada_fail(error, ADA_ERR_ARGUMENT, "num_threads: expected an int of at least 1, got %lld",
                         (long long)p->num_threads);
@@ -195,8 +201,8 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
 }
 
 ada_status ada_problem_init(ada_problem *p, ada_error *error) {
-    if (check_inputs(p, error) || broadcast_mask(p, error) || check_alibi(p, error) || check_sinks(p, error) ||
-        check_per_sequence(&p->kv_lengths, "kv_lengths", false, p->B, error) ||
+    if (check_inputs(p, error) || broadcast_mask(p, error) || check_alibi(p, error) ||
+        check_sinks(p, error) || check_per_sequence(&p->kv_lengths, "kv_lengths", false, p->B, error) ||
         check_range(&p->kv_lengths, "kv_lengths", 0, p->S, error) ||
         check_per_sequence(&p->query_offset, "query_offset", true, p->B, error) ||
         check_range(&p->query_offset, "query_offset", -MAX_POSITION, MAX_POSITION, error) ||
@@ -206,7 +212,11 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     /* Beyond any position a window is no limit. */
     if (p->window_left > 2 * MAX_POSITION) p->window_left = ADA_UNBOUNDED;
     if (p->window_right > 2 * MAX_POSITION) p->window_right = ADA_UNBOUNDED;
-    p->compute_f64 = p->precision == ADA_PRECISION_FP64 ||
+    /* In log2 units the cap would overflow: it is none. */
+    if (!isfinite(p->softcap * 1.5)) p->has_softcap = false;
+    /* Queries are multiplied with the scale first, which must not leave float's range by itself. */
+    const bool fp32_scale = p->scale * 1.5 > FLT_MIN && p->scale * 1.5 < FLT_MAX;
+    p->compute_f64 = !fp32_scale || p->precision == ADA_PRECISION_FP64 ||
                      (p->precision == ADA_PRECISION_AUTO && p->query.dtype == ADA_F64);
     p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);
     return ADA_OK;
@@ -248,11 +258,13 @@ ada_status ada_problem_check_out(const ada_problem *p, ada_error *error) {
         return ada_fail(error, ADA_ERR_DTYPE, "out: expected query's dtype %s, got %s",
                         ada_dtype_name(p->query.dtype), ada_dtype_name(out->dtype));
     if (out->ndim != 4 || memcmp(out->shape, shape, sizeof shape))
-        return ada_fail(error, ADA_ERR_SHAPE, "out: expected shape (%lld, %lld, %lld, %lld), got %s", (long long)p->B,
-                        (long long)p->H, (long long)p->T, (long long)p->E, shape_of(out).text);
+        return ada_fail(error, ADA_ERR_SHAPE, "out: expected shape (%lld, %lld, %lld, %lld), got %s",
+                        (long long)p->B, (long long)p->H, (long long)p->T, (long long)p->E,
+                        shape_of(out).text);
     if (!elements_are_distinct(out))
-        return ada_fail(error, ADA_ERR_ARGUMENT, "out: expected elements with a place in memory each, got an array "
-                                                 "whose strides overlap");
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "out: expected elements with a place in memory each, got an array "
+                        "whose strides overlap");
     const struct {
         const ada_array *array;
         const char *name;
@@ -263,42 +275,37 @@ ada_status ada_problem_check_out(const ada_problem *p, ada_error *error) {
         if (!inputs[i].array->data) continue;
         extent(inputs[i].array, &input_low, &input_high);
         if (low < input_high && input_low < high)
-            return ada_fail(error, ADA_ERR_ARGUMENT, "out: expected memory apart from the inputs, got memory that "
-                                                     "overlaps %s",
+            return ada_fail(error, ADA_ERR_ARGUMENT,
+                            "out: expected memory apart from the inputs, got a range of "
+                            "memory that overlaps that of %s",
                             inputs[i].name);
     }
     return ADA_OK;
 }
 
-ada_status ada_merge_init(const ada_merge_problem *m, ada_error *error) {
-    const struct {
-        const ada_array *array;
-        const char *name, *like;
-        int ndim;
-        const ada_array *model;
-    } checks[] = {{&m->out_a, "out_a", "", 4, &m->out_a},
-                  {&m->out_b, "out_b", "out_a", 4, &m->out_a},
-                  {&m->lse_a, "lse_a", "out_a", 3, &m->lse_a},
-                  {&m->lse_b, "lse_b", "lse_a", 3, &m->lse_a}};
-    for (int i = 0; i < 4; i++) {
-        const ada_array *a = checks[i].array, *model = checks[i].model;
-        if (!is_floating(a->dtype))
-            return ada_fail(error, ADA_ERR_DTYPE, "%s: expected a floating dtype, got %s", checks[i].name,
-                            ada_dtype_name(a->dtype));
-        if (a->ndim != checks[i].ndim)
-            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected %d dimensions %s, got shape %s", checks[i].name,
-                            checks[i].ndim, checks[i].ndim == 4 ? "(B, H, T, E)" : "(B, H, T)", shape_of(a).text);
-        if (memcmp(a->shape, m->out_a.shape, 3 * sizeof a->shape[0]) ||
-            (a->ndim == 4 && a->shape[3] != m->out_a.shape[3]))
-            return ada_fail(error, ADA_ERR_SHAPE, "%s: expected the leading shape of out_a %s, got %s",
-                            checks[i].name, shape_of(&m->out_a).text, shape_of(a).text);
-        if (a->dtype != model->dtype)
-            return ada_fail(error, ADA_ERR_DTYPE, "%s: expected %s's dtype %s, got %s", checks[i].name,
-                            checks[i].like, ada_dtype_name(model->dtype), ada_dtype_name(a->dtype));
-    }
-    ada_dtype lse = m->out_a.dtype == ADA_F64 ? ADA_F64 : ADA_F32;
-    if (m->lse_a.dtype != lse)
-        return ada_fail(error, ADA_ERR_DTYPE, "lse_a: expected %s for outputs of dtype %s, got %s",
-                        ada_dtype_name(lse), ada_dtype_name(m->out_a.dtype), ada_dtype_name(m->lse_a.dtype));
+static ada_status check_merged(const ada_array *a, const char *name, const ada_array *model, const char *like,
+                               int ndim, ada_error *error) {
+    if (a->dtype != model->dtype)
+        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected %s's dtype %s, got %s", name, like,
+                        ada_dtype_name(model->dtype), ada_dtype_name(a->dtype));
+    if (a->ndim != ndim || memcmp(a->shape, model->shape, (size_t)ndim * sizeof a->shape[0]))
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "%s: expected %d dimensions with the sizes of %s %s, got shape %s", name, ndim, like,
+                        shape_of(model).text, shape_of(a).text);
     return ADA_OK;
+}
+
+ada_status ada_merge_init(const ada_merge_problem *m, ada_error *error) {
+    if (check_qkv(&m->out_a, "out_a", "(B, H, T, E)", error) ||
+        check_merged(&m->out_b, "out_b", &m->out_a, "out_a", 4, error))
+        return error->status;
+    ada_array lse = m->out_a;
+    lse.dtype = lse.dtype == ADA_F64 ? ADA_F64 : ADA_F32;
+    lse.ndim = 3;
+    if (m->lse_a.dtype != lse.dtype)
+        return ada_fail(error, ADA_ERR_DTYPE, "lse_a: expected %s for outputs of dtype %s, got %s",
+                        ada_dtype_name(lse.dtype), ada_dtype_name(m->out_a.dtype),
+                        ada_dtype_name(m->lse_a.dtype));
+    if (check_merged(&m->lse_a, "lse_a", &lse, "out_a", 3, error)) return error->status;
+    return check_merged(&m->lse_b, "lse_b", &m->lse_a, "lse_a", 3, error);
 }

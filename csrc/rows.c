@@ -31,8 +31,8 @@ static void load_f32(const ada_kernels *k, float *to, const char *from, ada_dtyp
     }
 }
 
-static void load_f64(const ada_kernels *k, double *to, const char *from, ada_dtype dtype, int64_t stride_bytes,
-                     int n) {
+static void load_f64(const ada_kernels *k, double *to, const char *from, ada_dtype dtype,
+                     int64_t stride_bytes, int n) {
     if (dtype == ADA_F64) {
         for (int i = 0; i < n; i++) to[i] = *(const double *)(from + i * stride_bytes);
         return;
@@ -42,8 +42,8 @@ static void load_f64(const ada_kernels *k, double *to, const char *from, ada_dty
     for (int i = 0; i < n; i++) to[i] = wide[i];
 }
 
-static void store_f32(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes, const float *from,
-                      int n) {
+static void store_f32(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes,
+                      const float *from, int n) {
     uint16_t half[CHUNK];
     switch (dtype) {
     case ADA_F32:
@@ -58,8 +58,8 @@ static void store_f32(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
     }
 }
 
-static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes, const double *from,
-                      int n) {
+static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t stride_bytes,
+                      const double *from, int n) {
     if (dtype == ADA_F64) {
         for (int i = 0; i < n; i++) *(double *)(to + i * stride_bytes) = from[i];
         return;
@@ -77,8 +77,8 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
-void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b, int64_t h,
-                       int64_t i, int n, int width) {
+void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
+                       int64_t h, int64_t i, int n, int width) {
     FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
                         from->stride[3], left))
 }

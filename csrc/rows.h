@@ -10,9 +10,10 @@ static inline char *ada_row_at(const ada_array *a, int64_t b, int64_t h, int64_t
     return (char *)a->data + b * a->stride[0] + h * a->stride[1] + i * a->stride[2];
 }
 
-/* to[r * ld + c] = element c of row i + r of (b, h), r < n, c < width. A double beyond float's range becomes inf. */
-void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b, int64_t h,
-                       int64_t i, int n, int width);
+/* to[r * ld + c] = element c of row i + r of (b, h), r < n, c < width. A double beyond float's range becomes
+ * inf. */
+void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
+                       int64_t h, int64_t i, int n, int width);
 void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width);
 /* The reverse, rounded to nearest even. */

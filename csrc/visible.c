@@ -33,7 +33,8 @@ static uint64_t bits_of_bytes(const char *bytes, int64_t stride, int n) {
         for (; c + 8 <= n; c += 8) {
             uint64_t x;
             memcpy(&x, bytes + c, 8);
-            /* Each byte's bits are gathered in its lowest one; the multiplication brings the eight together. */
+            /* Each byte's bits are gathered in its lowest one; the multiplication brings the eight together.
+             */
             x |= x >> 4;
             x |= x >> 2;
             x |= x >> 1;
@@ -59,8 +60,9 @@ ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_
         uint64_t bits = all;
         if (!inside) bits &= first_bits(span.end - patch->j) & ~first_bits(span.first - patch->j);
         if (masked) {
-            const char *row = (const char *)mask->data + patch->b * mask->stride[0] + patch->h * mask->stride[1] +
-                              (patch->i + r) * mask->stride[2] + patch->j * mask->stride[3];
+            const char *row = (const char *)mask->data + patch->b * mask->stride[0] +
+                              patch->h * mask->stride[1] + (patch->i + r) * mask->stride[2] +
+                              patch->j * mask->stride[3];
             bits &= bits_of_bytes(row, mask->stride[3], patch->nk);
         }
         rows[r] = bits;
@@ -78,13 +80,15 @@ static uint64_t mix64(uint64_t x) {
     return x ^ x >> 31;
 }
 
-void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch, uint64_t rows[ADA_LANES]) {
+void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
+                   uint64_t rows[ADA_LANES]) {
     const ada_array *seed = &p->seed;
     uint64_t sequence = *(const uint64_t *)((const char *)seed->data + patch->b * seed->stride[0]);
     if (seed->ndim == 0) sequence = mix64(sequence ^ mix64((uint64_t)patch->b));
     uint64_t head = mix64(sequence + (uint64_t)patch->h);
     for (int r = 0; r < patch->n; r++)
-        rows[r] = k->dropout(mix64(head + (uint64_t)(patch->i + r)), (uint32_t)patch->j, patch->nk, p->drop_below);
+        rows[r] =
+            k->dropout(mix64(head + (uint64_t)(patch->i + r)), (uint32_t)patch->j, patch->nk, p->drop_below);
 }
 
 void ada_transpose_bits(uint64_t rows[64]) {

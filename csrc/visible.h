@@ -1,5 +1,5 @@
-/* Who may attend to what: causal, window, lengths, boolean masks and dropout, as bits. Every option ends here; what
- * comes after sees bits (and, for float masks and ALiBi, a bias). */
+/* Who may attend to what: causal, window, lengths, boolean masks and dropout, as bits. Every option ends
+ * here; what comes after sees bits (and, for float masks and ALiBi, a bias). */
 #ifndef ADA_VISIBLE_H
 #define ADA_VISIBLE_H
 
@@ -30,7 +30,8 @@ typedef enum { ADA_HIDDEN, ADA_MIXED, ADA_PLAIN } ada_sight;
 ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t rows[ADA_LANES]);
 
 /* Bit c of rows[r]: dropout keeps key j + c for query i + r. */
-void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch, uint64_t rows[ADA_LANES]);
+void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
+                   uint64_t rows[ADA_LANES]);
 
 /* rows[r] bit c <-> rows[c] bit r. */
 void ada_transpose_bits(uint64_t rows[64]);

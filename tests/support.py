@@ -129,6 +129,10 @@ CASES: dict[str, OptionsOf] = {
     "offsets": lambda rng, s: {"query_offset": rng.integers(0, s.S, s.B), "window": (9, 1)},
     "dropout": lambda rng, s: {"dropout_p": 0.4, "seed": 123456789012345},
     "dropout, seeds": lambda rng, s: {"dropout_p": 0.1, "seed": rng.integers(0, 2**63, s.B)},
+    "dropout, unsigned seeds": lambda rng, s: {
+        "dropout_p": 0.5,
+        "seed": rng.integers(2**63, 2**64, s.B, np.uint64),
+    },
     "dropout, negative seed": lambda rng, s: {"dropout_p": 0.9, "seed": -5},
     "precision fp32": lambda rng, s: {"precision": "fp32"},
     "precision fp64": lambda rng, s: {"precision": "fp64", "causal": True},
@@ -152,7 +156,7 @@ CASES: dict[str, OptionsOf] = {
 def gapped(x: Array) -> Array:
     """The same values with other elements between them on every axis."""
     wide = np.full([2 * size for size in x.shape], 77, x.dtype)
-    view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
+    view = wide[(..., *(slice(1, None, 2) for _ in x.shape))]
     view[...] = x
     return view
 
@@ -172,7 +176,7 @@ def read_only(x: Array) -> Array:
 
 def reversed_axes(x: Array) -> Array:
     """The same values at negative strides."""
-    back = (slice(None, None, -1),) * x.ndim
+    back = (..., *(slice(None, None, -1),) * x.ndim)
     return x[back].copy()[back]
 
 

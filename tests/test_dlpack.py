@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import types
 from typing import Any
 
 import numpy as np
 import pytest
-from support import CASES, Array, Shape, in_new_process, inputs, peak_memory, same_bits
+from support import CASES, Array, Shape, in_new_process, inputs, peak_memory, read_only, same_bits
 
 import adaattn
 
@@ -107,6 +108,73 @@ def test_numpy_is_not_asked_to_copy(rng: np.random.Generator) -> None:
     arrays = tensors(rng)
     out = adaattn.attention(arrays[0].numpy(), *map(Opaque, arrays[1:]))
     assert same_bits(out, adaattn.attention(*arrays).numpy())
+
+
+class Standard:
+    """A query that knows only DLPack, as it was before version 1, and perhaps its library's namespace."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self) -> Any:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+class Namespaced(Standard):
+    def __array_namespace__(self) -> Any:
+        return types.SimpleNamespace(asarray=Namespaced)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_arrays_of_other_libraries(dtype: Any, rng: np.random.Generator) -> None:
+    """Results are NumPy arrays, or what the namespace of query's library makes of them."""
+    arrays = tensors(rng, dtype)
+    expected = tuple(map(array, adaattn.attention(*arrays, return_lse=True)))
+    plain = adaattn.attention(*map(Standard, arrays), return_lse=True)
+    assert all(isinstance(x, np.ndarray) for x in plain) and same_bits(plain, expected)
+    named = adaattn.attention(*map(Namespaced, arrays), return_lse=True)
+    assert all(type(x) is Namespaced for x in named) and same_bits(tuple(x.array for x in named), expected)
+    out = np.empty_like(expected[0])
+    assert adaattn.attention(*map(Namespaced, arrays), out=out) is out and same_bits(out, expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_are_not_aligned(dtype: Any, rng: np.random.Generator) -> None:
+    arrays = tensors(rng, dtype)
+    shifted = [shift(x) for x in arrays]
+    assert all(x.data_ptr() % x.element_size() for x in shifted)
+    assert torch.equal(adaattn.attention(*shifted), adaattn.attention(*arrays))
+    with pytest.raises(adaattn.ArgumentError, match=r"^out: expected .*aligned.*, got an unaligned"):
+        adaattn.attention(*arrays, out=shift(adaattn.attention(*arrays)))
+
+
+def shift(tensor: Any) -> Any:
+    """The same values one byte off their natural alignment."""
+    memory = bytearray(b" ") + bytearray(array(tensor).tobytes())
+    return torch.frombuffer(memory, dtype=tensor.dtype, offset=1).reshape(tensor.shape)
+
+
+def test_read_only_out(rng: np.random.Generator) -> None:
+    class ReadOnly(Standard):
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__(**options)
+
+    arrays = inputs(rng, SHAPE)
+    out = ReadOnly(read_only(adaattn.attention(*arrays)))
+    with pytest.raises(
+        adaattn.ArgumentError, match=r"^out: expected writable memory, got a read-only tensor"
+    ):
+        adaattn.attention(*arrays, out=out)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask"])
+def test_tensors_without_elements(which: str, rng: np.random.Generator) -> None:
+    arguments = dict(zip(("query", "key", "value"), tensors(rng), strict=True))
+    with pytest.raises(adaattn.ShapeError, match=rf"^{which}: expected "):
+        adaattn.attention(**(arguments | {which: torch.zeros(2, 4, 0, 32)}))
 
 
 def test_result_outlives_the_call_and_its_memory_is_freed(rng: np.random.Generator) -> None:

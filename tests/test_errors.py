@@ -207,6 +207,8 @@ def vectors() -> Iterator[Case]:
     for value in (2**41, -(2**41), [0, 2**62], np.array([-(2**62), 0])):
         yield value_error("query_offset", "expected integers from -* to *, got *", value)
     yield value_error("query_offset", "expected *, got *", 2**70)
+    for name in ("kv_lengths", "query_offset"):
+        yield value_error(name, "expected integers *, got *", np.full(B, 2**63 + 1, np.uint64))
     for value in (np.nan, np.inf, -np.inf):
         yield value_error("alibi_slopes", f"expected finite numbers, got {value}", [1, 1, value, 1])
         yield value_error("alibi_slopes", f"expected finite numbers, got {value}", np.full((B, H), value))
@@ -244,7 +246,9 @@ def outputs() -> Iterator[Case]:
         one = memory[: np.prod(size)].reshape(size)
         for start in (0, np.prod(size) - 1):
             other = memory[start : start + B * H * T * E].reshape(B, H, T, E)
-            sentence = f"expected memory apart from the inputs, got memory that overlaps {name}"
+            sentence = (
+                f"expected memory apart from the inputs, got a range of memory that overlaps that of {name}"
+            )
             yield value_error("out", sentence, other, **{name: one})
 
 
@@ -315,18 +319,26 @@ SIDE: dict[str, Any] = {
 
 
 def merges() -> Iterator[Case]:
-    leading = "expected the leading shape of out_a (2, 4, 3, 6), got"
+    like = {"out_b": "out_a", "lse_a": "out_a", "lse_b": "lse_a"}
     for name, good in SIDE.items():
         for value in (None, [1.0], "x"):
             yield dtype_error(name, f"expected an array (*), got {type(value).__name__}", value)
         for dtype in ("i4", "c8"):
             yield dtype_error(name, f"expected {FLOATS}, got {np.dtype(dtype)}", good.astype(dtype))
-        yield dtype_error(name, "expected a floating dtype, got bool", good.astype(bool))
-        n = good.ndim
-        yield shape_error(name, f"expected {n} dimensions *, got shape {good.shape[1:]}", good[0])
-        if name != "out_a":
-            yield shape_error(name, f"{leading} {good[:1].shape}", good[:1])
-    yield shape_error("out_b", f"{leading} (2, 4, 3, 7)", ones(B, H, T, 7))
+        sizes = f"expected {good.ndim} dimensions with the sizes of {like.get(name)} {good.shape}, got shape"
+        if name == "out_a":
+            yield dtype_error(name, f"expected {FLOATS}, got bool", good.astype(bool))
+            yield shape_error(name, "expected 4 dimensions (B, H, T, E), got 3 with shape (4, 3, 6)", good[0])
+            yield shape_error(
+                name, "expected sizes of at least 1 in (B, H, T, E), got shape (2, 4, 0, 6)", good[:, :, :0]
+            )
+        else:
+            yield dtype_error(name, "expected *float32*, got bool", good.astype(bool))
+            yield shape_error(name, f"{sizes} {good.shape[1:]}", good[0])
+            yield shape_error(name, f"{sizes} {good[:1].shape}", good[:1])
+    out_shape = SIDE["out_a"].shape
+    sizes = f"expected 4 dimensions with the sizes of out_a {out_shape}, got shape (2, 4, 3, 7)"
+    yield shape_error("out_b", sizes, ones(B, H, T, 7))
     half, wide = ones(B, H, T, E, dtype=F16), ones(B, H, T, dtype=F64)
     yield dtype_error("out_b", "expected out_a's dtype float32, got float16", half)
     yield dtype_error("lse_b", "expected lse_a's dtype float32, got float64", wide)

@@ -25,11 +25,11 @@ def draw_layout(draw: Any, x: Array) -> Array:
 def draw_mask(draw: Any, rng: np.random.Generator, s: Shape) -> Array:
     size = [n if draw(st.booleans()) else 1 for n in (s.B, s.H, s.T, s.S)][draw(st.integers(0, 4)) :]
     dtype, hidden = draw(MASK_DTYPES), draw(st.sampled_from([0, 0.3, 0.97, 1]))
-    seen = rng.random(size) >= hidden
+    seen = np.asarray(rng.random(size) >= hidden)
     if dtype.kind == "b":
         return seen
     low = draw(st.sampled_from([-np.inf, float(np.finfo(np.float32).min)])) if dtype != F16 else -np.inf
-    return np.where(seen, rng.standard_normal(size), low).astype(dtype)
+    return np.asarray(np.where(seen, rng.standard_normal(size), low), dtype)
 
 
 def draw_options(draw: Any, rng: np.random.Generator, s: Shape) -> Options:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +20,7 @@ from support import in_new_process
 
 import adaattn
 from adaattn import cli
+from adaattn import demo as module
 
 PACKAGE = Path(adaattn.__file__).parent
 
@@ -40,16 +43,13 @@ except adaattn.ArgumentError as error:
 """
 
 
-def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter where nothing but the package that is tested can be imported by its name."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        **({"cwd": PACKAGE.parent} | options),
-    )
+def python(*arguments: object, cwd: Path = Path(__file__).parent) -> str:
+    """Output of a fresh interpreter, which imports the package that is tested here, installed or not."""
+    path = {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)} if PACKAGE.parent == ROOT else {}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
 # ---- import
@@ -57,7 +57,7 @@ def python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[st
 
 def _modules_of_import() -> set[str]:
     code = "import sys, numpy; before = set(sys.modules); import adaattn; print(*(set(sys.modules) - before))"
-    return {name.partition(".")[0] for name in python("-c", code).stdout.split()}
+    return {name.partition(".")[0] for name in python("-c", code).split()}
 
 
 def test_import_loads_numpy_and_the_standard_library_only() -> None:
@@ -77,29 +77,22 @@ def test_version() -> None:
 # ---- types
 
 
+MYPY = "-m", "mypy", "--strict", "--ignore-missing-imports", "--cache-dir"
+
+
 def test_usage_is_typed(tmp_path: Path) -> None:
-    (tmp_path / "usage.py").write_text(USAGE)
-    python("-m", "mypy", "--strict", "--cache-dir", tmp_path, tmp_path / "usage.py")
-    python(tmp_path / "usage.py")
-
-
-def test_stub_is_complete(tmp_path: Path) -> None:
-    python(
-        "-m",
-        "mypy.stubtest",
-        "adaattn._adaattn",
-        "--mypy-config-file",
-        write(tmp_path / "empty.ini", "[mypy]"),
-    )
+    usage = tmp_path / "usage.py"
+    usage.write_text(USAGE)
+    python(*MYPY, tmp_path, usage)
+    python(usage)
 
 
 def test_sources_are_typed(tmp_path: Path) -> None:
-    python("-m", "mypy", "--strict", "--cache-dir", tmp_path, "-p", "adaattn")
+    python(*MYPY, tmp_path, ROOT / "adaattn")
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
+def test_stub_is_complete() -> None:
+    python("-m", "mypy.stubtest", "adaattn._adaattn")
 
 
 # ---- sizes
@@ -139,16 +132,17 @@ def test_builds_and_installs(tmp_path: Path) -> None:
 # ---- command line
 
 
-def test_info() -> None:
-    info = json.loads(python("-m", "adaattn", "info", "--json").stdout)
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    info = json.loads(python("-m", "adaattn", "info", "--json"))
     assert info == json.loads(json.dumps(adaattn.cpu_info()))
-    text = python("-m", "adaattn", "info").stdout
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
     assert all(slot in text for slot in info["kernels"])
 
 
 @pytest.fixture(scope="module")
 def demo() -> dict[str, Any]:
-    return json.loads(python("-m", "adaattn", "demo", "--json").stdout)
+    return json.loads(python("-m", "adaattn", "demo", "--json"))
 
 
 def test_demo_reads_the_text(demo: dict[str, Any]) -> None:
@@ -165,9 +159,30 @@ def test_demo_measures_every_layer(demo: dict[str, Any]) -> None:
         assert 0 < layer["error"] <= layer["worst_head_error"] < 2e-6
 
 
-def test_demo_for_people() -> None:
-    text = python("-m", "adaattn", "demo").stdout
-    assert "1.208" in text and "path) as f:" in text and text.count("e-") >= 4
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LENGTH", 64)
+    monkeypatch.setattr(module, "NEW_BYTES", 9)
+    monkeypatch.setattr(module, "BITS_TOLERANCE", 5)
+
+
+@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.usefixtures("short_demo")
+def test_demo_for_people(
+    terminal: bool, rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Progress and a table on a terminal, with rich or without; plain text elsewhere."""
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    assert cli.main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert "64 bytes" in out and "path) as" in out and out.count("e-") >= 4
+    assert ("Loading" in err) == (terminal and not rich) or rich
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--unknown"]], ids=str)
@@ -177,16 +192,19 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: adaattn" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("short_demo")
 def test_demo_that_fails_its_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from adaattn import demo as module
-
-    monkeypatch.setattr(module, "EXPECTED_BITS_PER_BYTE", 1.3)
-    monkeypatch.setattr(module, "LENGTH", 64)
-    monkeypatch.setattr(module, "NEW_BYTES", 2)
+    monkeypatch.setattr(module, "BITS_TOLERANCE", 0)
     assert cli.main(["demo", "--json"]) == 1
-    assert "bits per byte" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert json.loads(out)["passed"] is False and "bits per byte" in err
+
+
+def test_demo_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Transformer, "load", lambda path: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["demo"]) == 130
 
 
 def test_demo_without_safetensors(

@@ -20,7 +20,7 @@ import adaattn
 
 torch = pytest.importorskip("torch")
 
-ROWS = 48
+ROWS = 267
 MASKS = ["none", "causal", "2D", "4D"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

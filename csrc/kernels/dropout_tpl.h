@@ -1,5 +1,6 @@
-/* Random bits by counter: 32 bits for a key are two murmur3 finalisers over its index and the row's 64-bit state,
- * so that any key of any row is drawn alone, in any order. Plain C: compilers vectorise it under each ISA.
+/* Random bits by counter: 32 bits for a key are two murmur3 finalisers over its index and the row's 64-bit
+ * state, so that any key of any row is drawn alone, in any order. Plain C: compilers vectorise it under each
+ * ISA.
  */
 INLINE uint32_t fmix32(uint32_t h) {
     h = (h ^ h >> 16) * 0x85EBCA6Bu;
@@ -12,7 +13,8 @@ uint64_t KERNEL(dropout)(uint64_t state, uint32_t first, int n, uint64_t drop_be
     /* drop_below <= 2^32; at 2^32 nothing would be kept, which validation excludes. */
     const uint32_t threshold = (uint32_t)drop_below;
     uint8_t kept[64];
-    for (uint32_t j = 0; j < 64; j++) kept[j] = fmix32(fmix32((first + j) * 0x9E3779B1u + a) ^ c) >= threshold;
+    for (uint32_t j = 0; j < 64; j++)
+        kept[j] = fmix32(fmix32((first + j) * 0x9E3779B1u + a) ^ c) >= threshold;
     uint64_t bits = 0;
     for (int j = 0; j < n; j++) bits |= (uint64_t)kept[j] << j;
     return bits;

@@ -21,7 +21,8 @@ static inline uint16_t bf16_from_float(float x) {
 
 static inline float float_from_f16(uint16_t x) {
     uint32_t sign = (uint32_t)(x & 0x8000) << 16, magnitude = (uint32_t)(x & 0x7fff) << 13;
-    if (magnitude >= 0x0f800000) return float_from_bits(sign | magnitude | 0x7f800000 | (magnitude & 0x7fffff ? 0x400000 : 0));
+    if (magnitude >= 0x0f800000)
+        return float_from_bits(sign | magnitude | 0x7f800000 | (magnitude & 0x7fffff ? 0x400000 : 0));
     /* Rebiasing by multiplication makes subnormals right too. */
     return float_from_bits(sign | bits_of_float(float_from_bits(magnitude) * 0x1p112f));
 }

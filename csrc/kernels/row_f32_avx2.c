@@ -1,4 +1,5 @@
-/* Single-query kernels that accumulate in float, conversions of half formats, dropout bits; AVX2, FMA and F16C. */
+/* Single-query kernels that accumulate in float, conversions of half formats, dropout bits; AVX2, FMA and
+ * F16C. */
 #define REAL float
 #define REAL_BITS 32
 #define KERNEL(op) ada_##op##_avx2

@@ -1,5 +1,5 @@
-/* Scores and values of a single query in plain C. The including file defines REAL, ROW(op), the symbol of an op,
- * ELEMENT, the dtype of K and V, and VALUE(x), an element as REAL.
+/* Scores and values of a single query in plain C. The including file defines REAL, ROW(op), the symbol of an
+ * op, ELEMENT, the dtype of K and V, and VALUE(x), an element as REAL.
  */
 void ROW(row_scores)(REAL *s, const REAL *q, const void *keys, ptrdiff_t ldk, int n, int D) {
     const ELEMENT *k = keys;

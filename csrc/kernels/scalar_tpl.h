@@ -1,6 +1,6 @@
-/* Every kernel of one REAL in plain C, as its contract in kernels_tpl.h says it: the oracle that the vector kernels
- * are checked against, and what runs where nothing better does. The including file defines REAL, KIND(name), the
- * name of a type or kernel of REAL, and EXP2 and TANH of REAL.
+/* Every kernel of one REAL in plain C, as its contract in kernels_tpl.h says it: the oracle that the vector
+ * kernels are checked against, and what runs where nothing better does. The including file defines REAL,
+ * KIND(name), the name of a type or kernel of REAL, and EXP2 and TANH of REAL.
  */
 typedef KIND(ada_tile) KIND(tile);
 
@@ -53,7 +53,8 @@ void KERNEL(reference)(const KIND(tile) * t, int n, const uint64_t *visible, con
     }
 }
 
-bool KERNEL(weights)(const KIND(tile) * t, int n, const uint64_t *visible, const REAL *bias, const uint64_t *keep) {
+bool KERNEL(weights)(const KIND(tile) * t, int n, const uint64_t *visible, const REAL *bias,
+                     const uint64_t *keep) {
     REAL sum[ADA_LANES] = {0};
     for (int j = 0; j < n; j++)
         for (int i = 0; i < t->lanes; i++) {
@@ -96,7 +97,8 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
     return finite;
 }
 
-bool KERNEL(row_weights)(KIND(ada_row) * row, REAL *s, int n, uint64_t visible, const REAL *bias, uint64_t keep) {
+bool KERNEL(row_weights)(KIND(ada_row) * row, REAL *s, int n, uint64_t visible, const REAL *bias,
+                         uint64_t keep) {
     REAL m = row->m, sum = 0;
     for (int j = 0; j < n; j++) {
         if (!KIND(bit)(&visible, 0, j) || (bias && bias[j] == -INFINITY)) {

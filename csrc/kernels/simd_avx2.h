@@ -22,10 +22,13 @@ typedef __m256 vec;
 typedef __m256 mask;
 
 INLINE __m256i m_index(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-INLINE mask m_first(int n) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), m_index())); }
+INLINE mask m_first(int n) {
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), m_index()));
+}
 INLINE mask m_bits(uint64_t word, int lane) {
     __m256i bit = _mm256_sllv_epi32(_mm256_set1_epi32(1), m_index());
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(word >> lane)), bit), bit));
+    return _mm256_castsi256_ps(
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(word >> lane)), bit), bit));
 }
 INLINE vec v_zero(void) { return _mm256_setzero_ps(); }
 INLINE vec v_set1(float x) { return _mm256_set1_ps(x); }
@@ -119,7 +122,9 @@ typedef __m256d vec;
 typedef __m256d mask;
 
 INLINE __m256i m_index(void) { return _mm256_setr_epi64x(0, 1, 2, 3); }
-INLINE mask m_first(int n) { return _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), m_index())); }
+INLINE mask m_first(int n) {
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), m_index()));
+}
 INLINE mask m_bits(uint64_t word, int lane) {
     __m256i bit = _mm256_sllv_epi64(_mm256_set1_epi64x(1), m_index());
     return _mm256_castsi256_pd(

@@ -1,7 +1,7 @@
 /* AVX-512 vocabulary (F, BW, DQ, VL) for the templates: vectors of REAL (REAL_BITS 32 or 64), lane masks,
  * loads, exp2, transposes. "_n" loads and stores touch only the first n elements.
- * Tile shape: NV <= TILE_NV vectors of lanes times TILE_ACC / NV broadcast elements make 16 accumulators, enough
- * to hide an FMA latency of 4 cycles on 2 pipes, and leave registers for operands and exp2.
+ * Tile shape: NV <= TILE_NV vectors of lanes times TILE_ACC / NV broadcast elements make 16 accumulators,
+ * enough to hide an FMA latency of 4 cycles on 2 pipes, and leave registers for operands and exp2.
  */
 #include <immintrin.h>
 
@@ -50,9 +50,9 @@ INLINE float v_largest(vec a) { return _mm512_reduce_max_ps(a); }
 
 /* 2^(i/16) times 1, c1 and c2, where c1 and c2 are the minimax ln 2 and (ln 2)^2 / 2 on |r| <= 1/32. */
 static const float exp2_table[3][16] __attribute__((aligned(64))) = {
-    {1.0f, 1.0442737340f, 1.0905077457f, 1.1387885808f, 1.1892070770f, 1.2418577671f, 1.2968395948f, 1.3542555570f,
-     1.4142135381f, 1.4768261909f, 1.5422108173f, 1.6104903221f, 1.6817928552f, 1.7562521696f, 1.8340080976f,
-     1.9152065515f},
+    {1.0f, 1.0442737340f, 1.0905077457f, 1.1387885808f, 1.1892070770f, 1.2418577671f, 1.2968395948f,
+     1.3542555570f, 1.4142135381f, 1.4768261909f, 1.5422108173f, 1.6104903221f, 1.6817928552f, 1.7562521696f,
+     1.8340080976f, 1.9152065515f},
     {0.6931878328f, 0.7238779067f, 0.7559266686f, 0.7893944382f, 0.8243439197f, 0.8608407378f, 0.8989533782f,
      0.9387534856f, 0.9803156256f, 1.0237178802f, 1.0690417289f, 1.1163723468f, 1.1657983064f, 1.2174125909f,
      1.2713121175f, 1.3275978565f},
@@ -60,16 +60,17 @@ static const float exp2_table[3][16] __attribute__((aligned(64))) = {
      0.3253185451f, 0.3397216200f, 0.3547623753f, 0.3704690635f, 0.3868711292f, 0.4039993584f, 0.4218859374f,
      0.4405644237f, 0.4600698947f}};
 
-/* 2^y for y <= 126, relative error 5.4e-7 (less than 2^-126 off below -126, 0 from -127 down). Adding 1.5 * 2^19 leaves y in sixteenths
- * in the low bits: four of them index the table, the rest is added to the exponent. Two FMAs; the other
- * instructions run beside the FMA pipes of Zen 4. */
+/* 2^y for y <= 126, relative error 5.4e-7 (less than 2^-126 off below -126, 0 from -127 down). Adding 1.5 *
+ * 2^19 leaves y in sixteenths in the low bits: four of them index the table, the rest is added to the
+ * exponent. Two FMAs; the other instructions run beside the FMA pipes of Zen 4. */
 #    define OWN_EXP2
 INLINE vec v_exp2(vec y) {
     const vec magic = v_set1(786432.0f);
     y = v_max(v_set1(-127.0f), y);
     vec t = v_add(y, magic), r = v_sub(y, v_sub(t, magic));
     __m512i i = _mm512_castps_si512(t);
-    vec p = v_fma(_mm512_permutexvar_ps(i, v_load(exp2_table[2])), r, _mm512_permutexvar_ps(i, v_load(exp2_table[1])));
+    vec p = v_fma(_mm512_permutexvar_ps(i, v_load(exp2_table[2])), r,
+                  _mm512_permutexvar_ps(i, v_load(exp2_table[1])));
     p = v_fma(p, r, _mm512_permutexvar_ps(i, v_load(exp2_table[0])));
     i = _mm512_slli_epi32(_mm512_and_si512(i, _mm512_set1_epi32(0x1ff0)), 19);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), i));
@@ -119,7 +120,9 @@ INLINE void v_to_f16(uint16_t *p, vec a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 INLINE vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
-INLINE vec v_load_bf16_n(const uint16_t *p, int n) { return v_from_bf16(_mm256_maskz_loadu_epi16(m_first(n), p)); }
+INLINE vec v_load_bf16_n(const uint16_t *p, int n) {
+    return v_from_bf16(_mm256_maskz_loadu_epi16(m_first(n), p));
+}
 
 #else
 

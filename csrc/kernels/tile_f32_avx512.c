@@ -1,6 +1,6 @@
-/* Tile kernels, float, AVX-512. scores_weights is by hand: the exp2 of one group of scores runs inside the FMA
- * loop of the next one, made of instructions that leave the FMA pipes free, so that softmax costs almost nothing
- * beside the matrix products (94-97 % of the FMA peak on Zen 4, against 85-88 % one after the other).
+/* Tile kernels, float, AVX-512. scores_weights is by hand: the exp2 of one group of scores runs inside the
+ * FMA loop of the next one, made of instructions that leave the FMA pipes free, so that softmax costs almost
+ * nothing beside the matrix products (94-97 % of the FMA peak on Zen 4, against 85-88 % one after the other).
  */
 #define REAL float
 #define REAL_BITS 32
@@ -10,8 +10,9 @@
 #define OWN_SCORES_WEIGHTS
 #include "tile_tpl.h"
 
-/* What decides whether a block's weights are good, as integers: the largest of all y above +0 orders like a signed
- * integer (a NaN or +inf is larger than any number), the lowest below -0 like an unsigned one (-inf and -NaN last). */
+/* What decides whether a block's weights are good, as integers: the largest of all y above +0 orders like a
+ * signed integer (a NaN or +inf is larger than any number), the lowest below -0 like an unsigned one (-inf
+ * and -NaN last). */
 typedef struct {
     __m512i high, low;
 } range;
@@ -32,7 +33,8 @@ INLINE bool in_range(range r) {
 }
 
 /* Group g's accumulators are stored raw in p; their 16 exp2 are spread over the D steps of group g + 1. */
-INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrdiff_t ldk, int n, vec l[], const int NV) {
+INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrdiff_t ldk, int n, vec l[],
+                                 const int NV) {
     const int keys = TILE_ACC / NV, D = t->D;
     range r = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     vec acc[TILE_ACC];
@@ -46,8 +48,7 @@ INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrd
         }
         const float *kj = k + j * ldk;
         int d = 0;
-        for (int i = 0; i < keys; i++)
-            UNROLL for (int v = 0; v < NV; v++) {
+        for (int i = 0; i < keys; i++) UNROLL for (int v = 0; v < NV; v++) {
                 int end = (i * NV + v + 1) * D / TILE_ACC;
                 for (; d < end; d++) {
                     vec q[TILE_NV];
@@ -82,6 +83,7 @@ bool ada_scores_weights_f32_avx512(const tile_t *t, const float *k, ptrdiff_t ld
     FOR_STRIPS(t->lanes, lane, STRIP)
 #undef STRIP
     if (good)
-        for (int lane = 0; lane < t->lanes; lane += VL) v_store(t->l + lane, v_add(l[lane / VL], v_load(t->l + lane)));
+        for (int lane = 0; lane < t->lanes; lane += VL)
+            v_store(t->l + lane, v_add(l[lane / VL], v_load(t->l + lane)));
     return good;
 }

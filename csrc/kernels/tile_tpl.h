@@ -67,7 +67,8 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
 }
 
 /* TILE_ACC / NV keys against NV vectors of lanes. */
-INLINE void scores_group(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, vec acc[TILE_ACC], const int NV) {
+INLINE void scores_group(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, vec acc[TILE_ACC],
+                         const int NV) {
     const int keys = TILE_ACC / NV;
     UNROLL for (int a = 0; a < TILE_ACC; a++) acc[a] = v_zero();
     for (int d = 0; d < t->D; d++) {
@@ -88,11 +89,12 @@ INLINE void scores_strip(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk
     for (int j = 0; j < n; j += keys) {
         vec acc[TILE_ACC];
         scores_group(t, lane, k + j * ldk, ldk, acc, NV);
-        UNROLL for (int a = 0; a < TILE_ACC; a++) v_store(t->p + (j + a / NV) * ADA_LANES + lane + a % NV * VL, acc[a]);
+        UNROLL for (int a = 0; a < TILE_ACC; a++)
+            v_store(t->p + (j + a / NV) * ADA_LANES + lane + a % NV * VL, acc[a]);
     }
 }
 
-void KERNEL(scores)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n) {
+void KERNEL(scores)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n){
 #define STRIP(NV) scores_strip(t, lane, k, ldk, n, NV)
     FOR_STRIPS(t->lanes, lane, STRIP)
 #undef STRIP
@@ -111,7 +113,8 @@ INLINE mask seen(int j, int lane, const uint64_t *visible, const REAL *bias) {
 void KERNEL(reference)(const tile_t *t, int n, const uint64_t *visible, const REAL *bias) {
     for (int lane = 0; lane < t->lanes; lane += VL) {
         vec before = v_load(t->m + lane), m = before;
-        for (int j = 0; j < n; j++) m = v_max(v_select(seen(j, lane, visible, bias), biased(t, j, lane, bias), m), m);
+        for (int j = 0; j < n; j++)
+            m = v_max(v_select(seen(j, lane, visible, bias), biased(t, j, lane, bias), m), m);
         mask raised = m_greater(m, v_add(before, v_set1(GAP)));
         if (!m_any(raised)) continue;
         m = v_select(raised, m, before);
@@ -123,7 +126,8 @@ void KERNEL(reference)(const tile_t *t, int n, const uint64_t *visible, const RE
     }
 }
 
-bool KERNEL(weights)(const tile_t *t, int n, const uint64_t *visible, const REAL *bias, const uint64_t *keep) {
+bool KERNEL(weights)(const tile_t *t, int n, const uint64_t *visible, const REAL *bias,
+                     const uint64_t *keep) {
     vec sum[ADA_LANES / VL];
     for (int lane = 0; lane < t->lanes; lane += VL) {
         vec m = v_load(t->m + lane), l = v_zero();
@@ -153,8 +157,8 @@ bool KERNEL(scores_weights)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n
 
 /* rows coordinates of V against NV vectors of lanes; the block's sum is formed apart and added to o, which
  * keeps the error from growing with the number of keys. */
-INLINE void values_group(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv, int n, int e, const int rows,
-                         const int NV) {
+INLINE void values_group(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv, int n, int e,
+                         const int rows, const int NV) {
     vec acc[TILE_ACC];
     UNROLL for (int a = 0; a < rows * NV; a++) acc[a] = v_zero();
     for (int j = 0; j < n; j++) {

@@ -3,6 +3,7 @@
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/arrayobject.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "dlpack.h"
@@ -26,13 +27,26 @@ static bool is_bfloat16(PyArray_Descr *descr) {
 
 static bool dtype_of(PyArray_Descr *descr, ada_dtype *dtype) {
     switch (descr->type_num) {
-    case NPY_FLOAT: *dtype = ADA_F32; return true;
-    case NPY_DOUBLE: *dtype = ADA_F64; return true;
-    case NPY_HALF: *dtype = ADA_F16; return true;
-    case NPY_BOOL: *dtype = ADA_BOOL; return true;
-    default: *dtype = ADA_BF16; return is_bfloat16(descr);
+    case NPY_FLOAT:
+        *dtype = ADA_F32;
+        return true;
+    case NPY_DOUBLE:
+        *dtype = ADA_F64;
+        return true;
+    case NPY_HALF:
+        *dtype = ADA_F16;
+        return true;
+    case NPY_BOOL:
+        *dtype = ADA_BOOL;
+        return true;
+    default:
+        *dtype = ADA_BF16;
+        return is_bfloat16(descr);
     }
 }
+
+/* The data of an array without elements, which must not look like "not given". */
+static max_align_t nothing;
 
 /* Masked arrays would lose their mask and matrices have a product of their own: neither is an array here. */
 static bool is_refused_subclass(PyObject *object) {
@@ -45,7 +59,8 @@ static bool is_refused_subclass(PyObject *object) {
     return false;
 }
 
-static int view_numpy(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+static int view_numpy(const ada_module_state *state, PyObject *object, const char *name, bool writable,
+                      ada_view *view) {
     PyArrayObject *array = (PyArrayObject *)object;
     ada_array *a = &view->array;
     if (is_refused_subclass(object)) {
@@ -58,7 +73,8 @@ static int view_numpy(const ada_module_state *state, PyObject *object, const cha
         return -1;
     }
     if (PyArray_NDIM(array) > 4) {
-        PyErr_Format(state->shape_error, "%s: expected at most 4 dimensions, got %d", name, PyArray_NDIM(array));
+        PyErr_Format(state->shape_error, "%s: expected at most 4 dimensions, got %d", name,
+                     PyArray_NDIM(array));
         return -1;
     }
     if (writable && !(PyArray_ISBEHAVED(array))) {
@@ -88,26 +104,39 @@ static bool dlpack_dtype_of(const dlpack_tensor *t, ada_dtype *dtype) {
     const int key = t->dtype.code << 8 | t->dtype.bits;
     if (t->dtype.lanes != 1) return false;
     switch (key) {
-    case DLPACK_FLOAT << 8 | 16: *dtype = ADA_F16; return true;
-    case DLPACK_FLOAT << 8 | 32: *dtype = ADA_F32; return true;
-    case DLPACK_FLOAT << 8 | 64: *dtype = ADA_F64; return true;
-    case DLPACK_BFLOAT << 8 | 16: *dtype = ADA_BF16; return true;
-    case DLPACK_BOOL << 8 | 8: *dtype = ADA_BOOL; return true;
-    default: return false;
+    case DLPACK_FLOAT << 8 | 16:
+        *dtype = ADA_F16;
+        return true;
+    case DLPACK_FLOAT << 8 | 32:
+        *dtype = ADA_F32;
+        return true;
+    case DLPACK_FLOAT << 8 | 64:
+        *dtype = ADA_F64;
+        return true;
+    case DLPACK_BFLOAT << 8 | 16:
+        *dtype = ADA_BF16;
+        return true;
+    case DLPACK_BOOL << 8 | 8:
+        *dtype = ADA_BOOL;
+        return true;
+    default:
+        return false;
     }
 }
 
-static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, const char *name, ada_array *a) {
+static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, const char *name,
+                       ada_array *a) {
     if (t->device.type != DLPACK_CPU && t->device.type != DLPACK_CUDA_HOST) {
-        PyErr_Format(state->device_error, "%s: expected memory of the CPU, got a tensor on DLPack device %d:%d", name,
+        PyErr_Format(state->device_error,
+                     "%s: expected memory of the CPU, got a tensor on DLPack device %d:%d", name,
                      (int)t->device.type, (int)t->device.id);
         return -1;
     }
     if (!dlpack_dtype_of(t, &a->dtype)) {
         static const char *const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-        PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16%s, got %s%d", name,
-                     strcmp(name, "attn_mask") ? "" : " or bool", t->dtype.code < 7 ? codes[t->dtype.code] : "type ",
-                     (int)t->dtype.bits);
+        PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16%s, got %s%d",
+                     name, strcmp(name, "attn_mask") ? "" : " or bool",
+                     t->dtype.code < 7 ? codes[t->dtype.code] : "type ", (int)t->dtype.bits);
         return -1;
     }
     if (t->ndim > 4) {
@@ -115,31 +144,67 @@ static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, co
         return -1;
     }
     int64_t itemsize = ada_dtype_bytes(a->dtype), step = itemsize;
-    a->data = (char *)t->data + t->byte_offset;
+    a->data = t->data ? (char *)t->data + t->byte_offset : (char *)&nothing;
     a->ndim = t->ndim;
     for (int i = t->ndim - 1; i >= 0; i--) {
         a->shape[i] = t->shape[i];
         a->stride[i] = t->strides ? t->strides[i] * itemsize : step;
         step *= t->shape[i];
     }
-    if ((uintptr_t)a->data % (uintptr_t)itemsize) {
-        PyErr_Format(state->argument_error, "%s: expected memory aligned to %d bytes, got an unaligned tensor", name,
-                     (int)itemsize);
+    return 0;
+}
+
+/* Replaces a tensor that is not aligned by a contiguous copy. */
+static int align_view(const ada_module_state *state, const char *name, bool writable, ada_view *view) {
+    ada_array *a = &view->array;
+    const int64_t itemsize = ada_dtype_bytes(a->dtype);
+    int64_t strides[4], bytes = itemsize;
+    if ((uintptr_t)a->data % (uintptr_t)itemsize == 0) return 0;
+    if (writable) {
+        PyErr_Format(state->argument_error, "%s: expected writable, aligned memory, got an unaligned tensor",
+                     name);
         return -1;
     }
+    for (int i = a->ndim - 1; i >= 0; i--) {
+        strides[i] = bytes;
+        bytes *= a->shape[i];
+    }
+    npy_intp dims[] = {(npy_intp)bytes};
+    PyObject *copy = PyArray_SimpleNew(1, dims, NPY_UINT8);
+    if (!copy) return -1;
+    char *to = PyArray_DATA((PyArrayObject *)copy);
+    for (int64_t at = 0; at < bytes; at += itemsize) {
+        int64_t from = 0;
+        for (int i = 0; i < a->ndim; i++) from += at / strides[i] % a->shape[i] * a->stride[i];
+        memcpy(to + at, (char *)a->data + from, (size_t)itemsize);
+    }
+    Py_SETREF(view->owner, copy);
+    a->data = to;
+    memcpy(a->stride, strides, sizeof strides);
     return 0;
 }
 
 /* The capsule of a tensor; its own destructor gives the tensor back, as its name is never changed. */
 static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, const char *name) {
-    PyObject *capsule = PyObject_CallMethod(object, "__dlpack__", NULL);
+    PyObject *capsule = NULL, *method = PyObject_GetAttrString(object, "__dlpack__");
+    if (method) {
+        PyObject *options = Py_BuildValue("{s:(ii)}", "max_version", 1, 0), *none = PyTuple_New(0);
+        capsule = options && none ? PyObject_Call(method, none, options) : NULL;
+        if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* an exporter from before version 1 */
+            PyErr_Clear();
+            capsule = PyObject_CallNoArgs(method);
+        }
+        Py_XDECREF(options);
+        Py_XDECREF(none);
+        Py_DECREF(method);
+    }
     if (capsule || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
         return capsule;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
-    PyErr_Format(state->argument_error, "%s: expected an array that can be read through DLPack, got %s: %S", name,
-                 type_name(object), value ? value : Py_None);
+    PyErr_Format(state->argument_error, "%s: expected an array that can be read through DLPack, got %s: %S",
+                 name, type_name(object), value ? value : Py_None);
     PyObject *raised_type, *raised, *raised_traceback;
     PyErr_Fetch(&raised_type, &raised, &raised_traceback);
     PyErr_NormalizeException(&raised_type, &raised, &raised_traceback);
@@ -152,7 +217,8 @@ static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, 
     return NULL;
 }
 
-static int view_dlpack(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+static int view_dlpack(const ada_module_state *state, PyObject *object, const char *name, bool writable,
+                       ada_view *view) {
     view->owner = export_dlpack(state, object, name);
     if (!view->owner) return -1;
     const dlpack_tensor *tensor = NULL;
@@ -165,18 +231,21 @@ static int view_dlpack(const ada_module_state *state, PyObject *object, const ch
         read_only = managed->flags & DLPACK_READ_ONLY;
     }
     if (!tensor) {
-        PyErr_Format(state->dtype_error, "%s: expected a DLPack tensor of version 0 or 1, got another capsule from %s",
-                     name, type_name(object));
+        PyErr_Format(state->dtype_error,
+                     "%s: expected a DLPack tensor of version 0 or 1, got another capsule from %s", name,
+                     type_name(object));
     } else if (writable && read_only) {
         PyErr_Format(state->argument_error, "%s: expected writable memory, got a read-only tensor", name);
-    } else if (view_tensor(state, tensor, name, &view->array) == 0) {
+    } else if (view_tensor(state, tensor, name, &view->array) == 0 &&
+               align_view(state, name, writable, view) == 0) {
         return 0;
     }
     ada_view_release(view);
     return -1;
 }
 
-int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view) {
+int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable,
+                ada_view *view) {
     if (PyArray_Check(object)) return view_numpy(state, object, name, writable, view);
     if (PyObject_HasAttrString(object, "__dlpack__") && !PyType_Check(object))
         return view_dlpack(state, object, name, writable, view);
@@ -186,7 +255,8 @@ int ada_view_of(const ada_module_state *state, PyObject *object, const char *nam
 }
 
 /* A Python int: its low 64 bits (U64), or what fits (I64). */
-static PyObject *array_of_int(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype) {
+static PyObject *array_of_int(const ada_module_state *state, PyObject *object, const char *name,
+                              ada_dtype dtype) {
     int overflow = 0;
     uint64_t bits = dtype == ADA_U64 ? PyLong_AsUnsignedLongLongMask(object)
                                      : (uint64_t)PyLong_AsLongLongAndOverflow(object, &overflow);
@@ -199,38 +269,51 @@ static PyObject *array_of_int(const ada_module_state *state, PyObject *object, c
     return array;
 }
 
+static PyObject *array_of_numbers(const ada_module_state *state, PyObject *object, const char *name,
+                                  ada_dtype dtype) {
+    const bool integers = dtype != ADA_F64;
+    PyObject *array = PyArray_Check(object) && is_refused_subclass(object) ? NULL : PyArray_FROM_O(object);
+    if (!array && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError)) return NULL;
+    PyErr_Clear();
+    const int type = array ? PyArray_TYPE((PyArrayObject *)array) : NPY_NOTYPE;
+    bool fits = PyTypeNum_ISINTEGER(type) ||
+                (!integers && array &&
+                 (PyTypeNum_ISFLOAT(type) || is_bfloat16(PyArray_DESCR((PyArrayObject *)array))));
+    if (!fits) {
+        PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, integers ? "integers" : "numbers",
+                     type_name(object));
+        Py_XDECREF(array);
+        return NULL;
+    }
+    PyObject *cast = PyArray_Cast((PyArrayObject *)array, integers ? NPY_INT64 : NPY_DOUBLE);
+    /* Above the largest int64 an uint64 would turn negative; seeds are taken modulo 2^64. */
+    if (cast && dtype == ADA_I64 && PyTypeNum_ISUNSIGNED(type)) {
+        const int64_t *x = PyArray_DATA((PyArrayObject *)cast);
+        for (npy_intp i = 0; i < PyArray_SIZE((PyArrayObject *)cast); i++)
+            if (x[i] < 0) {
+                PyErr_Format(state->argument_error, "%s: expected integers below 2**63, got %llu", name,
+                             (unsigned long long)x[i]);
+                Py_CLEAR(cast);
+                break;
+            }
+    }
+    Py_DECREF(array);
+    return cast;
+}
+
 int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype,
                         ada_view *view) {
     const bool integers = dtype != ADA_F64;
-    const char *expected = integers ? "integers" : "numbers";
     view->array.data = NULL;
     if (object == Py_None) return 0;
-    PyObject *array;
-    if (integers && PyLong_Check(object) && !PyBool_Check(object)) {
-        array = array_of_int(state, object, name, dtype);
-    } else {
-        array = PyArray_FROM_O(object);
-        if (!array) {
-            if (PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
-            PyErr_Clear();
-        } else {
-            int type = PyArray_TYPE((PyArrayObject *)array);
-            bool fits = integers ? PyTypeNum_ISINTEGER(type)
-                                 : PyTypeNum_ISINTEGER(type) || PyTypeNum_ISFLOAT(type) ||
-                                       is_bfloat16(PyArray_DESCR((PyArrayObject *)array));
-            PyObject *cast = !fits ? NULL
-                                   : PyArray_Cast((PyArrayObject *)array, integers ? NPY_INT64 : NPY_DOUBLE);
-            Py_DECREF(array);
-            array = cast;
-            if (!fits) array = NULL;
-        }
-        if (!array && !PyErr_Occurred())
-            PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, type_name(object));
-    }
+    PyObject *array = integers && PyLong_Check(object) && !PyBool_Check(object)
+                          ? array_of_int(state, object, name, dtype)
+                          : array_of_numbers(state, object, name, dtype);
     if (!array) return -1;
     PyArrayObject *contiguous = (PyArrayObject *)array;
     if (PyArray_NDIM(contiguous) > 2) {
-        PyErr_Format(state->shape_error, "%s: expected at most 2 dimensions, got %d", name, PyArray_NDIM(contiguous));
+        PyErr_Format(state->shape_error, "%s: expected at most 2 dimensions, got %d", name,
+                     PyArray_NDIM(contiguous));
         Py_DECREF(array);
         return -1;
     }
@@ -250,10 +333,11 @@ PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObjec
     for (int i = 0; i < ndim; i++) dims[i] = (npy_intp)shape[i];
     PyArray_Descr *descr;
     if (dtype == ADA_BF16) {
-        descr = PyArray_DESCR((PyArrayObject *)like);
-        Py_INCREF(descr);
+        descr = PyArray_DescrNewByteorder(PyArray_DESCR((PyArrayObject *)like), NPY_NATIVE);
     } else {
-        descr = PyArray_DescrFromType(dtype == ADA_F64 ? NPY_DOUBLE : dtype == ADA_F32 ? NPY_FLOAT : NPY_HALF);
+        descr = PyArray_DescrFromType(dtype == ADA_F64   ? NPY_DOUBLE
+                                      : dtype == ADA_F32 ? NPY_FLOAT
+                                                         : NPY_HALF);
     }
-    return PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, NULL, 0, NULL);
+    return !descr ? NULL : PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, NULL, 0, NULL);
 }

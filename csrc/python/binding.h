@@ -17,7 +17,8 @@ typedef struct {
 /* error.c */
 int ada_errors_import(ada_module_state *state); /* 0, or -1 with a Python exception */
 void ada_errors_clear(ada_module_state *state);
-/* Raises what error says (nothing for an interrupted call: the signal's own exception is set). Returns NULL. */
+/* Raises what error says (nothing for an interrupted call: the signal's own exception is set). Returns NULL.
+ */
 PyObject *ada_raise(const ada_module_state *state, const ada_error *error);
 
 /* array.c */
@@ -30,10 +31,13 @@ typedef struct {
 } ada_view;
 
 void ada_view_release(ada_view *view);
-/* A NumPy array or anything with __dlpack__ on the CPU, read where it lies (copied once if it is not aligned or of
- * foreign byte order). writable: it will be written, so neither read-only nor copied. 0, or -1 with an exception. */
-int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable, ada_view *view);
-/* A small vector that may be any sequence of numbers: converted to F64, I64 or U64. None gives data == NULL. */
+/* A NumPy array or anything with __dlpack__ on the CPU, read where it lies (copied once if it is not aligned
+ * or of foreign byte order). writable: it will be written, so neither read-only nor copied. 0, or -1 with an
+ * exception. */
+int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable,
+                ada_view *view);
+/* A small vector that may be any sequence of numbers: converted to F64, I64 or U64. None gives data == NULL.
+ */
 int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype,
                         ada_view *view);
 /* A new NumPy array, C-contiguous; bfloat16 takes its NumPy dtype from like. */

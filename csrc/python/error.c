@@ -22,12 +22,21 @@ void ada_errors_clear(ada_module_state *state) {
 PyObject *ada_raise(const ada_module_state *state, const ada_error *error) {
     PyObject *type = NULL;
     switch (error->status) {
-    case ADA_ERR_ARGUMENT: type = state->argument_error; break;
-    case ADA_ERR_SHAPE: type = state->shape_error; break;
-    case ADA_ERR_DTYPE: type = state->dtype_error; break;
-    case ADA_ERR_MEMORY: type = PyExc_MemoryError; break;
+    case ADA_ERR_ARGUMENT:
+        type = state->argument_error;
+        break;
+    case ADA_ERR_SHAPE:
+        type = state->shape_error;
+        break;
+    case ADA_ERR_DTYPE:
+        type = state->dtype_error;
+        break;
+    case ADA_ERR_MEMORY:
+        type = PyExc_MemoryError;
+        break;
     case ADA_INTERRUPTED:
-    case ADA_OK: return NULL;
+    case ADA_OK:
+        return NULL;
     }
     PyErr_SetString(type, error->message);
     return NULL;

@@ -9,22 +9,30 @@
 #include "../parallel.h"
 
 #ifndef ADA_BUILD_LEFT_OUT
-#    define ADA_BUILD_LEFT_OUT "" /* "isa: reason" of each ISA that the compiler could not build, "; " between */
+#    define ADA_BUILD_LEFT_OUT                                                                               \
+        "" /* "isa: reason" of each ISA that the compiler could not build, "; " between */
 #endif
 
 static ada_module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
 
 /* ---- scalars ---- */
 
-static int type_error(const ada_module_state *state, const char *name, const char *expected, PyObject *object) {
-    if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError))
+/* Replaces a TypeError or OverflowError by ours. */
+static int type_error(const ada_module_state *state, const char *name, const char *expected,
+                      PyObject *object) {
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError))
+        PyErr_Format(state->argument_error, "%s: expected %s, got one beyond the range of float64", name,
+                     expected);
+    else if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError))
         PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, Py_TYPE(object)->tp_name);
     return -1;
 }
 
 static int number_of(const ada_module_state *state, PyObject *object, const char *name, double *value) {
     *value = PyBool_Check(object) ? -1 : PyFloat_AsDouble(object);
-    return *value == -1 && (PyBool_Check(object) || PyErr_Occurred()) ? type_error(state, name, "a number", object) : 0;
+    return *value == -1 && (PyBool_Check(object) || PyErr_Occurred())
+               ? type_error(state, name, "a number", object)
+               : 0;
 }
 
 /* Values beyond 64 bits become the nearest one. */
@@ -40,8 +48,8 @@ static int integer_of(const ada_module_state *state, PyObject *object, const cha
 }
 
 /* One of the names, as its index. */
-static int name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
-                   const char *const names[], int n, int *index) {
+static int name_of(const ada_module_state *state, PyObject *object, const char *argument,
+                   const char *expected, const char *const names[], int n, int *index) {
     if (!PyUnicode_Check(object)) return type_error(state, argument, expected, object);
     for (*index = 0; *index < n; ++*index)
         if (PyUnicode_CompareWithASCIIString(object, names[*index]) == 0) return 0;
@@ -56,7 +64,8 @@ static int causal_of(const ada_module_state *state, PyObject *object, ada_causal
         *causal = object == Py_True ? ADA_LOWER_RIGHT : ADA_NOT_CAUSAL;
         return 0;
     }
-    if (name_of(state, object, "causal", "a bool, 'lower_right' or 'upper_left'", names, 2, &index)) return -1;
+    if (name_of(state, object, "causal", "a bool, 'lower_right' or 'upper_left'", names, 2, &index))
+        return -1;
     *causal = index ? ADA_UPPER_LEFT : ADA_LOWER_RIGHT;
     return 0;
 }
@@ -92,7 +101,8 @@ static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *c
         (p->has_softcap && number_of(state, softcap, "softcap", &p->softcap)) ||
         (p->has_scale && number_of(state, scale, "scale", &p->scale)) ||
         number_of(state, dropout_p, "dropout_p", &p->dropout_p) ||
-        (p->has_num_threads && integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
+        (p->has_num_threads &&
+         integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
         name_of(state, precision, "precision", "'auto', 'fp32' or 'fp64'", precisions, 3, &index))
         return -1;
     p->precision = (ada_precision)index;
@@ -114,7 +124,8 @@ static bool interrupted(void *context) {
 }
 
 /* A new output of the kind that query is: a NumPy array, or what allocate(query, shape, dtype name) makes. */
-static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim, const int64_t *shape) {
+static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim,
+                            const int64_t *shape) {
     if (ada_is_numpy(query)) return ada_new_array(dtype, ndim, shape, query);
     PyObject *sizes = PyTuple_New(ndim);
     if (!sizes) return NULL;
@@ -131,15 +142,36 @@ static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype
     return array;
 }
 
-PyDoc_STRVAR(attention_doc, "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
-                            "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, out, "
-                            "num_threads, allocate, /)\n--\n\n"
-                            "adaattn.attention with every argument by position. allocate(query, shape, dtype) makes "
-                            "outputs where query is not a NumPy array.");
+PyDoc_STRVAR(attention_doc,
+             "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
+             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, out, "
+             "num_threads, allocate, /)\n--\n\n"
+             "adaattn.attention with every argument by position. allocate(query, shape, dtype) makes "
+             "outputs where query is not a NumPy array.");
 
 static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    enum { QUERY, KEY, VALUE, MASK, CAUSAL, WINDOW, SOFTCAP, ALIBI, SINKS, LENGTHS, OFFSET, SCALE, DROPOUT, SEED,
-           PRECISION, RETURN_LSE, OUT, NUM_THREADS, ALLOCATE, N_ARGS };
+    enum {
+        QUERY,
+        KEY,
+        VALUE,
+        MASK,
+        CAUSAL,
+        WINDOW,
+        SOFTCAP,
+        ALIBI,
+        SINKS,
+        LENGTHS,
+        OFFSET,
+        SCALE,
+        DROPOUT,
+        SEED,
+        PRECISION,
+        RETURN_LSE,
+        OUT,
+        NUM_THREADS,
+        ALLOCATE,
+        N_ARGS
+    };
     enum { N_VIEWS = 10 };
     const ada_module_state *state = state_of(module);
     ada_problem p = {0};
@@ -156,7 +188,9 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         int arg;
         const char *name;
         ada_array *array;
-    } arrays[] = {{QUERY, "query", &p.query}, {KEY, "key", &p.key}, {VALUE, "value", &p.value},
+    } arrays[] = {{QUERY, "query", &p.query},
+                  {KEY, "key", &p.key},
+                  {VALUE, "value", &p.value},
                   {MASK, "attn_mask", &p.attn_mask}};
     for (int i = 0; i < 4; i++, view++) {
         if (i == 3 && args[MASK] == Py_None) continue;
@@ -174,11 +208,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                    {OFFSET, "query_offset", ADA_I64, &p.query_offset},
                    {SEED, "seed", ADA_U64, &p.seed}};
     for (int i = 0; i < 5; i++, view++) {
-        if (ada_view_of_numbers(state, args[vectors[i].arg], vectors[i].name, vectors[i].dtype, view)) goto done;
+        if (ada_view_of_numbers(state, args[vectors[i].arg], vectors[i].name, vectors[i].dtype, view))
+            goto done;
         *vectors[i].array = view->array;
     }
-    if (scalars_of(state, &p, args[CAUSAL], args[WINDOW], args[SOFTCAP], args[SCALE], args[DROPOUT], args[PRECISION],
-                   args[NUM_THREADS]))
+    if (scalars_of(state, &p, args[CAUSAL], args[WINDOW], args[SOFTCAP], args[SCALE], args[DROPOUT],
+                   args[PRECISION], args[NUM_THREADS]))
         goto done;
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     if (return_lse < 0) goto done;
@@ -198,7 +233,8 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     }
     ada_view lse_view = {0};
     if (return_lse) {
-        lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3, out_shape);
+        lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3,
+                         out_shape);
         if (!lse || ada_view_of(state, lse, "lse", true, &lse_view)) goto done;
         p.lse = lse_view.array.data;
     }
@@ -245,13 +281,13 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     }
     out = new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
     lse = out ? new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
-    if (!lse || ada_view_of(state, out, "out", true, &views[4]) || ada_view_of(state, lse, "lse", true, &views[5]))
+    if (!lse || ada_view_of(state, out, "out", true, &views[4]) ||
+        ada_view_of(state, lse, "lse", true, &views[5]))
         goto done;
     m.out = views[4].array, m.lse = views[5].array;
-    ada_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ada_merge(&m, &error);
-    Py_END_ALLOW_THREADS
+    released_gil gil = {PyEval_SaveThread()};
+    ada_status status = ada_merge(&m, interrupted, &gil, &error);
+    PyEval_RestoreThread(gil.thread);
     result = status ? ada_raise(state, &error) : PyTuple_Pack(2, out, lse);
 done:
     for (int i = 0; i < 6; i++) ada_view_release(&views[i]);
@@ -292,10 +328,11 @@ static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored)) {
     (void)module;
     char cpu[128];
     ada_cpu_name(cpu, sizeof cpu);
-    return Py_BuildValue("{s:s, s:s, s:N, s:N, s:N, s:i, s:i, s:{s:s, s:N, s:s}}", "version", ADA_VERSION, "cpu", cpu,
-                         "isa_detected", isa_list(ada_cpu_isa()), "isa_used", isa_list(ada_isa_allowed()), "kernels",
-                         kernel_dict(), "num_threads", ada_get_num_threads(), "cpu_count", ada_cpu_count(), "build",
-                         "compiler", __VERSION__, "isa", isa_list(ada_isa_built()), "left_out", ADA_BUILD_LEFT_OUT);
+    return Py_BuildValue("{s:s, s:s, s:N, s:N, s:N, s:i, s:i, s:{s:s, s:N, s:s}}", "version", ADA_VERSION,
+                         "cpu", cpu, "isa_detected", isa_list(ada_cpu_isa()), "isa_used",
+                         isa_list(ada_isa_allowed()), "kernels", kernel_dict(), "num_threads",
+                         ada_get_num_threads(), "cpu_count", ada_cpu_count(), "build", "compiler",
+                         __VERSION__, "isa", isa_list(ada_isa_built()), "left_out", ADA_BUILD_LEFT_OUT);
 }
 
 PyDoc_STRVAR(get_num_threads_doc, "get_num_threads($module, /)\n--\n\nSee adaattn.get_num_threads.");
@@ -312,14 +349,16 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     int64_t n = 0;
     if (object != Py_None) {
         if (integer_of(state, object, "n", "an int or None", &n)) return NULL;
-        if (n < 1) return PyErr_Format(state->argument_error, "n: expected an int of at least 1, got %S", object);
+        if (n < 1)
+            return PyErr_Format(state->argument_error, "n: expected an int of at least 1, got %S", object);
     }
     ada_set_num_threads(n > INT_MAX ? INT_MAX : (int)n);
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(fail_doc, "_alloc_fail_after($module, n, /)\n--\n\n"
-                       "For tests: the (n + 1)-th allocation of the engine from now on fails once; -1: none.");
+PyDoc_STRVAR(fail_doc,
+             "_alloc_fail_after($module, n, /)\n--\n\n"
+             "For tests: the (n + 1)-th allocation of the engine from now on fails once; -1: none.");
 
 static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
     int64_t n;
