@@ -1,7 +1,8 @@
-"""Builds the engine: every kernel file with its own ISA flags, probed first, so that one binary runs everywhere.
+"""Builds the engine: every kernel file with its own ISA flags, probed first, so that one binary runs
+everywhere.
 
-Environment: ADAATTN_WERROR=1 makes warnings errors, ADAATTN_COVERAGE=1 instruments for gcov, ADAATTN_SANITIZE=address,undefined
-builds with sanitizers.
+Environment: ADAATTN_WERROR=1 makes warnings errors, ADAATTN_COVERAGE=1 instruments for gcov,
+ADAATTN_SANITIZE=address,undefined builds with sanitizers.
 """
 
 import os

@@ -34,14 +34,14 @@ def attention(
     """Scaled dot-product attention, softmax(scale * query @ key.T) @ value, exact for the inputs' dtype.
 
     One score passes through, in this order: ``scale * q·k``, softcap, ALiBi, float mask; then boolean mask,
-    causal limit, window and lengths hide keys; then the softmax over the visible keys and the sink. Memory beyond
-    inputs and output does not grow with T * S.
+    causal limit, window and lengths hide keys; then the softmax over the visible keys and the sink. Memory
+    beyond inputs and output does not grow with T * S.
 
     Parameters
     ----------
     query : array of shape (B, H, T, D)
-        float32, float16, bfloat16 (``ml_dtypes``) or float64: a NumPy array or anything on the CPU that speaks
-        DLPack, such as a torch tensor. Any strides; read in place.
+        float32, float16, bfloat16 (``ml_dtypes``) or float64: a NumPy array or anything on the CPU that
+        speaks DLPack, such as a torch tensor. Any strides; read in place.
     key, value : arrays of shape (B, G, S, D) and (B, G, S, E), query's dtype
         H is a multiple of G (grouped-query and multi-query attention).
     attn_mask : array that broadcasts to (B, H, T, S), optional
@@ -67,12 +67,13 @@ def attention(
     seed : int or (B,) ints
         Needed where dropout_p > 0: the mask is a function of seed, head, query and key alone.
     precision : "auto", "fp32" or "fp64"
-        What scores and sums are computed in. "auto" is fp64 for float64 arrays, else fp32; rows that overflow fp32
-        are computed in fp64. "fp32" rounds float64 arrays to float32 first.
+        What scores and sums are computed in. "auto" is fp64 for float64 arrays, else fp32; rows that overflow
+        fp32 are computed in fp64. "fp32" rounds float64 arrays to float32 first.
     return_lse : bool
         Also return the logarithm of each row's sum of exponentials.
     out : array of shape (B, H, T, E), optional
-        Written and returned; it must not overlap an input. Its contents are undefined if the call is interrupted.
+        Written and returned; it must not overlap an input. Its contents are undefined if the call is
+        interrupted.
     num_threads : int, optional
         At most this many threads; the result is the same, bit for bit, for any number.
 
@@ -80,7 +81,8 @@ def attention(
     -------
     out : array of shape (B, H, T, E), query's dtype and kind of array
     lse : array of shape (B, H, T), float32 (float64 for float64 inputs)
-        Natural logarithm; only with ``return_lse``. -inf (or the sink) where a row sees no key; its output is 0.
+        Natural logarithm; only with ``return_lse``. -inf (or the sink) where a row sees no key; its output is
+        0.
 
     Raises
     ------
@@ -93,8 +95,8 @@ def attention(
 
     Notes
     -----
-    Tiles with an online softmax (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). NaN
-    and infinities pass as in plain arithmetic, but never out of what is hidden.
+    Tiles with an online softmax (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
+    NaN and infinities pass as in plain arithmetic, but never out of what is hidden.
 
     Examples
     --------
@@ -139,9 +141,10 @@ def cpu_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the environment
-        variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set), ``num_threads``, ``cpu_count``
-        and ``build`` (``compiler``, ``isa``, ``left_out``: what the compiler could not build and why).
+        ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the
+        environment variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set),
+        ``num_threads``, ``cpu_count`` and ``build`` (``compiler``, ``isa``, ``left_out``: what the compiler
+        could not build and why).
     """
     return _adaattn.cpu_info()
 
@@ -149,8 +152,8 @@ def cpu_info() -> dict[str, Any]:
 def get_num_threads() -> int:
     """Threads that a call uses unless it says otherwise.
 
-    By default ADAATTN_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs that the affinity mask and the cgroup's quota
-    allow.
+    By default ADAATTN_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs that the affinity mask and the
+    cgroup's quota allow.
     """
     return _adaattn.get_num_threads()
 
@@ -167,7 +170,8 @@ def set_num_threads(n: int | None) -> None:
 
 
 def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """An uninitialised array of like's kind: torch makes its own, others get NumPy's and convert it in the end."""
+    """An uninitialised array of like's kind: torch makes its own, others get NumPy's and convert it in the
+    end."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
@@ -179,7 +183,8 @@ def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _as_kind_of(like: Any, result: Any, out: Any = None) -> Any:
-    """NumPy results (but for the caller's out) as arrays of like's library, if that follows the array API standard."""
+    """NumPy results (but for the caller's out) as arrays of like's library, if that follows the array API
+    standard."""
     if isinstance(result, tuple):
         return tuple(_as_kind_of(like, array, out) for array in result)
     if result is out or not isinstance(result, np.ndarray) or not hasattr(like, "__array_namespace__"):

@@ -371,7 +371,7 @@ static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * re
 static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
                             uint64_t *visible, KIND(ada_row) * row) {
     const ada_problem *p = r->p;
-    uint64_t keep[ADA_LANES] = {UINT64_MAX};
+    uint64_t keep = UINT64_MAX;
     REAL *scores = s->tile.p;
     const REAL *bias = KIND(bias_rows)(r, s->rows, patch) ? s->rows : NULL;
     for (int j = 0; bias && j < patch->nk; j++)
@@ -381,8 +381,8 @@ static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada
             if ((*visible >> j & 1) && !isfinite(scores[j])) return false;
         r->k->KIND(softcap)(scores, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
     }
-    if (p->drop_below) ada_kept_rows(p, r->k, patch, keep);
-    return r->k->KIND(row_weights)(row, scores, patch->nk, *visible, bias, keep[0]);
+    if (p->drop_below) ada_kept_rows(p, r->k, patch, &keep);
+    return r->k->KIND(row_weights)(row, scores, patch->nk, *visible, bias, keep);
 }
 
 /* Adds the values of the visible keys, run by run: what is hidden is not even read. */
@@ -412,17 +412,17 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
         partial[0] = -INFINITY;
     }
     int64_t packed = -1; /* the row whose query lies scaled in s->tile.q */
-    for (int64_t j = first; j < end; j += ADA_BLOCK) {
+    for (int64_t j = first; j < end; j += ADA_TURN) {
         if (ada_job_cancelled(job, worker)) return;
-        const int nk = (int)(end - j < ADA_BLOCK ? end - j : ADA_BLOCK);
+        const int nk = (int)(end - j < ADA_TURN ? end - j : ADA_TURN);
         const char *k = NULL, *v = NULL;
         ptrdiff_t ldk = 0, ldv = 0;
         for (int64_t row = 0; row < rows; row++) {
             ada_patch patch = {b, g * group + row / p->T, row % p->T, j, 1, nk};
-            uint64_t visible[ADA_LANES] = {UINT64_MAX};
+            uint64_t visible = UINT64_MAX;
             REAL *partial = KIND(partial)(r, b, patch.h, patch.i, split);
-            if (partial[0] != partial[0] || ada_visible_rows(p, &patch, visible) == ADA_HIDDEN) continue;
-            const int skipped = trim_patch(&patch, visible);
+            if (partial[0] != partial[0] || ada_visible_rows(p, &patch, &visible) == ADA_HIDDEN) continue;
+            const int skipped = trim_patch(&patch, &visible);
             if (!k) {
                 k = KIND(read_rows)(r, &keys, b, g, j, nk, &ldk);
                 v = KIND(read_rows)(r, &values, b, g, j, nk, &ldv);
@@ -434,9 +434,9 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
             }
             KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
             keys.scores(s->tile.p, s->tile.q, k + skipped * ldk * keys.bytes, ldk, patch.nk, D);
-            if (KIND(weigh_row)(r, s, &patch, visible, &state)) {
+            if (KIND(weigh_row)(r, s, &patch, &visible, &state)) {
                 KIND(add_values)
-                (&values, partial + 2, s->tile.p, visible[0], v + skipped * ldv * values.bytes, ldv, patch.nk,
+                (&values, partial + 2, s->tile.p, visible, v + skipped * ldv * values.bytes, ldv, patch.nk,
                  E);
                 partial[0] = state.m, partial[1] = state.l;
             } else {

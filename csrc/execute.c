@@ -71,12 +71,12 @@ static ada_span tile_span(const ada_problem *p, const ada_patch *patch) {
 }
 
 /* Drops the hidden keys at both ends of a patch of one query; returns how many in front. */
-static int trim_patch(ada_patch *patch, uint64_t visible[1]) {
-    uint64_t bits = patch->nk == 64 ? visible[0] : visible[0] & (((uint64_t)1 << patch->nk) - 1);
+static int trim_patch(ada_patch *patch, uint64_t *visible) {
+    uint64_t bits = patch->nk == 64 ? *visible : *visible & (((uint64_t)1 << patch->nk) - 1);
     int skipped = __builtin_ctzll(bits);
-    visible[0] = bits >> skipped;
+    *visible = bits >> skipped;
     patch->j += skipped;
-    patch->nk = 64 - __builtin_clzll(visible[0]);
+    patch->nk = 64 - __builtin_clzll(*visible);
     return skipped;
 }
 

@@ -44,7 +44,7 @@ static uint64_t bits_of_bytes(const char *bytes, int64_t stride, int n) {
     return bits;
 }
 
-ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t rows[ADA_LANES]) {
+ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t *rows) {
     const ada_array *mask = &p->attn_mask;
     bool masked = mask->data && mask->dtype == ADA_BOOL;
     ada_span low = ada_visible_span(p, patch->b, patch->i);
@@ -80,8 +80,7 @@ static uint64_t mix64(uint64_t x) {
     return x ^ x >> 31;
 }
 
-void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
-                   uint64_t rows[ADA_LANES]) {
+void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch, uint64_t *rows) {
     const ada_array *seed = &p->seed;
     uint64_t sequence = *(const uint64_t *)((const char *)seed->data + patch->b * seed->stride[0]);
     if (seed->ndim == 0) sequence = mix64(sequence ^ mix64((uint64_t)patch->b));

@@ -25,13 +25,12 @@ ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i);
 
 typedef enum { ADA_HIDDEN, ADA_MIXED, ADA_PLAIN } ada_sight;
 
-/* Bit c of rows[r]: query i + r may attend to key j + c, by the spans and a boolean mask. rows is filled
- * only where the patch is mixed; plain: all may, hidden: none. */
-ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t rows[ADA_LANES]);
+/* Bit c of rows[r] (r < n): query i + r may attend to key j + c, by the spans and a boolean mask. rows is
+ * filled only where the patch is mixed; plain: all may, hidden: none. */
+ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_t *rows);
 
 /* Bit c of rows[r]: dropout keeps key j + c for query i + r. */
-void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
-                   uint64_t rows[ADA_LANES]);
+void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *patch, uint64_t *rows);
 
 /* rows[r] bit c <-> rows[c] bit r. */
 void ada_transpose_bits(uint64_t rows[64]);

@@ -1,8 +1,8 @@
 /* Scores and values of a single query, rows of K and V read along the head. Memory-bound: elements are
- * converted in registers, rows are read one after the other as one stream, and each line asks for the one
- * some KB ahead (on Zen 4 that reads 1.4 times faster than four rows at a time with prefetches in bursts).
- * The including file defines ROW(op), the symbol of an op, ELEMENT, the dtype of K and V, and LOAD(p) /
- * LOAD_N(p, n).
+ * converted in registers, and rows are read one after the other as one stream with each line asking for the
+ * one 2 KB ahead. On Zen 4 two or four rows at a time, or partial loads, halve the rate: the hardware's
+ * prefetcher loses the stream. The including file defines ROW(op), the symbol of an op, ELEMENT, the dtype of
+ * K and V, and LOAD(p) / LOAD_N(p, n).
  */
 
 /* Far enough to hide the latency; with 16 KB more requests are dropped than met. */
