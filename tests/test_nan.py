@@ -207,3 +207,80 @@ def test_half_results_round_to_nearest_even(dtype: Any) -> None:
     pairs = np.stack([pairs[:-1], pairs[1:]])
     out = adaattn.attention(query, key, pairs[None, None])
     assert same_bits(out[0, 0, 0], pairs.astype(F64).mean(axis=0).astype(dtype))
+
+
+def assert_as_oracle(query: Array, key: Array, value: Array, **options: Any) -> None:
+    """Relative Frobenius error of out at fp32's level, with NaN and infinities where the oracle has them."""
+    out = adaattn.attention(query, key, value, **options).astype(F64)
+    options.pop("precision", None)
+    exact = reference.attention(query, key, value, **options)
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(exact))
+    finite = np.isfinite(exact)
+    scale = max(np.abs(exact[finite]).max(initial=0), 1e-300)
+    assert np.linalg.norm((out[finite] - exact[finite]) / scale) <= 4e-6 * np.linalg.norm(
+        exact[finite] / scale
+    )
+
+
+# Numbers that fp32 cannot hold on the way to results that it can; the sizes take both ways of the engine.
+BEYOND_FP32: dict[str, tuple[float, float, float, dict[str, Any]]] = {
+    "alibi below the lowest float": (1, 1, 1, {"alibi_slopes": [1e38], "query_offset": 10}),
+    "alibi of far away": (1, 1, 1, {"alibi_slopes": [0.5], "query_offset": 10**6}),
+    "a large mask everywhere": (1, 1, 1, {"attn_mask": np.full((1, 1), -1e9, F32)}),
+    "a tiny scale": (1e23, 1e23, 1, {"scale": 1e-46}),
+    "a huge cap": (1, 1, 1, {"softcap": 1.5e308}),
+    "a sink that takes nearly all": (1, 1, 1e25, {"sinks": [110.0]}),
+}
+
+
+@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("case", BEYOND_FP32)
+def test_options_beyond_fp32(case: str, T: int, rng: np.random.Generator) -> None:
+    *factors, options = BEYOND_FP32[case]
+    arrays = inputs(rng, Shape(1, 1, 1, T, 9, 8, 8), F32)
+    assert_as_oracle(*(x * np.float32(f) for x, f in zip(arrays, factors, strict=True)), **options)
+
+
+@pytest.mark.parametrize("T", [3, 9])
+def test_double_values_beyond_fp32(T: int, rng: np.random.Generator) -> None:
+    query, key, value = inputs(rng, Shape(1, 1, 1, T, 70, 8, 8), F64)
+    value[0, 0, 3, 0] = 1e300
+    assert_as_oracle(query, key, value, precision="fp32")
+
+
+@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("sink", [-INF, 0.5])
+def test_only_scores_of_minus_infinity(sink: float, T: int, rng: np.random.Generator) -> None:
+    """0 / 0 is NaN unless a sink takes the mass; a sink of -inf is none."""
+    query, key, value = inputs(rng, Shape(1, 1, 1, T, 9, 8, 8), F32)
+    query[...], key[...] = 1, -INF
+    out = adaattn.attention(query, key, value, sinks=[sink])
+    assert np.isnan(out).all() if sink == -INF else not out.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["", "softcap"])
+@pytest.mark.parametrize("T", [5, 64])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_bad_row_changes_no_other(options: Any, T: int, dtype: Any, rng: np.random.Generator) -> None:
+    query, key, value = inputs(rng, Shape(1, 1, 1, T, 64, 8, 8), dtype)
+    options = options | {"causal": True, "query_offset": 0}
+    clean = adaattn.attention(query, key, value, return_lse=True, **options)
+    query[:, :, -1], key[:, :, T - 2] = NAN, INF
+    spoilt = adaattn.attention(query, key, value, return_lse=True, **options)
+    for a, b in zip(clean, spoilt, strict=True):
+        assert same_bits(a[:, :, : T - 2], b[:, :, : T - 2])
+        assert np.isnan(b[:, :, -1]).all()
+
+
+@pytest.mark.parametrize("T", [3, 9])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["", "softcap"])
+def test_hidden_in_the_middle_changes_no_bit(
+    options: Any, bias: bool, T: int, rng: np.random.Generator
+) -> None:
+    query, key, value = inputs(rng, Shape(1, 1, 1, T, 64, 8, 8), F32)
+    seen = np.arange(64) % 7 > 0
+    mask = np.where(seen, 0, -INF).astype(F32) if bias else seen
+    clean = adaattn.attention(query, key, value, attn_mask=mask, return_lse=True, **options)
+    key[:, :, ~seen], value[:, :, ~seen] = NAN, INF
+    assert same_bits(adaattn.attention(query, key, value, attn_mask=mask, return_lse=True, **options), clean)
