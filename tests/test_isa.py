@@ -55,3 +55,16 @@ def test_sample_of_the_suite(isa: str, machine_isas: list[str]) -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:]
     print(f"ADAATTN_ISA={isa}: {done.stdout.splitlines()[-1]}")
+
+
+@pytest.mark.parametrize("name", ["zen4", "", "AVX2"])
+def test_unknown_name(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import adaattn"],
+        env=os.environ | {"ADAATTN_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    names = "'scalar', 'avx2', 'avx512', 'avx512vnni', 'avx512bf16' or 'amx'"
+    assert f"ArgumentError: ADAATTN_ISA: expected {names}, got '{name}'" in done.stderr

@@ -39,7 +39,7 @@ INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrd
     range r = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     vec acc[TILE_ACC];
     UNROLL for (int v = 0; v < NV; v++) l[v] = v_zero();
-    scores_group(t, lane, k, ldk, acc, NV);
+    scores_group(t, lane, k, ldk, 0, D, acc, NV);
     for (int j = keys; j < n; j += keys) {
         float *p = t->p + (j - keys) * ADA_LANES + lane;
         UNROLL for (int a = 0; a < TILE_ACC; a++) {
@@ -77,6 +77,10 @@ INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrd
 }
 
 bool ada_scores_weights_f32_avx512(const tile_t *t, const float *k, ptrdiff_t ldk, int n) {
+    if (t->D > CHAIN) {
+        ada_scores_f32_avx512(t, k, ldk, n);
+        return ada_weights_f32_avx512(t, n, NULL, NULL, NULL);
+    }
     vec l[ADA_LANES / VL];
     bool good = true;
 #define STRIP(NV) good &= scores_weights_strip(t, lane, k, ldk, n, l + lane / VL, NV)

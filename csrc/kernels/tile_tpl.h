@@ -66,12 +66,16 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
     return finite;
 }
 
-/* TILE_ACC / NV keys against NV vectors of lanes. */
-INLINE void scores_group(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, vec acc[TILE_ACC],
-                         const int NV) {
+/* Longer sums over a head are made of parts: one chain of 256 additions doubles the error of a plain product.
+ */
+#define CHAIN 128
+
+/* TILE_ACC / NV keys against NV vectors of lanes, coordinates first ... end - 1. */
+INLINE void scores_group(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, int first, int end,
+                         vec acc[TILE_ACC], const int NV) {
     const int keys = TILE_ACC / NV;
     UNROLL for (int a = 0; a < TILE_ACC; a++) acc[a] = v_zero();
-    for (int d = 0; d < t->D; d++) {
+    for (int d = first; d < end; d++) {
         vec q[TILE_NV];
         UNROLL for (int v = 0; v < NV; v++) {
             q[v] = v_load(t->q + d * ADA_LANES + lane + v * VL);
@@ -86,12 +90,15 @@ INLINE void scores_group(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk
 
 INLINE void scores_strip(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, int n, const int NV) {
     const int keys = TILE_ACC / NV;
-    for (int j = 0; j < n; j += keys) {
-        vec acc[TILE_ACC];
-        scores_group(t, lane, k + j * ldk, ldk, acc, NV);
-        UNROLL for (int a = 0; a < TILE_ACC; a++)
-            v_store(t->p + (j + a / NV) * ADA_LANES + lane + a % NV * VL, acc[a]);
-    }
+    for (int j = 0; j < n; j += keys)
+        for (int d = 0; d < t->D; d += CHAIN) {
+            vec acc[TILE_ACC];
+            scores_group(t, lane, k + j * ldk, ldk, d, t->D - d < CHAIN ? t->D : d + CHAIN, acc, NV);
+            UNROLL for (int a = 0; a < TILE_ACC; a++) {
+                REAL *p = t->p + (j + a / NV) * ADA_LANES + lane + a % NV * VL;
+                v_store(p, d ? v_add(v_load(p), acc[a]) : acc[a]);
+            }
+        }
 }
 
 void KERNEL(scores)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n){

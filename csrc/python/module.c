@@ -1,7 +1,7 @@
 /* The extension module adaattn._adaattn: arguments in, one engine call without the GIL, arrays out. */
 #include "binding.h"
 
-#include <float.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "../cpu.h"
@@ -379,7 +379,15 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL}};
 
 static int module_exec(PyObject *module) {
-    return ada_array_import_numpy() || ada_errors_import(state_of(module)) ? -1 : 0;
+    uint32_t mask;
+    const char *isa = getenv("ADAATTN_ISA");
+    if (ada_array_import_numpy() || ada_errors_import(state_of(module))) return -1;
+    if (!isa || ada_isa_parse(isa, &mask) == 0) return 0;
+    PyErr_Format(
+        state_of(module)->argument_error,
+        "ADAATTN_ISA: expected 'scalar', 'avx2', 'avx512', 'avx512vnni', 'avx512bf16' or 'amx', got '%s'",
+        isa);
+    return -1;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {

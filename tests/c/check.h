@@ -423,7 +423,7 @@ static void expect_total(const check *c, buffer *b, int64_t i, const total *t) {
  * and the roundings of a table entry and the result. Others: polynomials whose error is far below the
  * rounding of their last steps. */
 static double exp2_error(const check *c, const kernel *k) {
-    return c->real == ADA_F64 ? 4e-16 : k->needs & ADA_ISA_AVX512 ? 5.4e-7 : 1e-7;
+    return c->real == ADA_F64 ? 4e-16 : k->needs & ADA_ISA_AVX512 ? 2e-7 : 1e-7;
 }
 
 #endif
