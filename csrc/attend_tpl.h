@@ -413,7 +413,7 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     }
     int64_t packed = -1; /* the row whose query lies scaled in s->tile.q */
     for (int64_t j = first; j < end; j += ADA_TURN) {
-        if (ada_job_cancelled(job, worker)) return;
+        if (j % ADA_BLOCK == 0 && ada_job_cancelled(job, worker)) return;
         const int nk = (int)(end - j < ADA_TURN ? end - j : ADA_TURN);
         const char *k = NULL, *v = NULL;
         ptrdiff_t ldk = 0, ldv = 0;

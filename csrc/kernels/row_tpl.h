@@ -24,9 +24,29 @@ INLINE REAL ROW(dot)(const REAL *q, const ELEMENT *k, int D) {
     return v_sum(v_add(v_add(acc[0], acc[1]), v_add(acc[2], acc[3])));
 }
 
+/* The same for a head of NV whole vectors, with q in registers: loads of q cost as much as those of K. */
+INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, int n, const int NV) {
+    vec x[8];
+    UNROLL for (int i = 0; i < NV; i++) x[i] = v_loadu(q + i * VL);
+    for (int j = 0; j < n; j++, k += ldk) {
+        vec acc[2] = {v_zero(), v_zero()};
+        UNROLL for (int i = 0; i < NV; i++) {
+            PREFETCH(k + i * VL);
+            acc[i % 2] = v_fma(x[i], LOAD(k + i * VL), acc[i % 2]);
+        }
+        s[j] = v_sum(v_add(acc[0], acc[1]));
+    }
+}
+
 void ROW(row_scores)(REAL *s, const REAL *q, const void *keys, ptrdiff_t ldk, int n, int D) {
     const ELEMENT *k = keys;
-    for (int j = 0; j < n; j++, k += ldk) s[j] = ROW(dot)(q, k, D);
+    if (D == 4 * VL) {
+        ROW(dots)(s, q, k, ldk, n, 4);
+    } else if (D == 8 * VL) {
+        ROW(dots)(s, q, k, ldk, n, 8);
+    } else {
+        for (int j = 0; j < n; j++, k += ldk) s[j] = ROW(dot)(q, k, D);
+    }
 }
 
 /* NV vectors of coordinates in registers over all n rows. */
