@@ -62,6 +62,7 @@ def test_unknown_name(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import adaattn"],
         env=os.environ | {"ADAATTN_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
