@@ -73,12 +73,13 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
 /* Coordinate d of TILE_ACC / NV keys against NV vectors of lanes. */
 INLINE void scores_step(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, int d, vec acc[TILE_ACC],
                         const int NV) {
+    const int keys = TILE_ACC / NV;
     vec q[TILE_NV];
     UNROLL for (int v = 0; v < NV; v++) {
         q[v] = v_load(t->q + d * ADA_LANES + lane + v * VL);
         PIN(q[v]);
     }
-    UNROLL for (int i = 0; i < TILE_ACC / NV; i++) {
+    UNROLL for (int i = 0; i < keys; i++) {
         vec b = v_set1(k[i * ldk + d]);
         UNROLL for (int v = 0; v < NV; v++) acc[i * NV + v] = v_fma(q[v], b, acc[i * NV + v]);
     }
