@@ -222,15 +222,13 @@ static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patc
 static uint64_t KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
                                 uint64_t rows) {
     const bool single = sizeof(REAL) == sizeof(float);
-    const bool biased =
-        r->p->alibi_slopes.data || (r->p->attn_mask.data && r->p->attn_mask.dtype != ADA_BOOL);
     uint64_t dead = 0;
     for (int i = 0; i < ADA_LANES; i++) s->factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         if (!(rows >> i & 1)) continue;
         double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
         s->factor[i] = (REAL)factor;
-        if (single && row_needs_double(factor, biased ? s->tile.m[i] : 0)) dead |= (uint64_t)1 << i;
+        if (single && row_needs_double(r->p, factor, s->tile.m[i])) dead |= (uint64_t)1 << i;
     }
     return dead;
 }
@@ -462,10 +460,9 @@ static bool KIND(join_splits)(const ada_run *r, const KIND(scratch) * s, int64_t
         l += factor * x[1];
         for (int64_t e = 0; e < p->E; e++) row[e] += factor * x[2 + e];
     }
-    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     const double exact_factor = finish_row(p, b, h, i, m, l);
     const REAL factor = (REAL)exact_factor;
-    if (sizeof(REAL) == sizeof(float) && row_needs_double(exact_factor, biased ? m : 0)) return false;
+    if (sizeof(REAL) == sizeof(float) && row_needs_double(p, exact_factor, m)) return false;
     bool finite = true;
     for (int64_t e = 0; e < p->E; e++) {
         row[e] *= factor;
