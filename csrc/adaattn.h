@@ -46,7 +46,21 @@ typedef struct {
 } ada_array;
 
 typedef enum { ADA_NOT_CAUSAL, ADA_LOWER_RIGHT, ADA_UPPER_LEFT } ada_causal;
-typedef enum { ADA_PRECISION_AUTO, ADA_PRECISION_FP32, ADA_PRECISION_FP64 } ada_precision;
+
+/* What a product is computed from. AUTO: exact for the dtype. */
+typedef enum {
+    ADA_RUNG_AUTO,
+#define ADA_RUNG(NAME, name) ADA_RUNG_##NAME,
+#include "rungs.def"
+#undef ADA_RUNG
+    ADA_RUNG_COUNT
+} ada_rung;
+const char *ada_rung_name(ada_rung rung);
+
+/* The rungs of one head's scores and values. */
+typedef struct {
+    ada_rung qk, pv;
+} ada_choice;
 
 #define ADA_UNBOUNDED INT64_MAX
 
@@ -67,7 +81,8 @@ typedef struct {
     double softcap, scale;
     int64_t num_threads;
     double dropout_p;
-    ada_precision precision;
+    ada_choice precision; /* both AUTO or none */
+    ada_choice *ran;      /* (B, H): what each head was computed with in the end; NULL: not wanted */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */

@@ -111,11 +111,10 @@ typedef struct {
     const REAL *bias;               /* NULL: none */
 } KIND(block);
 
-/* False when no query of the patch may see a key of it. */
-static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
-                                KIND(block) * block) {
+/* All but k and v; false when no query of the patch may see a key of it. */
+static bool KIND(see_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                            KIND(block) * block) {
     const ada_problem *p = r->p;
-    const int64_t g = patch->h / (p->H / p->G);
     ada_sight sight = ada_visible_rows(p, patch, s->visible);
     if (sight == ADA_HIDDEN) return false;
     block->visible = block->keep = NULL;
@@ -133,8 +132,14 @@ static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const
         r->k->KIND(pack)(s->bias, s->rows, ADA_BLOCK, patch->n, patch->nk, s->tile.lanes, 1);
         block->bias = s->bias;
     }
+    return true;
+}
+
+static void KIND(find_keys)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                            KIND(block) * block) {
+    const ada_problem *p = r->p;
+    const int64_t g = patch->h / (p->H / p->G);
     block->k = KIND(rows_at)(r, &p->key, patch->b, g, patch->j, patch->nk, s->k, &block->ldk);
-    block->v = KIND(rows_at)(r, &p->value, patch->b, g, patch->j, patch->nk, s->v, &block->ldv);
     /* scores reads whole steps of keys: past the array's end they are zeros in the copy. */
     int whole = (patch->nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP;
     if (whole > patch->nk && (block->k == s->k || patch->j + whole > p->S)) {
@@ -143,6 +148,20 @@ static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const
         memset(s->k + patch->nk * p->D, 0, (size_t)((whole - patch->nk) * p->D) * sizeof(REAL));
         block->k = s->k, block->ldk = (ptrdiff_t)p->D;
     }
+}
+
+static void KIND(find_values)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                              KIND(block) * block) {
+    const int64_t g = patch->h / (r->p->H / r->p->G);
+    block->v = KIND(rows_at)(r, &r->p->value, patch->b, g, patch->j, patch->nk, s->v, &block->ldv);
+}
+
+/* False when no query of the patch may see a key of it. */
+static bool KIND(prepare_block)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
+                                KIND(block) * block) {
+    if (!KIND(see_block)(r, s, patch, block)) return false;
+    KIND(find_keys)(r, s, patch, block);
+    KIND(find_values)(r, s, patch, block);
     return true;
 }
 

@@ -19,6 +19,8 @@ enum {
 void ada_kernels_select(uint32_t isa_mask, ada_kernels *kernels, const char *isa_of[]) {
     const char *ignored[ADA_SLOT_COUNT];
     if (!isa_of) isa_of = ignored;
+    memset(kernels, 0, sizeof *kernels); /* optional slots stay NULL */
+    for (int i = 0; i < ADA_SLOT_COUNT; i++) isa_of[i] = NULL;
 #define ADA_KERNEL(slot, isa, need)                                                                          \
     ADA_IF_##isa(if (((need) & ~isa_mask) == 0) {                                                            \
         kernels->slot = ada_##slot##_##isa;                                                                  \
@@ -35,6 +37,15 @@ uint32_t ada_isa_built(void) {
 #endif
 #if ADA_BUILD_AVX512
     mask |= ADA_ISA_AVX512;
+#endif
+#if ADA_BUILD_AVX512VNNI
+    mask |= ADA_ISA_AVX512VNNI;
+#endif
+#if ADA_BUILD_AVX512BF16
+    mask |= ADA_ISA_AVX512BF16;
+#endif
+#if ADA_BUILD_AMX
+    mask |= ADA_ISA_AMX;
 #endif
     return mask;
 }

@@ -93,6 +93,8 @@ enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
 #undef KIND_FN
 #undef READS_HALF
 
+#include "attend_rungs.h"
+
 #define REAL double
 #define KIND(name) name##_f64
 #define KIND_FN(name) name##_f64_fn
@@ -188,6 +190,38 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
 }
 
+static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    const ada_problem *p = r->p;
+    const int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
+    const ada_patch patch = {
+        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
+    if (atomic_load_explicit(&r->raised[head], memory_order_relaxed)) return;
+    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    narrow s = narrow_of(r, &carver);
+    if (!attend_tile_narrow(r, &s, patch, job, worker))
+        atomic_store_explicit(&r->raised[head], true, memory_order_relaxed);
+}
+
+static void raised_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    if (r->raised[task / r->tiles]) tile_task(context, job, task, worker);
+}
+
+static void survey_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    if (!ada_job_cancelled(job, worker))
+        ada_store_survey(&r->store, task, r->scratch + worker * r->scratch_bytes);
+}
+
+static void pack_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    const ada_store *store = &r->store;
+    if (!ada_job_cancelled(job, worker))
+        ada_store_pack(store, task / store->strips, task % store->strips,
+                       r->scratch + worker * r->scratch_bytes);
+}
+
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
     int64_t split = task % r->splits, head = task / r->splits, b = head / r->p->G, g = head % r->p->G;
@@ -264,9 +298,30 @@ static void split_keys(ada_run *r) {
     r->splits = (r->p->S + r->split_keys - 1) / r->split_keys;
 }
 
+/* Tiles on the problem's rungs, then those of the heads that their rung could not hold in fp32. */
+static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), void *context) {
+    const ada_problem *p = r->p;
+    const int64_t tasks = p->B * p->H * r->tiles;
+    ada_store *store = &r->store;
+    if (!ada_parallel_for(store->heads, threads, survey_task, r, interrupt, context) ||
+        !ada_parallel_for(store->heads * store->strips, threads, pack_task, r, interrupt, context))
+        return false;
+    for (int64_t head = 0; head < p->B * p->H; head++)
+        atomic_init(&r->raised[head], store->unfit[head / store->per_head]);
+    if (!ada_parallel_for(tasks, threads, rung_task, r, interrupt, context)) return false;
+    int64_t raised = 0;
+    for (int64_t head = 0; head < p->B * p->H; head++) {
+        raised += r->raised[head];
+        if (r->raised[head] && p->ran) p->ran[head] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    }
+    return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
     ada_run r = {.p = p, .k = ada_kernels_get(), .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
-    const bool few = p->T <= ADA_ROWS_MAX;
+    const bool on_rungs = ada_store_needed(p), few = p->T <= ADA_ROWS_MAX && !on_rungs;
     if (few) split_keys(&r);
     const int64_t rows = p->B * p->H * p->T, tasks = few ? p->B * p->G * r.splits : p->B * p->H * r.tiles;
     const int threads = threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
@@ -274,14 +329,26 @@ ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *co
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
     r.scratch_bytes = size.used;
+    int64_t store_bytes = 0;
+    if (on_rungs) {
+        store_bytes = ada_store_plan(&r.store, p, r.k) + (p->B * p->H + 63) / 64 * 64;
+        size.used = 0;
+        narrow_of(&r, &size);
+        r.scratch_bytes = larger(r.scratch_bytes, larger(size.used, ada_store_scratch_bytes(&r.store)));
+    }
     const int64_t partial_bytes =
         rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
-    const int64_t bytes = threads * r.scratch_bytes + partial_bytes;
+    const int64_t bytes = threads * r.scratch_bytes + partial_bytes + store_bytes;
     r.scratch = ada_scratch_take(bytes);
     if (!r.scratch)
         return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
                         (long long)bytes);
     r.partials = r.scratch + threads * r.scratch_bytes;
+    if (on_rungs) {
+        r.raised = (atomic_bool *)r.partials; /* no splits on this way */
+        ada_store_attach(&r.store, (char *)r.partials + (p->B * p->H + 63) / 64 * 64);
+    }
+    for (int64_t head = 0; p->ran && head < p->B * p->H; head++) p->ran[head] = p->precision;
 
     const ada_array *mask = &p->attn_mask;
     bool done = true;
@@ -291,7 +358,9 @@ ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *co
                                 context);
     }
     if (done && !r.mask_is_bad)
-        done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
+        done = on_rungs
+                   ? attend_on_rungs(&r, threads, interrupt, context)
+                   : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && !r.mask_is_bad && few) {
         const int joiners = threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,

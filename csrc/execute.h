@@ -6,6 +6,8 @@
 
 #include "adaattn.h"
 #include "kernels.h"
+#include "memory.h"
+#include "operands.h"
 #include "parallel.h"
 #include "rows.h"
 #include "visible.h"
@@ -32,19 +34,9 @@ typedef struct {
     int64_t split_keys; /* a multiple of ADA_BLOCK */
     void *partials;     /* [B][H][T][splits] of m, l, o[E] */
     atomic_bool mask_is_bad;
+    ada_store store;     /* of the rungs that need one */
+    atomic_bool *raised; /* [B][H] heads that their rung could not hold */
 } ada_run;
-
-/* Hands out consecutive pieces of a block of memory, or counts their bytes when base is NULL. */
-typedef struct {
-    char *base;
-    int64_t used;
-} ada_carver;
-
-static inline void *ada_carve(ada_carver *c, int64_t bytes) {
-    void *piece = c->base ? c->base + c->used : NULL;
-    c->used += (bytes + 63) / 64 * 64;
-    return piece;
-}
 
 static inline double ada_head_value(const ada_array *a, int64_t b, int64_t h) {
     return *(const double *)((const char *)a->data + b * a->stride[0] + h * a->stride[1]);

@@ -60,17 +60,20 @@ typedef ada_store_f16_fn ada_store_bf16_fn;
  */
 typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t drop_below);
 
+#include "kernels_narrow.h"
+
 #define ADA_SLOTS(SLOT)                                                                                      \
     SLOT(pack_f32)                                                                                           \
     SLOT(scores_f32)                                                                                         \
     SLOT(softcap_f32)                                                                                        \
-    SLOT(reference_f32) SLOT(weights_f32) SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32)         \
-        SLOT(row_weights_f32) SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64)          \
-            SLOT(weights_f64) SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64)                     \
-                SLOT(row_weights_f64) SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16)        \
-                    SLOT(row_scores_f64) SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16)     \
-                        SLOT(row_values_f64) SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) \
-                            SLOT(dropout)
+    SLOT(reference_f32)                                                                                      \
+    SLOT(weights_f32) SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32)       \
+        SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)              \
+            SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64)                 \
+                SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64)         \
+                    SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64)     \
+                        SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)        \
+                            ADA_NARROW_SLOTS(SLOT)
 
 typedef struct {
 #define SLOT(name) ada_##name##_fn *name;
@@ -90,6 +93,21 @@ typedef struct {
 #    define ADA_IF_avx512(...) __VA_ARGS__
 #else
 #    define ADA_IF_avx512(...)
+#endif
+#if ADA_BUILD_AVX512VNNI
+#    define ADA_IF_avx512vnni(...) __VA_ARGS__
+#else
+#    define ADA_IF_avx512vnni(...)
+#endif
+#if ADA_BUILD_AVX512BF16
+#    define ADA_IF_avx512bf16(...) __VA_ARGS__
+#else
+#    define ADA_IF_avx512bf16(...)
+#endif
+#if ADA_BUILD_AMX
+#    define ADA_IF_amx(...) __VA_ARGS__
+#else
+#    define ADA_IF_amx(...)
 #endif
 
 enum {

@@ -9,4 +9,16 @@
 void *ada_scratch_take(int64_t bytes);
 void ada_scratch_give_back(void *memory);
 
+/* Hands out consecutive pieces of a block of memory, or counts their bytes when base is NULL. */
+typedef struct {
+    char *base;
+    int64_t used;
+} ada_carver;
+
+static inline void *ada_carve(ada_carver *c, int64_t bytes) {
+    void *piece = c->base ? c->base + c->used : NULL;
+    c->used += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
 #endif

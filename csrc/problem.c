@@ -32,6 +32,17 @@ static const struct {
 
 const char *ada_dtype_name(ada_dtype dtype) { return dtypes[dtype].name; }
 int ada_dtype_bytes(ada_dtype dtype) { return dtypes[dtype].bytes; }
+
+const char *ada_rung_name(ada_rung rung) {
+    static const char *const names[] = {
+        "auto",
+#define ADA_RUNG(NAME, name) name,
+#include "rungs.def"
+#undef ADA_RUNG
+    };
+    return names[rung];
+}
+
 static bool is_floating(ada_dtype dtype) { return dtype < ADA_BOOL; }
 
 typedef struct {
@@ -194,6 +205,11 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
         return ada_fail(error, ADA_ERR_ARGUMENT,
                         "seed: expected an int or %lld ints since dropout_p is %g, got None", (long long)p->B,
                         p->dropout_p);
+    if (p->precision.qk != p->precision.pv &&
+        (p->precision.qk == ADA_RUNG_FP64 || p->precision.pv == ADA_RUNG_FP64))
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "precision: expected 'fp64' for both products or none, got ('%s', '%s')",
+                        ada_rung_name(p->precision.qk), ada_rung_name(p->precision.pv));
     if (p->has_num_threads && p->num_threads < 1)
         return ada_fail(error, ADA_ERR_ARGUMENT, "num_threads: expected an int of at least 1, got %lld",
                         (long long)p->num_threads);
@@ -216,8 +232,10 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     if (!isfinite(p->softcap * 1.5)) p->has_softcap = false;
     /* Queries are multiplied with the scale first, which must not leave float's range by itself. */
     const bool fp32_scale = p->scale * 1.5 > FLT_MIN && p->scale * 1.5 < FLT_MAX;
-    p->compute_f64 = !fp32_scale || p->precision == ADA_PRECISION_FP64 ||
-                     (p->precision == ADA_PRECISION_AUTO && p->query.dtype == ADA_F64);
+    if (p->precision.qk == ADA_RUNG_AUTO)
+        p->precision.qk = p->precision.pv = p->query.dtype == ADA_F64 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    if (!fp32_scale) p->precision.qk = p->precision.pv = ADA_RUNG_FP64;
+    p->compute_f64 = p->precision.qk == ADA_RUNG_FP64;
     p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);
     return ADA_OK;
 }

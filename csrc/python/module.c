@@ -89,11 +89,31 @@ static int window_of(const ada_module_state *state, PyObject *object, ada_proble
     return 0;
 }
 
+/* "auto", a rung, or a pair of rungs (scores, values). */
+static int precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
+    static const char expected[] =
+        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
+        "(scores, values)";
+    const char *names[ADA_RUNG_COUNT];
+    int qk, pv;
+    for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
+    if (PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 2) {
+        if (name_of(state, PyTuple_GET_ITEM(object, 0), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
+                    &qk) ||
+            name_of(state, PyTuple_GET_ITEM(object, 1), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
+                    &pv))
+            return -1;
+        *choice = (ada_choice){(ada_rung)(qk + 1), (ada_rung)(pv + 1)};
+        return 0;
+    }
+    if (name_of(state, object, "precision", expected, names, ADA_RUNG_COUNT, &qk)) return -1;
+    *choice = (ada_choice){(ada_rung)qk, (ada_rung)qk};
+    return 0;
+}
+
 static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *causal, PyObject *window,
                       PyObject *softcap, PyObject *scale, PyObject *dropout_p, PyObject *precision,
                       PyObject *num_threads) {
-    static const char *const precisions[] = {"auto", "fp32", "fp64"};
-    int index;
     p->has_softcap = softcap != Py_None;
     p->has_scale = scale != Py_None;
     p->has_num_threads = num_threads != Py_None;
@@ -103,9 +123,8 @@ static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *c
         number_of(state, dropout_p, "dropout_p", &p->dropout_p) ||
         (p->has_num_threads &&
          integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
-        name_of(state, precision, "precision", "'auto', 'fp32' or 'fp64'", precisions, 3, &index))
+        precision_of(state, precision, &p->precision))
         return -1;
-    p->precision = (ada_precision)index;
     return 0;
 }
 
@@ -315,6 +334,7 @@ static PyObject *kernel_dict(void) {
     ada_kernels_select(ada_isa_allowed(), &kernels, isa_of);
     PyObject *dict = PyDict_New();
     for (int i = 0; dict && i < ADA_SLOT_COUNT; i++) {
+        if (!isa_of[i]) continue; /* an optional slot */
         PyObject *isa = PyUnicode_FromString(isa_of[i]);
         if (!isa || PyDict_SetItemString(dict, ada_slot_name(i), isa)) Py_CLEAR(dict);
         Py_XDECREF(isa);

@@ -1,0 +1,235 @@
+/* Attention of one tile of queries with products of narrow operands. Included by execute.c after the instance
+ * of attend_tpl.h for float, whose scratch and steps it shares.
+ *
+ * Keys come in strips of ADA_STRIP: runs of blocks where all is visible and nothing is added go through the
+ * fused kernel of the pair of formats, others block by block through scores, the float softmax and rounding.
+ * What the formats cannot hold ends the tile, and the whole head is computed again in fp32.
+ */
+typedef struct {
+    scratch_f32 base;
+    ada_narrow_tile t;
+    float *copy; /* [ADA_LANES][D up to 64] */
+    void *words;
+    const ada_store *store;
+    ada_head_store head;
+    ada_weigh_bf16_bf16_fn *weigh; /* NULL: no fused kernel for the pair */
+} narrow;
+
+static narrow narrow_of(const ada_run *r, ada_carver *c) {
+    const ada_problem *p = r->p;
+    const ada_store *store = &r->store;
+    const int64_t strip = ADA_LANES * 4, rows = (p->E + 16) / 16 * 16, width = (p->D + 63) / 64 * 64;
+    narrow s = {.base = scratch_of_f32(p, c), .store = store};
+    s.base.tile.p = ada_carve(c, ADA_STRIP * strip);
+    /* Behind the sums of the values lies that of the weights: raising the reference scales it along. */
+    s.base.tile.o = ada_carve(c, rows * strip);
+    s.t.sum = s.base.tile.o + p->E * ADA_LANES;
+    s.t.q = ada_carve(c, 3 * (store->DW + 16) * strip);
+    s.t.w = ada_carve(c, 3 * ADA_STRIP / 2 * strip);
+    s.t.unit = ada_carve(c, strip);
+    s.t.offset = ada_carve(c, strip);
+    s.t.worth = ada_carve(c, strip);
+    s.t.DW = store->DW;
+    s.t.qk = store->qk.parts, s.t.pv = store->pv.parts;
+    s.copy = ada_carve(c, width * strip);
+    s.words = ada_carve(c, 3 * ADA_LANES * (int64_t)store->DW * 4);
+    return s;
+}
+
+static ada_weigh_bf16_bf16_fn *fused_kernel(const ada_run *r) {
+    const ada_operands *qk = &r->store.qk, *pv = &r->store.pv;
+    if (qk->parts.a > 1 || pv->parts.a > 1) return NULL;
+    switch (qk->format * 4 + pv->format) {
+    case ADA_WORDS_BF16 * 4 + ADA_WORDS_BF16:
+        return r->k->weigh_bf16_bf16;
+    case ADA_WORDS_I8 * 4 + ADA_WORDS_BF16:
+        return r->k->weigh_i8_bf16;
+    case ADA_WORDS_I8 * 4 + ADA_WORDS_I8:
+        return r->k->weigh_i8_i8;
+    case ADA_WORDS_I16 * 4 + ADA_WORDS_I16:
+        return r->k->weigh_i16_i16;
+    default:
+        return NULL;
+    }
+}
+
+static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch) {
+    const ada_problem *p = r->p;
+    ptrdiff_t ld;
+    s->base.tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
+    memset(s->base.tile.o, 0, (size_t)((p->E + 16) / 16 * 16) * ADA_LANES * sizeof(float));
+    for (int i = 0; i < ADA_LANES; i++) s->base.tile.m[i] = -INFINITY, s->base.tile.l[i] = 0;
+    s->t.f32 = s->base.tile;
+    s->weigh = s->base.tile.lanes == ADA_LANES ? fused_kernel(r) : NULL;
+    s->head = ada_head_store_at(s->store, (patch->b * p->H + patch->h) / s->store->per_head);
+    const float *q = rows_at_f32(r, &p->query, patch->b, patch->h, patch->i, patch->n, s->base.rows, &ld);
+    return ada_pack_queries(s->store, &s->head, &s->t, q, ld, patch->n, s->copy, s->words);
+}
+
+static ada_narrow_keys keys_at(const narrow *s, int64_t j) {
+    const ada_head_store *h = &s->head;
+    return (ada_narrow_keys){(const uint32_t *)h->k + j * s->t.DW, h->k_part, h->scale + j / ADA_BLOCK,
+                             h->start ? h->start + j : NULL};
+}
+
+/* Scores of n keys from patch->j on into p. */
+static void narrow_scores(const ada_run *r, const narrow *s, const ada_patch *patch, block_f32 *block,
+                          int n) {
+    const ada_kernels *k = r->k;
+    const int whole = (n + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP, D = (int)r->p->D;
+    const ada_narrow_keys keys = keys_at(s, patch->j);
+    switch (s->store->qk.format) {
+    case ADA_WORDS_BF16:
+        k->scores_bf16(&s->t, &keys, whole);
+        return;
+    case ADA_WORDS_I8:
+        k->scores_i8(&s->t, &keys, whole);
+        return;
+    case ADA_WORDS_I16:
+        k->scores_i16(&s->t, &keys, whole);
+        return;
+    case ADA_FLOATS:
+        break;
+    }
+    if (s->head.k)
+        block->k = (const float *)s->head.k + patch->j * D, block->ldk = D;
+    else
+        find_keys_f32(r, &s->base, patch, block);
+    k->scores_f32(&s->t.f32, block->k, block->ldk, whole);
+    for (int j = 0; s->head.k && j < n; j++)
+        for (int i = 0; i < ADA_LANES; i++) s->t.f32.p[j * ADA_LANES + i] += s->t.offset[i];
+}
+
+static void raise_reference(const ada_run *r, const narrow *s, int n, const block_f32 *block) {
+    ada_tile_f32 tile = s->t.f32;
+    tile.E++; /* the sum of the weights */
+    r->k->reference_f32(&tile, n, block->visible, block->bias);
+}
+
+/* Weights of one block in p; false when a score is not finite. */
+static bool narrow_weights(const ada_run *r, const narrow *s, const ada_patch *patch, block_f32 *block,
+                           bool raise) {
+    for (;; raise = true) {
+        narrow_scores(r, s, patch, block, patch->nk);
+        if (!cap_scores_f32(r, &s->base, patch->nk)) return false;
+        if (raise) raise_reference(r, s, patch->nk, block);
+        if (r->k->weights_f32(&s->t.f32, patch->nk, block->visible, block->bias, block->keep)) return true;
+        if (raise) return false;
+    }
+}
+
+static void narrow_values(const ada_run *r, const narrow *s, int64_t j, int n) {
+    const ada_format format = s->store->pv.format;
+    const ptrdiff_t row = ADA_STRIP / ada_elements(format), rows = (r->p->E + 15) / 16 * 16;
+    const uint32_t *v =
+        (const uint32_t *)s->head.v + j / ADA_STRIP * rows * row + j % ADA_STRIP / ada_elements(format);
+    (format == ADA_WORDS_BF16  ? r->k->values_bf16
+     : format == ADA_WORDS_I16 ? r->k->values_i16
+                               : r->k->values_i8)(&s->t, v, s->head.v_part, n);
+}
+
+/* A block whose weights lie in p as floats: their sum was before without it. */
+static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch, block_f32 *block,
+                      const float *before) {
+    const ada_operands *pv = &s->store->pv;
+    const int E = (int)r->p->E;
+    float sum[ADA_LANES];
+    memcpy(sum, s->t.sum, sizeof sum);
+    switch (pv->format) {
+    case ADA_WORDS_BF16:
+        r->k->round_bf16(&s->t, patch->nk);
+        break;
+    case ADA_WORDS_I8:
+        r->k->round_i8(&s->t, patch->nk);
+        break;
+    case ADA_WORDS_I16:
+        r->k->round_i16(&s->t, patch->nk);
+        break;
+    case ADA_FLOATS:
+        /* A weight keeps its digits where its format is wider than bf16. */
+        if (pv->grid == ADA_GRID_BF16) ada_round_to_grid(r->k, pv->grid, s->t.f32.p, patch->nk * ADA_LANES);
+        for (int j = 0; j < patch->nk; j++)
+            for (int i = 0; i < ADA_LANES; i++) s->t.sum[i] += s->t.f32.p[j * ADA_LANES + i];
+    }
+    /* Dropped weights count in the sum. */
+    for (int i = 0; block->keep && i < ADA_LANES; i++) s->t.sum[i] = sum[i] + (s->t.f32.l[i] - before[i]);
+    if (pv->format != ADA_FLOATS) {
+        narrow_values(r, s, patch->j, ADA_BLOCK);
+        return;
+    }
+    if (s->head.v)
+        block->v = (const float *)s->head.v + patch->j * E, block->ldv = E;
+    else
+        find_values_f32(r, &s->base, patch, block);
+    r->k->values_f32(&s->t.f32, block->v, block->ldv, patch->nk);
+}
+
+/* Full blocks from patch->j on, before end and the strip's end, where all is visible and nothing is added. */
+static int plain_keys(const ada_run *r, const ada_patch *patch, int64_t end) {
+    const ada_problem *p = r->p;
+    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
+    uint64_t rows[ADA_LANES];
+    int n = 0;
+    if (biased || p->has_softcap || p->drop_below) return 0;
+    for (ada_patch next = *patch; next.j + ADA_BLOCK <= end && n < ADA_STRIP; next.j += ADA_BLOCK) {
+        next.nk = ADA_BLOCK;
+        if (n && next.j % ADA_STRIP == 0) break;
+        if (ada_visible_rows(p, &next, rows) != ADA_PLAIN) break;
+        n += ADA_BLOCK;
+    }
+    return n;
+}
+
+/* The reference of the first run, from its first keys. */
+static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *patch) {
+    block_f32 block = {0};
+    narrow_scores(r, s, patch, &block, ADA_KEY_STEP);
+    raise_reference(r, s, ADA_KEY_STEP, &block);
+}
+
+static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
+    const ada_format format = s->store->pv.format;
+    if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16)
+        for (int64_t e = 0; e < r->p->E; e++)
+            for (int i = 0; i < ADA_LANES; i++) s->t.f32.o[e * ADA_LANES + i] *= s->head.v_unit[e];
+    for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
+    for (int i = 0; i < patch->n; i++) {
+        const float m = s->t.f32.m[i];
+        const double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.sum[i]);
+        s->base.factor[i] = (float)factor;
+        if (row_needs_double(r->p, factor, m)) return false;
+        /* The logarithm is that of the sum before rounding. */
+        finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i]);
+    }
+    return finish_tile_f32(r, &s->base, patch);
+}
+
+/* False when the formats cannot hold the tile. */
+static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, ada_job *job, int worker) {
+    const ada_span span = tile_span(r->p, &patch);
+    bool first = true;
+    if (!start_narrow(r, s, &patch)) return false;
+    for (patch.j = span.first; patch.j < span.end; first = false) {
+        if (ada_job_cancelled(job, worker)) return true;
+        const int run = s->weigh ? plain_keys(r, &patch, span.end) : 0;
+        if (run) {
+            const ada_narrow_keys keys = keys_at(s, patch.j);
+            if (first) seed_reference(r, s, &patch);
+            if (s->weigh(&s->t, &keys, run)) {
+                narrow_values(r, s, patch.j, run);
+                patch.j += run;
+                continue;
+            }
+        }
+        patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
+        block_f32 block = {0};
+        if (see_block_f32(r, &s->base, &patch, &block)) {
+            float before[ADA_LANES];
+            memcpy(before, s->t.f32.l, sizeof before);
+            if (!narrow_weights(r, s, &patch, &block, first || run)) return false;
+            add_block(r, s, &patch, &block, before);
+        }
+        patch.j += ADA_BLOCK;
+    }
+    return finish_narrow(r, s, &patch);
+}

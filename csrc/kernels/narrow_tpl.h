@@ -1,0 +1,260 @@
+/* Kernels of narrow operands in plain C, in loops over lanes or columns that compilers vectorise: the oracle
+ * of kernels_narrow.h and, compiled for each ISA, what serves where a unit is missing. The including file
+ * defines KERNEL(op).
+ */
+#include "half.h"
+
+/* Rounds to nearest even where |x| < 2^22; cheap in any instruction set. */
+static inline int32_t nearest_int(float x) {
+    return (int32_t)(bits_of_float(x + 0x1.8p23f) - bits_of_float(0x1.8p23f));
+}
+
+static inline float low_half(uint32_t word) { return float_from_bits(word << 16); }
+static inline float high_half(uint32_t word) { return float_from_bits(word & 0xffff0000); }
+
+void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    for (int j = 0; j < n; j++) {
+        float sum[ADA_LANES];
+        memcpy(sum, t->offset, sizeof sum);
+        for (int a = 0; a < t->qk.a; a++)
+            for (int b = 0; b < t->qk.b && a + b < t->qk.terms; b++) {
+                const uint32_t *q = t->q + (ptrdiff_t)a * t->DW * ADA_LANES;
+                const uint32_t *k = keys->k + b * keys->part + (ptrdiff_t)j * t->DW;
+                for (int d = 0; d < t->DW; d++, q += ADA_LANES)
+                    for (int i = 0; i < ADA_LANES; i++)
+                        sum[i] += low_half(q[i]) * low_half(k[d]) + high_half(q[i]) * high_half(k[d]);
+            }
+        memcpy(t->f32.p + j * ADA_LANES, sum, sizeof sum);
+    }
+}
+
+static inline void scaled_scores(const ada_narrow_tile *t, float *p, const int32_t *sum, float scale) {
+    for (int i = 0; i < ADA_LANES; i++) p[i] = (float)sum[i] * (t->unit[i] * scale) + t->offset[i];
+}
+
+void KERNEL(scores_i8)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    for (int j = 0; j < n; j++) {
+        int32_t sum[ADA_LANES];
+        for (int i = 0; i < ADA_LANES; i++) sum[i] = keys->start[j];
+        for (int d = 0; d < t->DW; d++) {
+            const uint32_t *q = t->q + d * ADA_LANES;
+            const int8_t *k = (const int8_t *)(keys->k + (ptrdiff_t)j * t->DW + d);
+            for (int i = 0; i < ADA_LANES; i++)
+                sum[i] += (int32_t)(q[i] & 255) * k[0] + (int32_t)(q[i] >> 8 & 255) * k[1] +
+                          (int32_t)(q[i] >> 16 & 255) * k[2] + (int32_t)(q[i] >> 24) * k[3];
+        }
+        scaled_scores(t, t->f32.p + j * ADA_LANES, sum, keys->scale[0]);
+    }
+}
+
+void KERNEL(scores_i16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    for (int j = 0; j < n; j++) {
+        uint32_t sum[ADA_LANES] = {0}; /* may wrap on the way, not in the end */
+        for (int d = 0; d < t->DW; d++) {
+            const uint32_t *q = t->q + d * ADA_LANES;
+            const int16_t *k = (const int16_t *)(keys->k + (ptrdiff_t)j * t->DW + d);
+            for (int i = 0; i < ADA_LANES; i++)
+                sum[i] += (uint32_t)((int32_t)(int16_t)q[i] * k[0]) +
+                          (uint32_t)((int32_t)(q[i] & 0xffff0000) / 65536 * k[1]);
+        }
+        scaled_scores(t, t->f32.p + j * ADA_LANES, (const int32_t *)sum, keys->scale[0]);
+    }
+}
+
+void KERNEL(round_bf16)(const ada_narrow_tile *t, int n) {
+    const ptrdiff_t part = ADA_STRIP / 2 * ADA_LANES;
+    for (int j = 0; j < ADA_BLOCK; j++) {
+        uint16_t *w = (uint16_t *)(t->w + j / 2 * ADA_LANES) + j % 2;
+        for (int i = 0; i < ADA_LANES; i++) {
+            float rest = j < n ? t->f32.p[j * ADA_LANES + i] : 0, rounded = 0;
+            for (int a = 0; a < t->pv.a; a++) {
+                uint16_t bits = bf16_from_float(rest);
+                w[2 * (a * part + i)] = bits;
+                rest -= float_from_bf16(bits);
+                rounded += float_from_bf16(bits);
+            }
+            t->sum[i] += rounded;
+        }
+    }
+}
+
+/* The largest weight of each lane and their sum. */
+static inline void survey_weights(const ada_narrow_tile *t, int n, float *largest, float *sum) {
+    for (int i = 0; i < ADA_LANES; i++) largest[i] = sum[i] = 0;
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < ADA_LANES; i++) {
+            const float p = t->f32.p[j * ADA_LANES + i];
+            largest[i] = p > largest[i] ? p : largest[i];
+            sum[i] += p;
+        }
+}
+
+/* Weights so small that they are nothing beside the reference's 1. */
+#define WEIGHTLESS 0x1p-100f
+
+void KERNEL(round_i8)(const ada_narrow_tile *t, int n) {
+    float largest[ADA_LANES], sum[ADA_LANES], inverse[ADA_LANES];
+    int32_t total[ADA_LANES] = {0};
+    survey_weights(t, n, largest, sum);
+    for (int i = 0; i < ADA_LANES; i++) {
+        const bool some = largest[i] > WEIGHTLESS;
+        inverse[i] = some ? ADA_U8_MAX / largest[i] : 0;
+        t->worth[i] = some ? largest[i] / ADA_U8_MAX : 0;
+    }
+    for (int j = 0; j < ADA_BLOCK; j += 4) {
+        uint32_t *w = t->w + j / 4 * ADA_LANES;
+        for (int i = 0; i < ADA_LANES; i++) {
+            uint32_t word = 0;
+            for (int c = 0; c < 4 && j + c < n; c++) {
+                const int32_t x = nearest_int(t->f32.p[(j + c) * ADA_LANES + i] * inverse[i]);
+                word |= (uint32_t)x << 8 * c;
+                total[i] += x;
+            }
+            w[i] = word;
+        }
+    }
+    for (int i = 0; i < ADA_LANES; i++) t->sum[i] += (float)total[i] * t->worth[i];
+}
+
+void KERNEL(round_i16)(const ada_narrow_tile *t, int n) {
+    float largest[ADA_LANES], sum[ADA_LANES], inverse[ADA_LANES];
+    int32_t total[ADA_LANES] = {0};
+    survey_weights(t, n, largest, sum);
+    for (int i = 0; i < ADA_LANES; i++) {
+        const bool some = largest[i] > WEIGHTLESS;
+        const float a = ADA_I16_MAX / largest[i], b = (ADA_I16_WEIGHT_SUM - ADA_STRIP) / sum[i];
+        inverse[i] = some ? (a < b ? a : b) : 0;
+        t->worth[i] = some ? 1 / inverse[i] : 0;
+    }
+    for (int j = 0; j < ADA_BLOCK; j += 2) {
+        uint32_t *w = t->w + j / 2 * ADA_LANES;
+        const float *p = t->f32.p + j * ADA_LANES;
+        for (int i = 0; i < ADA_LANES; i++) {
+            const int32_t low = j < n ? nearest_int(p[i] * inverse[i]) : 0;
+            const int32_t high = j + 1 < n ? nearest_int(p[ADA_LANES + i] * inverse[i]) : 0;
+            w[i] = (uint32_t)low | (uint32_t)high << 16;
+            total[i] += low + high;
+        }
+    }
+    for (int i = 0; i < ADA_LANES; i++) t->sum[i] += (float)total[i] * t->worth[i];
+}
+
+void KERNEL(values_bf16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
+    for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 2) {
+        float sum[ADA_LANES] = {0}, *o = t->f32.o + e * ADA_LANES;
+        for (int a = 0; a < t->pv.a; a++)
+            for (int b = 0; b < t->pv.b && a + b < t->pv.terms; b++) {
+                const uint32_t *w = t->w + (ptrdiff_t)a * (ADA_STRIP / 2 * ADA_LANES), *x = v + b * part;
+                for (int j = 0; j < (n + 1) / 2; j++, w += ADA_LANES)
+                    for (int i = 0; i < ADA_LANES; i++)
+                        sum[i] += low_half(w[i]) * low_half(x[j]) + high_half(w[i]) * high_half(x[j]);
+            }
+        for (int i = 0; i < ADA_LANES; i++) o[i] += sum[i];
+    }
+}
+
+void KERNEL(values_i8)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
+    (void)part;
+    for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 4) {
+        int32_t sum[ADA_LANES] = {0};
+        float *o = t->f32.o + e * ADA_LANES;
+        for (int j = 0; j < (n + 3) / 4; j++) {
+            const uint32_t *w = t->w + j * ADA_LANES;
+            const int8_t *x = (const int8_t *)(v + j);
+            for (int i = 0; i < ADA_LANES; i++)
+                sum[i] += (int32_t)(w[i] & 255) * x[0] + (int32_t)(w[i] >> 8 & 255) * x[1] +
+                          (int32_t)(w[i] >> 16 & 255) * x[2] + (int32_t)(w[i] >> 24) * x[3];
+        }
+        for (int i = 0; i < ADA_LANES; i++) o[i] += (float)sum[i] * t->worth[i];
+    }
+}
+
+void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
+    (void)part;
+    for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 2) {
+        int32_t sum[ADA_LANES] = {0};
+        float *o = t->f32.o + e * ADA_LANES;
+        for (int j = 0; j < (n + 1) / 2; j++) {
+            const uint32_t *w = t->w + j * ADA_LANES;
+            const int16_t *x = (const int16_t *)(v + j);
+            for (int i = 0; i < ADA_LANES; i++)
+                sum[i] += (int32_t)(w[i] & 0xffff) * x[0] + (int32_t)(w[i] >> 16) * x[1];
+        }
+        for (int i = 0; i < ADA_LANES; i++) o[i] += (float)sum[i] * t->worth[i];
+    }
+}
+
+void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+    for (int r = 0; r < n; r++)
+        for (int a = 0; a < parts; a++) {
+            uint16_t *at = to + a * part + r * ldt;
+            for (int c = 0; c < width; c++) {
+                float x = (rows[r * ld + c] - (less ? less[c] : 0)) * factor[c];
+                for (int before = 0; before < a; before++) x -= float_from_bf16(at[c + (before - a) * part]);
+                at[c] = bf16_from_float(x);
+            }
+        }
+}
+
+#define ENCODE_INTEGERS(op, type, most)                                                                      \
+    void KERNEL(op)(type * to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,             \
+                    const float *less, const float *factor) {                                                \
+        for (int r = 0; r < n; r++, to += ldt, rows += ld)                                                   \
+            for (int c = 0; c < width; c++) {                                                                \
+                float x = (rows[c] - (less ? less[c] : 0)) * factor[c];                                      \
+                x = x < -(most) ? -(most) : x > (most) ? (most) : x;                                         \
+                to[c] = (type)nearest_int(x);                                                                \
+            }                                                                                                \
+    }
+ENCODE_INTEGERS(encode_i8, int8_t, (float)ADA_I8_MAX)
+ENCODE_INTEGERS(encode_i16, int16_t, (float)ADA_I16_MAX)
+
+#ifndef OWN_TURNS
+#    define TURN(op, type)                                                                                   \
+        void KERNEL(op)(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns) {   \
+            for (int c = 0; c < columns; c++)                                                                \
+                for (int r = 0; r < rows; r++)                                                               \
+                    ((type *)to)[c * ldt + r] = ((const type *)from)[r * ldf + c];                           \
+        }
+TURN(turn_8, uint8_t)
+TURN(turn_16, uint16_t)
+TURN(turn_32, uint32_t)
+#endif
+
+/* As integers the bits of |x| order like the numbers, NaN above all. */
+static inline int32_t magnitude(float x) { return (int32_t)(bits_of_float(x) & 0x7fffffff); }
+
+void KERNEL(columns)(float *sum, float *largest, const float *rows, ptrdiff_t ld, int n, int width) {
+    int32_t *most = (int32_t *)largest; /* positive floats */
+    for (int r = 0; r < n; r++, rows += ld)
+        for (int c = 0; c < width; c++) {
+            const int32_t x = magnitude(rows[c]);
+            sum[c] += rows[c];
+            most[c] = x > most[c] ? x : most[c];
+        }
+}
+
+ada_reach KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const float *less) {
+    int32_t largest = 0;
+    float norm2 = 0;
+    for (int r = 0; r < n; r++, rows += ld) {
+        float part[16] = {0};
+        int c = 0;
+        for (; c + 16 <= width; c += 16)
+            for (int i = 0; i < 16; i++) {
+                const float x = rows[c + i] - (less ? less[c + i] : 0);
+                largest = magnitude(x) > largest ? magnitude(x) : largest;
+                part[i] += x * x;
+            }
+        for (; c < width; c++) {
+            const float x = rows[c] - (less ? less[c] : 0);
+            largest = magnitude(x) > largest ? magnitude(x) : largest;
+            part[0] += x * x;
+        }
+        float sum = 0;
+        for (int i = 0; i < 16; i++) sum += part[i];
+        norm2 = sum > norm2 ? sum : norm2;
+    }
+    return (ada_reach){float_from_bits((uint32_t)largest), norm2};
+}

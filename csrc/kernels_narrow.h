@@ -1,0 +1,107 @@
+/* Slots whose products are of narrow operands: bf16, 8- and 16-bit integers. Included by kernels.h.
+ *
+ * Operands are words: 32 bits that hold 2 or 4 neighbouring elements, the first one lowest. Sums run along
+ * the words, so keys and values lie as the tiles of a matrix unit want them: K [keys][DW] with the head in
+ * words, V transposed, [E][keys in words]; Q and the weights have words of all lanes side by side. A bf16
+ * operand may have several parts, high to low, that add up to a wider number; of a product of parts (a, b)
+ * those with a + b < terms are computed.
+ */
+#define ADA_STRIP 256 /* keys whose weights enter the second product at once; integers then become floats */
+
+/* Largest elements: a sum of products of ADA_STRIP of them stays inside int32, as does that of a query and a
+ * key whose norms (16 bits) are at most ADA_I16_NORM, by Cauchy and Schwarz. */
+#define ADA_I8_MAX 127
+#define ADA_U8_MAX 255
+#define ADA_I16_MAX 32767
+#define ADA_I16_NORM 46000.0f
+#define ADA_I16_VALUE_MAX 8191
+#define ADA_I16_WEIGHT_SUM 262000.0f /* of a strip: times ADA_I16_VALUE_MAX it is below 2^31 */
+
+typedef struct {
+    int a, b, terms;
+} ada_parts;
+
+/* A tile of queries whose scores or weights are narrow. */
+typedef struct {
+    ada_tile_f32 f32; /* p: [ADA_STRIP][ADA_LANES]; o has zeros up to a multiple of 16 rows */
+    uint32_t *q;      /* [parts][DW][ADA_LANES]; 8 bits: unsigned, 128 above the signed number */
+    uint32_t *w;      /* [parts][ADA_STRIP / elements][ADA_LANES] rounded weights; 8 bits: unsigned */
+    float *unit;      /* [ADA_LANES] integers: the score of a product of one and a key scale of one */
+    float *offset;    /* [ADA_LANES] added to every score */
+    float *sum;       /* [ADA_LANES] sum of the rounded weights so far */
+    float *worth;     /* [ADA_LANES] integers: the weight that a one in w stands for */
+    int DW;           /* words of a key; zeros fill the last ones */
+    ada_parts qk, pv; /* bf16: parts of q and k, of w and v */
+} ada_narrow_tile;
+
+/* Keys from some multiple of ADA_BLOCK on; rows behind the last key are zero. */
+typedef struct {
+    const uint32_t *k;    /* [keys][DW] */
+    ptrdiff_t part;       /* words from one part to the next */
+    const float *scale;   /* integers: one for every ADA_BLOCK keys */
+    const int32_t *start; /* 8 bits: [keys] what sums start from: -128 times the key's sum */
+} ada_narrow_keys;
+
+/* f32.p[j][i] = score of key j < n, for n a multiple of ADA_KEY_STEP up to ADA_BLOCK. */
+typedef void ada_scores_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
+typedef ada_scores_bf16_fn ada_scores_i8_fn, ada_scores_i16_fn;
+
+/* The weights in f32.p (j < n <= ADA_BLOCK) rounded into w, which is filled with zeros up to ADA_BLOCK keys;
+ * sets worth and adds to sum. Integers: each lane has its own worth. */
+typedef void ada_round_bf16_fn(const ada_narrow_tile *t, int n);
+typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
+
+/* scores, weights and their rounding in one, for a full tile where all is visible and nothing is added; n is
+ * a multiple of ADA_BLOCK up to ADA_STRIP. Adds to f32.l and sum, sets worth. False, with them as before and
+ * w spoilt, when a score exceeds f32.m by more than ADA_LAZY_OCTAVES. The relative error of a weight, before
+ * rounding, is that of the format: 3e-3 (bf16, 8 bits), 1e-6 (16 bits). Optional slots. */
+typedef bool ada_weigh_bf16_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
+typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_weigh_i16_i16_fn;
+
+/* f32.o[e][i] += sum of weight j times v[e][j], the words of v from the first weight's key on, ADA_STRIP keys
+ * in words from one e to the next and part words from part to part; n <= ADA_STRIP, a multiple of ADA_BLOCK
+ * in whose words behind the last key w is zero. */
+typedef void ada_values_bf16_fn(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n);
+typedef ada_values_bf16_fn ada_values_i8_fn, ada_values_i16_fn;
+
+/* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c] rounded to nearest even,
+ * r < n, c < width; less may be NULL. ldt and ld are row strides in elements. Integers beyond the format's
+ * range saturate at its ADA_..._MAX. bf16: parts of them, part elements apart, each rounding what the ones
+ * before left. */
+typedef void ada_encode_bf16_fn(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                                ptrdiff_t ld, int n, int width, const float *less, const float *factor);
+typedef void ada_encode_i8_fn(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                              const float *less, const float *factor);
+typedef void ada_encode_i16_fn(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                               const float *less, const float *factor);
+
+/* to[c][r] = from[r][c] for r < rows, c < columns, elements of 1, 2 or 4 bytes; strides in elements. rows is
+ * a multiple of 16, 32 or 64 (64 bytes); whole groups of 16 columns are read and written. */
+typedef void ada_turn_8_fn(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns);
+typedef ada_turn_8_fn ada_turn_16_fn, ada_turn_32_fn;
+
+/* sum[c] += rows[r][c]; largest[c] = max(largest[c], |rows[r][c]|), where a NaN counts as larger than all. */
+typedef void ada_columns_fn(float *sum, float *largest, const float *rows, ptrdiff_t ld, int n, int width);
+
+/* The largest |x - less| and sum of squares of a row, over n rows; NaN where one is. */
+typedef struct {
+    float largest, norm2;
+} ada_reach;
+typedef ada_reach ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less);
+
+#define ADA_NARROW_SLOTS(SLOT)                                                                               \
+    SLOT(scores_bf16)                                                                                        \
+    SLOT(scores_i8)                                                                                          \
+    SLOT(scores_i16)                                                                                         \
+    SLOT(round_bf16)                                                                                         \
+    SLOT(round_i8)                                                                                           \
+    SLOT(round_i16)                                                                                          \
+    SLOT(weigh_bf16_bf16)                                                                                    \
+    SLOT(weigh_i8_bf16)                                                                                      \
+    SLOT(weigh_i8_i8)                                                                                        \
+    SLOT(weigh_i16_i16)                                                                                      \
+    SLOT(values_bf16)                                                                                        \
+    SLOT(values_i8)                                                                                          \
+    SLOT(values_i16)                                                                                         \
+    SLOT(encode_bf16)                                                                                        \
+    SLOT(encode_i8) SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach)

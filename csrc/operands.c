@@ -1,0 +1,440 @@
+/* Packing for the rungs: centring, scales, rounding and the layouts of kernels_narrow.h.
+ *
+ * Means and scales come from keys that some query may attend to; the others are packed as zeros, so that
+ * nothing of them leaks. What a narrow format cannot hold marks the head unfit.
+ */
+#include "operands.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "memory.h"
+
+#include "rows.h"
+#include "visible.h"
+
+#define LOG2E 1.4426950408889634
+/* Keys that a mean is taken from, evenly spaced: any vector would do, so a sample does. */
+#define MEAN_KEYS 1024
+
+static ada_operands operands_of(ada_rung rung, bool values) {
+    const bool words = ada_isa_allowed() & ada_isa_built() & (ADA_ISA_AVX512BF16 | ADA_ISA_AMX);
+    const bool matrices = ada_isa_allowed() & ada_isa_built() & ADA_ISA_AMX;
+    switch (rung) {
+    case ADA_RUNG_BF16X6:
+        if (matrices) return (ada_operands){ADA_WORDS_BF16, ADA_GRID_NONE, {3, 3, 3}};
+        break;
+    case ADA_RUNG_BF16X3:
+        if (matrices) return (ada_operands){ADA_WORDS_BF16, ADA_GRID_NONE, {2, 2, 2}};
+        return (ada_operands){ADA_FLOATS, ADA_GRID_BF16X2, {0, 0, 0}};
+    case ADA_RUNG_FP16:
+        /* Two parts hold a half exactly; three hold a weight. */
+        if (matrices) return (ada_operands){ADA_WORDS_BF16, ADA_GRID_FP16, {values ? 3 : 2, 2, 3}};
+        return (ada_operands){ADA_FLOATS, ADA_GRID_FP16, {0, 0, 0}};
+    case ADA_RUNG_BF16:
+        if (words) return (ada_operands){ADA_WORDS_BF16, ADA_GRID_NONE, {1, 1, 1}};
+        return (ada_operands){ADA_FLOATS, ADA_GRID_BF16, {0, 0, 0}};
+    case ADA_RUNG_INT16:
+        return (ada_operands){ADA_WORDS_I16, ADA_GRID_NONE, {1, 1, 1}};
+    case ADA_RUNG_INT8:
+        return (ada_operands){ADA_WORDS_I8, ADA_GRID_NONE, {1, 1, 1}};
+    default:
+        break;
+    }
+    return (ada_operands){ADA_FLOATS, ADA_GRID_NONE, {0, 0, 0}};
+}
+
+static bool is_packed(const ada_operands *o) { return o->format != ADA_FLOATS || o->grid != ADA_GRID_NONE; }
+static bool is_integer(const ada_operands *o) {
+    return o->format == ADA_WORDS_I8 || o->format == ADA_WORDS_I16;
+}
+
+bool ada_store_needed(const ada_problem *p) {
+    const ada_operands qk = operands_of(p->precision.qk, false), pv = operands_of(p->precision.pv, true);
+    return !p->compute_f64 && (is_packed(&qk) || is_packed(&pv));
+}
+
+/* Whether keys lose their mean before rounding: not where the rung holds the array's own format exactly. */
+static bool centred(const ada_store *s) {
+    const ada_rung rung = s->p->precision.qk;
+    return is_integer(&s->qk) || (rung == ADA_RUNG_BF16 && s->p->key.dtype != ADA_BF16);
+}
+
+static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t value_rows(const ada_store *s) { return up_to(s->p->E, 16); }
+
+static ada_head_store head_store(const ada_store *s, ada_carver *c) {
+    const ada_problem *p = s->p;
+    const int64_t keys = s->blocks * ADA_BLOCK;
+    ada_head_store h = {.k_part = keys * s->DW};
+    h.seen = ada_carve(c, s->blocks * (int64_t)sizeof *h.seen);
+    h.mean = ada_carve(c, p->D * (int64_t)sizeof *h.mean);
+    h.scale = ada_carve(c, s->blocks * (int64_t)sizeof *h.scale);
+    if (s->qk.format == ADA_WORDS_I8) h.start = ada_carve(c, keys * (int64_t)sizeof *h.start);
+    if (s->qk.format != ADA_FLOATS)
+        h.k = ada_carve(c, s->qk.parts.b * h.k_part * 4);
+    else if (is_packed(&s->qk))
+        h.k = ada_carve(c, keys * p->D * 4);
+    h.v_unit = ada_carve(c, 2 * p->E * (int64_t)sizeof *h.v_unit);
+    if (s->pv.format != ADA_FLOATS) {
+        h.v_part = s->strips * value_rows(s) * (ADA_STRIP / ada_elements(s->pv.format));
+        h.v = ada_carve(c, s->pv.parts.b * h.v_part * 4);
+    } else if (is_packed(&s->pv)) {
+        h.v = ada_carve(c, keys * p->E * 4);
+    }
+    return h;
+}
+
+int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k) {
+    const ada_array *mask = &p->attn_mask;
+    const bool apart = mask->data && mask->stride[1];
+    *s = (ada_store){.p = p, .k = k, .per_head = apart ? 1 : p->H / p->G};
+    s->qk = operands_of(p->precision.qk, false), s->pv = operands_of(p->precision.pv, true);
+    s->heads = p->B * p->H / s->per_head;
+    s->blocks = (p->S + ADA_BLOCK - 1) / ADA_BLOCK;
+    s->strips = (p->S + ADA_STRIP - 1) / ADA_STRIP;
+    const int elements = ada_elements(s->qk.format);
+    /* A matrix unit takes 64 bytes of a key at once. */
+    const bool matrices = ada_isa_allowed() & ada_isa_built() & ADA_ISA_AMX;
+    s->DW = (int)up_to((p->D + elements - 1) / elements, matrices ? 16 : 1);
+    ada_carver size = {NULL, 0};
+    head_store(s, &size);
+    s->head_bytes = size.used;
+    return s->heads * s->head_bytes + up_to(s->heads * (int64_t)sizeof *s->unfit, 64);
+}
+
+void ada_store_attach(ada_store *s, char *memory) {
+    s->memory = memory;
+    s->unfit = (atomic_bool *)(memory + s->heads * s->head_bytes);
+    for (int64_t i = 0; i < s->heads; i++) atomic_init(&s->unfit[i], false);
+}
+
+ada_head_store ada_head_store_at(const ada_store *s, int64_t head) {
+    ada_carver carver = {s->memory + head * s->head_bytes, 0};
+    return head_store(s, &carver);
+}
+
+/* ---- rows of floats ---- */
+
+typedef struct {
+    float *rows;   /* [ADA_BLOCK][width up to 64] */
+    float *factor; /* [width] */
+    char *words;   /* [ADA_STRIP][width up to 64] elements of up to 2 bytes, of all parts */
+} pack_scratch;
+
+static pack_scratch pack_scratch_of(const ada_store *s, ada_carver *c) {
+    const int64_t width = up_to(s->p->D > s->p->E ? s->p->D : s->p->E, 64);
+    pack_scratch x;
+    x.rows = ada_carve(c, ADA_BLOCK * width * 4);
+    x.factor = ada_carve(c, width * 4);
+    x.words = ada_carve(c, ADA_STRIP * width * 2 * 3);
+    return x;
+}
+
+int64_t ada_store_scratch_bytes(const ada_store *s) {
+    ada_carver size = {NULL, 0};
+    pack_scratch_of(s, &size);
+    return size.used;
+}
+
+static int keys_of_block(const ada_problem *p, int64_t block) {
+    const int64_t left = p->S - block * ADA_BLOCK;
+    return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
+}
+
+static void key_head(const ada_store *s, int64_t head, int64_t *b, int64_t *h, int64_t *g) {
+    const int64_t per_batch = s->p->H / s->per_head;
+    *b = head / per_batch, *h = head % per_batch * s->per_head;
+    *g = *h / (s->p->H / s->p->G);
+}
+
+/* ADA_BLOCK rows of keys or values on the grid, those that nobody sees and those behind the end zero. */
+static const float *block_rows(const ada_store *s, const ada_array *a, ada_grid grid, int64_t b, int64_t g,
+                               int64_t block, uint64_t seen, float *copy, ptrdiff_t *ld) {
+    const int n = keys_of_block(s->p, block), width = (int)a->shape[3];
+    const bool direct = a->dtype == ADA_F32 && a->stride[3] == 4 && grid == ADA_GRID_NONE;
+    if (direct && seen == UINT64_MAX) {
+        *ld = a->stride[2] / 4;
+        return (const float *)ada_row_at(a, b, g, block * ADA_BLOCK);
+    }
+    *ld = width;
+    ada_load_rows_f32(s->k, copy, width, a, b, g, block * ADA_BLOCK, n, width);
+    for (int j = 0; j < ADA_BLOCK; j++)
+        if (!(seen >> j & 1)) memset(copy + j * width, 0, (size_t)width * sizeof *copy);
+    ada_round_to_grid(s->k, grid, copy, (int64_t)ADA_BLOCK * width);
+    return copy;
+}
+
+void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n) {
+    enum { CHUNK = 256 };
+    uint16_t half[CHUNK];
+    float high[CHUNK];
+    if (grid == ADA_GRID_NONE) return;
+    for (; n > 0; x += CHUNK, n -= CHUNK) {
+        const int m = n < CHUNK ? (int)n : CHUNK;
+        (grid == ADA_GRID_FP16 ? k->store_f16 : k->store_bf16)(half, x, m);
+        (grid == ADA_GRID_FP16 ? k->load_f16 : k->load_bf16)(high, half, m);
+        if (grid == ADA_GRID_BF16X2) {
+            float low[CHUNK];
+            for (int i = 0; i < m; i++) low[i] = x[i] - high[i];
+            k->store_bf16(half, low, m);
+            k->load_bf16(low, half, m);
+            for (int i = 0; i < m; i++) high[i] += low[i];
+        }
+        memcpy(x, high, (size_t)m * sizeof *x);
+    }
+}
+
+/* ---- which keys count ---- */
+
+/* Keys of a block that the mask and the spans leave to queries i ... i + n - 1 of one head. */
+static uint64_t keys_seen(const ada_store *s, int64_t b, int64_t h, int64_t i, int n, int64_t j, int nk,
+                          float *rows) {
+    const ada_problem *p = s->p;
+    const ada_patch patch = {b, h, i, j, n, nk};
+    const uint64_t all = nk == 64 ? UINT64_MAX : ((uint64_t)1 << nk) - 1;
+    uint64_t bits[64], seen = 0;
+    const ada_sight sight = ada_visible_rows(p, &patch, bits);
+    if (sight == ADA_HIDDEN) return 0;
+    for (int r = 0; sight == ADA_PLAIN && r < n; r++) bits[r] = all;
+    if (p->attn_mask.dtype != ADA_BOOL) {
+        ada_array mask = p->attn_mask;
+        mask.data = (char *)mask.data + j * mask.stride[3];
+        ada_load_rows_f32(s->k, rows, 64, &mask, b, h, i, n, nk);
+        for (int r = 0; r < n; r++)
+            for (int c = 0; c < nk; c++)
+                if (rows[r * 64 + c] == -INFINITY) bits[r] &= ~((uint64_t)1 << c);
+    }
+    for (int r = 0; r < n; r++) seen |= bits[r];
+    return seen & all;
+}
+
+static uint64_t block_seen(const ada_store *s, int64_t b, int64_t h, int64_t block, float *rows) {
+    const ada_problem *p = s->p;
+    const int64_t j = block * ADA_BLOCK, T = p->T;
+    const int nk = keys_of_block(p, block);
+    const int64_t first = ada_visible_span(p, b, 0).first - j, end = ada_visible_span(p, b, T - 1).end - j;
+    uint64_t span = end >= 64 ? UINT64_MAX : end <= 0 ? 0 : ((uint64_t)1 << end) - 1, seen = 0;
+    span &= first >= 64 ? 0 : first <= 0 ? UINT64_MAX : UINT64_MAX << first;
+    if (nk < 64) span &= ((uint64_t)1 << nk) - 1;
+    if (!p->attn_mask.data) return span;
+    for (int64_t x = h; x < h + (p->attn_mask.stride[1] ? s->per_head : 1); x++)
+        for (int64_t i = 0; i < T && seen != span; i += ADA_LANES)
+            seen |= keys_seen(s, b, x, i, (int)(T - i < ADA_LANES ? T - i : ADA_LANES), j, nk, rows);
+    return seen;
+}
+
+static void take_mean(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, pack_scratch *x) {
+    const ada_problem *p = s->p;
+    const int D = (int)p->D;
+    const int64_t step = (p->S + MEAN_KEYS - 1) / MEAN_KEYS;
+    int64_t count = 0;
+    for (int64_t j = 0; j < p->S; j += step) {
+        if (!(to->seen[j / 64] >> j % 64 & 1)) continue;
+        ada_load_rows_f32(s->k, x->rows, D, &p->key, b, g, j, 1, D);
+        s->k->columns(to->mean, x->factor, x->rows, D, 1, D);
+        count++;
+    }
+    for (int d = 0; count && d < D; d++) to->mean[d] /= (float)count;
+}
+
+/* What one of each channel is worth, and its inverse, from the largest values. */
+static void scale_values(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g,
+                         pack_scratch *x) {
+    const int E = (int)s->p->E;
+    const float most = s->pv.format == ADA_WORDS_I8 ? ADA_I8_MAX : ADA_I16_VALUE_MAX;
+    float *largest = to->v_unit, *inverse = to->v_unit + E;
+    for (int64_t block = 0; block < s->blocks; block++) {
+        ptrdiff_t ld;
+        if (!to->seen[block]) continue;
+        const float *rows =
+            block_rows(s, &s->p->value, ADA_GRID_NONE, b, g, block, to->seen[block], x->rows, &ld);
+        s->k->columns(x->factor, largest, rows, ld, ADA_BLOCK, E);
+    }
+    for (int e = 0; e < E; e++) {
+        inverse[e] = largest[e] > 0x1p-100f ? most / largest[e] : 0;
+        largest[e] /= most;
+    }
+}
+
+void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
+    const ada_head_store to = ada_head_store_at(s, head);
+    ada_carver carver = {scratch, 0};
+    pack_scratch x = pack_scratch_of(s, &carver);
+    int64_t b, h, g;
+    key_head(s, head, &b, &h, &g);
+    for (int64_t block = 0; block < s->blocks; block++) to.seen[block] = block_seen(s, b, h, block, x.rows);
+    memset(to.mean, 0, (size_t)s->p->D * sizeof *to.mean);
+    memset(to.v_unit, 0, 2 * (size_t)s->p->E * sizeof *to.v_unit);
+    memset(x.factor, 0, (size_t)up_to(s->p->D > s->p->E ? s->p->D : s->p->E, 64) * sizeof *x.factor);
+    if (centred(s)) take_mean(s, &to, b, g, &x);
+    if (is_integer(&s->pv)) scale_values(s, &to, b, g, &x);
+}
+
+/* ---- packing ---- */
+
+static bool fits(float largest) {
+    return largest == 0 || (largest >= ADA_NARROW_LEAST && largest <= ADA_NARROW_MOST);
+}
+
+static void fill(float *x, int n, float value) {
+    for (int i = 0; i < n; i++) x[i] = value;
+}
+
+/* The factor that brings rows within an integer format. */
+static float integer_factor(ada_format format, ada_reach reach) {
+    if (reach.largest == 0) return 0;
+    if (format == ADA_WORDS_I8) return ADA_I8_MAX / reach.largest;
+    return fminf(ADA_I16_MAX / reach.largest, ADA_I16_NORM / sqrtf(reach.norm2));
+}
+
+static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, int64_t block,
+                      pack_scratch *x) {
+    const int D = (int)s->p->D;
+    const ada_kernels *k = s->k;
+    const int64_t key = block * ADA_BLOCK;
+    ptrdiff_t ld;
+    const float *rows =
+        block_rows(s, &s->p->key, s->qk.format == ADA_FLOATS && centred(s) ? ADA_GRID_NONE : s->qk.grid, b, g,
+                   block, to->seen[block], x->rows, &ld);
+    const float *less = centred(s) ? to->mean : NULL;
+    const ada_reach reach = k->reach(rows, ld, ADA_BLOCK, D, less);
+    if (!fits(reach.largest)) return false;
+    if (s->qk.format == ADA_FLOATS) {
+        float *at = (float *)to->k + key * D;
+        for (int j = 0; j < ADA_BLOCK; j++)
+            for (int d = 0; d < D; d++) at[j * D + d] = rows[j * ld + d] - to->mean[d];
+        if (centred(s)) ada_round_to_grid(k, s->qk.grid, at, (int64_t)ADA_BLOCK * D);
+        return true;
+    }
+    uint32_t *words = (uint32_t *)to->k + key * s->DW;
+    const int row = s->DW * ada_elements(s->qk.format);
+    for (int part = 0; part < s->qk.parts.b; part++)
+        memset(words + part * to->k_part, 0, ADA_BLOCK * (size_t)s->DW * 4);
+    const float factor = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, reach);
+    fill(x->factor, D, factor);
+    to->scale[block] = factor != 0 ? 1 / factor : 0;
+    if (s->qk.format == ADA_WORDS_BF16) {
+        k->encode_bf16((uint16_t *)words, row, 2 * to->k_part, s->qk.parts.b, rows, ld, ADA_BLOCK, D, less,
+                       x->factor);
+    } else if (s->qk.format == ADA_WORDS_I16) {
+        k->encode_i16((int16_t *)words, row, rows, ld, ADA_BLOCK, D, less, x->factor);
+    } else {
+        int8_t *at = (int8_t *)words;
+        k->encode_i8(at, row, rows, ld, ADA_BLOCK, D, less, x->factor);
+        for (int j = 0; j < ADA_BLOCK; j++, at += row) {
+            int32_t sum = 0;
+            for (int d = 0; d < D; d++) sum += at[d];
+            to->start[key + j] = -128 * sum;
+        }
+    }
+    return true;
+}
+
+static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, int64_t strip,
+                        pack_scratch *x) {
+    const int E = (int)s->p->E, elements = ada_elements(s->pv.format), ldx = (int)up_to(E, 64);
+    const ada_kernels *k = s->k;
+    const bool floats = s->pv.format == ADA_FLOATS;
+    const ptrdiff_t part = (ptrdiff_t)ADA_STRIP * ldx;
+    const size_t words = (size_t)value_rows(s) * (size_t)(ADA_STRIP / elements);
+    if (!floats) memset(x->words, 0, (size_t)part * 2 * (size_t)s->pv.parts.b);
+    if (s->pv.format == ADA_WORDS_BF16) fill(x->factor, E, 1);
+    for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
+        const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
+        ptrdiff_t ld;
+        if (block >= s->blocks || (!to->seen[block] && !floats)) continue;
+        const float *rows =
+            block_rows(s, &s->p->value, s->pv.grid, b, g, block, to->seen[block], x->rows, &ld);
+        if (!fits(k->reach(rows, ld, ADA_BLOCK, E, NULL).largest)) return false;
+        const ptrdiff_t at = (ptrdiff_t)i * ADA_BLOCK * ldx;
+        if (floats)
+            for (int j = 0; j < ADA_BLOCK; j++)
+                memcpy((float *)to->v + (block * ADA_BLOCK + j) * E, rows + j * ld, (size_t)E * 4);
+        else if (s->pv.format == ADA_WORDS_BF16)
+            k->encode_bf16((uint16_t *)x->words + at, ldx, part, s->pv.parts.b, rows, ld, ADA_BLOCK, E, NULL,
+                           x->factor);
+        else if (s->pv.format == ADA_WORDS_I16)
+            k->encode_i16((int16_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E);
+        else
+            k->encode_i8((int8_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E);
+    }
+    for (int a = 0; !floats && a < s->pv.parts.b; a++) {
+        uint32_t *v = (uint32_t *)to->v + a * to->v_part + strip * (ptrdiff_t)words;
+        if (elements == 4)
+            k->turn_8(v, ADA_STRIP, x->words, ldx, ADA_STRIP, E);
+        else
+            k->turn_16(v, ADA_STRIP, (uint16_t *)x->words + a * part, ldx, ADA_STRIP, E);
+    }
+    return true;
+}
+
+void ada_store_pack(const ada_store *s, int64_t head, int64_t strip, char *scratch) {
+    const ada_head_store to = ada_head_store_at(s, head);
+    ada_carver carver = {scratch, 0};
+    pack_scratch x = pack_scratch_of(s, &carver);
+    int64_t b, h, g;
+    bool good = true;
+    key_head(s, head, &b, &h, &g);
+    const int64_t first = strip * (ADA_STRIP / ADA_BLOCK);
+    for (int64_t block = first; block < first + ADA_STRIP / ADA_BLOCK && block < s->blocks; block++)
+        if (good && is_packed(&s->qk)) good = pack_keys(s, &to, b, g, block, &x);
+    if (good && is_packed(&s->pv)) good = pack_values(s, &to, b, g, strip, &x);
+    if (!good) atomic_store_explicit(&s->unfit[head], true, memory_order_relaxed);
+}
+
+bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_narrow_tile *t,
+                      const float *rows, ptrdiff_t ld, int n, float *copy, void *words) {
+    const int D = (int)s->p->D, lanes = t->f32.lanes, row = s->DW * ada_elements(s->qk.format);
+    const float factor = (float)(s->p->scale * LOG2E);
+    const ptrdiff_t part = (ptrdiff_t)ADA_LANES * row;
+    float factors[ADA_LANES];
+    for (int i = 0; i < n; i++) {
+        const float *q = rows + i * ld;
+        const ada_reach reach = s->k->reach(q, ld, 1, D, NULL);
+        double shift = 0;
+        if (!fits(reach.largest) || !(reach.largest * factor <= ADA_NARROW_MOST)) return false;
+        for (int d = 0; centred(s) && d < D; d++) shift += (double)q[d] * head->mean[d];
+        t->offset[i] = (float)(shift * factor);
+        factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, reach);
+        t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
+    }
+    for (int i = n; i < ADA_LANES; i++)
+        t->offset[i] = t->offset[n - 1], t->unit[i] = t->unit[n - 1], factors[i] = factors[n - 1];
+    if (s->qk.grid != ADA_GRID_NONE) {
+        for (int i = 0; i < n; i++) memcpy(copy + i * D, rows + i * ld, (size_t)D * sizeof *copy);
+        ada_round_to_grid(s->k, s->qk.grid, copy, (int64_t)n * D);
+        rows = copy, ld = D;
+    }
+    if (s->qk.format == ADA_FLOATS) {
+        s->k->pack_f32(t->f32.q, rows, ld, n, D, lanes, factor);
+        return true;
+    }
+    /* A single part takes the scale before it is rounded. */
+    const bool scaled = s->qk.format == ADA_WORDS_BF16 && s->qk.grid == ADA_GRID_NONE;
+    if (scaled) fill(t->unit, ADA_LANES, 1);
+    memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
+    for (int i = 0; i < ADA_LANES; i++) {
+        const float *q = rows + (i < n ? i : n - 1) * ld;
+        float each[1024];
+        const ptrdiff_t at = (ptrdiff_t)i * row;
+        for (int d = 0; d < D; d += 1024) {
+            const int width = D - d < 1024 ? D - d : 1024;
+            fill(each, width, scaled ? factor : factors[i]);
+            if (s->qk.format == ADA_WORDS_BF16)
+                s->k->encode_bf16((uint16_t *)words + at + d, row, part, s->qk.parts.a, q + d, ld, 1, width,
+                                  NULL, each);
+            else if (s->qk.format == ADA_WORDS_I16)
+                s->k->encode_i16((int16_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+            else
+                s->k->encode_i8((int8_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+        }
+    }
+    uint8_t *bytes = words; /* signed to unsigned */
+    for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part; i++) bytes[i] ^= 0x80;
+    for (int a = 0; a < s->qk.parts.a; a++)
+        s->k->turn_32(t->q + (ptrdiff_t)a * s->DW * ADA_LANES, ADA_LANES,
+                      (uint32_t *)words + a * (part * s->DW / row), s->DW, ADA_LANES, s->DW);
+    return true;
+}

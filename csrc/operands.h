@@ -1,0 +1,75 @@
+/* Keys and values as the products of a rung read them: packed once per key head for all its queries. */
+#ifndef ADA_OPERANDS_H
+#define ADA_OPERANDS_H
+
+#include <stdatomic.h>
+
+#include "adaattn.h"
+#include "kernels.h"
+
+typedef enum { ADA_FLOATS, ADA_WORDS_BF16, ADA_WORDS_I16, ADA_WORDS_I8 } ada_format;
+
+/* Where the unit of a rung is missing, floats stand on the grid of its numbers. */
+typedef enum { ADA_GRID_NONE, ADA_GRID_FP16, ADA_GRID_BF16, ADA_GRID_BF16X2 } ada_grid;
+
+/* How one product of a rung is computed on this machine. */
+typedef struct {
+    ada_format format;
+    ada_grid grid;
+    ada_parts parts; /* bf16 words */
+} ada_operands;
+
+/* The largest magnitude of queries, keys or values must lie between these (or be 0), so that products
+ * neither overflow nor lose small numbers; other heads go up to fp32. */
+#define ADA_NARROW_LEAST 0x1p-80f
+#define ADA_NARROW_MOST 0x1p50f
+
+typedef struct {
+    const ada_problem *p;
+    const ada_kernels *k;
+    ada_operands qk, pv;
+    int DW; /* words of a key */
+    int64_t
+        per_head;  /* query heads that share packed keys: H / G, or 1 where the mask differs between them */
+    int64_t heads; /* packed ones, B * H / per_head */
+    int64_t blocks, strips;
+    char *memory;
+    int64_t head_bytes;
+    atomic_bool *unfit; /* [heads] beyond what the rung can hold */
+} ada_store;
+
+/* One head's part of the store. */
+typedef struct {
+    uint64_t *seen;           /* [blocks] bit per key: some query may attend to it */
+    void *k;                  /* floats [keys][D], or words [parts][keys][DW], whole blocks of keys */
+    float *scale;             /* [blocks] of integer keys */
+    int32_t *start;           /* [keys] of 8-bit keys */
+    float *mean;              /* [D] subtracted from the keys; zeros where they are not centred */
+    void *v;                  /* floats [keys][E], or words [parts][strips][E up to 16][ADA_STRIP in words] */
+    float *v_unit;            /* [E] what a one of an integer channel is worth */
+    ptrdiff_t k_part, v_part; /* words from part to part */
+} ada_head_store;
+
+/* Whether some product of the problem's rungs needs packed operands. */
+bool ada_store_needed(const ada_problem *p);
+/* Fills in all but memory; returns the bytes that memory and unfit need together. */
+int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k);
+void ada_store_attach(ada_store *store, char *memory);
+ada_head_store ada_head_store_at(const ada_store *store, int64_t head);
+/* First for each head, then for each head and strip; scratch of ada_store_scratch_bytes. */
+int64_t ada_store_scratch_bytes(const ada_store *store);
+void ada_store_survey(const ada_store *store, int64_t head, char *scratch);
+void ada_store_pack(const ada_store *store, int64_t head, int64_t strip, char *scratch);
+
+/* n queries of a tile, rows of floats (width D), packed into t->q, unit and offset. False when the rung
+ * cannot hold one of them. copy: [ADA_LANES][D up to 64] floats, words: as many bytes. */
+bool ada_pack_queries(const ada_store *store, const ada_head_store *head, const ada_narrow_tile *t,
+                      const float *rows, ptrdiff_t ld, int n, float *copy, void *words);
+
+/* x[0 ... n - 1] rounded to the grid. */
+void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n);
+
+/* Words of v's strip from key j on, a multiple of ADA_BLOCK. */
+static inline int ada_elements(ada_format format) { return format == ADA_WORDS_I8 ? 4 : 2; }
+
+#endif
