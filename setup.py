@@ -17,11 +17,13 @@ from setuptools.command.build_ext import build_ext
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
+BF16 = [*VNNI, "-mavx512bf16"]
 # ISA, flags, and an intrinsic that needs them
 ISAS = [
     ("avx2", AVX2, "_mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps())"),
     ("avx512", AVX512, "_mm512_and_ps(_mm512_setzero_ps(), _mm512_setzero_ps())"),
     ("avx512vnni", VNNI, "_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_set1_epi8(1))"),
+    ("avx512bf16", BF16, "_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), _mm512_setzero_ps())"),
 ]
 
 

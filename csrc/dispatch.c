@@ -20,6 +20,7 @@ void ada_kernels_select(uint32_t isa_mask, ada_kernels *kernels, const char *isa
     const char *ignored[ADA_SLOT_COUNT];
     if (!isa_of) isa_of = ignored;
     memset(kernels, 0, sizeof *kernels); /* optional slots stay NULL */
+    kernels->isa = isa_mask & ada_isa_built();
     for (int i = 0; i < ADA_SLOT_COUNT; i++) isa_of[i] = NULL;
 #define ADA_KERNEL(slot, isa, need)                                                                          \
     ADA_IF_##isa(if (((need) & ~isa_mask) == 0) {                                                            \

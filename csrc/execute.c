@@ -321,7 +321,7 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
     ada_run r = {.p = p, .k = ada_kernels_get(), .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
-    const bool on_rungs = ada_store_needed(p), few = p->T <= ADA_ROWS_MAX && !on_rungs;
+    const bool on_rungs = ada_store_needed(p, r.k), few = p->T <= ADA_ROWS_MAX && !on_rungs;
     if (few) split_keys(&r);
     const int64_t rows = p->B * p->H * p->T, tasks = few ? p->B * p->G * r.splits : p->B * p->H * r.tiles;
     const int threads = threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));

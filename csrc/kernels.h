@@ -79,6 +79,7 @@ typedef struct {
 #define SLOT(name) ada_##name##_fn *name;
     ADA_SLOTS(SLOT)
 #undef SLOT
+    uint32_t isa; /* the mask they were selected under, less what is not built */
 } ada_kernels;
 
 /* For kernels.def: what belongs to an ISA that the compiler could not build is left out; setup.py says which

@@ -17,6 +17,8 @@
 #define ADA_I16_VALUE_MAX 8191
 #define ADA_I16_WEIGHT_SUM 262000.0f /* of a strip: times ADA_I16_VALUE_MAX it is below 2^31 */
 
+#define ADA_BF16_STEPS 128.0f /* of a bf16 in an octave: fused kernels take bf16 scores in such steps */
+
 typedef struct {
     int a, b, terms;
 } ada_parts;
@@ -26,7 +28,7 @@ typedef struct {
     ada_tile_f32 f32; /* p: [ADA_STRIP][ADA_LANES]; o has zeros up to a multiple of 16 rows */
     uint32_t *q;      /* [parts][DW][ADA_LANES]; 8 bits: unsigned, 128 above the signed number */
     uint32_t *w;      /* [parts][ADA_STRIP / elements][ADA_LANES] rounded weights; 8 bits: unsigned */
-    float *unit;      /* [ADA_LANES] integers: the score of a product of one and a key scale of one */
+    float *unit;      /* [ADA_LANES] the score of a product of one (integers: with a key scale of one) */
     float *offset;    /* [ADA_LANES] added to every score */
     float *sum;       /* [ADA_LANES] sum of the rounded weights so far */
     float *worth;     /* [ADA_LANES] integers: the weight that a one in w stands for */
@@ -54,7 +56,8 @@ typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
 /* scores, weights and their rounding in one, for a full tile where all is visible and nothing is added; n is
  * a multiple of ADA_BLOCK up to ADA_STRIP. Adds to f32.l and sum, sets worth. False, with them as before and
  * w spoilt, when a score exceeds f32.m by more than ADA_LAZY_OCTAVES. The relative error of a weight, before
- * rounding, is that of the format: 3e-3 (bf16, 8 bits), 1e-6 (16 bits). Optional slots. */
+ * rounding, is that of the format: 3e-3 (bf16, 8 bits), 1e-6 (16 bits). bf16 has one part, and unit is 1 /
+ * ADA_BF16_STEPS. Optional slots. */
 typedef bool ada_weigh_bf16_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
 typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_weigh_i16_i16_fn;
 

@@ -18,9 +18,8 @@
 /* Keys that a mean is taken from, evenly spaced: any vector would do, so a sample does. */
 #define MEAN_KEYS 1024
 
-static ada_operands operands_of(ada_rung rung, bool values) {
-    const bool words = ada_isa_allowed() & ada_isa_built() & (ADA_ISA_AVX512BF16 | ADA_ISA_AMX);
-    const bool matrices = ada_isa_allowed() & ada_isa_built() & ADA_ISA_AMX;
+static ada_operands operands_of(const ada_kernels *k, ada_rung rung, bool values) {
+    const bool matrices = k->isa & ADA_ISA_AMX, words = matrices || k->isa & ADA_ISA_AVX512BF16;
     switch (rung) {
     case ADA_RUNG_BF16X6:
         if (matrices) return (ada_operands){ADA_WORDS_BF16, ADA_GRID_NONE, {3, 3, 3}};
@@ -50,8 +49,9 @@ static bool is_integer(const ada_operands *o) {
     return o->format == ADA_WORDS_I8 || o->format == ADA_WORDS_I16;
 }
 
-bool ada_store_needed(const ada_problem *p) {
-    const ada_operands qk = operands_of(p->precision.qk, false), pv = operands_of(p->precision.pv, true);
+bool ada_store_needed(const ada_problem *p, const ada_kernels *k) {
+    const ada_operands qk = operands_of(k, p->precision.qk, false);
+    const ada_operands pv = operands_of(k, p->precision.pv, true);
     return !p->compute_f64 && (is_packed(&qk) || is_packed(&pv));
 }
 
@@ -90,13 +90,13 @@ int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k)
     const ada_array *mask = &p->attn_mask;
     const bool apart = mask->data && mask->stride[1];
     *s = (ada_store){.p = p, .k = k, .per_head = apart ? 1 : p->H / p->G};
-    s->qk = operands_of(p->precision.qk, false), s->pv = operands_of(p->precision.pv, true);
+    s->qk = operands_of(k, p->precision.qk, false), s->pv = operands_of(k, p->precision.pv, true);
     s->heads = p->B * p->H / s->per_head;
     s->blocks = (p->S + ADA_BLOCK - 1) / ADA_BLOCK;
     s->strips = (p->S + ADA_STRIP - 1) / ADA_STRIP;
     const int elements = ada_elements(s->qk.format);
     /* A matrix unit takes 64 bytes of a key at once. */
-    const bool matrices = ada_isa_allowed() & ada_isa_built() & ADA_ISA_AMX;
+    const bool matrices = k->isa & ADA_ISA_AMX;
     s->DW = (int)up_to((p->D + elements - 1) / elements, matrices ? 16 : 1);
     ada_carver size = {NULL, 0};
     head_store(s, &size);
@@ -393,10 +393,10 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     for (int i = 0; i < n; i++) {
         const float *q = rows + i * ld;
         const ada_reach reach = s->k->reach(q, ld, 1, D, NULL);
-        double shift = 0;
+        float shift = 0;
         if (!fits(reach.largest) || !(reach.largest * factor <= ADA_NARROW_MOST)) return false;
-        for (int d = 0; centred(s) && d < D; d++) shift += (double)q[d] * head->mean[d];
-        t->offset[i] = (float)(shift * factor);
+        if (centred(s)) s->k->row_scores_f32(&shift, q, head->mean, D, 1, D);
+        t->offset[i] = shift * factor;
         factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, reach);
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
     }
@@ -411,9 +411,9 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         s->k->pack_f32(t->f32.q, rows, ld, n, D, lanes, factor);
         return true;
     }
-    /* A single part takes the scale before it is rounded. */
+    /* bf16 takes the scale before it is rounded, in steps of its weights' exponents. */
     const bool scaled = s->qk.format == ADA_WORDS_BF16 && s->qk.grid == ADA_GRID_NONE;
-    if (scaled) fill(t->unit, ADA_LANES, 1);
+    if (scaled) fill(t->unit, ADA_LANES, 1.0f / ADA_BF16_STEPS);
     memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
     for (int i = 0; i < ADA_LANES; i++) {
         const float *q = rows + (i < n ? i : n - 1) * ld;
@@ -421,7 +421,7 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         const ptrdiff_t at = (ptrdiff_t)i * row;
         for (int d = 0; d < D; d += 1024) {
             const int width = D - d < 1024 ? D - d : 1024;
-            fill(each, width, scaled ? factor : factors[i]);
+            fill(each, width, scaled ? factor * ADA_BF16_STEPS : factors[i]);
             if (s->qk.format == ADA_WORDS_BF16)
                 s->k->encode_bf16((uint16_t *)words + at + d, row, part, s->qk.parts.a, q + d, ld, 1, width,
                                   NULL, each);
@@ -431,8 +431,8 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
                 s->k->encode_i8((int8_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
         }
     }
-    uint8_t *bytes = words; /* signed to unsigned */
-    for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part; i++) bytes[i] ^= 0x80;
+    uint32_t *word = words; /* signed to unsigned */
+    for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part / 4; i++) word[i] ^= 0x80808080;
     for (int a = 0; a < s->qk.parts.a; a++)
         s->k->turn_32(t->q + (ptrdiff_t)a * s->DW * ADA_LANES, ADA_LANES,
                       (uint32_t *)words + a * (part * s->DW / row), s->DW, ADA_LANES, s->DW);

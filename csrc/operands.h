@@ -51,7 +51,7 @@ typedef struct {
 } ada_head_store;
 
 /* Whether some product of the problem's rungs needs packed operands. */
-bool ada_store_needed(const ada_problem *p);
+bool ada_store_needed(const ada_problem *p, const ada_kernels *k);
 /* Fills in all but memory; returns the bytes that memory and unfit need together. */
 int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k);
 void ada_store_attach(ada_store *store, char *memory);

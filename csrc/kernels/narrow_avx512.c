@@ -1,4 +1,92 @@
-/* Kernels of narrow operands, avx512. */
-#define KERNEL(op) ada_##op##_avx512
+/* Kernels of narrow operands, AVX-512. */
 #include "kernel.h"
+#define REAL float
+#define REAL_BITS 32
+#include "simd_avx512.h"
+#define KERNEL(op) ada_##op##_avx512
+#define OWN_TURNS
+#define OWN_REACH
+#define OWN_ENCODE
 #include "narrow_tpl.h"
+
+INLINE __mmask16 first_columns(int n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+/* Row r of 16 words, each made of neighbouring rows' elements of one column. */
+INLINE __m512i join_rows(const void *from, ptrdiff_t ldf, int r, int c, __mmask16 m, const int BYTES) {
+    if (BYTES == 4) return _mm512_maskz_loadu_epi32(m, (const uint32_t *)from + r * ldf + c);
+    __m512i word = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < 4 / BYTES; i++) {
+        const ptrdiff_t at = (r * (4 / BYTES) + i) * ldf + c;
+        const __m512i x =
+            BYTES == 2 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)from + at))
+                       : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, (const uint8_t *)from + at));
+        word = _mm512_or_si512(word, _mm512_slli_epi32(x, (unsigned)(8 * BYTES * i)));
+    }
+    return word;
+}
+
+INLINE void turn(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns,
+                 const int BYTES) {
+    for (int r = 0; r < rows * BYTES / 4; r += 16)
+        for (int c = 0; c < columns; c += 16) {
+            const __mmask16 m = first_columns(columns - c);
+            vec x[16];
+            UNROLL for (int i = 0; i < 16; i++)
+                x[i] = _mm512_castsi512_ps(join_rows(from, ldf, r + i, c, m, BYTES));
+            v_transpose(x);
+            for (int i = 0; i < 16 && c + i < columns; i++)
+                _mm512_storeu_ps((char *)to + (c + i) * ldt * BYTES + r * 4, x[i]);
+        }
+}
+
+void ada_turn_8_avx512(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns) {
+    turn(to, ldt, from, ldf, rows, columns, 1);
+}
+void ada_turn_16_avx512(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns) {
+    turn(to, ldt, from, ldf, rows, columns, 2);
+}
+void ada_turn_32_avx512(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns) {
+    turn(to, ldt, from, ldf, rows, columns, 4);
+}
+
+ada_reach ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const float *less) {
+    __m512i largest = _mm512_setzero_si512();
+    float norm2 = 0;
+    for (int r = 0; r < n; r++, rows += ld) {
+        vec sum = v_zero();
+        for (int c = 0; c < width; c += VL) {
+            vec x = v_load_n(rows + c, width - c);
+            if (less) x = v_sub(x, v_load_n(less + c, width - c));
+            sum = v_fma(x, x, sum);
+            const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+            largest = _mm512_max_epi32(largest, bits); /* NaN above all */
+        }
+        const float all = v_sum(sum);
+        norm2 = all > norm2 ? all : norm2;
+    }
+    return (ada_reach){float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest)), norm2};
+}
+
+/* 16 elements on their way to integers of at most most. */
+INLINE __m512i encode(const float *x, const float *less, const float *factor, int c, int n, float most) {
+    vec y = v_load_n(x + c, n);
+    if (less) y = v_sub(y, v_load_n(less + c, n));
+    y = v_mul(y, v_load_n(factor + c, n));
+    return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+}
+
+void ada_encode_i8_avx512(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                          const float *less, const float *factor) {
+    for (int r = 0; r < n; r++, to += ldt, rows += ld)
+        for (int c = 0; c < width; c += VL)
+            _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c),
+                                             encode(rows, less, factor, c, width - c, ADA_I8_MAX));
+}
+
+void ada_encode_i16_avx512(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                           const float *less, const float *factor) {
+    for (int r = 0; r < n; r++, to += ldt, rows += ld)
+        for (int c = 0; c < width; c += VL)
+            _mm512_mask_cvtepi32_storeu_epi16(to + c, m_first(width - c),
+                                              encode(rows, less, factor, c, width - c, ADA_I16_MAX));
+}

@@ -15,7 +15,7 @@ static inline float high_half(uint32_t word) { return float_from_bits(word & 0xf
 void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     for (int j = 0; j < n; j++) {
         float sum[ADA_LANES];
-        memcpy(sum, t->offset, sizeof sum);
+        memset(sum, 0, sizeof sum);
         for (int a = 0; a < t->qk.a; a++)
             for (int b = 0; b < t->qk.b && a + b < t->qk.terms; b++) {
                 const uint32_t *q = t->q + (ptrdiff_t)a * t->DW * ADA_LANES;
@@ -24,7 +24,8 @@ void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, 
                     for (int i = 0; i < ADA_LANES; i++)
                         sum[i] += low_half(q[i]) * low_half(k[d]) + high_half(q[i]) * high_half(k[d]);
             }
-        memcpy(t->f32.p + j * ADA_LANES, sum, sizeof sum);
+        for (int i = 0; i < ADA_LANES; i++)
+            t->f32.p[j * ADA_LANES + i] = sum[i] * t->unit[i] + t->offset[i];
     }
 }
 
@@ -197,6 +198,7 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
         }
 }
 
+#ifndef OWN_ENCODE
 #define ENCODE_INTEGERS(op, type, most)                                                                      \
     void KERNEL(op)(type * to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,             \
                     const float *less, const float *factor) {                                                \
@@ -209,6 +211,7 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
     }
 ENCODE_INTEGERS(encode_i8, int8_t, (float)ADA_I8_MAX)
 ENCODE_INTEGERS(encode_i16, int16_t, (float)ADA_I16_MAX)
+#endif
 
 #ifndef OWN_TURNS
 #    define TURN(op, type)                                                                                   \
@@ -235,6 +238,7 @@ void KERNEL(columns)(float *sum, float *largest, const float *rows, ptrdiff_t ld
         }
 }
 
+#ifndef OWN_REACH
 ada_reach KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const float *less) {
     int32_t largest = 0;
     float norm2 = 0;
@@ -258,3 +262,4 @@ ada_reach KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const
     }
     return (ada_reach){float_from_bits((uint32_t)largest), norm2};
 }
+#endif

@@ -1,0 +1,76 @@
+/* Kernels with bf16 products by vdpbf16ps. Scores stay in registers: two keys against four vectors of lanes,
+ * whose exponentials run inside the product of the next two keys.
+ */
+#include "kernel.h"
+#include "narrow_avx512.h"
+#include "dots.h"
+
+#define NAME(op) op##_bf16
+#define KERNEL(op) ada_##op##_bf16_avx512bf16
+#define DOT dot_bf16
+#define ELEMENTS 2
+#define INTEGER 0
+#define START(keys, j) _mm512_setzero_si512()
+#include "products_tpl.h"
+
+#define NAME(op) op##_i8
+#define DOT dot_i8
+#define ELEMENTS 4
+#define INTEGER 1
+#define START(keys, j) _mm512_set1_epi32((keys)->start[j])
+#include "products_tpl.h"
+
+/* y of two keys and two vectors of lanes. bf16 scores come in steps of y. */
+INLINE void y_of(vec y[4], const words s[4], const float *unit, const float *m, const bool INTEGERS) {
+    UNROLL for (int a = 0; a < 4; a++) {
+        const vec reference = v_load(m + a % 2 * VL);
+        y[a] = INTEGERS ? _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), reference)
+                        : v_sub(_mm512_castsi512_ps(s[a]), reference);
+    }
+}
+
+INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool INTEGERS) {
+    const ptrdiff_t DW = t->DW;
+    y_line line;
+    words acc[8], most = _mm512_setzero_si512();
+    vec l[4];
+    prepare_y(&line, t, keys, INTEGERS ? n : 0, ADA_BF16_STEPS);
+    for (int i = 0; i < ADA_LANES; i += VL) v_store(line.m + i, v_sub(v_load(line.m + i), v_set1(BF16_BIAS)));
+    UNROLL for (int v = 0; v < 4; v++) l[v] = v_zero();
+#define BEGIN(j) (INTEGERS ? start_i8(acc, keys, j, 2, 4) : start_bf16(acc, keys, j, 2, 4))
+#define STEPS(first, end)                                                                                    \
+    (INTEGERS ? steps_i8(acc, t->q, k, DW, first, end, 2, 4) : steps_bf16(acc, t->q, k, DW, first, end, 2, 4))
+    const uint32_t *k = keys->k;
+    BEGIN(0);
+    STEPS(0, DW);
+    for (int j = 2; j <= n; j += 2) {
+        const float *unit = line.unit[(j - 2) / ADA_BLOCK];
+        const words low[4] = {acc[0], acc[1], acc[4], acc[5]}, high[4] = {acc[2], acc[3], acc[6], acc[7]};
+        uint32_t *w = t->w + (j - 2) / 2 * ADA_LANES;
+        vec y[4];
+        k = keys->k + j * DW;
+        if (j < n) BEGIN(j);
+        y_of(y, low, unit, line.m, INTEGERS);
+        weigh_bf16(w, y, &most, l);
+        if (j < n) STEPS(0, DW / 2);
+        y_of(y, high, unit + 2 * VL, line.m + 2 * VL, INTEGERS);
+        weigh_bf16(w + 2 * VL, y, &most, l + 2);
+        if (j < n) STEPS(DW / 2, DW);
+    }
+#undef BEGIN
+#undef STEPS
+    if (!bf16_in_range(most)) return false;
+    UNROLL for (int v = 0; v < 4; v++) {
+        v_store(t->f32.l + v * VL, v_add(l[v], v_load(t->f32.l + v * VL)));
+        v_store(t->sum + v * VL, v_add(l[v], v_load(t->sum + v * VL)));
+    }
+    return true;
+}
+
+bool ada_weigh_bf16_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    return weigh(t, keys, n, false);
+}
+
+bool ada_weigh_i8_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    return weigh(t, keys, n, true);
+}

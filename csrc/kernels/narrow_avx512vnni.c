@@ -1,0 +1,213 @@
+/* Kernels of 8- and 16-bit integers by vpdpbusd and vpdpwssd (VNNI), with byte permutes (VBMI) for 2^y. */
+#include "kernel.h"
+#include "narrow_avx512.h"
+
+#include "dots.h"
+
+#define NAME(op) op##_i8
+#define KERNEL(op) ada_##op##_i8_avx512vnni
+#define DOT dot_i8
+#define ELEMENTS 4
+#define INTEGER 1
+#define START(keys, j) _mm512_set1_epi32((keys)->start[j])
+#include "products_tpl.h"
+
+#define NAME(op) op##_i16
+#define KERNEL(op) ada_##op##_i16_avx512vnni
+#define DOT dot_i16
+#define ELEMENTS 2
+#define INTEGER 1
+#define START(keys, j) _mm512_setzero_si512()
+#include "products_tpl.h"
+
+/* ---- 8-bit weights ----
+ * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers in
+ * 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
+
+#define BYTE_STEPS 64.0f
+
+/* 255 * 2^(-i / 64) */
+static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
+    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217, 214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182, 180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153, 152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
+};
+
+/* Scores of two keys and two vectors of lanes to y, 32 of a key in the order of packs. */
+INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, words *most) {
+    vec f[4];
+    UNROLL for (int a = 0; a < 4; a++)
+        f[a] = _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), v_load(m + a % 2 * VL));
+    const words y0 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[0]), _mm512_cvtps_epi32(f[1]));
+    const words y1 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[2]), _mm512_cvtps_epi32(f[3]));
+    *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
+    w_store(to, y0);
+    w_store(to + ADA_LANES, y1);
+}
+
+/* 256 times the weights of 32 lanes, plus a half. */
+INLINE words byte_exp2(words y, words most) {
+    const words below = _mm512_subs_epi16(most, y);
+    const words f = _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8),
+                                                  w_load(byte_octave));
+    return _mm512_add_epi16(_mm512_srlv_epi16(f, _mm512_srli_epi16(below, 6)), _mm512_set1_epi16(0x80));
+}
+
+/* y of four keys and 32 lanes to two vectors of quads; rest gathers what rounding took off, in 1/256. */
+INLINE void quads(uint32_t *w, const int16_t *y, words most, words sum[2], words *rest) {
+    words k[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        k[i] = byte_exp2(w_load(y + i * ADA_LANES), most);
+        *rest = _mm512_add_epi16(*rest, _mm512_and_si512(k[i], _mm512_set1_epi16(0xff)));
+    }
+    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
+    const words k01 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[0], 8), odd, k[1]);
+    const words k23 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[2], 8), odd, k[3]);
+    const words low = _mm512_unpacklo_epi16(k01, k23), high = _mm512_unpackhi_epi16(k01, k23);
+    w_store(w, low);
+    w_store(w + VL, high);
+    sum[0] = dot_i8(sum[0], low, _mm512_set1_epi8(1));
+    sum[1] = dot_i8(sum[1], high, _mm512_set1_epi8(1));
+}
+
+/* 32 integers in the order of packs to two vectors of floats in the order of lanes. */
+INLINE void unpack_y(vec to[2], words y) {
+    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpacklo_epi16(y, y), 16));
+    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpackhi_epi16(y, y), 16));
+}
+
+/* All of a strip's y to weights; 32 lanes. */
+INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int lane, words most) {
+    words sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, rest = sum[0];
+    vec top[2], less[2];
+    for (int j = 0; j < n; j += 4)
+        quads(t->w + j / 4 * ADA_LANES + lane, y + j * ADA_LANES + lane, most, sum, &rest);
+    unpack_y(top, most);
+    less[0] = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(rest, _mm512_setzero_si512()));
+    less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
+    UNROLL for (int x = 0; x < 2; x++) {
+        float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
+        const vec worth = v_mul(v_exp2(v_mul(top[x], v_set1(1 / BYTE_STEPS))), v_set1(1.0f / ADA_U8_MAX));
+        const vec rounded = _mm512_cvtepi32_ps(sum[x]);
+        const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);
+        v_store(t->worth + lane + x * VL, worth);
+        v_store(total, v_fma(rounded, worth, v_load(total)));
+        v_store(l, v_fma(exact, worth, v_load(l)));
+    }
+}
+
+/* Two keys against all lanes in two chains, even and odd words, as one chain each would wait for itself. */
+INLINE void two_chains(words acc[16], const uint32_t *q, const uint32_t *k, ptrdiff_t DW, ptrdiff_t first,
+                       ptrdiff_t end) {
+    q += first * ADA_LANES;
+    ptrdiff_t d = first;
+    for (; d + 1 < end; d += 2, q += 2 * ADA_LANES) {
+        UNROLL for (int c = 0; c < 2; c++) {
+            words x[4];
+            UNROLL for (int v = 0; v < 4; v++) {
+                x[v] = w_load(q + c * ADA_LANES + v * VL);
+                PIN(x[v]);
+            }
+            UNROLL for (int i = 0; i < 2; i++) {
+                const words b = _mm512_set1_epi32((int)k[i * DW + d + c]);
+                UNROLL for (int v = 0; v < 4; v++)
+                    acc[c * 8 + i * 4 + v] = dot_i8(acc[c * 8 + i * 4 + v], x[v], b);
+            }
+        }
+    }
+    steps_i8(acc, q - d * ADA_LANES, k, DW, d, end, 2, 4);
+}
+
+INLINE void start_chains(words acc[16], const ada_narrow_keys *keys, int j) {
+    start_i8(acc, keys, j, 2, 4);
+    UNROLL for (int a = 8; a < 16; a++) acc[a] = _mm512_setzero_si512();
+}
+
+bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    const int DW = t->DW, middle = DW / 4 * 2;
+    int16_t *y = (int16_t *)t->f32.p;
+    y_line line;
+    words acc[16], most[2] = {_mm512_set1_epi16(INT16_MIN), _mm512_set1_epi16(INT16_MIN)};
+    prepare_y(&line, t, keys, n, BYTE_STEPS);
+    start_chains(acc, keys, 0);
+    two_chains(acc, t->q, keys->k, DW, 0, DW);
+    for (int j = 2; j <= n; j += 2) {
+        const float *unit = line.unit[(j - 2) / ADA_BLOCK];
+        const uint32_t *k = keys->k + (ptrdiff_t)j * DW;
+        words low[4], high[4];
+        UNROLL for (int a = 0; a < 4; a++) {
+            const int at = a / 2 * 4 + a % 2;
+            low[a] = _mm512_add_epi32(acc[at], acc[8 + at]);
+            high[a] = _mm512_add_epi32(acc[at + 2], acc[10 + at]);
+        }
+        if (j < n) start_chains(acc, keys, j);
+        y_bytes(y + (j - 2) * ADA_LANES, low, unit, line.m, &most[0]);
+        if (j < n) two_chains(acc, t->q, k, DW, 0, middle);
+        y_bytes(y + (j - 2) * ADA_LANES + 2 * VL, high, unit + 2 * VL, line.m + 2 * VL, &most[1]);
+        if (j < n) two_chains(acc, t->q, k, DW, middle, DW);
+    }
+    const words gap = _mm512_set1_epi16(ADA_LAZY_OCTAVES * (int)BYTE_STEPS);
+    if (_mm512_cmpgt_epi16_mask(most[0], gap) | _mm512_cmpgt_epi16_mask(most[1], gap)) return false;
+    weigh_bytes(t, y, n, 0, most[0]);
+    weigh_bytes(t, y, n, 2 * VL, most[1]);
+    return true;
+}
+
+/* ---- 16-bit weights ----
+ * A first pass leaves floats, their sums and largest; a second one rounds them into pairs. */
+
+/* The weight of one vector of raw sums. */
+INLINE vec weigh_floats(vec s, const float *unit, const float *m, vec *most) {
+    const vec y = _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(s)), v_load(unit), v_load(m));
+    *most = v_max(y, *most);
+    return v_exp2(y);
+}
+
+INLINE void pairs(const ada_narrow_tile *t, int n, int lane, vec most, vec l) {
+    const vec some = v_exp2(most);
+    const vec inverse = v_min(v_min(v_div(v_set1(ADA_I16_MAX), some), v_set1(0x1p110f)),
+                              v_div(v_set1(ADA_I16_WEIGHT_SUM - ADA_STRIP), l));
+    words sum = _mm512_setzero_si512();
+    for (int j = 0; j < n; j += 2) {
+        const float *p = t->f32.p + j * ADA_LANES + lane;
+        const words low = _mm512_cvtps_epi32(v_mul(v_load(p), inverse));
+        const words high = _mm512_cvtps_epi32(v_mul(v_load(p + ADA_LANES), inverse));
+        const words w = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        sum = dot_i16(sum, w, _mm512_set1_epi16(1));
+        w_store(t->w + j / 2 * ADA_LANES + lane, w);
+    }
+    const vec worth = v_div(v_set1(1), inverse);
+    v_store(t->worth + lane, worth);
+    v_store(t->sum + lane, v_fma(_mm512_cvtepi32_ps(sum), worth, v_load(t->sum + lane)));
+    v_store(t->f32.l + lane, v_add(l, v_load(t->f32.l + lane)));
+}
+
+bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    const int DW = t->DW;
+    y_line line;
+    words acc[16];
+    vec most[4], l[4];
+    prepare_y(&line, t, keys, n, 1);
+    UNROLL for (int v = 0; v < 4; v++) most[v] = v_set1(-INFINITY), l[v] = v_zero();
+    start_i16(acc, keys, 0, 4, 4);
+    steps_i16(acc, t->q, keys->k, DW, 0, DW, 4, 4);
+    for (int j = 4; j <= n; j += 4) {
+        const float *unit = line.unit[(j - 4) / ADA_BLOCK];
+        float *p = t->f32.p + (j - 4) * ADA_LANES;
+        UNROLL for (int a = 0; a < 16; a++) w_store(p + a * VL, acc[a]);
+        start_i16(acc, keys, j, 4, 4);
+        for (int i = 0; i < 4; i++) {
+            if (j < n)
+                steps_i16(acc, t->q, keys->k + (ptrdiff_t)j * DW, DW, i * DW / 4, (i + 1) * DW / 4, 4, 4);
+            UNROLL for (int v = 0; v < 4; v++) {
+                float *s = p + i * ADA_LANES + v * VL;
+                const vec w = weigh_floats(v_load(s), unit + v * VL, line.m + v * VL, &most[v]);
+                l[v] = v_add(l[v], w);
+                v_store(s, w);
+            }
+        }
+    }
+    mask beyond = 0;
+    UNROLL for (int v = 0; v < 4; v++) beyond |= m_greater(most[v], v_set1(ADA_LAZY_OCTAVES));
+    if (beyond) return false;
+    UNROLL for (int v = 0; v < 4; v++) pairs(t, n, v * VL, most[v], l[v]);
+    return true;
+}
