@@ -189,9 +189,7 @@ static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *p
 
 static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
     const ada_format format = s->store->pv.format;
-    if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16)
-        for (int64_t e = 0; e < r->p->E; e++)
-            for (int i = 0; i < ADA_LANES; i++) s->t.f32.o[e * ADA_LANES + i] *= s->head.v_unit[e];
+    if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16) r->k->scale_channels(&s->t.f32, s->head.v_unit);
     for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         const float m = s->t.f32.m[i];
@@ -199,7 +197,7 @@ static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *pa
         s->base.factor[i] = (float)factor;
         if (row_needs_double(r->p, factor, m)) return false;
         /* The logarithm is that of the sum before rounding. */
-        finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i]);
+        if (r->p->lse) finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i]);
     }
     return finish_tile_f32(r, &s->base, patch);
 }

@@ -86,11 +86,13 @@ typedef ada_turn_8_fn ada_turn_16_fn, ada_turn_32_fn;
 /* sum[c] += rows[r][c]; largest[c] = max(largest[c], |rows[r][c]|), where a NaN counts as larger than all. */
 typedef void ada_columns_fn(float *sum, float *largest, const float *rows, ptrdiff_t ld, int n, int width);
 
-/* The largest |x - less| and sum of squares of a row, over n rows; NaN where one is. */
-typedef struct {
-    float largest, norm2;
-} ada_reach;
-typedef ada_reach ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less);
+/* The largest |x - less| of n rows, NaN where one is; norm2 (may be NULL) gets the largest sum of squares of
+ * a row. */
+typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less,
+                           float *norm2);
+
+/* o[e][i] *= unit[e] for all lanes. */
+typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
 
 #define ADA_NARROW_SLOTS(SLOT)                                                                               \
     SLOT(scores_bf16)                                                                                        \
@@ -107,4 +109,5 @@ typedef ada_reach ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width
     SLOT(values_i8)                                                                                          \
     SLOT(values_i16)                                                                                         \
     SLOT(encode_bf16)                                                                                        \
-    SLOT(encode_i8) SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach)
+    SLOT(encode_i8)                                                                                          \
+    SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(scale_channels)

@@ -186,6 +186,10 @@ void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n)
     }
 }
 
+static bool fits(float largest) {
+    return largest == 0 || (largest >= ADA_NARROW_LEAST && largest <= ADA_NARROW_MOST);
+}
+
 /* ---- which keys count ---- */
 
 /* Keys of a block that the mask and the spans leave to queries i ... i + n - 1 of one head. */
@@ -239,8 +243,8 @@ static void take_mean(const ada_store *s, const ada_head_store *to, int64_t b, i
     for (int d = 0; count && d < D; d++) to->mean[d] /= (float)count;
 }
 
-/* What one of each channel is worth, and its inverse, from the largest values. */
-static void scale_values(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g,
+/* What one of each channel is worth, and its inverse, from the largest values; false when they do not fit. */
+static bool scale_values(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g,
                          pack_scratch *x) {
     const int E = (int)s->p->E;
     const float most = s->pv.format == ADA_WORDS_I8 ? ADA_I8_MAX : ADA_I16_VALUE_MAX;
@@ -252,10 +256,12 @@ static void scale_values(const ada_store *s, const ada_head_store *to, int64_t b
             block_rows(s, &s->p->value, ADA_GRID_NONE, b, g, block, to->seen[block], x->rows, &ld);
         s->k->columns(x->factor, largest, rows, ld, ADA_BLOCK, E);
     }
+    if (!fits(s->k->reach(largest, E, 1, E, NULL, NULL))) return false;
     for (int e = 0; e < E; e++) {
         inverse[e] = largest[e] > 0x1p-100f ? most / largest[e] : 0;
         largest[e] /= most;
     }
+    return true;
 }
 
 void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
@@ -269,24 +275,21 @@ void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
     memset(to.v_unit, 0, 2 * (size_t)s->p->E * sizeof *to.v_unit);
     memset(x.factor, 0, (size_t)up_to(s->p->D > s->p->E ? s->p->D : s->p->E, 64) * sizeof *x.factor);
     if (centred(s)) take_mean(s, &to, b, g, &x);
-    if (is_integer(&s->pv)) scale_values(s, &to, b, g, &x);
+    if (is_integer(&s->pv) && !scale_values(s, &to, b, g, &x))
+        atomic_store_explicit(&s->unfit[head], true, memory_order_relaxed);
 }
 
 /* ---- packing ---- */
-
-static bool fits(float largest) {
-    return largest == 0 || (largest >= ADA_NARROW_LEAST && largest <= ADA_NARROW_MOST);
-}
 
 static void fill(float *x, int n, float value) {
     for (int i = 0; i < n; i++) x[i] = value;
 }
 
 /* The factor that brings rows within an integer format. */
-static float integer_factor(ada_format format, ada_reach reach) {
-    if (reach.largest == 0) return 0;
-    if (format == ADA_WORDS_I8) return ADA_I8_MAX / reach.largest;
-    return fminf(ADA_I16_MAX / reach.largest, ADA_I16_NORM / sqrtf(reach.norm2));
+static float integer_factor(ada_format format, float largest, float norm2) {
+    if (largest == 0) return 0;
+    if (format == ADA_WORDS_I8) return ADA_I8_MAX / largest;
+    return fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
 }
 
 static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, int64_t block,
@@ -299,8 +302,10 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
         block_rows(s, &s->p->key, s->qk.format == ADA_FLOATS && centred(s) ? ADA_GRID_NONE : s->qk.grid, b, g,
                    block, to->seen[block], x->rows, &ld);
     const float *less = centred(s) ? to->mean : NULL;
-    const ada_reach reach = k->reach(rows, ld, ADA_BLOCK, D, less);
-    if (!fits(reach.largest)) return false;
+    float norm2 = 0;
+    const float largest =
+        k->reach(rows, ld, ADA_BLOCK, D, less, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
+    if (!fits(largest)) return false;
     if (s->qk.format == ADA_FLOATS) {
         float *at = (float *)to->k + key * D;
         for (int j = 0; j < ADA_BLOCK; j++)
@@ -312,7 +317,7 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     const int row = s->DW * ada_elements(s->qk.format);
     for (int part = 0; part < s->qk.parts.b; part++)
         memset(words + part * to->k_part, 0, ADA_BLOCK * (size_t)s->DW * 4);
-    const float factor = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, reach);
+    const float factor = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
     fill(x->factor, D, factor);
     to->scale[block] = factor != 0 ? 1 / factor : 0;
     if (s->qk.format == ADA_WORDS_BF16) {
@@ -347,7 +352,7 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
         if (block >= s->blocks || (!to->seen[block] && !floats)) continue;
         const float *rows =
             block_rows(s, &s->p->value, s->pv.grid, b, g, block, to->seen[block], x->rows, &ld);
-        if (!fits(k->reach(rows, ld, ADA_BLOCK, E, NULL).largest)) return false;
+        if (!is_integer(&s->pv) && !fits(k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL))) return false;
         const ptrdiff_t at = (ptrdiff_t)i * ADA_BLOCK * ldx;
         if (floats)
             for (int j = 0; j < ADA_BLOCK; j++)
@@ -375,7 +380,7 @@ void ada_store_pack(const ada_store *s, int64_t head, int64_t strip, char *scrat
     ada_carver carver = {scratch, 0};
     pack_scratch x = pack_scratch_of(s, &carver);
     int64_t b, h, g;
-    bool good = true;
+    bool good = !s->unfit[head];
     key_head(s, head, &b, &h, &g);
     const int64_t first = strip * (ADA_STRIP / ADA_BLOCK);
     for (int64_t block = first; block < first + ADA_STRIP / ADA_BLOCK && block < s->blocks; block++)
@@ -392,12 +397,12 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     float factors[ADA_LANES];
     for (int i = 0; i < n; i++) {
         const float *q = rows + i * ld;
-        const ada_reach reach = s->k->reach(q, ld, 1, D, NULL);
-        float shift = 0;
-        if (!fits(reach.largest) || !(reach.largest * factor <= ADA_NARROW_MOST)) return false;
+        float shift = 0, norm2 = 0;
+        const float largest = s->k->reach(q, ld, 1, D, NULL, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
+        if (!fits(largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
         if (centred(s)) s->k->row_scores_f32(&shift, q, head->mean, D, 1, D);
         t->offset[i] = shift * factor;
-        factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, reach);
+        factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
     }
     for (int i = n; i < ADA_LANES; i++)

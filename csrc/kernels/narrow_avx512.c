@@ -31,8 +31,8 @@ INLINE void turn(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int r
         for (int c = 0; c < columns; c += 16) {
             const __mmask16 m = first_columns(columns - c);
             vec x[16];
-            UNROLL for (int i = 0; i < 16; i++)
-                x[i] = _mm512_castsi512_ps(join_rows(from, ldf, r + i, c, m, BYTES));
+            UNROLL for (int i = 0; i < 16; i++) x[i] =
+                _mm512_castsi512_ps(join_rows(from, ldf, r + i, c, m, BYTES));
             v_transpose(x);
             for (int i = 0; i < 16 && c + i < columns; i++)
                 _mm512_storeu_ps((char *)to + (c + i) * ldt * BYTES + r * 4, x[i]);
@@ -49,44 +49,62 @@ void ada_turn_32_avx512(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf
     turn(to, ldt, from, ldf, rows, columns, 4);
 }
 
-ada_reach ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const float *less) {
+/* |x| as an integer, which orders like the number, NaN above all. */
+INLINE __m512i magnitudes(vec x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+float ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const float *less, float *norm2) {
     __m512i largest = _mm512_setzero_si512();
-    float norm2 = 0;
+    if (norm2) *norm2 = 0;
     for (int r = 0; r < n; r++, rows += ld) {
         vec sum = v_zero();
-        for (int c = 0; c < width; c += VL) {
+        int c = 0;
+        for (; c + VL <= width; c += VL) {
+            const vec x = less ? v_sub(v_loadu(rows + c), v_loadu(less + c)) : v_loadu(rows + c);
+            if (norm2) sum = v_fma(x, x, sum);
+            largest = _mm512_max_epi32(largest, magnitudes(x));
+        }
+        if (c < width) {
             vec x = v_load_n(rows + c, width - c);
             if (less) x = v_sub(x, v_load_n(less + c, width - c));
-            sum = v_fma(x, x, sum);
-            const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-            largest = _mm512_max_epi32(largest, bits); /* NaN above all */
+            if (norm2) sum = v_fma(x, x, sum);
+            largest = _mm512_max_epi32(largest, magnitudes(x));
         }
-        const float all = v_sum(sum);
-        norm2 = all > norm2 ? all : norm2;
+        if (norm2) *norm2 = fmaxf(*norm2, v_sum(sum));
     }
-    return (ada_reach){float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest)), norm2};
+    return float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest));
 }
 
 /* 16 elements on their way to integers of at most most. */
 INLINE __m512i encode(const float *x, const float *less, const float *factor, int c, int n, float most) {
-    vec y = v_load_n(x + c, n);
-    if (less) y = v_sub(y, v_load_n(less + c, n));
-    y = v_mul(y, v_load_n(factor + c, n));
+    const bool whole = n >= VL;
+    vec y = whole ? v_loadu(x + c) : v_load_n(x + c, n);
+    if (less) y = v_sub(y, whole ? v_loadu(less + c) : v_load_n(less + c, n));
+    y = v_mul(y, whole ? v_loadu(factor + c) : v_load_n(factor + c, n));
     return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
 }
 
 void ada_encode_i8_avx512(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                           const float *less, const float *factor) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
-        for (int c = 0; c < width; c += VL)
-            _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c),
-                                             encode(rows, less, factor, c, width - c, ADA_I8_MAX));
+        for (int c = 0; c < width; c += VL) {
+            const __m512i x = encode(rows, less, factor, c, width - c, ADA_I8_MAX);
+            if (width - c >= VL)
+                _mm_storeu_si128((__m128i *)(to + c), _mm512_cvtepi32_epi8(x));
+            else
+                _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c), x);
+        }
 }
 
 void ada_encode_i16_avx512(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                            const float *less, const float *factor) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
-        for (int c = 0; c < width; c += VL)
-            _mm512_mask_cvtepi32_storeu_epi16(to + c, m_first(width - c),
-                                              encode(rows, less, factor, c, width - c, ADA_I16_MAX));
+        for (int c = 0; c < width; c += VL) {
+            const __m512i x = encode(rows, less, factor, c, width - c, ADA_I16_MAX);
+            if (width - c >= VL)
+                _mm256_storeu_si256((__m256i *)(to + c), _mm512_cvtepi32_epi16(x));
+            else
+                _mm512_mask_cvtepi32_storeu_epi16(to + c, m_first(width - c), x);
+        }
 }

@@ -30,13 +30,15 @@ INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys
 
 /* What the line through the ends of an octave is above 2^f, in steps, for f = (2 i + 1/2) / 128. */
 static const uint8_t bf16_excess[64] __attribute__((aligned(64))) = {
-    0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 10, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10, 10, 10, 9, 9, 9, 8, 8, 8, 7, 7, 6, 6, 5, 5, 4, 3, 3, 2, 1, 1,
+    0,  1,  1,  2,  2,  3,  4,  4,  5,  5,  5,  6,  6,  7,  7,  8,  8,  8,  9,  9,  9,  9,
+    10, 10, 10, 10, 10, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10,
+    10, 10, 9,  9,  9,  8,  8,  8,  7,  7,  6,  6,  5,  5,  4,  3,  3,  2,  1,  1,
 };
 
 /* 2^(y - bias) as bf16, 32 of them. */
 INLINE words bf16_exp2(words y) {
-    const words excess = _mm512_maskz_permutexvar_epi8(0x5555555555555555, _mm512_srli_epi16(y, 1),
-                                                       w_load(bf16_excess));
+    const words excess =
+        _mm512_maskz_permutexvar_epi8(0x5555555555555555, _mm512_srli_epi16(y, 1), w_load(bf16_excess));
     return _mm512_sub_epi16(y, excess);
 }
 

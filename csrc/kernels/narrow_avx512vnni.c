@@ -21,21 +21,24 @@
 #include "products_tpl.h"
 
 /* ---- 8-bit weights ----
- * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers in
- * 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
+ * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers
+ * in 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
 
 #define BYTE_STEPS 64.0f
 
 /* 255 * 2^(-i / 64) */
 static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
-    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217, 214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182, 180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153, 152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
+    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217,
+    214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182,
+    180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153,
+    152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
 };
 
 /* Scores of two keys and two vectors of lanes to y, 32 of a key in the order of packs. */
 INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, words *most) {
     vec f[4];
-    UNROLL for (int a = 0; a < 4; a++)
-        f[a] = _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), v_load(m + a % 2 * VL));
+    UNROLL for (int a = 0; a < 4; a++) f[a] =
+        _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), v_load(m + a % 2 * VL));
     const words y0 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[0]), _mm512_cvtps_epi32(f[1]));
     const words y1 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[2]), _mm512_cvtps_epi32(f[3]));
     *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
@@ -46,8 +49,8 @@ INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const floa
 /* 256 times the weights of 32 lanes, plus a half. */
 INLINE words byte_exp2(words y, words most) {
     const words below = _mm512_subs_epi16(most, y);
-    const words f = _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8),
-                                                  w_load(byte_octave));
+    const words f =
+        _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8), w_load(byte_octave));
     return _mm512_add_epi16(_mm512_srlv_epi16(f, _mm512_srli_epi16(below, 6)), _mm512_set1_epi16(0x80));
 }
 
@@ -108,8 +111,8 @@ INLINE void two_chains(words acc[16], const uint32_t *q, const uint32_t *k, ptrd
             }
             UNROLL for (int i = 0; i < 2; i++) {
                 const words b = _mm512_set1_epi32((int)k[i * DW + d + c]);
-                UNROLL for (int v = 0; v < 4; v++)
-                    acc[c * 8 + i * 4 + v] = dot_i8(acc[c * 8 + i * 4 + v], x[v], b);
+                UNROLL for (int v = 0; v < 4; v++) acc[c * 8 + i * 4 + v] =
+                    dot_i8(acc[c * 8 + i * 4 + v], x[v], b);
             }
         }
     }

@@ -24,8 +24,7 @@ void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, 
                     for (int i = 0; i < ADA_LANES; i++)
                         sum[i] += low_half(q[i]) * low_half(k[d]) + high_half(q[i]) * high_half(k[d]);
             }
-        for (int i = 0; i < ADA_LANES; i++)
-            t->f32.p[j * ADA_LANES + i] = sum[i] * t->unit[i] + t->offset[i];
+        for (int i = 0; i < ADA_LANES; i++) t->f32.p[j * ADA_LANES + i] = sum[i] * t->unit[i] + t->offset[i];
     }
 }
 
@@ -199,16 +198,16 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
 }
 
 #ifndef OWN_ENCODE
-#define ENCODE_INTEGERS(op, type, most)                                                                      \
-    void KERNEL(op)(type * to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,             \
-                    const float *less, const float *factor) {                                                \
-        for (int r = 0; r < n; r++, to += ldt, rows += ld)                                                   \
-            for (int c = 0; c < width; c++) {                                                                \
-                float x = (rows[c] - (less ? less[c] : 0)) * factor[c];                                      \
-                x = x < -(most) ? -(most) : x > (most) ? (most) : x;                                         \
-                to[c] = (type)nearest_int(x);                                                                \
-            }                                                                                                \
-    }
+#    define ENCODE_INTEGERS(op, type, most)                                                                  \
+        void KERNEL(op)(type * to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,         \
+                        const float *less, const float *factor) {                                            \
+            for (int r = 0; r < n; r++, to += ldt, rows += ld)                                               \
+                for (int c = 0; c < width; c++) {                                                            \
+                    float x = (rows[c] - (less ? less[c] : 0)) * factor[c];                                  \
+                    x = x < -(most) ? -(most) : x > (most) ? (most) : x;                                     \
+                    to[c] = (type)nearest_int(x);                                                            \
+                }                                                                                            \
+        }
 ENCODE_INTEGERS(encode_i8, int8_t, (float)ADA_I8_MAX)
 ENCODE_INTEGERS(encode_i16, int16_t, (float)ADA_I16_MAX)
 #endif
@@ -239,27 +238,23 @@ void KERNEL(columns)(float *sum, float *largest, const float *rows, ptrdiff_t ld
 }
 
 #ifndef OWN_REACH
-ada_reach KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const float *less) {
+float KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const float *less, float *norm2) {
     int32_t largest = 0;
-    float norm2 = 0;
+    if (norm2) *norm2 = 0;
     for (int r = 0; r < n; r++, rows += ld) {
-        float part[16] = {0};
-        int c = 0;
-        for (; c + 16 <= width; c += 16)
-            for (int i = 0; i < 16; i++) {
-                const float x = rows[c + i] - (less ? less[c + i] : 0);
-                largest = magnitude(x) > largest ? magnitude(x) : largest;
-                part[i] += x * x;
-            }
-        for (; c < width; c++) {
+        float sum = 0;
+        for (int c = 0; c < width; c++) {
             const float x = rows[c] - (less ? less[c] : 0);
             largest = magnitude(x) > largest ? magnitude(x) : largest;
-            part[0] += x * x;
+            sum += x * x;
         }
-        float sum = 0;
-        for (int i = 0; i < 16; i++) sum += part[i];
-        norm2 = sum > norm2 ? sum : norm2;
+        if (norm2) *norm2 = sum > *norm2 ? sum : *norm2;
     }
-    return (ada_reach){float_from_bits((uint32_t)largest), norm2};
+    return float_from_bits((uint32_t)largest);
 }
 #endif
+
+void KERNEL(scale_channels)(const ada_tile_f32 *t, const float *unit) {
+    for (int e = 0; e < t->E; e++)
+        for (int i = 0; i < ADA_LANES; i++) t->o[e * ADA_LANES + i] *= unit[e];
+}

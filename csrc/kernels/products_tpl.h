@@ -1,7 +1,7 @@
 /* Both products of one kind of words on AVX-512 vectors. The including file defines NAME(op), a symbol of the
  * kind, KERNEL(op), a slot's (without it only the steps are defined), DOT(acc, lanes, b), which adds the
- * products of a word's elements, ELEMENTS of a word, INTEGER (0: sums are floats), and START(keys, j), what the
- * sum of key j starts from.
+ * products of a word's elements, ELEMENTS of a word, INTEGER (0: sums are floats), and START(keys, j), what
+ * the sum of key j starts from.
  */
 #if INTEGER
 #    define FLOATS(acc) _mm512_cvtepi32_ps(acc)
@@ -44,8 +44,7 @@ INLINE void NAME(scores_strip)(const ada_narrow_tile *t, const ada_narrow_keys *
         words acc[TILE_ACC];
         NAME(start)(acc, keys, j, group, NV);
         for (int a = 0; a < t->qk.a; a++)
-            for (int b = 0; b < t->qk.b && a + b < t->qk.terms; b++)
-                NAME(steps)
+            for (int b = 0; b < t->qk.b && a + b < t->qk.terms; b++) NAME(steps)
         (acc, t->q + (ptrdiff_t)a * DW * ADA_LANES + lane, keys->k + b * keys->part + (ptrdiff_t)j * DW, DW,
          0, DW, group, NV);
         UNROLL for (int a = 0; a < TILE_ACC; a++)
@@ -118,7 +117,7 @@ void KERNEL(values)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part,
             lane += VL;
         }
 }
-#undef KERNEL
+#    undef KERNEL
 #endif
 #undef FLOATS
 #undef NAME
