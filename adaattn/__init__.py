@@ -1,10 +1,11 @@
 """Attention with an error budget: exact attention on the CPU, every number checked against float64."""
 
-from . import errors, reference
+from . import _adaattn, errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
+from .rates import calibrate
 
-__version__: str = cpu_info()["version"]
+__version__: str = _adaattn.cpu_info()["version"]
 
 __all__ = [
     "ArgumentError",
@@ -15,6 +16,7 @@ __all__ = [
     "ShapeError",
     "__version__",
     "attention",
+    "calibrate",
     "cpu_info",
     "errors",
     "get_num_threads",

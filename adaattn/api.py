@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import _adaattn
+from .rates import rates
 
 
 def attention(
@@ -26,7 +27,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
-    precision: str = "auto",
+    precision: str | tuple[str, str] = "auto",
     return_lse: bool = False,
     out: Any = None,
     num_threads: int | None = None,
@@ -143,10 +144,12 @@ def cpu_info() -> dict[str, Any]:
     dict
         ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the
         environment variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set),
-        ``num_threads``, ``cpu_count`` and ``build`` (``compiler``, ``isa``, ``left_out``: what the compiler
-        could not build and why).
+        ``num_threads``, ``cpu_count``, ``rates`` (``source``: "measured" by `calibrate`, or "default";
+        ``gflops``: rung to head size to 1e9 floating-point operations per second of one core; ``offered``:
+        the rungs that are faster than every more exact one) and ``build`` (``compiler``, ``isa``,
+        ``left_out``: what the compiler could not build and why).
     """
-    return _adaattn.cpu_info()
+    return {**_adaattn.cpu_info(), "rates": rates()}
 
 
 def get_num_threads() -> int:

@@ -40,6 +40,24 @@ def _info(as_json: bool) -> int:
     return 0
 
 
+def _calibrate(as_json: bool) -> int:
+    from .rates import HEAD_SIZES, cache_file, calibrate
+
+    result = calibrate()
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0
+    _print_table(
+        ("rung", *(f"GFLOP/s, D = {d}" for d in HEAD_SIZES), "offered"),
+        [
+            (rung, *(f"{by_size[d]:.0f}" for d in HEAD_SIZES), "yes" if rung in result["offered"] else "no")
+            for rung, by_size in result["gflops"].items()
+        ],
+    )
+    print(f"\nOne core, float32 arrays, packing included. Kept in {cache_file()}.")
+    return 0
+
+
 def _demo(as_json: bool) -> int:
     from . import demo
 
@@ -56,6 +74,7 @@ def _demo(as_json: bool) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[bool], int], str]] = {
     "info": (_info, "Show CPU features, the kernel chosen for each slot, threads and build options."),
+    "calibrate": (_calibrate, "Measure how fast each rung of the precision ladder is here, and keep it."),
     "demo": (_demo, "Run the bundled language model, time its attention and check it against float64."),
 }
 
@@ -125,7 +144,7 @@ def _outline(info: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """Lines "name  value" of a nested dict, each level two spaces deeper."""
     width = max(map(len, info), default=0)
     for name, value in info.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and any(isinstance(key, str) for key in value):
             yield f"{indent}{name}"
             yield from _outline(value, indent + "  ")
         else:
@@ -133,6 +152,8 @@ def _outline(info: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+    if isinstance(value, Mapping):
+        value = [f"{number:.0f} (D = {size})" for size, number in value.items()]
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value)) or "none"
     return str(value)
