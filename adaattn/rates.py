@@ -24,8 +24,8 @@ RUNGS: tuple[str, ...] = ("fp32", "bf16x6", "bf16x3", "int16", "fp16", "bf16", "
 
 HEAD_SIZES = (64, 128)
 
-# By the most capable instruction set, for head sizes 64 and 128, as measured on machines of the kind; but bf16
-# and int8/bf16 of avx512bf16 and all of amx were measured on prototypes of the kernels.
+# By the most capable instruction set, for head sizes 64 and 128, as measured on machines of the kind; bf16
+# and int8/bf16 of avx512bf16 and all of amx: on prototypes of the kernels.
 _DEFAULTS: dict[str, dict[str, tuple[float, float]]] = {
     "amx": {
         "fp32": (150, 150), "bf16x6": (300, 330), "bf16x3": (600, 600), "int16": (210, 250),

@@ -29,9 +29,12 @@ SECTIONS = {
         Shape(1, 1, 8192, 8192, 128, causal=True),
         Shape(2, 12, 128, 128, 32),
     ],
+    "rungs": [],
     "decode": [Shape(1, 8, 1, 2048 << i, 128) for i in range(6)],
     "small": [Shape(1, 8, 64, 64, 64), Shape(1, 1, 1, 16, 32)],
 }
+
+SECTIONS["rungs"] = SECTIONS["prefill"]
 
 
 @contextmanager

@@ -19,6 +19,9 @@ from typing import Any
 
 from peers import (
     PEERS,
+    RUNGS,
+    UNITS,
+    WORK,
     Array,
     Call,
     Roofline,
@@ -80,6 +83,7 @@ class Contestant:
     samples: list[float] = field(default_factory=list)
     torch: Contestant | None = None  # torch in the same dtype
     yardstick: Contestant | None = None
+    units: dict[str, Contestant] = field(default_factory=dict)  # ceilings of the narrow products
 
     def calibrate(self, seconds: float, first: float = 0.0) -> Contestant:
         """Choose how many calls make a sample of this long: one if the first call took far longer."""
@@ -113,10 +117,20 @@ class Contestant:
     @property
     def share(self) -> float | None:
         """Of the section's ceiling; where that is reading, half the bytes are worth half the time."""
+        if self.name in WORK:
+            return self.unit_share
         if not self.yardstick:
             return None
         worth = self.traffic / self.yardstick.traffic if self.section == "decode" else 1.0
         return worth * ratio(self.yardstick, self)[1]
+
+    @property
+    def unit_share(self) -> float | None:
+        """Of the time that a rung's products take at its units' peaks."""
+        parts = WORK[self.name]
+        if not all(unit in self.units for unit in parts):
+            return None
+        return sum(part * ratio(self.units[unit], self)[1] for unit, part in parts.items())
 
     @property
     def error_ratio(self) -> float | None:
@@ -201,16 +215,20 @@ class Comparison:
         self.budget = budget
         self.results: list[Contestant] = []
         self.extras: dict[str, float] = {}
-        self.left_out = {f"{peer.name} {peer.dtype}": why for peer in PEERS if (why := peer.obstacle())}
+        self.left_out = {
+            f"{peer.name} {peer.dtype}": why for peer in (*PEERS, *RUNGS) if (why := peer.obstacle())
+        }
         self.roofline: Roofline | None = None
         try:
             self.roofline = Roofline()
         except OSError as why:
             self.left_out["ceilings"] = str(why)
 
-    def pick(self, section: str, threads: int, name: str = "adaattn") -> list[Contestant]:
-        """Results of one peer at fp32, in the order of the shapes."""
-        wanted = section, threads, name, "fp32"
+    def pick(
+        self, section: str, threads: int, name: str = "adaattn", dtype: str = "fp32"
+    ) -> list[Contestant]:
+        """Results of one peer in one dtype, in the order of the shapes."""
+        wanted = section, threads, name, dtype
         return [one for one in self.results if (one.section, one.threads, one.name, one.dtype) == wanted]
 
     def measure(self, section: str, shape: Shape, thread_counts: Sequence[int]) -> Iterator[str]:
@@ -222,8 +240,9 @@ class Comparison:
             case = section, shape, threads
             contestants = self.ceilings(*case, inputs["fp32"])
             yardstick = contestants[0] if contestants else None
+            units = {one.name: one for one in contestants}
             torch: dict[str, Contestant] = {}
-            for peer in PEERS:
+            for peer in RUNGS if section == "rungs" else PEERS:
                 if f"{peer.name} {peer.dtype}" in self.left_out:
                     continue
                 call = peer.build(inputs[peer.dtype], shape.causal, threads)
@@ -231,8 +250,10 @@ class Comparison:
                 out = call()
                 first = time.perf_counter() - start
                 error = relative_error(out, rows, exact[peer.dtype])
-                one = Contestant(*case, peer.name, peer.dtype, timer(call), error, yardstick=yardstick)
-                if peer.dtype != "fp32" or peer.name not in ("adaattn", "torch"):
+                one = Contestant(
+                    *case, peer.name, peer.dtype, timer(call), error, yardstick=yardstick, units=units
+                )
+                if section != "rungs" and (peer.dtype != "fp32" or peer.name not in ("adaattn", "torch")):
                     one.limit = self.budget.others
                 if peer.name == "torch":
                     torch[peer.dtype] = one
@@ -253,8 +274,13 @@ class Comparison:
         def ceiling(name: str, sample: Callable[[int], float]) -> Contestant:
             return Contestant(section, shape, threads, name, "", sample)
 
+        def peak(unit: str) -> Contestant:
+            return ceiling(unit, lambda _: compute(unit, shape.flops, threads, self.budget.sample))
+
+        if section == "rungs":
+            return [peak(unit) for unit in UNITS if math.isfinite(compute(unit, 1, 1, 0.001))]
         if section == "prefill":
-            return [ceiling("FMA peak", lambda _: compute(shape.flops, threads, self.budget.sample))]
+            return [peak("FMA peak")]
         reads = [
             ceiling("read, prefetch", lambda passes: read(key, value, 1024, threads, passes)),
             ceiling("read", lambda passes: read(key, value, 0, threads, passes)),

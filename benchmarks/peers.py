@@ -7,6 +7,7 @@ callable that does nothing but the attention.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import adaattn
+from adaattn.rates import split
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
@@ -92,9 +94,13 @@ def relative_error(out: Any, rows: Array, exact: Array) -> float:
     return float(np.linalg.norm(out[:, :, rows].astype(np.float64) - exact) / np.linalg.norm(exact))
 
 
-def build_adaattn(inputs: list[Array], causal: bool, threads: int) -> Call:
+def build_adaattn(
+    inputs: list[Array], causal: bool, threads: int, precision: str | tuple[str, str] = "auto"
+) -> Call:
     query, key, value = inputs
-    return lambda: adaattn.attention(query, key, value, causal=causal, num_threads=threads)
+    return lambda: adaattn.attention(
+        query, key, value, causal=causal, num_threads=threads, precision=precision
+    )
 
 
 def build_torch(inputs: list[Array], causal: bool, threads: int) -> Call:
@@ -196,6 +202,33 @@ PEERS = [
 ]
 
 
+def rung(name: str, dtype: str = "fp32") -> Peer:
+    """AdaAttn with its precision forced; "int8/bf16" is a pair."""
+    precision = split(name)
+
+    def build(inputs: list[Array], causal: bool, threads: int) -> Call:
+        return build_adaattn(inputs, causal, threads, precision)
+
+    return Peer(name, dtype, build, ("ml_dtypes",) if dtype == "bf16" else ())
+
+
+RUNGS = [
+    *(peer for peer in PEERS if peer.name == "torch" or (peer.name, peer.dtype) == ("adaattn", "fp32")),
+    *(rung(name) for name in adaattn.cpu_info()["rates"]["offered"] if name != "fp32"),
+    rung("bf16", "bf16"),
+    rung("int8", "bf16"),
+]
+
+UNITS = {"FMA peak": 0, "VNNI peak": 1, "BF16 peak": 2}
+# The shares of a rung's operations that its units run, each at a fraction of that unit's peak.
+WORK = {
+    "int8": {"VNNI peak": 1.0},
+    "int16": {"VNNI peak": 2.0},
+    "bf16": {"BF16 peak": 1.0},
+    "int8/bf16": {"VNNI peak": 0.5, "BF16 peak": 0.5},
+}
+
+
 class Roofline:
     """The machine's ceilings (`roofline.c`), compiled here. Raises OSError where that is impossible."""
 
@@ -210,14 +243,15 @@ class Roofline:
             if result.returncode:
                 raise OSError(f"{compiler} failed: {result.stderr.strip()}")
             library = ctypes.CDLL(target)
-        self._fma, self._read = library.roofline_fma, library.roofline_read
-        self._fma.restype = self._read.restype = ctypes.c_double
-        self._fma.argtypes = [ctypes.c_int, ctypes.c_double]
+        self._peak, self._read = library.roofline_peak, library.roofline_read
+        self._peak.restype = self._read.restype = ctypes.c_double
+        self._peak.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
         self._read.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t] * 2 + [ctypes.c_int] * 2
 
-    def compute_seconds(self, flops: int, threads: int, seconds: float) -> float:
-        """Time that `flops` take at the peak rate of fp32 FMA, which is measured over `seconds`."""
-        return flops / float(self._fma(threads, seconds))
+    def compute_seconds(self, unit: str, flops: int, threads: int, seconds: float) -> float:
+        """Time that `flops` take at the peak rate of a unit, which is measured over `seconds`; inf: none."""
+        rate = float(self._peak(UNITS[unit], threads, seconds))
+        return flops / rate if rate > 0 else math.inf
 
     def read_seconds(self, key: Array, value: Array, ahead: int, threads: int, passes: int) -> float:
         """Time to read both arrays with prefetch `ahead` bytes ahead (0: none), mean of `passes`."""

@@ -25,6 +25,16 @@ LABELS = {"adaattn": "AdaAttn", "torch": "torch SDPA", "onnxruntime": "onnxrunti
 COLORS = {"adaattn": "#0072B2", "torch": "#D55E00", "onnxruntime": "#009E73", "numpy": "#CC79A7"}
 
 
+# Rung, dtype of the arrays, times torch in that dtype, share of the units' peak. Set for AVX-512 with BF16.
+RUNG_TARGETS = [
+    ("bf16", "fp32", 2.6, 0.92),
+    ("int8/bf16", "fp32", 3.2, 0.88),
+    ("int8", "fp32", 4.3, 0.80),
+    ("int16", "fp32", 2.3, 0.0),
+    ("bf16", "bf16", 2.6, 0.0),
+]
+
+
 @dataclass(frozen=True)
 class Target:
     name: str
@@ -63,6 +73,20 @@ def targets(run: Comparison, thread_counts: Sequence[int]) -> list[Target]:
         check(f"decode, {on}: of read bandwidth", "{:.1%}", 0.93, [one.share for one in decode])
         check(f"decode, {on}: torch/AdaAttn, least", "{:.3f}", 2.4, speedups(decode))
         check(f"small, {on}: torch/AdaAttn, least", "{:.3f}", 1.0, speedups(run.pick("small", n)))
+        for name, dtype, bound, share in RUNG_TARGETS:
+            rungs = run.pick("rungs", n, name, dtype)
+            mean = statistics.geometric_mean
+            check(
+                f"{name} of {dtype} arrays, {on}: torch/AdaAttn, mean", "{:.2f}", bound, speedups(rungs), mean
+            )
+            full = [one.share for one in rungs if one.shape.keys >= 2048 and not one.shape.causal]
+            if share and n == 1:
+                check(
+                    f"{name} of {dtype} arrays, S >= 2048, full, {on}: of its units' peak",
+                    "{:.1%}",
+                    share,
+                    full,
+                )
     extras = run.extras
     beyond_numpy = extras.get("import_seconds", math.nan) - extras.get("numpy_import_seconds", math.nan)
     check("two threads over one, S = 4096", "{:.3f}", 1.9, [extras.get("two_threads_speedup")])
@@ -111,19 +135,27 @@ def show_section(run: Comparison, section: str, threads: int) -> None:
     rate = "GB/s" if decode else "GFLOP/s"
     header = ["B,H,S,D", "", "time", "torch/this", rate, "of ceiling", "error", "error/torch"]
     show_table(f"{section}, {plural(threads)}", header, rows)
-    means = []
-    for peer, label in LABELS.items():
-        speedups = [one.speedup[1] for one in run.pick(section, threads, peer) if one.speedup]
-        if speedups and peer != "torch":
-            means.append(f"{label} {statistics.geometric_mean(speedups):.2f}")
+    means = [
+        f"{name} {dtype} {mean:.2f}"
+        for name, dtype in dict.fromkeys(
+            (one.name, one.dtype) for one in run.results if one.section == section
+        )
+        if name != "torch" and (mean := mean_speedup(run, section, threads, name, dtype))
+    ]
     if means:
-        print(f"geometric mean of torch/this at fp32, {plural(threads)}: {', '.join(means)}")
+        print(f"geometric mean of torch/this, {plural(threads)}: {', '.join(means)}")
+
+
+def mean_speedup(run: Comparison, section: str, threads: int, name: str, dtype: str) -> float | None:
+    """Geometric mean over the shapes of torch's time in the same dtype over this one's."""
+    speedups = [one.speedup[1] for one in run.pick(section, threads, name, dtype) if one.speedup]
+    return statistics.geometric_mean(speedups) if speedups else None
 
 
 def show_targets(found: Sequence[Target]) -> None:
     verdicts = {True: "reached", False: "NOT REACHED", None: ""}
     rows = [[target.name, target.wanted, target.measured, verdicts[target.reached]] for target in found]
-    show_table("targets (fp32)", ["", "wanted", "measured", ""], rows)
+    show_table("targets", ["", "wanted", "measured", ""], rows)
 
 
 def write_json(path: Path, run: Comparison, found: Sequence[Target]) -> None:

@@ -1,4 +1,5 @@
-// Two ceilings of the machine: the rate of fp32 FMA out of registers, and the time to read two given arrays.
+// Ceilings of the machine: the rates of products out of registers (fp32 FMA, vpdpbusd, vdpbf16ps), and the time to
+// read two given arrays.
 // Both use the widest vectors that the CPU has. The threads wait for each other before the clock starts, and
 // the time runs from the first start to the last end, so that creating and joining them is not counted.
 #define _GNU_SOURCE
@@ -58,6 +59,29 @@ DEFINE_READ(read_avx2, __attribute__((target("avx2"))), 4)
 DEFINE_FMA(fma_plain, , 4, 12)
 DEFINE_READ(read_plain, , 2)
 
+// Operations of one of the narrow products in a block of work, 0 where the CPU lacks it.
+#if defined(__x86_64__)
+#define STEP(op, i) op " %%zmm31, %%zmm30, %%zmm" #i "\n\t"
+#define STEPS4(op, a, b, c, d) STEP(op, a) STEP(op, b) STEP(op, c) STEP(op, d)
+#define STEPS16(op) STEPS4(op, 0, 1, 2, 3) STEPS4(op, 4, 5, 6, 7) STEPS4(op, 8, 9, 10, 11) STEPS4(op, 12, 13, 14, 15)
+#define CLOBBER                                                                                              \
+    "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11",        \
+        "zmm12", "zmm13", "zmm14", "zmm15"
+__attribute__((target("avx512f"))) static double vnni_block(void) {
+    if (!__builtin_cpu_supports("avx512vnni")) return 0;
+    for (int step = 0; step < FMA_STEPS; step++) __asm__ volatile(STEPS16("vpdpbusd")::: CLOBBER);
+    return 2.0 * 64 * 16 * FMA_STEPS;
+}
+__attribute__((target("avx512f"))) static double bf16_block(void) {
+    if (!__builtin_cpu_supports("avx512bf16")) return 0;
+    for (int step = 0; step < FMA_STEPS; step++) __asm__ volatile(STEPS16("vdpbf16ps")::: CLOBBER);
+    return 2.0 * 32 * 16 * FMA_STEPS;
+}
+#else
+static double vnni_block(void) { return 0; }
+static double bf16_block(void) { return 0; }
+#endif
+
 static double fma_block(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f")) return fma_avx512();
@@ -80,6 +104,7 @@ typedef struct {
     const char *arrays[2];  // read: what, how far to prefetch (0: not at all), how often
     size_t bytes, ahead;
     int passes;
+    double (*block)(void);
     int home;  // CPU of the calling thread
     atomic_int ready;
 } team_t;
@@ -129,7 +154,7 @@ static void *run_member(void *arg) {
     while (atomic_load(&team->ready) < team->threads) sched_yield();
     m->start = now();
     for (int pass = 0; pass < team->passes; pass++) read_share(m);
-    while ((m->end = now()) < m->start + team->seconds) m->flops += fma_block();
+    while ((m->end = now()) < m->start + team->seconds) m->flops += team->block();
     return NULL;
 }
 
@@ -158,9 +183,11 @@ static double run_team(team_t *team, double *flops) {
     return end - start;
 }
 
-// Floating-point operations per second of all threads together over about `seconds`; not positive: it failed.
-double roofline_fma(int threads, double seconds) {
-    team_t team = {.threads = threads, .seconds = seconds};
+// Operations per second of all threads together over about `seconds`; unit 0: fp32 FMA, 1: vpdpbusd, 2: vdpbf16ps.
+// Not positive: it failed, or the CPU lacks the unit.
+double roofline_peak(int unit, int threads, double seconds) {
+    double (*const blocks[])(void) = {fma_block, vnni_block, bf16_block};
+    team_t team = {.threads = threads, .seconds = seconds, .block = blocks[unit]};
     double flops, elapsed = run_team(&team, &flops);
     return flops / elapsed;
 }
@@ -168,7 +195,7 @@ double roofline_fma(int threads, double seconds) {
 // Seconds to read two arrays of `bytes` bytes once, mean of `passes`, several of which follow an untimed one;
 // negative: it failed. `ahead` is how many bytes ahead of the loads to prefetch, 0: not at all.
 double roofline_read(const void *a, const void *b, size_t bytes, size_t ahead, int threads, int passes) {
-    team_t team = {.threads = threads, .arrays = {a, b}, .bytes = bytes, .ahead = ahead, .passes = passes};
+    team_t team = {.threads = threads, .arrays = {a, b}, .bytes = bytes, .ahead = ahead, .passes = passes, .block = fma_block};
     double flops;
     return run_team(&team, &flops) / passes;
 }
