@@ -3,6 +3,7 @@
 from . import errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
+from .stats import Report
 
 __version__: str = cpu_info()["version"]
 
@@ -12,6 +13,7 @@ __all__ = [
     "DeviceError",
     "Error",
     "NumericalError",
+    "Report",
     "ShapeError",
     "__version__",
     "attention",
