@@ -4,6 +4,7 @@ from . import _adaattn, errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .rates import calibrate
+from .stats import Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
@@ -13,6 +14,7 @@ __all__ = [
     "DeviceError",
     "Error",
     "NumericalError",
+    "Report",
     "ShapeError",
     "__version__",
     "attention",

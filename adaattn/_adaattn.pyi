@@ -17,6 +17,7 @@ def attention(
     seed: Any,
     precision: Any,
     return_lse: Any,
+    return_report: Any,
     out: Any,
     num_threads: Any,
     allocate: Any,

@@ -33,8 +33,9 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | ArrayLike | None = None,
-    precision: str = "auto",
+    precision: str | tuple[str, str] = "auto",
     return_lse: bool = False,
+    return_report: bool = False,
     out: _Array | None = None,
     num_threads: int | None = None,
 ) -> Any:
@@ -46,7 +47,7 @@ def attention(
         (B, H, T, D), (B, G, S, D) and (B, G, S, E), of any dtype that converts to float64.
     out : ndarray, optional
         (B, H, T, E), filled with the result cast to its dtype.
-    precision, num_threads
+    precision, return_report, num_threads
         Taken for the signature's sake; they have no influence.
 
     Returns

@@ -148,11 +148,25 @@ def names() -> Iterator[Case]:
         yield value_error("causal", expected + repr(value), value)
     for value in (None, 1, 0, 1.0, [], np.array([True, False])):
         yield dtype_error("causal", expected + "*" + type(value).__name__, value)
-    expected = "expected 'auto', 'fp32' or 'fp64', got "
-    for value in ("float32", "", "FP32", "bf16", "int8"):
+    expected = (
+        "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of "
+        "rungs (scores, values), got "
+    )
+    for value in ("float32", "", "FP32", "int4", "bf16x2", "fp8", "int8 ", "int8,bf16"):
         yield value_error("precision", expected + repr(value), value)
-    for value in (None, 32, F32, ("fp32", "fp32"), True):
+        for pair in ((value, "fp32"), ("fp32", value)):
+            yield value_error("precision", expected + repr(value), pair)
+    for pair in (("auto", "fp32"), ("int8", "auto"), ("auto", "auto")):
+        yield value_error("precision", expected + "'auto'", pair)
+    for value in (None, 32, F32, True, ["int8", "bf16"], {"int8": "bf16"}):
         yield dtype_error("precision", expected + "*" + type(value).__name__, value)
+        yield dtype_error("precision", expected + "*" + type(value).__name__, ("fp32", value))
+        yield dtype_error("precision", expected + "*" + type(value).__name__, (value, "fp32"))
+    yield dtype_error("precision", expected + "tuple", (("int8", "bf16"), "fp32"))
+    for value in ((), ("int8",), ("int8",) * 3):
+        yield value_error("precision", expected + repr(value), value)
+    for pair in (("fp64", "int8"), ("fp32", "fp64")):
+        yield value_error("precision", f"expected 'fp64' for both products or none, got {pair}", pair)
 
 
 def windows() -> Iterator[Case]:

@@ -97,7 +97,11 @@ static int precision_of(const ada_module_state *state, PyObject *object, ada_cho
     const char *names[ADA_RUNG_COUNT];
     int qk, pv;
     for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
-    if (PyTuple_Check(object) && PyTuple_GET_SIZE(object) == 2) {
+    if (PyTuple_Check(object)) {
+        if (PyTuple_GET_SIZE(object) != 2) {
+            PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
+            return -1;
+        }
         if (name_of(state, PyTuple_GET_ITEM(object, 0), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
                     &qk) ||
             name_of(state, PyTuple_GET_ITEM(object, 1), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
@@ -163,10 +167,43 @@ static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype
 
 PyDoc_STRVAR(attention_doc,
              "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
-             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, out, "
-             "num_threads, allocate, /)\n--\n\n"
+             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, "
+             "return_report, out, num_threads, allocate, /)\n--\n\n"
              "adaattn.attention with every argument by position. allocate(query, shape, dtype) makes "
-             "outputs where query is not a NumPy array.");
+             "outputs where query is not a NumPy array. A report is what list_of_choices makes.");
+
+/* For each sequence a list of its heads: (scores' rung, values' rung, whether that is not what was asked
+ * for).
+ */
+static PyObject *list_of_choices(const ada_problem *p, ada_choice asked) {
+    PyObject *sequences = PyList_New(p->B);
+    if (asked.qk == ADA_RUNG_AUTO) asked = p->precision;
+    for (int64_t b = 0; sequences && b < p->B; b++) {
+        PyObject *heads = PyList_New(p->H);
+        for (int64_t h = 0; heads && h < p->H; h++) {
+            const ada_choice ran = p->ran[b * p->H + h];
+            const bool retried = ran.qk != asked.qk || ran.pv != asked.pv;
+            PyObject *head = Py_BuildValue("(ssO)", ada_rung_name(ran.qk), ada_rung_name(ran.pv),
+                                           retried ? Py_True : Py_False);
+            if (head)
+                PyList_SET_ITEM(heads, h, head);
+            else
+                Py_CLEAR(heads);
+        }
+        if (heads)
+            PyList_SET_ITEM(sequences, b, heads);
+        else
+            Py_CLEAR(sequences);
+    }
+    return sequences;
+}
+
+/* The one that is there, or a tuple of those that are. */
+static PyObject *pack_results(PyObject *out, PyObject *lse, PyObject *report) {
+    if (lse && report) return PyTuple_Pack(3, out, lse, report);
+    if (lse || report) return PyTuple_Pack(2, out, lse ? lse : report);
+    return Py_NewRef(out);
+}
 
 static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     enum {
@@ -186,6 +223,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         SEED,
         PRECISION,
         RETURN_LSE,
+        RETURN_REPORT,
         OUT,
         NUM_THREADS,
         ALLOCATE,
@@ -196,7 +234,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_problem p = {0};
     ada_error error;
     ada_view views[N_VIEWS] = {0};
-    PyObject *out = NULL, *lse = NULL, *result = NULL;
+    PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
         PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
         return NULL;
@@ -235,7 +273,9 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                    args[PRECISION], args[NUM_THREADS]))
         goto done;
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
-    if (return_lse < 0) goto done;
+    int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
+    if (return_lse < 0 || return_report < 0) goto done;
+    const ada_choice asked = p.precision;
     if (ada_problem_init(&p, &error)) {
         ada_raise(state, &error);
         goto done;
@@ -258,6 +298,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         p.lse = lse_view.array.data;
     }
 
+    if (return_report && !(p.ran = PyMem_Malloc((size_t)(p.B * p.H) * sizeof *p.ran))) {
+        ada_view_release(&lse_view);
+        PyErr_NoMemory();
+        goto done;
+    }
+
     released_gil gil = {PyEval_SaveThread()};
     ada_status status = ada_execute(&p, interrupted, &gil, &error);
     PyEval_RestoreThread(gil.thread);
@@ -266,9 +312,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         ada_raise(state, &error);
         goto done;
     }
-    result = lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+    if (return_report && !(report = list_of_choices(&p, asked))) goto done;
+    result = pack_results(out, lse, report);
 done:
     for (int i = 0; i < N_VIEWS; i++) ada_view_release(&views[i]);
+    PyMem_Free(p.ran);
+    Py_XDECREF(report);
     Py_XDECREF(out);
     Py_XDECREF(lse);
     return result;
