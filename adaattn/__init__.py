@@ -2,6 +2,7 @@
 
 from . import errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
+from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 
 __version__: str = cpu_info()["version"]
@@ -11,6 +12,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Error",
+    "KVCache",
     "NumericalError",
     "ShapeError",
     "__version__",
