@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -9,7 +10,7 @@ import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
-from support import BF16, F16, F32, F64, Array, assert_near, largest, same_bits, score_size
+from support import BF16, F16, F32, F64, Array, Options, assert_near, largest, same_bits, score_size
 
 import adaattn
 from adaattn import ArgumentError, DTypeError, KVCache, ShapeError, reference
@@ -180,7 +181,7 @@ def test_numbers_of_queries(T: int, dtype: str, rng: np.random.Generator) -> Non
     check(cache, rng.standard_normal((3, 4, T, 40)).astype(F32))
 
 
-OPTIONS = {
+OPTIONS: dict[str, Callable[..., Options]] = {
     "not causal": lambda rng, B, H, T, S: {"causal": False},
     "lower right": lambda rng, B, H, T, S: {"causal": "lower_right"},
     "bool mask": lambda rng, B, H, T, S: {"attn_mask": rng.random((B, 1, T, S)) < 0.6},
@@ -332,7 +333,6 @@ class Model:
         self.closings = 1
 
 
-@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     dtype=st.sampled_from(list(KINDS)),
     seed=st.integers(0, 2**32),
@@ -448,6 +448,7 @@ def test_sizes(name: str) -> None:
             KVCache,
             **good | {name: value},
         )
+    wrong: Any
     for wrong in (1.5, "1", True, [1]):
         refuses(DTypeError, f"^{name}: expected an int, got ", KVCache, **good | {name: wrong})
 
@@ -459,8 +460,8 @@ def test_dtypes_and_tolerances() -> None:
         refuses(
             ArgumentError, "^tolerance: expected a finite", KVCache, 1, 1, 8, dtype="auto", tolerance=value
         )
-    for value in ("1", True, [1]):
-        refuses(DTypeError, "^tolerance: expected a number", KVCache, 1, 1, 8, tolerance=value)
+    for wrong in ("1", True, [1]):
+        refuses(DTypeError, "^tolerance: expected a number", KVCache, 1, 1, 8, tolerance=wrong)
     refuses(ArgumentError, "^dtype: expected one that", KVCache, 1, 1, 8, dtype="int8", tolerance=1e-3)
 
 
