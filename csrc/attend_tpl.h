@@ -395,9 +395,10 @@ static void KIND(score_rows)(const ada_run *r, const KIND(row_reader) * reader, 
         const uint16_t *mean = ada_page_mean(reader->array, turn->b, turn->g, page);
         r->k->row_scores_bf16(centre, q, rows, mean, D, 1, D);
         reader->scores(scores, q, rows, turn->k + skipped * turn->ldk, turn->ldk, n, D);
-        for (int row = 0; row < rows; row++)
-            for (int j = 0; j < n; j++)
-                scores[row * ADA_BLOCK + j] = scores[row * ADA_BLOCK + j] * scale + centre[row * ADA_BLOCK];
+        for (int row = 0; row < rows; row++) {
+            float *x = scores + row * ADA_BLOCK, add = centre[row * ADA_BLOCK];
+            for (int j = 0; j < n; j++) x[j] = x[j] * scale + add;
+        }
         return;
     }
 #endif
@@ -441,8 +442,9 @@ static void KIND(value_rows)(const ada_run *r, const KIND(row_reader) * reader, 
             float *w = weights + row * ADA_BLOCK, part[8] = {0};
             int j = 0;
             for (; j + 8 <= n; j += 8)
-                for (int i = 0; i < 8; i++) part[i] += w[j + i], w[j + i] *= scale;
-            for (; j < n; j++) part[j % 8] += w[j], w[j] *= scale;
+                for (int i = 0; i < 8; i++) part[i] += w[j + i];
+            for (; j < n; j++) part[j % 8] += w[j];
+            for (j = 0; j < n; j++) w[j] *= scale;
             sums[row * ADA_BLOCK] =
                 ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
         }
