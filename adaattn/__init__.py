@@ -2,6 +2,7 @@
 
 from . import _adaattn, errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
+from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .rates import calibrate
 from .stats import Report
@@ -13,6 +14,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Error",
+    "KVCache",
     "NumericalError",
     "Report",
     "ShapeError",

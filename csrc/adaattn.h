@@ -18,7 +18,8 @@ typedef enum {
 #undef ADA_DTYPE
     ADA_BOOL, /* attn_mask */
     ADA_I64,  /* kv_lengths, query_offset */
-    ADA_U64   /* seed */
+    ADA_U64,  /* seed */
+    ADA_I8    /* codes of a cache's pages */
 } ada_dtype;
 
 typedef enum {
@@ -36,6 +37,18 @@ typedef struct {
     char message[320];
 } ada_error;
 
+#define ADA_PAGE 64 /* tokens that share a mean and a scale in an int8 cache */
+
+/* How an I8 array (B, G, S, width) is to be read: element = code * scale + mean of its page; the tokens of
+ * sequence b in page open_page[b] lie in open as they came, and those behind it are none. */
+typedef struct {
+    float *scale;   /* [B][G][pages] */
+    uint16_t *mean; /* bfloat16, [B][G][pages][width] */
+    float *open;    /* [B][G][ADA_PAGE][width] */
+    const int64_t *open_page;
+    int64_t pages;
+} ada_pages;
+
 /* data == NULL: not given. Strides are in bytes and may be zero or negative; data is aligned to the dtype. */
 typedef struct {
     void *data;
@@ -43,6 +56,7 @@ typedef struct {
     int ndim;
     int64_t shape[4];
     int64_t stride[4];
+    const ada_pages *pages; /* of an I8 array, else NULL */
 } ada_array;
 
 typedef enum { ADA_NOT_CAUSAL, ADA_LOWER_RIGHT, ADA_UPPER_LEFT } ada_causal;
@@ -66,15 +80,16 @@ typedef struct {
 
 /* One call. The caller fills the first part; ada_problem_init checks it and derives the second. */
 typedef struct {
-    ada_array query, key, value; /* (B, H, T, D), (B, G, S, D), (B, G, S, E) of one floating dtype */
-    ada_array attn_mask;         /* bool or floating, broadcastable to (B, H, T, S) */
-    ada_array alibi_slopes;      /* F64, (H) or (B, H) */
-    ada_array sinks;             /* F64, (H) */
-    ada_array kv_lengths;        /* I64, (B) */
-    ada_array query_offset;      /* I64, () or (B) */
-    ada_array seed;              /* U64, () or (B) */
-    ada_array out;               /* (B, H, T, E), query's dtype; may be attached after ada_problem_init */
-    void *lse; /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
+    ada_array query, key,
+        value;              /* (B, H, T, D), (B, G, S, D), (B, G, S, E), one floating dtype unless stored */
+    ada_array attn_mask;    /* bool or floating, broadcastable to (B, H, T, S) */
+    ada_array alibi_slopes; /* F64, (H) or (B, H) */
+    ada_array sinks;        /* F64, (H) */
+    ada_array kv_lengths;   /* I64, (B) */
+    ada_array query_offset; /* I64, () or (B) */
+    ada_array seed;         /* U64, () or (B) */
+    ada_array out;          /* (B, H, T, E), query's dtype; may be attached after ada_problem_init */
+    void *lse;              /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
     ada_causal causal;
     int64_t window_left, window_right;            /* ADA_UNBOUNDED: no limit on that side */
     bool has_softcap, has_scale, has_num_threads; /* else: no cap, 1/sqrt(D), the default */
@@ -83,6 +98,7 @@ typedef struct {
     double dropout_p;
     ada_choice precision; /* both AUTO or none */
     ada_choice *ran;      /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored; /* key and value come from a cache, each of a dtype of its own */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */

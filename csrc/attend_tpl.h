@@ -12,6 +12,7 @@ typedef struct {
     REAL *rows;        /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
     REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
     REAL *factor;      /* [ADA_LANES] */
+    REAL *queries;     /* [H / G * T][D], scaled, on the way of few queries */
     uint64_t *visible; /* [64], bits of lanes per key */
     uint64_t *keep;    /* [64], the same */
     uint8_t *special;  /* [E][ADA_LANES], used by the careful way only */
@@ -31,6 +32,7 @@ static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     s.rows = ada_carve(c, strip * (width > ADA_BLOCK ? width : ADA_BLOCK));
     s.bias = ada_carve(c, ADA_BLOCK * strip);
     s.factor = ada_carve(c, strip);
+    s.queries = ada_carve(c, p->T <= ADA_ROWS_MAX ? p->H / p->G * p->T * p->D * real : 0);
     s.visible = ada_carve(c, 64 * sizeof(uint64_t));
     s.keep = ada_carve(c, 64 * sizeof(uint64_t));
     s.special = ada_carve(c, p->E * ADA_LANES);
@@ -357,7 +359,7 @@ typedef struct {
     const ada_array *array;
     KIND_FN(ada_row_scores) * scores;
     KIND_FN(ada_row_values) * values;
-    bool in_place;
+    bool in_place, paged;
     int bytes; /* of an element as the kernels read it */
     REAL *copy;
 } KIND(row_reader);
@@ -365,12 +367,15 @@ typedef struct {
 static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_array *a, REAL *copy) {
     bool unit = a->stride[3] == ada_dtype_bytes(a->dtype) || a->shape[3] == 1;
     bool in_place = unit && a->dtype == REAL_DTYPE;
-    KIND(row_reader) reader = {a, k->KIND(row_scores), k->KIND(row_values), in_place, sizeof(REAL), copy};
+    KIND(row_reader)
+    reader = {a, k->KIND(row_scores), k->KIND(row_values), in_place, false, sizeof(REAL), copy};
 #ifdef READS_HALF
     if (unit && a->dtype == ADA_F16)
-        reader = (KIND(row_reader)){a, k->row_scores_f16, k->row_values_f16, true, 2, NULL};
+        reader = (KIND(row_reader)){a, k->row_scores_f16, k->row_values_f16, true, false, 2, NULL};
     if (unit && a->dtype == ADA_BF16)
-        reader = (KIND(row_reader)){a, k->row_scores_bf16, k->row_values_bf16, true, 2, NULL};
+        reader = (KIND(row_reader)){a, k->row_scores_bf16, k->row_values_bf16, true, false, 2, NULL};
+    if (unit && a->dtype == ADA_I8)
+        reader = (KIND(row_reader)){a, k->row_scores_i8, k->row_values_i8, true, true, 1, NULL};
 #endif
     return reader;
 }
@@ -383,13 +388,48 @@ static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * re
     return ada_row_at(a, b, g, j);
 }
 
-/* The weights of one query for one block, from its raw scores in s->tile.p; what the bias hides leaves
- * visible. */
+/* Keys j ... j + nk - 1 of (b, g), of one page where rows are paged, and their rows as the kernels read them.
+ */
+typedef struct {
+    int64_t b, g, j;
+    int nk;
+    const char *k, *v; /* NULL: not read yet */
+    ptrdiff_t ldk, ldv;
+} KIND(turn);
+
+/* Raw scores of some queries against n keys of a turn from `skipped` on. */
+static void KIND(score_rows)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
+                             REAL *scores, const REAL *q, int rows, int skipped, int n, int D) {
+#ifdef READS_HALF
+    if (reader->paged) {
+        const int64_t page = turn->j / ADA_PAGE;
+        const float *open = ada_page_open(reader->array, turn->b, turn->g, page);
+        if (open) {
+            open += (turn->j % ADA_PAGE + skipped) * D;
+            r->k->row_scores_f32(scores, q, rows, open, D, n, D);
+            return;
+        }
+        const float scale = *ada_page_scale(reader->array, turn->b, turn->g, page);
+        float centre[ADA_ROW_GROUP * ADA_BLOCK];
+        const uint16_t *mean = ada_page_mean(reader->array, turn->b, turn->g, page);
+        r->k->row_scores_bf16(centre, q, rows, mean, D, 1, D);
+        reader->scores(scores, q, rows, turn->k + skipped * turn->ldk, turn->ldk, n, D);
+        for (int row = 0; row < rows; row++) {
+            float *x = scores + row * ADA_BLOCK, add = centre[row * ADA_BLOCK];
+            for (int j = 0; j < n; j++) x[j] = x[j] * scale + add;
+        }
+        return;
+    }
+#endif
+    (void)r;
+    reader->scores(scores, q, rows, turn->k + skipped * turn->ldk * reader->bytes, turn->ldk, n, D);
+}
+
+/* The weights of one query for one turn, from its raw scores; what the bias hides leaves visible. */
 static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
-                            uint64_t *visible, KIND(ada_row) * row) {
+                            uint64_t *visible, KIND(ada_row) * row, REAL *scores) {
     const ada_problem *p = r->p;
     uint64_t keep = UINT64_MAX;
-    REAL *scores = s->tile.p;
     const REAL *bias = KIND(bias_rows)(r, s->rows, patch) ? s->rows : NULL;
     for (int j = 0; bias && j < patch->nk; j++)
         if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
@@ -402,63 +442,128 @@ static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada
     return r->k->KIND(row_weights)(row, scores, patch->nk, *visible, bias, keep);
 }
 
-/* Adds the values of the visible keys, run by run: what is hidden is not even read. */
-static void KIND(add_values)(const KIND(row_reader) * reader, REAL *o, const REAL *weights, uint64_t visible,
-                             const char *v, ptrdiff_t ldv, int nk, int E) {
+/* o of some queries += the values of n keys of a turn from `first` on, times their weights, which are spoilt.
+ */
+static void KIND(value_rows)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
+                             REAL *o, ptrdiff_t ldo, REAL *weights, int rows, int first, int n, int E) {
+#ifdef READS_HALF
+    if (reader->paged) {
+        const int64_t page = turn->j / ADA_PAGE;
+        const float *open = ada_page_open(reader->array, turn->b, turn->g, page);
+        if (open) {
+            open += (turn->j % ADA_PAGE + first) * E;
+            r->k->row_values_f32(o, ldo, weights, rows, open, E, n, E);
+            return;
+        }
+        const float scale = *ada_page_scale(reader->array, turn->b, turn->g, page);
+        float sums[ADA_ROW_GROUP * ADA_BLOCK];
+        for (int row = 0; row < rows; row++) {
+            float *w = weights + row * ADA_BLOCK, part[8] = {0};
+            int j = 0;
+            for (; j + 8 <= n; j += 8)
+                for (int i = 0; i < 8; i++) part[i] += w[j + i];
+            for (; j < n; j++) part[j % 8] += w[j];
+            for (j = 0; j < n; j++) w[j] *= scale;
+            sums[row * ADA_BLOCK] =
+                ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+        }
+        const uint16_t *mean = ada_page_mean(reader->array, turn->b, turn->g, page);
+        r->k->row_values_bf16(o, ldo, sums, rows, mean, E, 1, E);
+    }
+#endif
+    (void)r;
+    reader->values(o, ldo, weights, rows, turn->v + first * turn->ldv * reader->bytes, turn->ldv, n, E);
+}
+
+/* Adds the values of the visible keys, bits from `skipped` on, run by run: what is hidden is not even read.
+ */
+static void KIND(add_values)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
+                             REAL *o, ptrdiff_t ldo, REAL *weights, int rows, uint64_t visible, int skipped,
+                             int nk) {
+    const int E = (int)r->p->E;
     for (int first = 0, n; first < nk; first += n) {
         uint64_t rest = visible >> first;
         n = rest & 1 ? (~rest ? __builtin_ctzll(~rest) : 64) : rest ? __builtin_ctzll(rest) : 64;
         if (n > nk - first) n = nk - first;
-        if (rest & 1) reader->values(o, weights + first, v + first * ldv * reader->bytes, ldv, n, E);
+        if (rest & 1) KIND(value_rows)(r, reader, turn, o, ldo, weights + first, rows, skipped + first, n, E);
     }
 }
 
-/* All queries that share key head g against one split of its keys, block by block, so that a block is read
- * from memory once. */
+/* Up to ADA_ROW_GROUP queries that share a key head against the keys of a turn; plain: they see all of it. */
+static void KIND(attend_turn)(const ada_run *r, const KIND(scratch) * s, const KIND(row_reader) * keys,
+                              const KIND(row_reader) * values, KIND(turn) * turn, int64_t first, int rows,
+                              int64_t split, bool plain) {
+    const ada_problem *p = r->p;
+    const ptrdiff_t ldo = r->splits * (p->E + 2);
+    const int64_t h = turn->g * (p->H / p->G);
+    REAL *scores = s->tile.p, *partial = KIND(partial)(r, turn->b, h + first / p->T, first % p->T, split);
+    ada_patch patches[ADA_ROW_GROUP];
+    uint64_t visible[ADA_ROW_GROUP];
+    int skipped[ADA_ROW_GROUP], low = turn->nk, high = 0;
+    bool live[ADA_ROW_GROUP], alike = true;
+    for (int i = 0; i < rows; i++) {
+        patches[i] = (ada_patch){turn->b, h + (first + i) / p->T, (first + i) % p->T, turn->j, 1, turn->nk};
+        visible[i] = UINT64_MAX;
+        live[i] = partial[i * ldo] == partial[i * ldo] &&
+                  (plain || ada_visible_rows(p, &patches[i], &visible[i]) != ADA_HIDDEN);
+        if (!live[i]) continue;
+        skipped[i] = trim_patch(&patches[i], &visible[i]);
+        if (skipped[i] < low) low = skipped[i];
+        if (skipped[i] + patches[i].nk > high) high = skipped[i] + patches[i].nk;
+    }
+    if (high == 0) return;
+    if (!turn->k) {
+        turn->k = KIND(read_rows)(r, keys, turn->b, turn->g, turn->j, turn->nk, &turn->ldk);
+        turn->v = KIND(read_rows)(r, values, turn->b, turn->g, turn->j, turn->nk, &turn->ldv);
+    }
+    KIND(score_rows)
+    (r, keys, turn, scores + low, s->queries + first * p->D, rows, low, high - low, (int)p->D);
+    for (int i = 0; i < rows; i++) {
+        REAL *x = partial + i * ldo;
+        KIND(ada_row) state = {x + 2, x[0], x[1], (int)p->E};
+        if (live[i] &&
+            KIND(weigh_row)(r, s, &patches[i], &visible[i], &state, scores + i * ADA_BLOCK + skipped[i])) {
+            x[0] = state.m, x[1] = state.l;
+        } else {
+            if (live[i]) x[0] = NAN;
+            live[i] = false;
+        }
+        alike &= live[i] && visible[i] == visible[0] && skipped[i] == skipped[0];
+    }
+    for (int i = 0; i < (alike ? 1 : rows); i++)
+        if (live[i]) KIND(add_values)
+    (r, values, turn, partial + 2 + i * ldo, ldo, scores + i * ADA_BLOCK + skipped[i], alike ? rows : 1,
+     visible[i], skipped[i], patches[i].nk);
+}
+
+/* All queries that share key head g against one split of its keys, turn by turn, so that a turn is read from
+ * memory once. */
 static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, int64_t g, int64_t split,
                                ada_job *job, int worker) {
     const ada_problem *p = r->p;
-    const int64_t group = p->H / p->G, rows = group * p->T, first = split * r->split_keys;
-    const int64_t end = first + r->split_keys < p->S ? first + r->split_keys : p->S;
-    const int D = (int)p->D, E = (int)p->E;
+    const int64_t group = p->H / p->G, rows = group * p->T, size = ada_split_keys(p, b);
+    const int64_t first = split * size, last = ada_key_count(p, b),
+                  end = first + size < last ? first + size : last;
+    const int bytes = ada_dtype_bytes(p->key.dtype), step = ADA_TURN * 4 / (bytes < 4 ? bytes : 4);
+    const bool masked = p->attn_mask.data && p->attn_mask.dtype == ADA_BOOL;
     const KIND(row_reader) keys = KIND(row_reader_of)(r->k, &p->key, s->k);
     const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);
     for (int64_t row = 0; row < rows; row++) {
-        REAL *partial = KIND(partial)(r, b, g * group + row / p->T, row % p->T, split);
-        memset(partial, 0, (size_t)(E + 2) * sizeof *partial);
+        const int64_t h = g * group + row / p->T, i = row % p->T;
+        REAL *partial = KIND(partial)(r, b, h, i, split), *q = s->queries + row * p->D;
+        memset(partial, 0, (size_t)(p->E + 2) * sizeof *partial);
         partial[0] = -INFINITY;
+        KIND(ada_load_rows)(r->k, q, p->D, &p->query, b, h, i, 1, (int)p->D);
+        for (int64_t d = 0; d < p->D; d++) q[d] *= (REAL)(p->scale * ADA_LOG2E);
     }
-    int64_t packed = -1; /* the row whose query lies scaled in s->tile.q */
-    for (int64_t j = first; j < end; j += ADA_TURN) {
+    for (int64_t j = first; j < end; j += step) {
         if (j % ADA_BLOCK == 0 && ada_job_cancelled(job, worker)) return;
-        const int nk = (int)(end - j < ADA_TURN ? end - j : ADA_TURN);
-        const char *k = NULL, *v = NULL;
-        ptrdiff_t ldk = 0, ldv = 0;
-        for (int64_t row = 0; row < rows; row++) {
-            ada_patch patch = {b, g * group + row / p->T, row % p->T, j, 1, nk};
-            uint64_t visible = UINT64_MAX;
-            REAL *partial = KIND(partial)(r, b, patch.h, patch.i, split);
-            if (partial[0] != partial[0] || ada_visible_rows(p, &patch, &visible) == ADA_HIDDEN) continue;
-            const int skipped = trim_patch(&patch, &visible);
-            if (!k) {
-                k = KIND(read_rows)(r, &keys, b, g, j, nk, &ldk);
-                v = KIND(read_rows)(r, &values, b, g, j, nk, &ldv);
-            }
-            if (packed != row) {
-                KIND(ada_load_rows)(r->k, s->tile.q, D, &p->query, b, patch.h, patch.i, 1, D);
-                for (int d = 0; d < D; d++) s->tile.q[d] *= (REAL)(p->scale * ADA_LOG2E);
-                packed = row;
-            }
-            KIND(ada_row) state = {partial + 2, partial[0], partial[1], E};
-            keys.scores(s->tile.p, s->tile.q, k + skipped * ldk * keys.bytes, ldk, patch.nk, D);
-            if (KIND(weigh_row)(r, s, &patch, &visible, &state)) {
-                KIND(add_values)
-                (&values, partial + 2, s->tile.p, visible, v + skipped * ldv * values.bytes, ldv, patch.nk,
-                 E);
-                partial[0] = state.m, partial[1] = state.l;
-            } else {
-                partial[0] = NAN;
-            }
+        KIND(turn) turn = {b, g, j, (int)(end - j < step ? end - j : step), NULL, NULL, 0, 0};
+        const ada_patch whole = {b, g * group, 0, j, (int)p->T, turn.nk};
+        const ada_sight sight = masked ? ADA_MIXED : ada_visible_rows(p, &whole, s->visible);
+        for (int64_t row = 0; row < rows && sight != ADA_HIDDEN; row += ADA_ROW_GROUP) {
+            const int n = (int)(rows - row < ADA_ROW_GROUP ? rows - row : ADA_ROW_GROUP);
+            KIND(attend_turn)(r, s, &keys, &values, &turn, row, n, split, sight == ADA_PLAIN);
         }
     }
 }

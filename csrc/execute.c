@@ -290,12 +290,14 @@ static int threads_for(const ada_problem *p, int64_t tasks, double multiply_adds
     return (int)fmin((double)n, useful);
 }
 
-/* How the few queries of a head share its keys out: by the number of keys alone. */
-static void split_keys(ada_run *r) {
-    int64_t keys = (r->p->S + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
-    if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
-    r->split_keys = (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
-    r->splits = (r->p->S + r->split_keys - 1) / r->split_keys;
+/* The most splits that a sequence has. */
+static int64_t count_splits(const ada_problem *p) {
+    int64_t most = 1;
+    for (int64_t b = 0; b < p->B; b++) {
+        const int64_t size = ada_split_keys(p, b), splits = (ada_key_count(p, b) + size - 1) / size;
+        if (splits > most) most = splits;
+    }
+    return most;
 }
 
 /* Tiles on the problem's rungs, then those of the heads that their rung could not hold in fp32. */
@@ -322,7 +324,7 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
     ada_run r = {.p = p, .k = ada_kernels_get(), .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
     const bool on_rungs = ada_store_needed(p, r.k), few = p->T <= ADA_ROWS_MAX && !on_rungs;
-    if (few) split_keys(&r);
+    if (few) r.splits = count_splits(p);
     const int64_t rows = p->B * p->H * p->T, tasks = few ? p->B * p->G * r.splits : p->B * p->H * r.tiles;
     const int threads = threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
 

@@ -29,14 +29,21 @@ typedef struct {
     const ada_kernels *k;
     char *scratch; /* of worker w: from scratch + w * scratch_bytes */
     int64_t scratch_bytes;
-    int64_t tiles;      /* per head */
-    int64_t splits;     /* per head, on the way of few queries */
-    int64_t split_keys; /* a multiple of ADA_BLOCK */
-    void *partials;     /* [B][H][T][splits] of m, l, o[E] */
+    int64_t tiles;  /* per head */
+    int64_t splits; /* per head, on the way of few queries */
+    void *partials; /* [B][H][T][splits] of m, l, o[E] */
     atomic_bool mask_is_bad;
     ada_store store;     /* of the rungs that need one */
     atomic_bool *raised; /* [B][H] heads that their rung could not hold */
 } ada_run;
+
+/* How the few queries of a head share its keys out: by the sequence's length alone; a multiple of ADA_BLOCK.
+ */
+static inline int64_t ada_split_keys(const ada_problem *p, int64_t b) {
+    int64_t keys = (ada_key_count(p, b) + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
+    if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
+    return (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
+}
 
 static inline double ada_head_value(const ada_array *a, int64_t b, int64_t h) {
     return *(const double *)((const char *)a->data + b * a->stride[0] + h * a->stride[1]);

@@ -16,6 +16,7 @@
 #define ADA_LANES 64     /* queries of a tile: 4 zmm of float; bits of a visibility word */
 #define ADA_BLOCK 64     /* keys of a block: K, V, P and Q of one block and tile stay in L2 at D = 128 */
 #define ADA_LANE_STEP 16 /* tiles with fewer queries compute a multiple of this many lanes */
+#define ADA_ROW_GROUP 4  /* single queries that share one pass over the keys */
 #define ADA_KEY_STEP 16  /* scores are computed for a multiple of this many keys */
 
 /* The reference that weights are relative to is raised only when a score exceeds it by this many octaves:
@@ -39,16 +40,21 @@
 #undef KIND
 #undef KIND_FN
 
-/* s[j] = q . k[j] for one query, j < n <= ADA_BLOCK; k of the named dtype, ldk its row stride in elements.
+/* s[r * ADA_BLOCK + j] = q[r] . k[j] for r < rows <= ADA_ROW_GROUP queries [rows][D], j < n <= ADA_BLOCK; k
+ * of the named dtype, ldk its row stride in elements. A query's bits depend on it and the key alone.
  * Prefetches beyond the rows. */
-typedef void ada_row_scores_f32_fn(float *s, const float *q, const void *k, ptrdiff_t ldk, int n, int D);
-typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn;
-typedef void ada_row_scores_f64_fn(double *s, const double *q, const void *k, ptrdiff_t ldk, int n, int D);
+typedef void ada_row_scores_f32_fn(float *s, const float *q, int rows, const void *k, ptrdiff_t ldk, int n,
+                                   int D);
+typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn, ada_row_scores_i8_fn;
+typedef void ada_row_scores_f64_fn(double *s, const double *q, int rows, const void *k, ptrdiff_t ldk, int n,
+                                   int D);
 
-/* o[e] += sum of p[j] v[j][e] over j < n, for one query. */
-typedef void ada_row_values_f32_fn(float *o, const float *p, const void *v, ptrdiff_t ldv, int n, int E);
-typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn;
-typedef void ada_row_values_f64_fn(double *o, const double *p, const void *v, ptrdiff_t ldv, int n, int E);
+/* o[r * ldo + e] += sum of p[r * ADA_BLOCK + j] v[j][e] over j < n, for r < rows; likewise. */
+typedef void ada_row_values_f32_fn(float *o, ptrdiff_t ldo, const float *p, int rows, const void *v,
+                                   ptrdiff_t ldv, int n, int E);
+typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn, ada_row_values_i8_fn;
+typedef void ada_row_values_f64_fn(double *o, ptrdiff_t ldo, const double *p, int rows, const void *v,
+                                   ptrdiff_t ldv, int n, int E);
 
 /* Conversions of n contiguous elements; to half formats by rounding to nearest even. No alignment. */
 typedef void ada_load_f16_fn(float *to, const uint16_t *from, int64_t n);
@@ -68,12 +74,13 @@ typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t 
     SLOT(softcap_f32)                                                                                        \
     SLOT(reference_f32)                                                                                      \
     SLOT(weights_f32)                                                                                        \
-    SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32) SLOT(pack_f64)          \
-        SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64)    \
-            SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(row_scores_f32)                     \
-                SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64) SLOT(row_values_f32)         \
-                    SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64) SLOT(load_f16)           \
-                        SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)                       \
+    SLOT(scores_weights_f32)                                                                                 \
+    SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32) SLOT(pack_f64) SLOT(scores_f64)                  \
+        SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64) SLOT(values_f64)    \
+            SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(row_scores_f32) SLOT(row_scores_f16)                 \
+                SLOT(row_scores_bf16) SLOT(row_scores_i8) SLOT(row_scores_f64) SLOT(row_values_f32)          \
+                    SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_i8) SLOT(row_values_f64)      \
+                        SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)        \
                             ADA_NARROW_SLOTS(SLOT)
 
 typedef struct {

@@ -400,7 +400,7 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         float shift = 0, norm2 = 0;
         const float largest = s->k->reach(q, ld, 1, D, NULL, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
         if (!fits(largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
-        if (centred(s)) s->k->row_scores_f32(&shift, q, head->mean, D, 1, D);
+        if (centred(s)) s->k->row_scores_f32(&shift, q, 1, head->mean, D, 1, D);
         t->offset[i] = shift * factor;
         factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;

@@ -28,7 +28,7 @@ static const struct {
 #define ADA_DTYPE(NAME, name, bytes) {#name, bytes},
 #include "dtypes.def"
 #undef ADA_DTYPE
-    {"bool", 1}, {"int64", 8}, {"uint64", 8}};
+    {"bool", 1}, {"int64", 8}, {"uint64", 8}, {"int8", 1}};
 
 const char *ada_dtype_name(ada_dtype dtype) { return dtypes[dtype].name; }
 int ada_dtype_bytes(ada_dtype dtype) { return dtypes[dtype].bytes; }
@@ -60,7 +60,7 @@ static shape_text shape_of(const ada_array *a) {
 }
 
 static ada_status check_qkv(const ada_array *a, const char *name, const char *letters, ada_error *error) {
-    if (!is_floating(a->dtype))
+    if (!is_floating(a->dtype) && !a->pages)
         return ada_fail(error, ADA_ERR_DTYPE, "%s: expected float32, float64, float16 or bfloat16, got %s",
                         name, ada_dtype_name(a->dtype));
     if (a->ndim != 4)
@@ -81,7 +81,7 @@ static ada_status check_inputs(ada_problem *p, ada_error *error) {
     if (check_qkv(q, "query", "(B, H, T, D)", error) || check_qkv(k, "key", "(B, G, S, D)", error) ||
         check_qkv(v, "value", "(B, G, S, E)", error))
         return error->status;
-    if (k->dtype != q->dtype || v->dtype != q->dtype)
+    if (!p->stored && (k->dtype != q->dtype || v->dtype != q->dtype))
         return ada_fail(error, ADA_ERR_DTYPE, "%s: expected query's dtype %s, got %s",
                         k->dtype != q->dtype ? "key" : "value", ada_dtype_name(q->dtype),
                         ada_dtype_name(k->dtype != q->dtype ? k->dtype : v->dtype));

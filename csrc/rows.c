@@ -77,14 +77,42 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
+/* A row of an I8 array, exact in double. */
+static double code_value(const ada_array *a, int64_t b, int64_t h, int64_t i, int c, float scale,
+                         const uint16_t *mean) {
+    const int8_t code = ((const int8_t *)ada_row_at(a, b, h, i))[c];
+    const uint32_t bits = (uint32_t)mean[c] << 16;
+    float centre;
+    memcpy(&centre, &bits, sizeof centre);
+    return (double)code * scale + centre;
+}
+
+#define LOAD_PAGED_ROWS(REAL)                                                                                \
+    for (int r = 0; r < n; r++) {                                                                            \
+        const int64_t page = (i + r) / ADA_PAGE;                                                             \
+        const float *open = ada_page_open(from, b, h, page), scale = *ada_page_scale(from, b, h, page);      \
+        const uint16_t *mean = ada_page_mean(from, b, h, page);                                              \
+        for (int c = 0; c < width; c++)                                                                      \
+            to[r * ld + c] = open ? (REAL)open[(i + r) % ADA_PAGE * width + c]                               \
+                                  : (REAL)code_value(from, b, h, i + r, c, scale, mean);                     \
+    }
+
 void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
+    if (from->pages) {
+        LOAD_PAGED_ROWS(float)
+        return;
+    }
     FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
                         from->stride[3], left))
 }
 
 void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
+    if (from->pages) {
+        LOAD_PAGED_ROWS(double)
+        return;
+    }
     FOR_CHUNKS(load_f64(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
                         from->stride[3], left))
 }

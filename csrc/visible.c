@@ -3,6 +3,11 @@
 
 #include "visible.h"
 
+int64_t ada_key_count(const ada_problem *p, int64_t b) {
+    const ada_array *lengths = &p->kv_lengths;
+    return lengths->data ? *(const int64_t *)((const char *)lengths->data + b * lengths->stride[0]) : p->S;
+}
+
 int64_t ada_position(const ada_problem *p, int64_t b, int64_t i) {
     const ada_array *offset = &p->query_offset;
     if (offset->data) return *(const int64_t *)((const char *)offset->data + b * offset->stride[0]) + i;
@@ -12,9 +17,7 @@ int64_t ada_position(const ada_problem *p, int64_t b, int64_t i) {
 static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i) {
-    ada_span span = {0, p->S};
-    if (p->kv_lengths.data)
-        span.end = *(const int64_t *)((const char *)p->kv_lengths.data + b * p->kv_lengths.stride[0]);
+    ada_span span = {0, ada_key_count(p, b)};
     int64_t position = ada_position(p, b, i);
     int64_t right = p->causal ? 0 : p->window_right;
     if (right != ADA_UNBOUNDED) span.end = clamp(position + right + 1, 0, span.end);

@@ -17,6 +17,9 @@ typedef struct {
     int n, nk;
 } ada_patch;
 
+/* Keys of sequence b. */
+int64_t ada_key_count(const ada_problem *p, int64_t b);
+
 /* Position of query i of sequence b on the axis of the keys. */
 int64_t ada_position(const ada_problem *p, int64_t b, int64_t i);
 

@@ -101,7 +101,13 @@ INLINE void v_transpose(vec r[8]) {
     }
 }
 
-/* Half formats to float, for kernels that read them in place. */
+/* sums[i]: the sum of the lanes of r[i], the same whatever the others are. */
+INLINE void v_sum4(float sums[4], const vec r[4]) {
+    vec x = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+
+/* Half formats and int8 to float, for kernels that read them in place. */
 INLINE vec v_from_bf16(__m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
@@ -114,6 +120,15 @@ INLINE void v_to_f16(uint16_t *p, vec a) {
 }
 INLINE vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec v_load_bf16_n(const uint16_t *p, int n) { return v_from_bf16(half_first(p, n)); }
+
+INLINE vec v_load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE vec v_load_i8_n(const int8_t *p, int n) {
+    int8_t copy[8] = {0};
+    memcpy(copy, p, (size_t)n);
+    return v_load_i8(copy);
+}
 
 #else
 
@@ -184,6 +199,11 @@ INLINE void v_transpose(vec r[4]) {
     r[1] = _mm256_permute2f128_pd(b, d, 0x20);
     r[2] = _mm256_permute2f128_pd(a, c, 0x31);
     r[3] = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+INLINE void v_sum4(double sums[4], const vec r[4]) {
+    vec low = _mm256_hadd_pd(r[0], r[1]), high = _mm256_hadd_pd(r[2], r[3]);
+    v_storeu(sums, v_add(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31)));
 }
 
 INLINE vec v_load_f64(const double *p) { return v_loadu(p); }

@@ -110,7 +110,17 @@ INLINE void v_transpose(vec r[16]) {
     }
 }
 
-/* Half formats to float, for kernels that read them in place. */
+/* sums[i]: the sum of the lanes of r[i], the same whatever the others are. */
+INLINE void v_sum4(float sums[4], const vec r[4]) {
+    vec low = v_add(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+    vec high = v_add(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+    __m512d a = _mm512_castps_pd(low), b = _mm512_castps_pd(high);
+    vec x = v_add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+
+/* Half formats and int8 to float, for kernels that read them in place. */
 INLINE vec v_load_f32(const float *p) { return v_loadu(p); }
 INLINE vec v_load_f32_n(const float *p, int n) { return v_load_n(p, n); }
 INLINE vec v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -126,6 +136,13 @@ INLINE void v_to_f16(uint16_t *p, vec a) {
 INLINE vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vec v_load_bf16_n(const uint16_t *p, int n) {
     return v_from_bf16(_mm256_maskz_loadu_epi16(m_first(n), p));
+}
+
+INLINE vec v_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE vec v_load_i8_n(const int8_t *p, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m_first(n), p)));
 }
 
 #else
@@ -186,6 +203,15 @@ INLINE void v_transpose(vec r[8]) {
 
 #    define EXP2_ZERO (-1080.0)
 #    include "exp2.h"
+
+INLINE void v_sum4(double sums[4], const vec r[4]) {
+    vec x = v_add(_mm512_unpacklo_pd(r[0], r[1]), _mm512_unpackhi_pd(r[0], r[1]));
+    vec y = v_add(_mm512_unpacklo_pd(r[2], r[3]), _mm512_unpackhi_pd(r[2], r[3]));
+    __m256d low = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
+    __m256d high = _mm256_add_pd(_mm512_castpd512_pd256(y), _mm512_extractf64x4_pd(y, 1));
+    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20),
+                                         _mm256_permute2f128_pd(low, high, 0x31)));
+}
 
 INLINE vec v_load_f64(const double *p) { return v_loadu(p); }
 INLINE vec v_load_f64_n(const double *p, int n) { return v_load_n(p, n); }

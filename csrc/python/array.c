@@ -328,6 +328,55 @@ int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const c
     return 0;
 }
 
+bool ada_is_stored(PyObject *object) {
+    return PyTuple_Check(object) && strcmp(Py_TYPE(object)->tp_name, "Stored") == 0;
+}
+
+int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view) {
+    static const struct {
+        const char *name;
+        ada_dtype dtype;
+        int type;
+    } kinds[] = {{"fp32", ADA_F32, NPY_FLOAT},
+                 {"fp16", ADA_F16, NPY_HALF},
+                 {"bf16", ADA_BF16, NPY_UINT16},
+                 {"int8", ADA_I8, NPY_INT8}};
+    const int types[4] = {NPY_FLOAT, NPY_UINT16, NPY_FLOAT, NPY_INT64};
+    const char *name;
+    PyObject *data, *parts[4];
+    ada_array *a = &view->array;
+    if (!PyArg_ParseTuple(object, "sO!OOOO", &name, &PyArray_Type, &data, &parts[0], &parts[1], &parts[2],
+                          &parts[3]))
+        return -1;
+    PyArrayObject *array = (PyArrayObject *)data;
+    size_t kind = 0;
+    while (kind < 4 && strcmp(kinds[kind].name, name) != 0) kind++;
+    bool good = kind < 4 && PyArray_NDIM(array) == 4 && PyArray_TYPE(array) == kinds[kind].type;
+    const bool paged = good && kinds[kind].dtype == ADA_I8;
+    for (int i = 0; paged && i < 4; i++)
+        good &= PyArray_Check(parts[i]) && PyArray_TYPE((PyArrayObject *)parts[i]) == types[i] &&
+                PyArray_IS_C_CONTIGUOUS((PyArrayObject *)parts[i]);
+    if (!good) {
+        PyErr_SetString(PyExc_TypeError, "Stored: expected what adaattn.cache makes");
+        return -1;
+    }
+    if (paged) {
+        void *at[4];
+        for (int i = 0; i < 4; i++) at[i] = PyArray_DATA((PyArrayObject *)parts[i]);
+        *pages = (ada_pages){at[0], at[1], at[2], at[3], PyArray_DIM((PyArrayObject *)parts[0], 2)};
+        a->pages = pages;
+    }
+    view->owner = Py_NewRef(object);
+    a->data = PyArray_DATA(array);
+    a->dtype = kinds[kind].dtype;
+    a->ndim = 4;
+    for (int i = 0; i < 4; i++) {
+        a->shape[i] = PyArray_DIM(array, i);
+        a->stride[i] = PyArray_STRIDE(array, i);
+    }
+    return 0;
+}
+
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like) {
     npy_intp dims[4];
     for (int i = 0; i < ndim; i++) dims[i] = (npy_intp)shape[i];

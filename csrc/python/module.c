@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../cache.h"
 #include "../cpu.h"
 #include "../kernels.h"
 #include "../parallel.h"
@@ -234,6 +235,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_problem p = {0};
     ada_error error;
     ada_view views[N_VIEWS] = {0};
+    ada_pages pages[2];
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
         PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
@@ -251,7 +253,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                   {MASK, "attn_mask", &p.attn_mask}};
     for (int i = 0; i < 4; i++, view++) {
         if (i == 3 && args[MASK] == Py_None) continue;
-        if (ada_view_of(state, args[arrays[i].arg], arrays[i].name, false, view)) goto done;
+        PyObject *array = args[arrays[i].arg];
+        const bool stored = (i == 1 || i == 2) && ada_is_stored(array);
+        if (stored ? ada_view_of_stored(array, &pages[i - 1], view)
+                   : ada_view_of(state, array, arrays[i].name, false, view))
+            goto done;
+        p.stored |= stored;
         *arrays[i].array = view->array;
     }
     const struct {
@@ -364,6 +371,102 @@ done:
     return result;
 }
 
+/* ---- cache ---- */
+
+/* key and value of a cache and what is to be appended to them, in this order. */
+static int views_of_tokens(const ada_module_state *state, PyObject *const *args, ada_pages pages[2],
+                           ada_view views[4]) {
+    static const char *const names[] = {"key", "value"};
+    for (int i = 0; i < 2; i++)
+        if (ada_view_of_stored(args[i], &pages[i], &views[i]) ||
+            ada_view_of(state, args[i + 2], names[i], false, &views[i + 2]))
+            return -1;
+    for (int i = 0; i < 2; i++) {
+        const ada_array *store = &views[i].array, *tokens = &views[i + 2].array;
+        if (tokens->dtype == ADA_BOOL) {
+            PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16, got bool",
+                         names[i]);
+            return -1;
+        }
+        const int64_t count = i ? views[2].array.shape[2] : tokens->ndim == 4 ? tokens->shape[2] : 0;
+        if (tokens->ndim == 4 && tokens->shape[0] == store->shape[0] && tokens->shape[1] == store->shape[1] &&
+            tokens->shape[3] == store->shape[3] && count > 0 && tokens->shape[2] == count)
+            continue;
+        char got[96] = "(";
+        for (int d = 0; d < tokens->ndim; d++)
+            snprintf(got + strlen(got), sizeof got - strlen(got), d ? ", %lld" : "%lld",
+                     (long long)tokens->shape[d]);
+        char wanted[32] = "N";
+        if (i) snprintf(wanted, sizeof wanted, "%lld", (long long)count);
+        PyErr_Format(state->shape_error, "%s: expected shape (%lld, %lld, %s, %lld), got %s)", names[i],
+                     (long long)store->shape[0], (long long)store->shape[1], wanted,
+                     (long long)store->shape[3], got);
+        return -1;
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(cache_count_doc, "_cache_count($module, cache_key, cache_value, key, value, /)\n--\n\n"
+                              "Tokens in key and value, which fit the cache.");
+
+static PyObject *cache_count(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    ada_pages pages[2];
+    ada_view views[4] = {0};
+    if (nargs != 4)
+        return PyErr_Format(PyExc_TypeError, "_cache_count: expected 4 arguments, got %zd", nargs);
+    PyObject *count = views_of_tokens(state_of(module), args, pages, views)
+                          ? NULL
+                          : PyLong_FromLongLong(views[2].array.shape[2]);
+    for (int i = 0; i < 4; i++) ada_view_release(&views[i]);
+    return count;
+}
+
+PyDoc_STRVAR(
+    cache_append_doc,
+    "_cache_append($module, cache_key, cache_value, key, value, lengths, counts, /)\n--\n\n"
+    "Stores the first counts[b] tokens behind the first lengths[b] ones, all or none; there is room.");
+
+static PyObject *cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    const ada_module_state *state = state_of(module);
+    PyObject *result = NULL;
+    ada_pages pages[2];
+    ada_view views[6] = {0};
+    ada_error error;
+    if (nargs != 6)
+        return PyErr_Format(PyExc_TypeError, "_cache_append: expected 6 arguments, got %zd", nargs);
+    if (views_of_tokens(state, args, pages, views) ||
+        ada_view_of_numbers(state, args[4], "lengths", ADA_I64, &views[4]) ||
+        ada_view_of_numbers(state, args[5], "lengths", ADA_I64, &views[5]))
+        goto done;
+    const int64_t *lengths = views[4].array.data, *counts = views[5].array.data;
+    if (ada_cache_check(&views[0].array, &views[2].array, "key", counts, &error) ||
+        ada_cache_check(&views[1].array, &views[3].array, "value", counts, &error)) {
+        ada_raise(state, &error);
+        goto done;
+    }
+    for (int i = 0; i < 2; i++) ada_cache_append(&views[i].array, &views[i + 2].array, lengths, counts);
+    result = Py_NewRef(Py_None);
+done:
+    for (int i = 0; i < 6; i++) ada_view_release(&views[i]);
+    return result;
+}
+
+PyDoc_STRVAR(cache_reopen_doc, "_cache_reopen($module, stored, sequence, page, /)\n--\n\n"
+                               "Makes a closed page the open one, with what its codes are worth.");
+
+static PyObject *cache_reopen(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *stored;
+    long long b, page;
+    ada_pages pages;
+    ada_view view = {0};
+    if (!PyArg_ParseTuple(args, "OLL", &stored, &b, &page) || ada_view_of_stored(stored, &pages, &view))
+        return NULL;
+    ada_cache_reopen(&view.array, b, page);
+    ada_view_release(&view);
+    Py_RETURN_NONE;
+}
+
 /* ---- the machine ---- */
 
 static PyObject *isa_list(uint32_t mask) {
@@ -441,6 +544,9 @@ static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
+    {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
+    {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
+    {"_cache_reopen", cache_reopen, METH_VARARGS, cache_reopen_doc},
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},

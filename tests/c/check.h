@@ -158,7 +158,7 @@ static wide from_half(uint16_t bits, ada_dtype dtype) {
 }
 
 static int dtype_bytes(ada_dtype dtype) {
-    return dtype == ADA_F32 ? 4 : dtype == ADA_F64 || dtype == ADA_U64 ? 8 : 2;
+    return dtype == ADA_I8 ? 1 : dtype == ADA_F32 ? 4 : dtype == ADA_F64 || dtype == ADA_U64 ? 8 : 2;
 }
 
 static uint64_t bits_at(const buffer *b, int64_t i) {
@@ -183,6 +183,8 @@ static wide value_at(const buffer *b, int64_t i) {
         return d;
     case ADA_U64:
         return bits;
+    case ADA_I8:
+        return (int8_t)bits;
     default:
         return from_half((uint16_t)bits, b->dtype);
     }
@@ -250,7 +252,9 @@ static void set_special(check *c, buffer *b, int64_t i) {
 
 /* A random number in the style of the case. */
 static void put(check *c, buffer *b, int64_t i) {
-    if (c->style == SPECIALS && chance(c, exp2(c->low)))
+    if (b->dtype == ADA_I8)
+        set_bits(b, i, random_bits(c));
+    else if (c->style == SPECIALS && chance(c, exp2(c->low)))
         set_special(c, b, i);
     else if (c->style == SCALES)
         set(b, i, (chance(c, 0.5) ? 1 : -1) * exp2(uniform(c, c->low, c->high)));

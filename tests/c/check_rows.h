@@ -73,32 +73,45 @@ static matrix new_head(check *c, const char *name, int n, int width, int *blocks
     return new_rows(c, name, c->element, n * *blocks, width, true);
 }
 
+/* [rows][columns], `used` of each. */
+static buffer *new_block(check *c, const char *name, int rows, int columns, int used) {
+    buffer *b = new_buffer(c, name, c->real, (int64_t)rows * columns, columns, (size_t)dtype_bytes(c->real));
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < used; i++) put(c, b, r * columns + i);
+    return b;
+}
+
 static void make_row_scores(check *c) {
-    int n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), D = pick_size(c, "D"), blocks;
-    buffer *q = new_vector(c, "q", c->real, D),
-           *s = new_buffer(c, "s", c->real, n, n, (size_t)dtype_bytes(c->real));
+    int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), blocks;
+    int D = pick_size(c, "D");
+    buffer *q = new_block(c, "q", rows, D, D), *s = new_block(c, "s", rows, ADA_BLOCK, 0);
     matrix k = new_head(c, "k", n, D, &blocks);
-    for (int j = 0; j < n && !c->bench; j++) {
-        total t = {0};
-        for (int d = 0; d < D; d++) add_product(&t, values(q)[d], values(k.b)[k.at + j * k.ld + d]);
-        expect_total(c, s, j, &t);
-    }
-    RUN(c, CALL(c, row_scores, data(s), data(q), (char *)k.first + c->turn % blocks * n * D * k.b->bytes,
-                k.ld, n, D));
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < n && !c->bench; j++) {
+            total t = {0};
+            for (int d = 0; d < D; d++)
+                add_product(&t, values(q)[r * D + d], values(k.b)[k.at + j * k.ld + d]);
+            expect_total(c, s, r * ADA_BLOCK + j, &t);
+        }
+    RUN(c, CALL(c, row_scores, data(s), data(q), rows,
+                (char *)k.first + c->turn % blocks * n * D * k.b->bytes, k.ld, n, D));
 }
 
 static void make_row_values(check *c) {
-    int n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), E = pick_size(c, "E"), blocks;
-    buffer *p = new_vector(c, "p", c->real, n), *o = new_vector(c, "o", c->real, E);
+    int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), n = pick(c, "n", 1, ADA_BLOCK, ADA_BLOCK), blocks;
+    int E = pick_size(c, "E"), ldo = E + pick(c, "gap", 0, 9, 0);
+    buffer *p = new_block(c, "p", rows, ADA_BLOCK, n), *o = new_block(c, "o", rows, ldo, E);
     matrix v = new_head(c, "v", n, E, &blocks);
-    for (int e = 0; e < E && !c->bench; e++) {
-        total t = {0};
-        add_product(&t, 1, values(o)[e]);
-        for (int j = 0; j < n; j++) add_product(&t, values(p)[j], values(v.b)[v.at + j * v.ld + e]);
-        expect_total(c, o, e, &t);
-    }
-    RUN(c, CALL(c, row_values, data(o), data(p), (char *)v.first + c->turn % blocks * n * E * v.b->bytes,
-                v.ld, n, E));
+    for (int r = 0; r < rows; r++)
+        for (int e = 0; e < E && !c->bench; e++) {
+            total t = {0};
+            add_product(&t, 1, values(o)[r * ldo + e]);
+            for (int j = 0; j < n; j++)
+                add_product(&t, values(p)[r * ADA_BLOCK + j], values(v.b)[v.at + j * v.ld + e]);
+            expect_total(c, o, r * ldo + e, &t);
+        }
+    RUN(c, CALL(c, row_values, data(o), ldo, data(p), rows,
+                (char *)v.first + c->turn % blocks * n * E * v.b->bytes, v.ld, n, E));
 }
 
 /* ---- conversions and dropout ---- */

@@ -1,0 +1,323 @@
+"""The KV cache: keys and values kept in a narrow dtype between the steps of generation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _adaattn
+from .api import attention
+from .errors import ArgumentError, DTypeError, ShapeError
+
+_Array = NDArray[Any]
+
+PAGE = 64  # tokens that share a mean and a scale, and by which a cache's capacity grows
+
+# The dtype that each name is kept in, and the relative error of attention that storing in it is predicted to
+# cost at most (standard normal keys and values); "auto" takes the last one that the tolerance allows.
+STORED: Mapping[str, tuple[Any, float]] = MappingProxyType(
+    {
+        "fp32": (np.float32, 0.0),
+        "fp16": (np.float16, 1e-3),
+        "bf16": (np.uint16, 8e-3),
+        "int8": (np.int8, 3e-2),
+    }
+)
+
+
+class Stored(tuple[Any, ...]):
+    """Keys or values as the engine reads them: dtype name, (B, G, capacity, width) array and, for int8,
+    scales, means, open pages and the latter's numbers."""
+
+    __slots__ = ()
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for generation.
+
+    Parameters
+    ----------
+    batch, kv_heads, head_size : int
+        B, G and D of the keys.
+    value_size : int, optional
+        E of the values; default `head_size`.
+    capacity : int
+        Tokens per sequence that there is room for at first; it grows by doubling, in pages of 64.
+    dtype : "fp32", "fp16", "bf16", "int8" or "auto"
+        What tokens are kept in. "auto" goes by the tolerance: int8 from 3e-2, bf16 from 8e-3, fp16 from 1e-3
+        on, else fp32. These are predictions for well-behaved data, not measurements.
+    tolerance : float, optional
+        Relative error that storing may cost. A dtype that is predicted to cost more is refused.
+
+    Raises
+    ------
+    ArgumentError, DTypeError
+        Naming the argument, what was expected and what came.
+
+    Notes
+    -----
+    int8 keeps pages of 64 tokens, each coordinate counted from its mean over the page (in bfloat16), with one
+    scale per page and head, rounded to nearest. The page that is not full yet stays in float32: its tokens
+    cost no accuracy until it is full. A page that `truncate` opens again keeps the error that storing it has
+    cost.
+
+    Numbers that the dtype cannot hold are refused when they are appended. NaN and infinities are kept, but
+    refused by int8, where they would spoil the other tokens of their page.
+
+    Examples
+    --------
+    >>> import numpy as np, adaattn
+    >>> cache = adaattn.KVCache(1, 2, 64, dtype="bf16")
+    >>> key, value = np.random.default_rng(0).standard_normal((2, 1, 2, 10, 64), dtype=np.float32)
+    >>> cache.append(key, value)
+    >>> query = np.ones((1, 8, 1, 64), np.float32)
+    >>> cache.attention(query).shape
+    (1, 8, 1, 64)
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_size: int,
+        value_size: int | None = None,
+        *,
+        capacity: int = PAGE,
+        dtype: str = "fp32",
+        tolerance: float | None = None,
+    ) -> None:
+        self._batch = _size("batch", batch)
+        self._heads = _size("kv_heads", kv_heads)
+        self._widths = [_size("head_size", head_size)]
+        self._widths.append(self._widths[0] if value_size is None else _size("value_size", value_size))
+        self._capacity = -(-_size("capacity", capacity) // PAGE) * PAGE
+        self._dtype, self._tolerance = _choose(dtype, tolerance)
+        self._lengths = np.zeros(self._batch, np.int64)
+        self._key, self._value = (self._allocate(width, self._capacity) for width in self._widths)
+
+    def append(self, key: Any, value: Any, lengths: ArrayLike | None = None) -> None:
+        """Add tokens behind those of each sequence: all of them, or none where an error is raised.
+
+        Parameters
+        ----------
+        key, value : arrays of shape (B, G, N, D) and (B, G, N, E)
+            float32, float16, bfloat16 or float64; NumPy arrays or anything on the CPU that speaks DLPack.
+        lengths : (B,) ints, optional
+            How many of the N tokens count for each sequence (the first ones); default all.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError, DeviceError
+            Naming the argument, what was expected and what came.
+        """
+        n = _adaattn._cache_count(self._key, self._value, key, value)
+        counts = self._per_sequence(n if lengths is None else lengths, np.full(self._batch, n))
+        needed = int((self._lengths + counts).max())
+        capacity = self._capacity
+        while capacity < needed:
+            capacity *= 2
+        if capacity > self._capacity:
+            self._grow(capacity)
+        _adaattn._cache_append(self._key, self._value, key, value, self._lengths, counts)
+        self._set_lengths(self._lengths + counts)
+
+    def attention(self, query: Any, **options: Any) -> Any:
+        """Attention of the last T tokens of each sequence over all of its tokens; see `adaattn.attention`.
+
+        Parameters
+        ----------
+        query : array of shape (B, H, T, D)
+            float32, float16, bfloat16 or float64, whatever the cache is kept in; H is a multiple of G. Query
+            i stands at position ``lengths - T + i``; one before the first token sees no key.
+        **options
+            Those of `adaattn.attention` but ``kv_lengths`` and ``query_offset``. ``causal`` is True unless
+            given; masks are as wide as the longest sequence (at least 1).
+
+        Returns
+        -------
+        As from `adaattn.attention`: the output is of query's dtype and kind of array.
+        """
+        for name in ("key", "value", "kv_lengths", "query_offset"):
+            if name in options:
+                raise ArgumentError(
+                    f"{name}: expected none since the cache sets it, got {type(options[name]).__name__}"
+                )
+        if options.get("causal") == "upper_left":
+            raise ArgumentError(
+                "causal: expected a bool or 'lower_right' since the cache sets the offset, got 'upper_left'"
+            )
+        shape = tuple(getattr(query, "shape", ()))
+        fits = len(shape) == 4 and (shape[0], shape[1] % self._heads, shape[3]) == (
+            self._batch,
+            0,
+            self._widths[0],
+        )
+        if len(shape) > 0 and not (fits and min(shape) > 0):
+            sizes = f"({self._batch}, a multiple of {self._heads}, T, {self._widths[0]})"
+            raise ShapeError(f"query: expected shape {sizes}, got {shape}")
+        S = max(1, int(self._lengths.max()))
+        key, value = (Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value))
+        return attention(
+            query,
+            key,
+            value,
+            **{"causal": True} | options,
+            kv_lengths=self._lengths,
+            query_offset=self._lengths - (shape[2] if shape else 0),
+        )
+
+    def truncate(self, lengths: ArrayLike) -> None:
+        """Forget the tokens behind the first `lengths` of each sequence: an int, or (B,) ints, not above
+        `lengths` now. int8: see the class's notes.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            Naming the argument, what was expected and what came.
+        """
+        kept = self._per_sequence(lengths, self._lengths)
+        if self._dtype == "int8":
+            for b in np.flatnonzero((kept // PAGE < self._lengths // PAGE) & (kept % PAGE > 0)):
+                for side in (self._key, self._value):
+                    _adaattn._cache_reopen(side, int(b), int(kept[b]) // PAGE)
+        self._set_lengths(kept)
+
+    def reorder(self, indices: ArrayLike) -> None:
+        """Replace sequence b by a copy of what was sequence ``indices[b]``, as beam search does.
+
+        Parameters
+        ----------
+        indices : ints from 0 to B - 1, at least one
+            The batch becomes as large as there are indices.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            Naming the argument, what was expected and what came.
+        """
+        chosen = _integers("indices", indices)
+        if chosen.ndim != 1 or chosen.size == 0:
+            raise ShapeError(f"indices: expected one dimension of at least 1, got shape {chosen.shape}")
+        if chosen.min() < 0 or chosen.max() >= self._batch:
+            raise ArgumentError(f"indices: expected ints from 0 to {self._batch - 1}, got {chosen.tolist()}")
+        sides = [
+            Stored((side[0], *(None if x is None else x[chosen] for x in side[1:])))
+            for side in (self._key, self._value)
+        ]
+        self._key, self._value = sides
+        self._batch, self._lengths = len(chosen), self._lengths[chosen]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence: (B,) int64, a copy."""
+        return self._lengths.copy()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per sequence that there is room for now."""
+        return self._capacity
+
+    @property
+    def dtype(self) -> str:
+        """Name of what tokens are kept in; never "auto"."""
+        return self._dtype
+
+    @property
+    def tolerance(self) -> float | None:
+        """Relative error that storing may cost."""
+        return self._tolerance
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys and values take, unused capacity among them."""
+        return sum(x.nbytes for side in (self._key, self._value) for x in side[1:] if x is not None)
+
+    def __repr__(self) -> str:
+        sizes = f"{self._batch}, {self._heads}, {self._widths[0]}, {self._widths[1]}"
+        return f"KVCache({sizes}, capacity={self._capacity}, dtype={self._dtype!r})"
+
+    def _allocate(self, width: int, capacity: int) -> Stored:
+        head = self._batch, self._heads
+        data = np.zeros((*head, capacity, width), STORED[self._dtype][0])
+        if self._dtype != "int8":
+            return Stored((self._dtype, data, None, None, None, None))
+        pages = capacity // PAGE
+        scale, mean = np.zeros((*head, pages), np.float32), np.zeros((*head, pages, width), np.uint16)
+        open_page = self._lengths // PAGE
+        return Stored(("int8", data, scale, mean, np.zeros((*head, PAGE, width), np.float32), open_page))
+
+    def _grow(self, capacity: int) -> None:
+        sides = []
+        for old, width in zip((self._key, self._value), self._widths, strict=True):
+            new = self._allocate(width, capacity)
+            for i in range(1, 5):
+                if old[i] is not None:
+                    new[i][:, :, : old[i].shape[2]] = old[i]
+            sides.append(new)
+        self._key, self._value = sides
+        self._capacity = capacity
+
+    def _set_lengths(self, lengths: NDArray[np.int64]) -> None:
+        self._lengths = lengths
+        if self._dtype == "int8":
+            for side in (self._key, self._value):
+                side[5][:] = lengths // PAGE
+
+    def _per_sequence(self, lengths: ArrayLike, most: NDArray[np.int64]) -> NDArray[np.int64]:
+        x = _integers("lengths", lengths)
+        if x.ndim > 0 and x.shape != (self._batch,):
+            raise ShapeError(f"lengths: expected an int or shape ({self._batch},), got {x.shape}")
+        x = np.broadcast_to(x, self._batch)
+        for given, limit in zip(x.tolist(), most.tolist(), strict=True):
+            if not 0 <= given <= limit:
+                raise ArgumentError(f"lengths: expected an int from 0 to {limit}, got {given}")
+        return x.astype(np.int64)
+
+
+def _size(name: str, value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool):
+        raise DTypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not 1 <= size < 2**40:
+        raise ArgumentError(f"{name}: expected an int of at least 1, got {size}")
+    return size
+
+
+def _integers(name: str, values: ArrayLike) -> _Array:
+    try:
+        array = np.asarray(values)
+    except Exception:
+        array = None
+    if array is None or array.dtype.kind not in "iu":
+        kind = type(values).__name__ if array is None else array.dtype
+        raise DTypeError(f"{name}: expected integers, got {kind}")
+    return array
+
+
+def _choose(dtype: Any, tolerance: Any) -> tuple[str, float | None]:
+    if tolerance is not None:
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float, np.floating, np.integer)):
+            raise DTypeError(f"tolerance: expected a number or None, got {type(tolerance).__name__}")
+        tolerance = float(tolerance)
+        if not 0 < tolerance < np.inf:
+            raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance:g}")
+    if not isinstance(dtype, str):
+        raise DTypeError(f"dtype: expected a string, got {type(dtype).__name__}")
+    if dtype not in (*STORED, "auto"):
+        raise ArgumentError(f"dtype: expected 'auto', 'fp32', 'fp16', 'bf16' or 'int8', got {dtype!r}")
+    if dtype == "auto":
+        return [name for name, (_, cost) in STORED.items() if cost <= (tolerance or 0)][-1], tolerance
+    if tolerance is not None and STORED[dtype][1] > tolerance:
+        raise ArgumentError(
+            f"dtype: expected one that is predicted to cost at most {tolerance:g}, got {dtype!r} with "
+            f"{STORED[dtype][1]:g}"
+        )
+    return dtype, tolerance
