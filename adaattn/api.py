@@ -141,10 +141,11 @@ def cpu_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the
-        environment variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set),
-        ``num_threads``, ``cpu_count`` and ``build`` (``compiler``, ``isa``, ``left_out``: what the compiler
-        could not build and why).
+        ``version``, ``cpu``, ``isa_detected``, ``isa_denied`` (what the CPU has and the operating system
+        does not grant) and ``isa_used`` (names of instruction-set bundles; the environment variable
+        ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set), ``num_threads``,
+        ``cpu_count`` and ``build`` (``compiler``, ``isa``, ``emulated``: sets that a build for tests replaces
+        by other instructions, ``left_out``: what the compiler could not build and why).
     """
     return _adaattn.cpu_info()
 
