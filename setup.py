@@ -2,7 +2,8 @@
 everywhere.
 
 Environment: ADAATTN_WERROR=1 makes warnings errors, ADAATTN_COVERAGE=1 instruments for gcov,
-ADAATTN_SANITIZE=address,undefined builds with sanitizers.
+ADAATTN_SANITIZE=address,undefined builds with sanitizers, ADAATTN_EMULATE=amx,bf16 builds, for tests, kernels
+whose instructions the machine lacks with those of AVX-512.
 """
 
 import os
@@ -18,18 +19,35 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
 BF16 = [*VNNI, "-mavx512bf16"]
-# ISA, flags, and an intrinsic that needs them
+AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+# ISA, flags, and intrinsics that need them
 ISAS = [
     ("avx2", AVX2, "_mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps())"),
     ("avx512", AVX512, "_mm512_and_ps(_mm512_setzero_ps(), _mm512_setzero_ps())"),
-    ("avx512vnni", VNNI, "_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_set1_epi8(1))"),
-    ("avx512bf16", BF16, "_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), _mm512_setzero_ps())"),
+    (
+        "avx512vnni",
+        VNNI,
+        "_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_set1_epi8(1))",
+    ),
+    ("avx512bf16", BF16, "_mm512_cvtneps_pbh(_mm512_setzero_ps())"),
+    ("amx", AMX, "_tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbsud(0, 1, 2)"),
 ]
+# Sets that a build for tests can do without: their kernels are compiled with other instructions.
+EMULATIONS = {"amx": "amx", "bf16": "avx512bf16"}
+
+
+def emulations() -> list[str]:
+    """The names in ADAATTN_EMULATE."""
+    names = list(filter(None, os.environ.get("ADAATTN_EMULATE", "").split(",")))
+    if unknown := [name for name in names if name not in EMULATIONS]:
+        raise SystemExit(f"ADAATTN_EMULATE: expected names among {sorted(EMULATIONS)}, got {unknown}")
+    return names
 
 
 def env_flags() -> tuple[list[str], list[str]]:
     """Compiler and linker flags that the environment asks for."""
-    compile_flags, link_flags = [], []
+    compile_flags = [f"-DADAATTN_EMULATE_{name.upper()}=1" for name in emulations()]
+    link_flags = []
     if os.environ.get("ADAATTN_WERROR") == "1":
         compile_flags += ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
     if os.environ.get("ADAATTN_COVERAGE") == "1":
@@ -44,11 +62,11 @@ def env_flags() -> tuple[list[str], list[str]]:
 class BuildEngine(build_ext):
     """Compiles the sources in groups, one for each ISA, and links them into one extension."""
 
-    def can_build(self, flags: list[str], expression: str) -> bool:
+    def can_build(self, flags: list[str], statement: str) -> bool:
         """Whether the compiler takes the flags and knows the intrinsics behind them."""
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.c")
-            probe.write_text(f"#include <immintrin.h>\nvoid probe(void) {{ (void){expression}; }}\n")
+            probe.write_text(f"#include <immintrin.h>\nvoid probe(void) {{ {statement}; }}\n")
             try:
                 self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
             except Exception:
@@ -62,8 +80,11 @@ class BuildEngine(build_ext):
         ext.extra_compile_args = [*ext.extra_compile_args, *compile_flags]
         ext.extra_link_args = [*ext.extra_link_args, *link_flags]
         left_out = []
-        for isa, flags, expression in ISAS:
-            built = self.can_build(flags, expression)
+        emulated = [EMULATIONS[name] for name in emulations()]
+        vnni = next(group for group in ISAS if group[0] == "avx512vnni")
+        for isa, *group in ISAS:
+            flags, statement = vnni[1:] if isa in emulated else group
+            built = self.can_build(flags, statement)
             ext.define_macros.append((f"ADA_BUILD_{isa.upper()}", str(int(built))))
             if not built:
                 left_out.append(f"{isa}: the compiler does not take {' '.join(flags)}")

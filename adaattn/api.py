@@ -173,12 +173,14 @@ def cpu_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``cpu``, ``isa_detected`` and ``isa_used`` (names of instruction-set bundles; the
-        environment variable ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set),
-        ``num_threads``, ``cpu_count``, ``rates`` (``source``: "measured" by `calibrate`, or "default";
-        ``gflops``: rung to head size to 1e9 floating-point operations per second of one core; ``offered``:
-        the rungs that are faster than every more exact one) and ``build`` (``compiler``, ``isa``,
-        ``left_out``: what the compiler could not build and why).
+        ``version``, ``cpu``, ``isa_detected``, ``isa_denied`` (what the CPU has and the operating system
+        does not grant) and ``isa_used`` (names of instruction-set bundles; the environment variable
+        ADAATTN_ISA narrows the latter), ``kernels`` (slot to instruction set), ``num_threads``,
+        ``cpu_count``, ``rates`` (``source``: "measured" by `calibrate`, or "default"; ``gflops``: rung to
+        head size to 1e9 floating-point operations per second of one core; ``offered``: the rungs that are
+        faster than every more exact one) and ``build`` (``compiler``, ``isa``, ``emulated``: sets that a
+        build for tests replaces by other instructions, ``left_out``: what the compiler could not build and
+        why).
     """
     return {**_adaattn.cpu_info(), "rates": rates()}
 

@@ -59,6 +59,8 @@ static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch) {
     s->base.tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
     memset(s->base.tile.o, 0, (size_t)((p->E + 16) / 16 * 16) * ADA_LANES * sizeof(float));
     for (int i = 0; i < ADA_LANES; i++) s->base.tile.m[i] = -INFINITY, s->base.tile.l[i] = 0;
+    /* Lanes that nobody computes hold numbers. */
+    if (s->base.tile.lanes < ADA_LANES) memset(s->base.tile.p, 0, ADA_BLOCK * ADA_LANES * sizeof(float));
     s->t.f32 = s->base.tile;
     s->weigh = s->base.tile.lanes == ADA_LANES ? fused_kernel(r) : NULL;
     s->head = ada_head_store_at(s->store, (patch->b * p->H + patch->h) / s->store->per_head);

@@ -7,6 +7,7 @@
 #include "cpu.h"
 
 #include <limits.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,6 +56,19 @@ int ada_isa_parse(const char *name, uint32_t *mask) {
     return -1;
 }
 
+/* Bundles whose own instructions a build for tests replaces by those of AVX512VNNI. */
+enum {
+    EMULATED = 0
+#ifdef ADAATTN_EMULATE_BF16
+               | ADA_ISA_AVX512BF16
+#endif
+#ifdef ADAATTN_EMULATE_AMX
+               | ADA_ISA_AMX
+#endif
+};
+
+uint32_t ada_isa_emulated(void) { return EMULATED; }
+
 #if defined(__x86_64__) || defined(__i386__)
 
 /* Register state that the operating system saves: bits of XCR0. */
@@ -76,7 +90,8 @@ static bool amx_permitted(void) {
     return false;
 }
 
-uint32_t ada_cpu_isa(void) {
+/* *denied: bundles that the CPU has and the operating system does not grant. */
+static uint32_t detect(uint32_t *denied) {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;       /* 1: ecx */
     const uint32_t avx2 = 1u << 5, f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31; /* 7.0: ebx */
     const uint32_t vbmi = 1u << 1, vnni = 1u << 11;                                           /* 7.0: ecx */
@@ -95,11 +110,13 @@ uint32_t ada_cpu_isa(void) {
     if (!has(b, f | dq | bw | vl) || !has(xcr0, XCR0_ZMM)) return isa;
     isa |= ADA_ISA_AVX512;
     if (!has(c, vbmi | vnni)) return isa;
-    isa |= ADA_ISA_AVX512VNNI;
+    isa |= ADA_ISA_AVX512VNNI | EMULATED;
     if (!has(a1, avx512_bf16)) return isa;
     isa |= ADA_ISA_AVX512BF16;
-    if (!has(d, amx_bf16 | amx_tile | amx_int8) || !has(xcr0, XCR0_TILES) || !amx_permitted()) return isa;
-    return isa | ADA_ISA_AMX;
+    if (!has(d, amx_bf16 | amx_tile | amx_int8) || isa & ADA_ISA_AMX) return isa;
+    if (has(xcr0, XCR0_TILES) && amx_permitted()) return isa | ADA_ISA_AMX;
+    *denied = ADA_ISA_AMX;
+    return isa;
 }
 
 void ada_cpu_name(char *buffer, size_t size) {
@@ -117,7 +134,10 @@ void ada_cpu_name(char *buffer, size_t size) {
 
 #else
 
-uint32_t ada_cpu_isa(void) { return 0; }
+static uint32_t detect(uint32_t *denied) {
+    (void)denied;
+    return 0;
+}
 
 void ada_cpu_name(char *buffer, size_t size) {
     struct utsname machine;
@@ -125,6 +145,17 @@ void ada_cpu_name(char *buffer, size_t size) {
 }
 
 #endif
+
+static uint32_t detected, denied_by_system;
+static pthread_once_t detected_once = PTHREAD_ONCE_INIT;
+static void detect_once(void) { detected = detect(&denied_by_system); }
+
+uint32_t ada_cpu_isa(void) {
+    pthread_once(&detected_once, detect_once);
+    return detected;
+}
+
+uint32_t ada_cpu_isa_denied(void) { return ada_cpu_isa(), denied_by_system; }
 
 /* ---- number of CPUs ---- */
 

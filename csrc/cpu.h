@@ -17,8 +17,14 @@ typedef enum {
 } ada_isa;
 
 /* Bundles that both the CPU and the operating system support; 0 where there is none (not x86). Where AMX
- * exists, asks Linux for the permission to use it (once per process; threads and children inherit it). */
+ * exists, asks Linux for the permission to use it (once per process; threads and children inherit it). A
+ * build that emulates bundles counts them where AVX512VNNI is, without what they imply. */
 uint32_t ada_cpu_isa(void);
+
+uint32_t ada_isa_emulated(void);
+
+/* Bundles that the CPU has but the operating system denies. */
+uint32_t ada_cpu_isa_denied(void);
 
 /* "avx2" ... "amx" for one bit, "scalar" for 0, NULL otherwise. */
 const char *ada_isa_name(uint32_t one_bit);

@@ -199,8 +199,10 @@ static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
     if (atomic_load_explicit(&r->raised[head], memory_order_relaxed)) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     narrow s = narrow_of(r, &carver);
+    if (r->k->units_begin) r->k->units_begin();
     if (!attend_tile_narrow(r, &s, patch, job, worker))
         atomic_store_explicit(&r->raised[head], true, memory_order_relaxed);
+    if (r->k->units_end) r->k->units_end();
 }
 
 static void raised_task(void *context, ada_job *job, int64_t task, int worker) {

@@ -23,7 +23,8 @@ typedef struct {
     int a, b, terms;
 } ada_parts;
 
-/* A tile of queries whose scores or weights are narrow. */
+/* A tile of queries whose scores or weights are narrow. Kernels compute f32.lanes lanes or all, whatever the
+ * others hold. */
 typedef struct {
     ada_tile_f32 f32; /* p: [ADA_STRIP][ADA_LANES]; o has zeros up to a multiple of 16 rows */
     uint32_t *q;      /* [parts][DW][ADA_LANES]; 8 bits: unsigned, 128 above the signed number */
@@ -32,7 +33,7 @@ typedef struct {
     float *offset;    /* [ADA_LANES] added to every score */
     float *sum;       /* [ADA_LANES] sum of the rounded weights so far */
     float *worth;     /* [ADA_LANES] integers: the weight that a one in w stands for */
-    int DW;           /* words of a key; zeros fill the last ones */
+    int DW;           /* words of a key; zeros fill the last ones; a multiple of 16 where the CPU has AMX */
     ada_parts qk, pv; /* bf16: parts of q and k, of w and v */
 } ada_narrow_tile;
 
@@ -44,12 +45,17 @@ typedef struct {
     const int32_t *start; /* 8 bits: [keys] what sums start from: -128 times the key's sum */
 } ada_narrow_keys;
 
-/* f32.p[j][i] = score of key j < n, for n a multiple of ADA_KEY_STEP up to ADA_BLOCK. */
+/* f32.p[j][i] = score of key j < n, for n a multiple of ADA_KEY_STEP up to ADA_BLOCK: the sum of products
+ * times unit (and key scale) plus offset. */
 typedef void ada_scores_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
 typedef ada_scores_bf16_fn ada_scores_i8_fn, ada_scores_i16_fn;
 
 /* The weights in f32.p (j < n <= ADA_BLOCK) rounded into w, which is filled with zeros up to ADA_BLOCK keys;
- * sets worth and adds to sum. Integers: each lane has its own worth. */
+ * sets worth and adds to sum. Integers: each lane has its own worth. Weights up to ADA_WEIGHTLESS may count
+ * as zero. */
+#define ADA_WEIGHTLESS                                                                                       \
+    0x1p-100f /* nothing beside the reference's 1, and parts of more are never subnormal                     \
+               */
 typedef void ada_round_bf16_fn(const ada_narrow_tile *t, int n);
 typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
 
@@ -63,7 +69,8 @@ typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_wei
 
 /* f32.o[e][i] += sum of weight j times v[e][j], the words of v from the first weight's key on, ADA_STRIP keys
  * in words from one e to the next and part words from part to part; n <= ADA_STRIP, a multiple of ADA_BLOCK
- * in whose words behind the last key w is zero. */
+ * in whose words behind the last key w is zero. v has rows of zeros up to a multiple of 16, which may be
+ * added to o as well. */
 typedef void ada_values_bf16_fn(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n);
 typedef ada_values_bf16_fn ada_values_i8_fn, ada_values_i16_fn;
 
@@ -94,7 +101,13 @@ typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, co
 /* o[e][i] *= unit[e] for all lanes. */
 typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
 
+/* Around the calls of the kernels above in one thread: a unit's state. Optional slots. */
+typedef void ada_units_begin_fn(void);
+typedef ada_units_begin_fn ada_units_end_fn;
+
 #define ADA_NARROW_SLOTS(SLOT)                                                                               \
+    SLOT(units_begin)                                                                                        \
+    SLOT(units_end)                                                                                          \
     SLOT(scores_bf16)                                                                                        \
     SLOT(scores_i8)                                                                                          \
     SLOT(scores_i16)                                                                                         \

@@ -343,7 +343,8 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
     const ada_kernels *k = s->k;
     const bool floats = s->pv.format == ADA_FLOATS;
     const ptrdiff_t part = (ptrdiff_t)ADA_STRIP * ldx;
-    const size_t words = (size_t)value_rows(s) * (size_t)(ADA_STRIP / elements);
+    const int rows_v = (int)value_rows(s); /* those behind E are zero */
+    const size_t words = (size_t)rows_v * (size_t)(ADA_STRIP / elements);
     if (!floats) memset(x->words, 0, (size_t)part * 2 * (size_t)s->pv.parts.b);
     if (s->pv.format == ADA_WORDS_BF16) fill(x->factor, E, 1);
     for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
@@ -368,9 +369,9 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
     for (int a = 0; !floats && a < s->pv.parts.b; a++) {
         uint32_t *v = (uint32_t *)to->v + a * to->v_part + strip * (ptrdiff_t)words;
         if (elements == 4)
-            k->turn_8(v, ADA_STRIP, x->words, ldx, ADA_STRIP, E);
+            k->turn_8(v, ADA_STRIP, x->words, ldx, ADA_STRIP, rows_v);
         else
-            k->turn_16(v, ADA_STRIP, (uint16_t *)x->words + a * part, ldx, ADA_STRIP, E);
+            k->turn_16(v, ADA_STRIP, (uint16_t *)x->words + a * part, ldx, ADA_STRIP, rows_v);
     }
     return true;
 }

@@ -14,8 +14,7 @@ static inline float high_half(uint32_t word) { return float_from_bits(word & 0xf
 
 void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     for (int j = 0; j < n; j++) {
-        float sum[ADA_LANES];
-        memset(sum, 0, sizeof sum);
+        float sum[ADA_LANES] = {0}, *p = t->f32.p + j * ADA_LANES;
         for (int a = 0; a < t->qk.a; a++)
             for (int b = 0; b < t->qk.b && a + b < t->qk.terms; b++) {
                 const uint32_t *q = t->q + (ptrdiff_t)a * t->DW * ADA_LANES;
@@ -24,7 +23,7 @@ void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, 
                     for (int i = 0; i < ADA_LANES; i++)
                         sum[i] += low_half(q[i]) * low_half(k[d]) + high_half(q[i]) * high_half(k[d]);
             }
-        for (int i = 0; i < ADA_LANES; i++) t->f32.p[j * ADA_LANES + i] = sum[i] * t->unit[i] + t->offset[i];
+        for (int i = 0; i < ADA_LANES; i++) p[i] = sum[i] * t->unit[i] + t->offset[i];
     }
 }
 
@@ -61,22 +60,26 @@ void KERNEL(scores_i16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, i
     }
 }
 
+#ifndef OWN_ROUND_BF16
 void KERNEL(round_bf16)(const ada_narrow_tile *t, int n) {
     const ptrdiff_t part = ADA_STRIP / 2 * ADA_LANES;
+    float sum[ADA_LANES] = {0};
     for (int j = 0; j < ADA_BLOCK; j++) {
         uint16_t *w = (uint16_t *)(t->w + j / 2 * ADA_LANES) + j % 2;
         for (int i = 0; i < ADA_LANES; i++) {
-            float rest = j < n ? t->f32.p[j * ADA_LANES + i] : 0, rounded = 0;
+            const float p = j < n ? t->f32.p[j * ADA_LANES + i] : 0;
+            float rest = p > ADA_WEIGHTLESS ? p : 0;
             for (int a = 0; a < t->pv.a; a++) {
                 uint16_t bits = bf16_from_float(rest);
                 w[2 * (a * part + i)] = bits;
                 rest -= float_from_bf16(bits);
-                rounded += float_from_bf16(bits);
+                sum[i] += float_from_bf16(bits);
             }
-            t->sum[i] += rounded;
         }
     }
+    for (int i = 0; i < ADA_LANES; i++) t->sum[i] += sum[i];
 }
+#endif
 
 /* The largest weight of each lane and their sum. */
 static inline void survey_weights(const ada_narrow_tile *t, int n, float *largest, float *sum) {
@@ -89,15 +92,12 @@ static inline void survey_weights(const ada_narrow_tile *t, int n, float *larges
         }
 }
 
-/* Weights so small that they are nothing beside the reference's 1. */
-#define WEIGHTLESS 0x1p-100f
-
 void KERNEL(round_i8)(const ada_narrow_tile *t, int n) {
     float largest[ADA_LANES], sum[ADA_LANES], inverse[ADA_LANES];
     int32_t total[ADA_LANES] = {0};
     survey_weights(t, n, largest, sum);
     for (int i = 0; i < ADA_LANES; i++) {
-        const bool some = largest[i] > WEIGHTLESS;
+        const bool some = largest[i] > ADA_WEIGHTLESS;
         inverse[i] = some ? ADA_U8_MAX / largest[i] : 0;
         t->worth[i] = some ? largest[i] / ADA_U8_MAX : 0;
     }
@@ -121,7 +121,7 @@ void KERNEL(round_i16)(const ada_narrow_tile *t, int n) {
     int32_t total[ADA_LANES] = {0};
     survey_weights(t, n, largest, sum);
     for (int i = 0; i < ADA_LANES; i++) {
-        const bool some = largest[i] > WEIGHTLESS;
+        const bool some = largest[i] > ADA_WEIGHTLESS;
         const float a = ADA_I16_MAX / largest[i], b = (ADA_I16_WEIGHT_SUM - ADA_STRIP) / sum[i];
         inverse[i] = some ? (a < b ? a : b) : 0;
         t->worth[i] = some ? 1 / inverse[i] : 0;

@@ -500,11 +500,12 @@ static PyObject *cpu_info(PyObject *module, PyObject *Py_UNUSED(ignored)) {
     (void)module;
     char cpu[128];
     ada_cpu_name(cpu, sizeof cpu);
-    return Py_BuildValue("{s:s, s:s, s:N, s:N, s:N, s:i, s:i, s:{s:s, s:N, s:s}}", "version", ADA_VERSION,
-                         "cpu", cpu, "isa_detected", isa_list(ada_cpu_isa()), "isa_used",
-                         isa_list(ada_isa_allowed()), "kernels", kernel_dict(), "num_threads",
-                         ada_get_num_threads(), "cpu_count", ada_cpu_count(), "build", "compiler",
-                         __VERSION__, "isa", isa_list(ada_isa_built()), "left_out", ADA_BUILD_LEFT_OUT);
+    return Py_BuildValue("{s:s, s:s, s:N, s:N, s:N, s:N, s:i, s:i, s:{s:s, s:N, s:N, s:s}}", "version",
+                         ADA_VERSION, "cpu", cpu, "isa_detected", isa_list(ada_cpu_isa()), "isa_denied",
+                         isa_list(ada_cpu_isa_denied()), "isa_used", isa_list(ada_isa_allowed()), "kernels",
+                         kernel_dict(), "num_threads", ada_get_num_threads(), "cpu_count", ada_cpu_count(),
+                         "build", "compiler", __VERSION__, "isa", isa_list(ada_isa_built()), "emulated",
+                         isa_list(ada_isa_emulated()), "left_out", ADA_BUILD_LEFT_OUT);
 }
 
 PyDoc_STRVAR(get_num_threads_doc, "get_num_threads($module, /)\n--\n\nSee adaattn.get_num_threads.");
