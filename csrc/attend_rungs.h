@@ -159,11 +159,7 @@ static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch,
         narrow_values(r, s, patch->j, ADA_BLOCK);
         return;
     }
-    if (s->head.v)
-        block->v = (const float *)s->head.v + patch->j * E, block->ldv = E;
-    else
-        find_values_f32(r, &s->base, patch, block);
-    r->k->values_f32(&s->t.f32, block->v, block->ldv, patch->nk);
+    r->k->values_f32(&s->t.f32, (const float *)s->head.v + patch->j * E, E, patch->nk);
 }
 
 /* Full blocks from patch->j on, before end and the strip's end, where all is visible and nothing is added. */

@@ -80,7 +80,7 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
     if (s->pv.format != ADA_FLOATS) {
         h.v_part = s->strips * value_rows(s) * (ADA_STRIP / ada_elements(s->pv.format));
         h.v = ada_carve(c, s->pv.parts.b * h.v_part * 4);
-    } else if (is_packed(&s->pv)) {
+    } else { /* also where they are read as they are: what nobody sees is zero here */
         h.v = ada_carve(c, keys * p->E * 4);
     }
     return h;
@@ -149,11 +149,12 @@ static void key_head(const ada_store *s, int64_t head, int64_t *b, int64_t *h, i
     *g = *h / (s->p->H / s->p->G);
 }
 
-/* ADA_BLOCK rows of keys or values on the grid, those that nobody sees and those behind the end zero. */
-static const float *block_rows(const ada_store *s, const ada_array *a, ada_grid grid, int64_t b, int64_t g,
+/* ADA_BLOCK rows of keys or values, those that nobody sees and those behind the end zero; in copy where they
+ * are to be changed. */
+static const float *block_rows(const ada_store *s, const ada_array *a, bool change, int64_t b, int64_t g,
                                int64_t block, uint64_t seen, float *copy, ptrdiff_t *ld) {
     const int n = keys_of_block(s->p, block), width = (int)a->shape[3];
-    const bool direct = a->dtype == ADA_F32 && a->stride[3] == 4 && grid == ADA_GRID_NONE;
+    const bool direct = a->dtype == ADA_F32 && a->stride[3] == 4 && !change;
     if (direct && seen == UINT64_MAX) {
         *ld = a->stride[2] / 4;
         return (const float *)ada_row_at(a, b, g, block * ADA_BLOCK);
@@ -162,7 +163,6 @@ static const float *block_rows(const ada_store *s, const ada_array *a, ada_grid 
     ada_load_rows_f32(s->k, copy, width, a, b, g, block * ADA_BLOCK, n, width);
     for (int j = 0; j < ADA_BLOCK; j++)
         if (!(seen >> j & 1)) memset(copy + j * width, 0, (size_t)width * sizeof *copy);
-    ada_round_to_grid(s->k, grid, copy, (int64_t)ADA_BLOCK * width);
     return copy;
 }
 
@@ -186,8 +186,12 @@ void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n)
     }
 }
 
-static bool fits(float largest) {
-    return largest == 0 || (largest >= ADA_NARROW_LEAST && largest <= ADA_NARROW_MOST);
+/* Whether a product can hold numbers of which this is the largest. Below fp16's normal numbers there are
+ * steps of 2^-24; beside 2^-12 they are its usual rounding. */
+static bool fits(const ada_operands *o, ada_dtype dtype, float largest) {
+    const bool halves = o->grid == ADA_GRID_FP16 && dtype != ADA_F16;
+    const float least = halves ? 0x1p-12f : ADA_NARROW_LEAST, most = halves ? 65504.0f : ADA_NARROW_MOST;
+    return largest == 0 || (largest >= least && largest <= most);
 }
 
 /* ---- which keys count ---- */
@@ -252,11 +256,10 @@ static bool scale_values(const ada_store *s, const ada_head_store *to, int64_t b
     for (int64_t block = 0; block < s->blocks; block++) {
         ptrdiff_t ld;
         if (!to->seen[block]) continue;
-        const float *rows =
-            block_rows(s, &s->p->value, ADA_GRID_NONE, b, g, block, to->seen[block], x->rows, &ld);
+        const float *rows = block_rows(s, &s->p->value, false, b, g, block, to->seen[block], x->rows, &ld);
         s->k->columns(x->factor, largest, rows, ld, ADA_BLOCK, E);
     }
-    if (!fits(s->k->reach(largest, E, 1, E, NULL, NULL))) return false;
+    if (!fits(&s->pv, s->p->value.dtype, s->k->reach(largest, E, 1, E, NULL, NULL))) return false;
     for (int e = 0; e < E; e++) {
         inverse[e] = largest[e] > 0x1p-100f ? most / largest[e] : 0;
         largest[e] /= most;
@@ -298,21 +301,22 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     const ada_kernels *k = s->k;
     const int64_t key = block * ADA_BLOCK;
     ptrdiff_t ld;
-    const float *rows =
-        block_rows(s, &s->p->key, s->qk.format == ADA_FLOATS && centred(s) ? ADA_GRID_NONE : s->qk.grid, b, g,
-                   block, to->seen[block], x->rows, &ld);
+    const ada_grid grid = s->qk.grid;
+    const bool change = grid != ADA_GRID_NONE && s->qk.format != ADA_FLOATS;
+    const float *rows = block_rows(s, &s->p->key, change, b, g, block, to->seen[block], x->rows, &ld);
     const float *less = centred(s) ? to->mean : NULL;
     float norm2 = 0;
     const float largest =
         k->reach(rows, ld, ADA_BLOCK, D, less, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-    if (!fits(largest)) return false;
+    if (!fits(&s->qk, s->p->key.dtype, largest)) return false;
     if (s->qk.format == ADA_FLOATS) {
         float *at = (float *)to->k + key * D;
         for (int j = 0; j < ADA_BLOCK; j++)
             for (int d = 0; d < D; d++) at[j * D + d] = rows[j * ld + d] - to->mean[d];
-        if (centred(s)) ada_round_to_grid(k, s->qk.grid, at, (int64_t)ADA_BLOCK * D);
+        ada_round_to_grid(k, grid, at, (int64_t)ADA_BLOCK * D);
         return true;
     }
+    if (change) ada_round_to_grid(k, grid, x->rows, (int64_t)ADA_BLOCK * D);
     uint32_t *words = (uint32_t *)to->k + key * s->DW;
     const int row = s->DW * ada_elements(s->qk.format);
     for (int part = 0; part < s->qk.parts.b; part++)
@@ -351,9 +355,12 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
         const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
         ptrdiff_t ld;
         if (block >= s->blocks || (!to->seen[block] && !floats)) continue;
-        const float *rows =
-            block_rows(s, &s->p->value, s->pv.grid, b, g, block, to->seen[block], x->rows, &ld);
-        if (!is_integer(&s->pv) && !fits(k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL))) return false;
+        const bool change = s->pv.grid != ADA_GRID_NONE;
+        const float *rows = block_rows(s, &s->p->value, change, b, g, block, to->seen[block], x->rows, &ld);
+        if (!is_integer(&s->pv) &&
+            !fits(&s->pv, s->p->value.dtype, k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL)))
+            return false;
+        if (change) ada_round_to_grid(k, s->pv.grid, x->rows, (int64_t)ADA_BLOCK * E);
         const ptrdiff_t at = (ptrdiff_t)i * ADA_BLOCK * ldx;
         if (floats)
             for (int j = 0; j < ADA_BLOCK; j++)
@@ -386,7 +393,7 @@ void ada_store_pack(const ada_store *s, int64_t head, int64_t strip, char *scrat
     const int64_t first = strip * (ADA_STRIP / ADA_BLOCK);
     for (int64_t block = first; block < first + ADA_STRIP / ADA_BLOCK && block < s->blocks; block++)
         if (good && is_packed(&s->qk)) good = pack_keys(s, &to, b, g, block, &x);
-    if (good && is_packed(&s->pv)) good = pack_values(s, &to, b, g, strip, &x);
+    if (good) good = pack_values(s, &to, b, g, strip, &x);
     if (!good) atomic_store_explicit(&s->unfit[head], true, memory_order_relaxed);
 }
 
@@ -400,7 +407,7 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         const float *q = rows + i * ld;
         float shift = 0, norm2 = 0;
         const float largest = s->k->reach(q, ld, 1, D, NULL, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-        if (!fits(largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
+        if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
         if (centred(s)) s->k->row_scores_f32(&shift, q, 1, head->mean, D, 1, D);
         t->offset[i] = shift * factor;
         factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);

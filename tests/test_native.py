@@ -14,7 +14,10 @@ from conftest import ROOT
 
 ISA_FLAGS = {"scalar": ["-O3"], "avx2": ["-O3", "-mavx2", "-mfma", "-mf16c"]}
 ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-WARNINGS = ["-std=c11", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}"]
+ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni", "-mavx512vbmi"]
+ISA_FLAGS["avx512bf16"] = ISA_FLAGS["amx"] = ISA_FLAGS["avx512vnni"]  # emulated: their sources run anywhere
+EMULATE = ["-DADAATTN_EMULATE_AMX=1", "-DADAATTN_EMULATE_BF16=1"]
+WARNINGS = ["-std=c11", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}", *EMULATE]
 SANITIZERS = {
     "plain": [],
     "address,undefined": [

@@ -224,10 +224,11 @@ INLINE void run_units(weighing *w, const ada_narrow_keys *keys, int n, bool byte
         x.a = (const char *)keys->k + u / ACROSS * SIDE * x.row;
         x.b = (const char *)(w->t->q + u % ACROSS * SIDE);
         start_unit(&x, w->slot[(u + 1) % 2]); /* nothing comes of what is stored first */
-        for (int s = 0; s < steps; s++) {
+        for (int s = 0, done = 0, end; s < steps; s++, done = end) {
             x.steps = s + 1;
+            end = PAIRS * x.steps / steps;
             if (s) add_products(&x, s);
-            if (u > 1) pass(w, u - 2, PAIRS * s / steps, PAIRS * (s + 1) / steps);
+            if (u > 1) pass(w, u - 2, done, end);
         }
     }
     pass(w, units - 2, 0, PAIRS);

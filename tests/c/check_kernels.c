@@ -13,7 +13,7 @@
 #    include "../../benchmarks/roofline.c"
 #    pragma GCC pop_options
 #endif
-#include "check_rows.h"
+#include "check_narrow.h"
 
 #include <signal.h>
 
@@ -33,6 +33,10 @@ enum { N_KERNELS = sizeof kernels / sizeof *kernels };
     {#op "_f32", make, ADA_F32, ADA_F32}, { #op "_f64", make, ADA_F64, ADA_F64 }
 #define HALF(op, make)                                                                                       \
     {#op "_f16", make, ADA_F32, ADA_F16}, { #op "_bf16", make, ADA_F32, ADA_BF16 }
+#define NARROW(op, make)                                                                                     \
+    {#op "_bf16", make, ADA_F32, ADA_BF16}, {#op "_i8", make, ADA_F32, CHECK_I8}, {                          \
+#        op "_i16", make, ADA_F32, CHECK_I16                                                                 \
+    }
 static const struct {
     const char *slot;
     void (*make)(check *);
@@ -56,7 +60,29 @@ static const struct {
     HALF(load, make_load_half),
     HALF(store, make_store_half),
     {"dropout", make_dropout, ADA_F32, ADA_F32},
+    {"units_begin", make_units, ADA_F32, ADA_F32},
+    {"units_end", make_units, ADA_F32, ADA_F32},
+    NARROW(scores, make_narrow_scores),
+    NARROW(round, make_round),
+    NARROW(values, make_narrow_values),
+    {"weigh_bf16_bf16", make_weigh, ADA_F32, ADA_BF16},
+    {"weigh_i8_bf16", make_weigh, ADA_F32, CHECK_I8},
+    {"weigh_i8_i8", make_weigh, ADA_F32, CHECK_I8},
+    {"weigh_i16_i16", make_weigh, ADA_F32, CHECK_I16},
+    NARROW(encode, make_encode),
+    {"turn_8", make_turn, ADA_F32, CHECK_U8},
+    {"turn_16", make_turn, ADA_F32, CHECK_I16},
+    {"turn_32", make_turn, ADA_F32, CHECK_I32},
+    {"columns", make_columns, ADA_F32, ADA_F32},
+    {"reach", make_reach, ADA_F32, ADA_F32},
+    {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
+
+static void switch_units(const check *c, const char *slot) {
+    for (const kernel *k = kernels; k < kernels + N_KERNELS; k++)
+        if (strcmp(k->slot, slot) == 0 && strcmp(k->isa, c->kernels[c->running]->isa) == 0)
+            ((ada_units_begin_fn *)k->run)();
+}
 
 static struct {
     const char *only, *isa;
@@ -84,7 +110,7 @@ static void start_case(check *c, int index) {
     c->index = index;
     c->shape[0] = '\0';
     c->running = -1;
-    c->expected = 0, c->any_result = false;
+    c->expected = 0, c->any_result = false, c->without = 0;
     c->flops = c->bytes = 0, c->walks = false, c->start = 0;
     c->style = c->bench || chance(c, 0.6) ? PLAIN : chance(c, 0.5) ? SCALES : SPECIALS;
     c->low = -20, c->high = 20;
@@ -98,7 +124,7 @@ static void start_case(check *c, int index) {
 /* What the machine can do at best, per ns: flops of this kind, or bytes from memory; 0: no such limit. */
 static double measure_peak(const check *c) {
     static char *memory;
-    if (c->flops > 0) return roofline_fma(1, 2e-3) * (c->real == ADA_F64 ? 0.5e-9 : 1e-9);
+    if (c->flops > 0) return roofline_peak(0, 1, 2e-3) * (c->real == ADA_F64 ? 0.5e-9 : 1e-9);
     if (!c->walks) return 0;
     if (!memory) memory = memset(malloc(WALK_BYTES), 1, WALK_BYTES);
     return WALK_BYTES * 1e-9 / roofline_read(memory, memory + WALK_BYTES / 2, WALK_BYTES / 2, 16384, 1, 1);
@@ -189,7 +215,7 @@ int main(int argc, char **argv) {
     signal(SIGILL, crashed);
     if (options.bench) {
         puts("Medians. Peaks, measured in turn with the kernels: FMA out of registers, reading memory.");
-        roofline_fma(1, 0.1); /* the clock's way up */
+        roofline_peak(0, 1, 0.1); /* the clock's way up */
     }
     static const char *const slots[] = {
 #define SLOT(name) #name,

@@ -141,7 +141,7 @@ static bool next_run(check *c) {
     c->result = 0;
     c->turns = 1;
     while (++c->running < c->n_kernels)
-        if (!c->kernels[c->running]->failed) {
+        if (!c->kernels[c->running]->failed && !(c->kernels[c->running]->needs & c->without)) {
             c->kernel = c->kernels[c->running]->run;
             for (buffer *b = c->buffers; b < c->buffers + c->n_buffers; b++) guard(b, true);
             return true;
