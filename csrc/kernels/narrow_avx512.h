@@ -24,6 +24,12 @@ INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys
     }
 }
 
+/* Two vectors of y to 32 integers, saturating: a conversion would make the largest numbers the lowest. */
+INLINE words y_integers(vec y0, vec y1) {
+    const vec most = v_set1(0x1p20f);
+    return _mm512_packs_epi32(_mm512_cvtps_epi32(v_min(y0, most)), _mm512_cvtps_epi32(v_min(y1, most)));
+}
+
 /* ---- bf16 weights ---- */
 
 #define BF16_BIAS (127 * ADA_BF16_STEPS) /* then y is the exponent field and a linear significand */
@@ -42,11 +48,8 @@ INLINE words bf16_exp2(words y) {
     return _mm512_sub_epi16(y, excess);
 }
 
-/* Two vectors of y to 32 integers, saturating; 128 at least, the lowest normal number. */
-INLINE words y_bf16(vec y0, vec y1) {
-    const words y = _mm512_packs_epi32(_mm512_cvtps_epi32(y0), _mm512_cvtps_epi32(y1));
-    return _mm512_max_epi16(y, _mm512_set1_epi16(128));
-}
+/* 128 at least, the lowest normal number. */
+INLINE words y_bf16(vec y0, vec y1) { return _mm512_max_epi16(y_integers(y0, y1), _mm512_set1_epi16(128)); }
 
 INLINE vec bf16_pair_sum(words w) {
     const words high = _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000));

@@ -39,8 +39,7 @@ INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const floa
     vec f[4];
     UNROLL for (int a = 0; a < 4; a++) f[a] =
         _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), v_load(m + a % 2 * VL));
-    const words y0 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[0]), _mm512_cvtps_epi32(f[1]));
-    const words y1 = _mm512_packs_epi32(_mm512_cvtps_epi32(f[2]), _mm512_cvtps_epi32(f[3]));
+    const words y0 = y_integers(f[0], f[1]), y1 = y_integers(f[2], f[3]);
     *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
     w_store(to, y0);
     w_store(to + ADA_LANES, y1);

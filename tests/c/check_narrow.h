@@ -478,8 +478,8 @@ static void make_columns(check *c) {
     const int n = pick(c, "n", 1, 20, 64), width = pick_size(c, "width");
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
     buffer *sum = new_vector(c, "sum", ADA_F32, width), *largest = new_vector(c, "largest", ADA_F32, width);
+    for (int i = 0; i < width; i++) set(largest, i, fabs((double)value_at(largest, i)));
     for (int i = 0; i < width; i++) {
-        set(largest, i, fabs((double)value_at(largest, i)));
         total t = {0};
         wide most = values(largest)[i];
         add_product(&t, 1, values(sum)[i]);
