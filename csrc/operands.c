@@ -149,10 +149,10 @@ static void key_head(const ada_store *s, int64_t head, int64_t *b, int64_t *h, i
     *g = *h / (s->p->H / s->p->G);
 }
 
-/* ADA_BLOCK rows of keys or values, those that nobody sees and those behind the end zero; in copy where they
- * are to be changed. */
+/* ADA_BLOCK rows of keys or values, in copy where they are to be changed; those that nobody sees and those
+ * behind the end are other's, or zero. */
 static const float *block_rows(const ada_store *s, const ada_array *a, bool change, int64_t b, int64_t g,
-                               int64_t block, uint64_t seen, float *copy, ptrdiff_t *ld) {
+                               int64_t block, uint64_t seen, const float *other, float *copy, ptrdiff_t *ld) {
     const int n = keys_of_block(s->p, block), width = (int)a->shape[3];
     const bool direct = a->dtype == ADA_F32 && a->stride[3] == 4 && !change;
     if (direct && seen == UINT64_MAX) {
@@ -162,7 +162,7 @@ static const float *block_rows(const ada_store *s, const ada_array *a, bool chan
     *ld = width;
     ada_load_rows_f32(s->k, copy, width, a, b, g, block * ADA_BLOCK, n, width);
     for (int j = 0; j < ADA_BLOCK; j++)
-        if (!(seen >> j & 1)) memset(copy + j * width, 0, (size_t)width * sizeof *copy);
+        for (int c = 0; !(seen >> j & 1) && c < width; c++) copy[j * width + c] = other ? other[c] : 0;
     return copy;
 }
 
@@ -256,7 +256,8 @@ static bool scale_values(const ada_store *s, const ada_head_store *to, int64_t b
     for (int64_t block = 0; block < s->blocks; block++) {
         ptrdiff_t ld;
         if (!to->seen[block]) continue;
-        const float *rows = block_rows(s, &s->p->value, false, b, g, block, to->seen[block], x->rows, &ld);
+        const float *rows =
+            block_rows(s, &s->p->value, false, b, g, block, to->seen[block], NULL, x->rows, &ld);
         s->k->columns(x->factor, largest, rows, ld, ADA_BLOCK, E);
     }
     if (!fits(&s->pv, s->p->value.dtype, s->k->reach(largest, E, 1, E, NULL, NULL))) return false;
@@ -302,9 +303,9 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     const int64_t key = block * ADA_BLOCK;
     ptrdiff_t ld;
     const ada_grid grid = s->qk.grid;
-    const bool change = grid != ADA_GRID_NONE && s->qk.format != ADA_FLOATS;
-    const float *rows = block_rows(s, &s->p->key, change, b, g, block, to->seen[block], x->rows, &ld);
     const float *less = centred(s) ? to->mean : NULL;
+    const bool change = grid != ADA_GRID_NONE && s->qk.format != ADA_FLOATS;
+    const float *rows = block_rows(s, &s->p->key, change, b, g, block, to->seen[block], less, x->rows, &ld);
     float norm2 = 0;
     const float largest =
         k->reach(rows, ld, ADA_BLOCK, D, less, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
@@ -356,7 +357,8 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
         ptrdiff_t ld;
         if (block >= s->blocks || (!to->seen[block] && !floats)) continue;
         const bool change = s->pv.grid != ADA_GRID_NONE;
-        const float *rows = block_rows(s, &s->p->value, change, b, g, block, to->seen[block], x->rows, &ld);
+        const float *rows =
+            block_rows(s, &s->p->value, change, b, g, block, to->seen[block], NULL, x->rows, &ld);
         if (!is_integer(&s->pv) &&
             !fits(&s->pv, s->p->value.dtype, k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL)))
             return false;

@@ -148,6 +148,16 @@ def test_a_common_offset_of_the_keys_costs_nothing(precision: Any) -> None:
     assert errors(out, adaattn.reference.attention(q, k, v)).max() <= LIMITS[precision]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int16", "int8"])
+def test_padding_does_not_coarsen_the_scale(precision: str) -> None:
+    q, k, v = heads(1, 1, 1, 64, 256, 64, 64)
+    k += 1000
+    lengths = np.array([70])  # the second block has six keys
+    out = adaattn.attention(q, k, v, precision=precision, kv_lengths=lengths)
+    exact = adaattn.reference.attention(q, k, v, kv_lengths=lengths)
+    assert errors(out, exact).max() <= LIMITS[precision]
+
+
 @RUNGS
 @pytest.mark.parametrize("bad", [1e4, 1e30, np.nan, np.inf])
 def test_hidden_keys_change_no_bit(precision: Any, bad: float) -> None:

@@ -15,8 +15,9 @@ INLINE __mmask16 first_columns(int n) { return (__mmask16)(n >= 16 ? 0xffff : (1
 /* Row r of 16 words, each made of neighbouring rows' elements of one column. */
 INLINE __m512i join_rows(const void *from, ptrdiff_t ldf, int r, int c, __mmask16 m, const int BYTES) {
     if (BYTES == 4) return _mm512_maskz_loadu_epi32(m, (const uint32_t *)from + r * ldf + c);
+    const int each = 4 / BYTES;
     __m512i word = _mm512_setzero_si512();
-    UNROLL for (int i = 0; i < 4 / BYTES; i++) {
+    UNROLL for (int i = 0; i < each; i++) {
         const ptrdiff_t at = (r * (4 / BYTES) + i) * ldf + c;
         const __m512i x =
             BYTES == 2 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, (const uint16_t *)from + at))

@@ -27,8 +27,9 @@ INLINE void NAME(steps)(words acc[], const uint32_t *q, const uint32_t *k, ptrdi
 }
 
 INLINE void NAME(start)(words acc[], const ada_narrow_keys *keys, int j, const int KEYS, const int NV) {
+    const int sums = KEYS * NV;
     (void)keys, (void)j;
-    UNROLL for (int a = 0; a < KEYS * NV; a++) acc[a] = START(keys, j + a / NV);
+    UNROLL for (int a = 0; a < sums; a++) acc[a] = START(keys, j + a / NV);
 }
 
 #ifdef KERNEL
@@ -67,9 +68,9 @@ void KERNEL(scores)(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n
 /* ROWS rows of V against NV vectors of lanes. */
 INLINE void NAME(values_group)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n, int lane,
                                int e, const int ROWS, const int NV) {
-    const int ldv = ADA_STRIP / ELEMENTS, width = (n + ELEMENTS - 1) / ELEMENTS;
+    const int ldv = ADA_STRIP / ELEMENTS, width = (n + ELEMENTS - 1) / ELEMENTS, sums = ROWS * NV;
     words acc[TILE_ACC];
-    UNROLL for (int a = 0; a < ROWS * NV; a++) acc[a] = _mm512_setzero_si512();
+    UNROLL for (int a = 0; a < sums; a++) acc[a] = _mm512_setzero_si512();
     for (int a = 0; a < t->pv.a; a++)
         for (int b = 0; b < t->pv.b && a + b < t->pv.terms; b++) {
             const uint32_t *w = t->w + a * (ADA_STRIP / ELEMENTS * ADA_LANES) + lane;
@@ -86,7 +87,7 @@ INLINE void NAME(values_group)(const ada_narrow_tile *t, const uint32_t *v, ptrd
                 }
             }
         }
-    UNROLL for (int a = 0; a < ROWS * NV; a++) {
+    UNROLL for (int a = 0; a < sums; a++) {
         float *o = t->f32.o + (e + a / NV) * ADA_LANES + lane + a % NV * VL;
         const vec sum = FLOATS(acc[a]);
         v_store(o, INTEGER ? v_fma(sum, v_load(t->worth + lane + a % NV * VL), v_load(o))
