@@ -215,7 +215,8 @@ class KVCache:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence: (B,) int64, a copy."""
-        return self._lengths.copy()
+        result: np.ndarray[Any, np.dtype[np.int64]] = self._lengths.copy()
+        return result
 
     @property
     def capacity(self) -> int:
