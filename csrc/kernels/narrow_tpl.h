@@ -93,17 +93,18 @@ static inline void survey_weights(const ada_narrow_tile *t, int n, float *larges
 }
 
 void KERNEL(round_i8)(const ada_narrow_tile *t, int n) {
+    const int lanes = t->f32.lanes; /* others may hold anything */
     float largest[ADA_LANES], sum[ADA_LANES], inverse[ADA_LANES];
     int32_t total[ADA_LANES] = {0};
     survey_weights(t, n, largest, sum);
-    for (int i = 0; i < ADA_LANES; i++) {
+    for (int i = 0; i < lanes; i++) {
         const bool some = largest[i] > ADA_WEIGHTLESS;
         inverse[i] = some ? ADA_U8_MAX / largest[i] : 0;
         t->worth[i] = some ? largest[i] / ADA_U8_MAX : 0;
     }
     for (int j = 0; j < ADA_BLOCK; j += 4) {
         uint32_t *w = t->w + j / 4 * ADA_LANES;
-        for (int i = 0; i < ADA_LANES; i++) {
+        for (int i = 0; i < lanes; i++) {
             uint32_t word = 0;
             for (int c = 0; c < 4 && j + c < n; c++) {
                 const int32_t x = nearest_int(t->f32.p[(j + c) * ADA_LANES + i] * inverse[i]);
@@ -113,14 +114,15 @@ void KERNEL(round_i8)(const ada_narrow_tile *t, int n) {
             w[i] = word;
         }
     }
-    for (int i = 0; i < ADA_LANES; i++) t->sum[i] += (float)total[i] * t->worth[i];
+    for (int i = 0; i < lanes; i++) t->sum[i] += (float)total[i] * t->worth[i];
 }
 
 void KERNEL(round_i16)(const ada_narrow_tile *t, int n) {
+    const int lanes = t->f32.lanes; /* others may hold anything */
     float largest[ADA_LANES], sum[ADA_LANES], inverse[ADA_LANES];
     int32_t total[ADA_LANES] = {0};
     survey_weights(t, n, largest, sum);
-    for (int i = 0; i < ADA_LANES; i++) {
+    for (int i = 0; i < lanes; i++) {
         const bool some = largest[i] > ADA_WEIGHTLESS;
         const float a = ADA_I16_MAX / largest[i], b = (ADA_I16_WEIGHT_SUM - ADA_STRIP) / sum[i];
         inverse[i] = some ? (a < b ? a : b) : 0;
@@ -129,14 +131,14 @@ void KERNEL(round_i16)(const ada_narrow_tile *t, int n) {
     for (int j = 0; j < ADA_BLOCK; j += 2) {
         uint32_t *w = t->w + j / 2 * ADA_LANES;
         const float *p = t->f32.p + j * ADA_LANES;
-        for (int i = 0; i < ADA_LANES; i++) {
+        for (int i = 0; i < lanes; i++) {
             const int32_t low = j < n ? nearest_int(p[i] * inverse[i]) : 0;
             const int32_t high = j + 1 < n ? nearest_int(p[ADA_LANES + i] * inverse[i]) : 0;
             w[i] = (uint32_t)low | (uint32_t)high << 16;
             total[i] += low + high;
         }
     }
-    for (int i = 0; i < ADA_LANES; i++) t->sum[i] += (float)total[i] * t->worth[i];
+    for (int i = 0; i < lanes; i++) t->sum[i] += (float)total[i] * t->worth[i];
 }
 
 void KERNEL(values_bf16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
@@ -170,6 +172,7 @@ void KERNEL(values_i8)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t pa
 }
 
 void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
+    const int lanes = t->f32.lanes; /* others may hold anything */
     (void)part;
     for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 2) {
         int32_t sum[ADA_LANES] = {0};
@@ -177,10 +180,10 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
         for (int j = 0; j < (n + 1) / 2; j++) {
             const uint32_t *w = t->w + j * ADA_LANES;
             const int16_t *x = (const int16_t *)(v + j);
-            for (int i = 0; i < ADA_LANES; i++)
+            for (int i = 0; i < lanes; i++)
                 sum[i] += (int32_t)(w[i] & 0xffff) * x[0] + (int32_t)(w[i] >> 16) * x[1];
         }
-        for (int i = 0; i < ADA_LANES; i++) o[i] += (float)sum[i] * t->worth[i];
+        for (int i = 0; i < lanes; i++) o[i] += (float)sum[i] * t->worth[i];
     }
 }
 
