@@ -333,7 +333,7 @@ def calls_of_all_kinds() -> list[Callable[[], Any]]:
         {"causal": "left"},
         {"scale": np.nan},
         {"dropout_p": 2.0},
-        {"precision": "fp16"},
+        {"precision": "float16"},
         {"out": np.empty((1, 2))},
         {"out": arrays[0]},
         {"num_threads": 0},
@@ -492,7 +492,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
         engine_call(*arrays, **options, return_lse=True),
         engine_call(*arrays, window=(1, 2), sinks=[1, 2, 3, 4], kv_lengths=[3, 4]),
         functools.partial(adaattn.merge, *side, *side),
-        adaattn.cpu_info,
+        _adaattn.cpu_info,  # adaattn.cpu_info reads a file besides, where CPython itself fails
         engine_call(*arrays, softcap=-1.0),
         engine_call(*arrays, causal="left"),
         engine_call(*arrays, seed="seed"),
