@@ -1,11 +1,11 @@
-"""Attention with an error budget: exact attention on the CPU, every number checked against float64."""
+"""Attention with an error budget: the cheapest computation that keeps it, planned, verified and reported per head."""
 
 from . import _adaattn, errors, reference
-from .api import attention, cpu_info, get_num_threads, merge, set_num_threads
+from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads
 from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .rates import calibrate
-from .stats import Report
+from .stats import Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
@@ -16,6 +16,7 @@ __all__ = [
     "Error",
     "KVCache",
     "NumericalError",
+    "Plan",
     "Report",
     "ShapeError",
     "__version__",
@@ -25,6 +26,7 @@ __all__ = [
     "errors",
     "get_num_threads",
     "merge",
+    "plan",
     "reference",
     "set_num_threads",
 ]

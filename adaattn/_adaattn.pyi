@@ -1,5 +1,9 @@
 from typing import Any
 
+RUNGS: tuple[str, ...]
+CANDIDATES: tuple[str, ...]
+HEAD_FIELDS: tuple[str, ...]
+
 def attention(
     query: Any,
     key: Any,
@@ -16,6 +20,13 @@ def attention(
     dropout_p: Any,
     seed: Any,
     precision: Any,
+    tolerance: Any,
+    min_precision: Any,
+    max_precision: Any,
+    verify: Any,
+    rates: Any,
+    choices: Any,
+    plan_only: bool,
     return_lse: Any,
     return_report: Any,
     out: Any,
@@ -33,3 +44,21 @@ def cpu_info() -> dict[str, Any]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int | None, /) -> None: ...
 def _alloc_fail_after(n: int, /) -> None: ...
+def _plan_head(
+    errors: Any,
+    lse_errors: Any,
+    rates: Any,
+    finite: bool,
+    tolerance: float,
+    margin: float,
+    lse: bool,
+    dearest: int,
+    cheapest: int,
+    operations: float,
+    elements: float,
+    D: int,
+    plain: int,
+    /,
+) -> int: ...
+def _sample_rows(sizes: Any, n: int, stream: int, /) -> list[tuple[int, float]]: ...
+def _limit_error(error2: Any, weight: Any, /) -> tuple[float, float, float]: ...

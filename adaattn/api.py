@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from . import _adaattn
+from .errors import ArgumentError
 from .rates import rates
-from .stats import Report
+from .rates import table as rate_table
+from .stats import Plan, Report, sizes_of, tolerance_of
 
 
 def attention(
@@ -28,13 +30,19 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    tolerance: float | None = None,
+    policy: str | None = None,
     precision: str | tuple[str, str] = "auto",
+    min_precision: str = "auto",
+    max_precision: str = "auto",
+    plan: Plan | None = None,
+    verify: bool | str = "auto",
     return_lse: bool = False,
     return_report: bool = False,
     out: Any = None,
     num_threads: int | None = None,
 ) -> Any:
-    """Scaled dot-product attention, softmax(scale * query @ key.T) @ value, exact for the inputs' dtype.
+    """Scaled dot-product attention, softmax(scale * query @ key.T) @ value, exact or within an error budget.
 
     One score passes through, in this order: ``scale * q·k``, softcap, ALiBi, float mask; then boolean mask,
     causal limit, window and lengths hide keys; then the softmax over the visible keys and the sink. Memory
@@ -133,15 +141,89 @@ def attention(
     >>> adaattn.attention(q, k, v, causal=True).shape
     (1, 8, 128, 64)
     """
+    choices = None
+    if plan is not None:
+        _refuse_beside_plan(tolerance, policy, precision, min_precision, max_precision)
+        choices = plan.choices_for(query, key, value)
+        tolerance = plan.tolerance
+    else:
+        tolerance = tolerance_of(tolerance, policy)
+    if not isinstance(verify, bool) and verify != "auto":
+        raise ArgumentError(f"verify: expected True, False or 'auto', got {verify!r}")
+    rates = None if tolerance is None else rate_table()
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, return_lse, return_report, out, num_threads, _allocate,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices, False,
+        return_lse, return_report, out, num_threads, _allocate,
     )  # fmt: skip
     if return_report:
-        *arrays, heads = result
+        *arrays, (heads, seconds, operations) = result
         kept = arrays if isinstance(query, np.ndarray) else _as_kind_of(query, tuple(arrays), out)
-        return (*kept, Report.of(heads))
+        made = plan or (None if tolerance is None else Plan.of(heads, sizes_of(query, key, value), tolerance))
+        return (*kept, Report.of(heads, seconds, operations, made))
     return result if isinstance(query, np.ndarray) else _as_kind_of(query, result, out)
+
+
+def plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    query_offset: Any = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    tolerance: float | None = None,
+    policy: str | None = None,
+    min_precision: str = "auto",
+    max_precision: str = "auto",
+    return_lse: bool = False,
+    num_threads: int | None = None,
+) -> Plan:
+    """What `attention` would choose for these arguments: looks at the arrays and computes no attention.
+
+    Parameters
+    ----------
+    query, key, value, attn_mask, ... : as in `attention`
+    tolerance, policy : one of them is needed
+    return_lse : bool
+        Whether the lse will be asked for: its error counts then too.
+
+    Returns
+    -------
+    Plan
+        For `attention(..., plan=...)` and for reading: `Plan.explain`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, DeviceError
+        Naming the argument, what was expected and what came.
+    """
+    tolerance = tolerance_of(tolerance, policy)
+    if tolerance is None:
+        raise ArgumentError("tolerance: expected a number, or a policy, got None")
+    heads, _, _ = _adaattn.attention(
+        query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False, rate_table(), None, True,
+        return_lse, False, None, num_threads, _allocate,
+    )  # fmt: skip
+    return Plan.of(heads, sizes_of(query, key, value), tolerance)
+
+
+def _refuse_beside_plan(tolerance: Any, policy: Any, *precisions: Any) -> None:
+    """A plan carries its tolerance and choices."""
+    given = {"tolerance": tolerance, "policy": policy}
+    given |= {name: None if p == "auto" else p for name, p in zip(("precision", "min_precision", "max_precision"), precisions, strict=True)}
+    for name, argument in given.items():
+        if argument is not None:
+            raise ArgumentError(f"{name}: expected nothing beside a plan, which carries it, got {argument!r}")
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:

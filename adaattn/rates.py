@@ -1,7 +1,7 @@
 """How fast each rung of the precision ladder is on this machine: measured by `calibrate`, else built in.
 
 A rate is for scores and values together, in units of 1e9 floating-point operations (2 * T * S * (D + E)) per
-second of one core, packing included.
+second of one core, with all operands packed. Packing a key and its value costs time of its own, per element.
 """
 
 from __future__ import annotations
@@ -16,34 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _adaattn
 
-#: Dear to cheap. int8 with bf16 values is a rung of its own: its error lies between its parts'.
-RUNGS: tuple[str, ...] = ("fp32", "bf16x6", "bf16x3", "int16", "fp16", "bf16", "int8/bf16", "int8")
+#: What a planner may choose from, dear to cheap. int8 with bf16 values is a rung of its own: its error lies
+#: between its parts'.
+RUNGS: tuple[str, ...] = _adaattn.CANDIDATES
 
 HEAD_SIZES = (64, 128)
 
-# By the most capable instruction set, for head sizes 64 and 128, as measured on machines of the kind; bf16
-# and int8/bf16 of avx512bf16 and all of amx: on prototypes of the kernels.
-_DEFAULTS: dict[str, dict[str, tuple[float, float]]] = {
+# By the most capable instruction set: GFLOP/s for head sizes 64 and 128, and nanoseconds to pack an element, as
+# measured on machines of the kind; bf16 and int8/bf16 of avx512bf16 and all of amx: on prototypes of the kernels.
+_DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
     "amx": {
-        "fp32": (150, 150), "bf16x6": (300, 330), "bf16x3": (600, 600), "int16": (210, 250),
-        "fp16": (350, 380), "bf16": (1200, 1400), "int8/bf16": (1200, 1600), "int8": (1300, 1800),
+        "fp64": (65, 70, 0), "fp32": (150, 150, 0), "bf16x6": (320, 350, 1.0), "bf16x3": (630, 630, 0.8),
+        "int16": (230, 270, 0.6), "fp16": (370, 400, 1.0), "bf16": (1400, 1550, 0.3),
+        "int8/bf16": (1400, 1800, 0.4), "int8": (1500, 2000, 0.5),
     },
     "avx512bf16": {
-        "fp32": (109, 112), "bf16x6": (109, 112), "bf16x3": (55, 70), "int16": (170, 190),
-        "fp16": (55, 70), "bf16": (220, 222), "int8/bf16": (282, 288), "int8": (395, 408),
+        "fp64": (52, 54, 0), "fp32": (109, 112, 0), "bf16x6": (109, 112, 0), "bf16x3": (60, 72, 1.0),
+        "int16": (185, 200, 0.6), "fp16": (60, 72, 0.5), "bf16": (224, 224, 0.3),
+        "int8/bf16": (292, 294, 0.4), "int8": (420, 425, 0.5),
     },
     "avx512vnni": {
-        "fp32": (135, 140), "bf16x6": (135, 140), "bf16x3": (65, 85), "int16": (205, 240),
-        "fp16": (65, 85), "bf16": (65, 85), "int8/bf16": (90, 130), "int8": (405, 460),
+        "fp64": (62, 66, 0), "fp32": (135, 140, 0), "bf16x6": (135, 140, 0), "bf16x3": (70, 88, 1.0),
+        "int16": (220, 250, 0.6), "fp16": (70, 88, 0.5), "bf16": (70, 88, 0.5),
+        "int8/bf16": (95, 135, 0.5), "int8": (455, 485, 0.6),
     },
     "scalar": {
-        "fp32": (8, 8), "bf16x6": (8, 8), "bf16x3": (7, 7), "int16": (3, 3),
-        "fp16": (7, 7), "bf16": (7, 7), "int8/bf16": (4, 4), "int8": (3, 3),
+        "fp64": (5, 5, 0), "fp32": (8, 8, 0), "bf16x6": (8, 8, 0), "bf16x3": (7, 7, 1.0),
+        "int16": (3, 3, 1.0), "fp16": (7, 7, 1.0), "bf16": (7, 7, 1.0),
+        "int8/bf16": (4, 4, 1.0), "int8": (3, 3, 1.0),
     },
 }  # fmt: skip
+
+_table: NDArray[np.float64] | None = None  # what calls within a budget go by, once it has been read
 
 
 def split(rung: str) -> str | tuple[str, str]:
@@ -75,10 +83,33 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "adaattn" / f"rates-{isa}.json"
 
 
-def _defaults() -> dict[str, dict[int, float]]:
+def _defaults() -> NDArray[np.float64]:
     used = _adaattn.cpu_info()["isa_used"]
     best = next((isa for isa in _DEFAULTS if isa in used), "scalar")
-    return {rung: dict(zip(HEAD_SIZES, pair, strict=True)) for rung, pair in _DEFAULTS[best].items()}
+    return np.array([_DEFAULTS[best][rung] for rung in RUNGS], np.float64)
+
+
+def _load() -> tuple[str, NDArray[np.float64]]:
+    """Where the rates in force come from, and they: a row (gflops for each head size, pack_ns) for each rung."""
+    try:
+        saved = json.loads(cache_file().read_text(encoding="utf-8"))
+        if saved["machine"] == _machine():
+            rows = [
+                [float(saved["gflops"][rung][str(d)]) for d in HEAD_SIZES] + [float(saved["pack_ns"][rung])]
+                for rung in RUNGS
+            ]
+            return "measured", np.array(rows, np.float64)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        pass  # no file, or not one of ours
+    return "default", _defaults()
+
+
+def table() -> NDArray[np.float64]:
+    """The rates in force as the engine's planner takes them; read once."""
+    global _table
+    if _table is None:
+        _table = _load()[1]
+    return _table
 
 
 def rates() -> dict[str, Any]:
@@ -87,32 +118,33 @@ def rates() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``source`` ("measured" or "default"), ``gflops`` (rung to head size to rate) and ``offered``: the
-        rungs that are faster than every more exact one, by more than measurements scatter.
+        ``source`` ("measured" or "default"), ``gflops`` (rung to head size to rate), ``pack_ns`` (rung to
+        nanoseconds that packing an element of a key or value takes) and ``offered``: the rungs that are
+        faster than every more exact one, by more than measurements scatter.
     """
-    source, gflops = "default", _defaults()
-    try:
-        saved = json.loads(cache_file().read_text(encoding="utf-8"))
-        if saved["machine"] == _machine():
-            measured = {rung: {d: float(saved["gflops"][rung][str(d)]) for d in HEAD_SIZES} for rung in RUNGS}
-            source, gflops = "measured", measured
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        pass  # no file, or not one of ours
-    return {"source": source, "gflops": gflops, "offered": _offered(gflops)}
+    return _described(*_load())
 
 
-def _offered(gflops: dict[str, dict[int, float]]) -> list[str]:
-    offered: list[str] = []
-    for rung in RUNGS:
-        if not offered or any(
-            gflops[rung][d] > 1.05 * max(gflops[better][d] for better in offered) for d in HEAD_SIZES
-        ):
-            offered.append(rung)
-    return offered
+def _described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
+    gflops = {rung: dict(zip(HEAD_SIZES, map(float, row), strict=False)) for rung, row in zip(RUNGS, rows, strict=True)}
+    pack_ns = {rung: float(row[-1]) for rung, row in zip(RUNGS, rows, strict=True)}
+    return {"source": source, "gflops": gflops, "pack_ns": pack_ns, "offered": _offered(rows)}
 
 
-def calibrate(*, seconds: float = 3.0, save: bool = True) -> dict[str, Any]:
-    """Measure how fast each rung is on this machine, on one core, and keep the result for later processes.
+def _offered(rows: NDArray[np.float64]) -> list[str]:
+    speeds = 1 / (1 / rows[:, :-1] + rows[:, -1:] / (2 * _SIZE))  # with packing, at T = S = _SIZE
+    offered: list[int] = []
+    for i in range(len(RUNGS)):
+        if not offered or (speeds[i] > 1.05 * speeds[offered].max(axis=0)).any():
+            offered.append(i)
+    return [RUNGS[i] for i in offered]
+
+
+_SIZE, _FEW = 1024, 64  # keys, and queries of the shorter run, that calibrate measures with
+
+
+def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
+    """Measure how fast each rung is on this machine, on one core, and keep the result for later calls.
 
     The rungs take turns, so that a change of the clock meets all of them; the medians count. The file in the
     user's cache folder is valid for this version of the library, this processor, its microcode and the
@@ -123,12 +155,12 @@ def calibrate(*, seconds: float = 3.0, save: bool = True) -> dict[str, Any]:
     seconds : float
         About how long to measure.
     save : bool
-        Whether to write the file.
+        Whether to write the file and go by it from now on.
 
     Returns
     -------
     dict
-        As ``cpu_info()["rates"]``: ``source``, ``gflops`` and ``offered``.
+        As ``cpu_info()["rates"]``: ``source``, ``gflops``, ``pack_ns`` and ``offered``.
 
     Raises
     ------
@@ -137,28 +169,41 @@ def calibrate(*, seconds: float = 3.0, save: bool = True) -> dict[str, Any]:
     OSError
         The cache folder cannot be written.
     """
+    global _table
     from .api import attention
     from .errors import ArgumentError
 
     if not (isinstance(seconds, (int, float)) and 0 < seconds < float("inf")):
         raise ArgumentError(f"seconds: expected a number above 0, got {seconds!r}")
-    size = 1024
-    times: dict[tuple[str, int], list[float]] = {(rung, d): [] for rung in RUNGS for d in HEAD_SIZES}
-    arrays = {d: np.random.default_rng(d).standard_normal((4, 1, 1, size, d), np.float32) for d in HEAD_SIZES}
+    runs = [(rung, d, queries) for rung in RUNGS for d in HEAD_SIZES for queries in (_SIZE, _FEW)]
+    times: dict[tuple[str, int, int], list[float]] = {run: [] for run in runs}
+    arrays = {
+        d: np.random.default_rng(d).standard_normal((4, 1, 1, _SIZE, d), np.float32) for d in HEAD_SIZES
+    }
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[RUNGS[0], HEAD_SIZES[0]]) < 3:
-        for (rung, d), samples in times.items():
+    while time.perf_counter() < end or len(times[runs[0]]) < 3:
+        for (rung, d, queries), samples in times.items():
             query, key, value, out = arrays[d]
+            query, out = query[:, :, :queries], out[:, :, :queries]
             start = time.perf_counter()
             attention(query, key, value, precision=split(rung), out=out, num_threads=1)
             samples.append(time.perf_counter() - start)
-    gflops = {
-        rung: {d: 4e-9 * size * size * d / statistics.median(times[rung, d]) for d in HEAD_SIZES}
-        for rung in RUNGS
-    }
+    rows = []
+    for rung in RUNGS:
+        row, packing = [], []
+        for d in HEAD_SIZES:
+            long, short = (statistics.median(times[rung, d, queries]) for queries in (_SIZE, _FEW))
+            share = _FEW / _SIZE  # of the long run's products in the short one; the rest of it is packing
+            pack = max(0.0, (short - share * long) / (1 - share))
+            row.append(4e-9 * _SIZE * _SIZE * d / max(long - pack, 0.1 * long))
+            packing.append(1e9 * pack / (2 * _SIZE * d))
+        rows.append([*row, statistics.mean(packing)])
+    result = _described("measured", np.array(rows))
     if save:
-        _write(cache_file(), json.dumps({"machine": _machine(), "gflops": gflops}, indent=1))
-    return {"source": "measured", "gflops": gflops, "offered": _offered(gflops)}
+        kept = {name: result[name] for name in ("gflops", "pack_ns")}
+        _write(cache_file(), json.dumps({"machine": _machine(), **kept}, indent=1))
+        _table = np.array(rows)
+    return result
 
 
 def _write(path: Path, text: str) -> None:

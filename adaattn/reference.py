@@ -33,7 +33,13 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | ArrayLike | None = None,
+    tolerance: float | None = None,
+    policy: str | None = None,
     precision: str | tuple[str, str] = "auto",
+    min_precision: str = "auto",
+    max_precision: str = "auto",
+    plan: Any = None,
+    verify: bool | str = "auto",
     return_lse: bool = False,
     return_report: bool = False,
     out: _Array | None = None,
@@ -47,7 +53,7 @@ def attention(
         (B, H, T, D), (B, G, S, D) and (B, G, S, E), of any dtype that converts to float64.
     out : ndarray, optional
         (B, H, T, E), filled with the result cast to its dtype.
-    precision, return_report, num_threads
+    tolerance, policy, precision, min_precision, max_precision, plan, verify, return_report, num_threads
         Taken for the signature's sake; they have no influence.
 
     Returns

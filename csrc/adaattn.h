@@ -28,6 +28,7 @@ typedef enum {
     ADA_ERR_SHAPE,
     ADA_ERR_DTYPE,
     ADA_ERR_MEMORY,
+    ADA_ERR_NUMERICAL, /* a stated tolerance is missed */
     ADA_INTERRUPTED
 } ada_status;
 
@@ -97,11 +98,14 @@ typedef struct {
     int64_t num_threads;
     double dropout_p;
     ada_choice precision; /* both AUTO or none */
+    bool has_tolerance;
+    double tolerance; /* relative error of a head that the caller can bear */
     ada_choice *ran;      /* (B, H): what each head was computed with in the end; NULL: not wanted */
     bool stored; /* key and value come from a cache, each of a dtype of its own */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */
+    bool only_f64;       /* fp32 cannot hold the scale */
     uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
 } ada_problem;
 
@@ -110,9 +114,13 @@ ada_status ada_problem_init(ada_problem *problem, ada_error *error);
 /* Checks out: shape, dtype, every element in a place of its own, none shared with an input. */
 ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
 
-/* Computes out and lse. Interrupted: interrupt(context) was true; out is then undefined. */
-ada_status ada_execute(const ada_problem *problem, bool (*interrupt)(void *), void *context,
-                       ada_error *error);
+/* Refuses what a float mask must not hold. */
+ada_status ada_check_mask(const ada_problem *problem, bool (*interrupt)(void *), void *context,
+                          ada_error *error);
+/* Computes out and lse of the listed heads (ascending indices b * H + h; NULL: of all) on the problem's rungs.
+ * Interrupted: interrupt(context) was true; out is then undefined. */
+ada_status ada_execute(const ada_problem *problem, const int64_t *heads, int64_t n_heads,
+                       bool (*interrupt)(void *), void *context, ada_error *error);
 
 /* Exact combination of attention over two disjoint sets of keys. Outputs (B, H, T, E) of one dtype, lse
  * (B, H, T) float or double; a and b in, out and lse out. */

@@ -53,7 +53,8 @@ static ada_weigh_bf16_bf16_fn *fused_kernel(const ada_run *r) {
     }
 }
 
-static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch) {
+/* slot: of the head's keys in the store. */
+static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch, int64_t slot) {
     const ada_problem *p = r->p;
     ptrdiff_t ld;
     s->base.tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
@@ -63,8 +64,8 @@ static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch) {
     if (s->base.tile.lanes < ADA_LANES) memset(s->base.tile.p, 0, ADA_BLOCK * ADA_LANES * sizeof(float));
     s->t.f32 = s->base.tile;
     s->weigh = s->base.tile.lanes == ADA_LANES ? fused_kernel(r) : NULL;
-    s->head = ada_head_store_at(s->store, (patch->b * p->H + patch->h) / s->store->per_head);
-    const float *q = rows_at_f32(r, &p->query, patch->b, patch->h, patch->i, patch->n, s->base.rows, &ld);
+    s->head = ada_head_store_at(s->store, slot);
+    const float *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, s->base.rows, &ld);
     return ada_pack_queries(s->store, &s->head, &s->t, q, ld, patch->n, s->copy, s->words);
 }
 
@@ -201,10 +202,11 @@ static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *pa
 }
 
 /* False when the formats cannot hold the tile. */
-static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, ada_job *job, int worker) {
+static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, int64_t slot, ada_job *job,
+                               int worker) {
     const ada_span span = tile_span(r->p, &patch);
     bool first = true;
-    if (!start_narrow(r, s, &patch)) return false;
+    if (!start_narrow(r, s, &patch, slot)) return false;
     for (patch.j = span.first; patch.j < span.end; first = false) {
         if (ada_job_cancelled(job, worker)) return true;
         const int run = s->weigh ? plain_keys(r, &patch, span.end) : 0;

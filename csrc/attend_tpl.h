@@ -3,8 +3,7 @@
  * kernels of half formats accumulate in REAL. Rows that REAL cannot hold (overflow, NaN, infinities) are left
  * to attend_tile_carefully.
  */
-#define REAL_DTYPE (sizeof(REAL) == sizeof(double) ? ADA_F64 : ADA_F32)
-#define REAL_LARGEST ((REAL)(sizeof(REAL) == sizeof(double) ? DBL_MAX : FLT_MAX))
+#include "read_tpl.h"
 
 typedef struct {
     KIND(ada_tile) tile;
@@ -39,72 +38,6 @@ static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     return s;
 }
 
-/* n rows of (b, h) from i, as REAL: where they lie if they can be read there, else converted into copy. */
-static const REAL *KIND(rows_at)(const ada_run *r, const ada_array *a, int64_t b, int64_t h, int64_t i, int n,
-                                 REAL *copy, ptrdiff_t *ld) {
-    int width = (int)a->shape[3];
-    if (a->dtype == REAL_DTYPE && (a->stride[3] == (int64_t)sizeof(REAL) || width == 1)) {
-        *ld = a->stride[2] / (ptrdiff_t)sizeof(REAL);
-        return (const REAL *)ada_row_at(a, b, h, i);
-    }
-    *ld = width;
-    KIND(ada_load_rows)(r->k, copy, width, a, b, h, i, n, width);
-    return copy;
-}
-
-/* A float mask's values in natural units, row-major with a stride of ADA_BLOCK. */
-static void KIND(mask_rows)(const ada_run *r, REAL *rows, const ada_patch *patch) {
-    ada_array mask = r->p->attn_mask;
-    mask.data = (char *)mask.data + patch->j * mask.stride[3];
-    if (mask.dtype != ADA_F64) {
-        KIND(ada_load_rows)(r->k, rows, ADA_BLOCK, &mask, patch->b, patch->h, patch->i, patch->n, patch->nk);
-    } else {
-        /* The lowest double must stay finite as a float: it does not hide. */
-        for (int i = 0; i < patch->n; i++)
-            for (int j = 0; j < patch->nk; j++) {
-                double x = *(const double *)(ada_row_at(&mask, patch->b, patch->h, patch->i + i) +
-                                             j * mask.stride[3]);
-                rows[i * ADA_BLOCK + j] = x > -INFINITY && x < -REAL_LARGEST ? -REAL_LARGEST : (REAL)x;
-            }
-    }
-    /* The lowest float16 counts as float32's lowest: it swallows the scores that are added to it. */
-    if (mask.dtype == ADA_F16)
-        for (int i = 0; i < patch->n; i++)
-            for (int j = 0; j < patch->nk; j++)
-                if (rows[i * ADA_BLOCK + j] == -65504) rows[i * ADA_BLOCK + j] = -FLT_MAX;
-}
-
-/* What a float mask and ALiBi add to the scores of a patch, in log2 units, row-major with a stride of
- * ADA_BLOCK; -inf hides. False when that is nothing. */
-static bool KIND(bias_rows)(const ada_run *r, REAL *rows, const ada_patch *patch) {
-    const ada_problem *p = r->p;
-    bool masked = p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL, any = false;
-    double slope = p->alibi_slopes.data ? ada_head_value(&p->alibi_slopes, patch->b, patch->h) : 0;
-    if (!masked && slope == 0) return false;
-    if (masked)
-        KIND(mask_rows)(r, rows, patch);
-    else
-        memset(rows, 0, (size_t)patch->n * ADA_BLOCK * sizeof *rows);
-    for (int i = 0; i < patch->n; i++) {
-        REAL *row = rows + i * ADA_BLOCK;
-        if (masked)
-            for (int j = 0; j < patch->nk; j++) {
-                REAL x = row[j], y = x * (REAL)ADA_LOG2E;
-                any |= x != 0;
-                y = y < -REAL_LARGEST ? -REAL_LARGEST : y;
-                row[j] = x == -INFINITY ? x : y;
-            }
-        if (slope != 0) {
-            int64_t distance = ada_position(p, patch->b, patch->i + i) - patch->j;
-            for (int j = 0; j < patch->nk; j++) {
-                REAL y = row[j] - (REAL)(slope * ADA_LOG2E * (double)llabs(distance - j));
-                row[j] = row[j] > -INFINITY && y < -REAL_LARGEST ? -REAL_LARGEST : y;
-            }
-        }
-    }
-    return any || slope != 0;
-}
-
 /* One tile against one block of keys: what is visible, added and kept, and where K and V lie. */
 typedef struct {
     const REAL *k, *v;
@@ -130,7 +63,7 @@ static bool KIND(see_block)(const ada_run *r, const KIND(scratch) * s, const ada
         block->keep = s->keep;
     }
     block->bias = NULL;
-    if (KIND(bias_rows)(r, s->rows, patch)) {
+    if (KIND(bias_rows)(p, r->k, s->rows, patch)) {
         r->k->KIND(pack)(s->bias, s->rows, ADA_BLOCK, patch->n, patch->nk, s->tile.lanes, 1);
         block->bias = s->bias;
     }
@@ -141,7 +74,7 @@ static void KIND(find_keys)(const ada_run *r, const KIND(scratch) * s, const ada
                             KIND(block) * block) {
     const ada_problem *p = r->p;
     const int64_t g = patch->h / (p->H / p->G);
-    block->k = KIND(rows_at)(r, &p->key, patch->b, g, patch->j, patch->nk, s->k, &block->ldk);
+    block->k = KIND(rows_at)(r->k, &p->key, patch->b, g, patch->j, patch->nk, s->k, &block->ldk);
     /* scores reads whole steps of keys: past the array's end they are zeros in the copy. */
     int whole = (patch->nk + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP;
     if (whole > patch->nk && (block->k == s->k || patch->j + whole > p->S)) {
@@ -155,7 +88,7 @@ static void KIND(find_keys)(const ada_run *r, const KIND(scratch) * s, const ada
 static void KIND(find_values)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
                               KIND(block) * block) {
     const int64_t g = patch->h / (r->p->H / r->p->G);
-    block->v = KIND(rows_at)(r, &r->p->value, patch->b, g, patch->j, patch->nk, s->v, &block->ldv);
+    block->v = KIND(rows_at)(r->k, &r->p->value, patch->b, g, patch->j, patch->nk, s->v, &block->ldv);
 }
 
 /* False when no query of the patch may see a key of it. */
@@ -231,7 +164,7 @@ static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patc
     const ada_problem *p = r->p;
     ptrdiff_t ld;
     s->tile.lanes = (patch->n + ADA_LANE_STEP - 1) / ADA_LANE_STEP * ADA_LANE_STEP;
-    const REAL *q = KIND(rows_at)(r, &p->query, patch->b, patch->h, patch->i, patch->n, s->rows, &ld);
+    const REAL *q = KIND(rows_at)(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, s->rows, &ld);
     r->k->KIND(pack)(s->tile.q, q, ld, patch->n, (int)p->D, s->tile.lanes, factor);
     memset(s->tile.o, 0, (size_t)p->E * ADA_LANES * sizeof(REAL));
     for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
@@ -383,7 +316,7 @@ static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_arra
 static const char *KIND(read_rows)(const ada_run *r, const KIND(row_reader) * reader, int64_t b, int64_t g,
                                    int64_t j, int n, ptrdiff_t *ld) {
     const ada_array *a = reader->array;
-    if (!reader->in_place) return (const char *)KIND(rows_at)(r, a, b, g, j, n, reader->copy, ld);
+    if (!reader->in_place) return (const char *)KIND(rows_at)(r->k, a, b, g, j, n, reader->copy, ld);
     *ld = a->stride[2] / ada_dtype_bytes(a->dtype);
     return ada_row_at(a, b, g, j);
 }
@@ -430,7 +363,7 @@ static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada
                             uint64_t *visible, KIND(ada_row) * row, REAL *scores) {
     const ada_problem *p = r->p;
     uint64_t keep = UINT64_MAX;
-    const REAL *bias = KIND(bias_rows)(r, s->rows, patch) ? s->rows : NULL;
+    const REAL *bias = KIND(bias_rows)(p, r->k, s->rows, patch) ? s->rows : NULL;
     for (int j = 0; bias && j < patch->nk; j++)
         if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
     if (p->has_softcap) {

@@ -22,28 +22,12 @@ static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, dou
         ((float *)p->lse)[at] = (float)lse;
 }
 
-static double sink_of(const ada_problem *p, int64_t h) {
-    if (!p->sinks.data) return -INFINITY;
-    return *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]);
-}
-
-/* From reference m (log2 units) and sum l of a row: writes its lse, returns what its output is multiplied
- * with. The sink joins here: mass without a value. */
+/* Writes the lse of a row; returns what its output is multiplied with. */
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
-    double sink = sink_of(p, h), above = sink * ADA_LOG2E - m, factor = 1, base = m * ADA_LN2;
-    if (l == 0) { /* no key */
-        store_lse(p, b, h, i, sink);
-        return 0;
-    }
-    if (above > 0) {
-        factor = exp2(-above);
-        l = l * factor + 1;
-        base = sink;
-    } else if (sink > -INFINITY) {
-        l += exp2(above);
-    }
-    if (p->lse) store_lse(p, b, h, i, base + log2(l) * ADA_LN2);
-    return factor / l / (1 - p->dropout_p);
+    double lse;
+    const double factor = ada_row_factor(p, h, m, l, p->lse ? &lse : NULL);
+    if (p->lse) store_lse(p, b, h, i, lse);
+    return factor;
 }
 
 /* Whether a row of floats lost more than rounding: its factor is subnormal, or its scores lie around a bias
@@ -160,7 +144,7 @@ static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch p
     for (int i = 0; i < patch.n; i++) {
         s->factor[i] /= v_scale;
         /* Only scores of -inf, and no sink to take the mass: 0 / 0. */
-        if (s->tile.l[i] == 0 && sink_of(p, patch.h) == -INFINITY)
+        if (s->tile.l[i] == 0 && ada_sink(p, patch.h) == -INFINITY)
             nan_lanes |= minus_lanes & (uint64_t)1 << i;
         if (!(rows & nan_lanes & (uint64_t)1 << i)) continue;
         store_lse(p, patch.b, patch.h, patch.i + i, NAN);
@@ -178,30 +162,36 @@ static void attend_tile_carefully(const ada_run *r, const ada_patch *patch, uint
     if (rows) attend_tile_scaled(r, &s, *patch, rows, 0x1p-80, job, worker);
 }
 
+static int64_t head_of_task(const ada_run *r, int64_t task) {
+    return r->heads ? r->heads[task / r->tiles] : task / r->tiles;
+}
+
+/* The queries of a task. Within a head the last tiles come first: under a causal limit they are the longest.
+ */
+static ada_patch tile_of_task(const ada_run *r, int64_t task) {
+    const ada_problem *p = r->p;
+    const int64_t head = head_of_task(r, task), i = (r->tiles - 1 - task % r->tiles) * ADA_LANES;
+    return (ada_patch){
+        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
+}
+
 static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
-    const ada_problem *p = r->p;
-    /* Within a head the last tiles come first: under a causal limit they are the longest. */
-    int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
-    const ada_patch patch = {
-        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
-    uint64_t dead = p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
-                                   : complete_tile_f32(r, &patch, job, worker);
+    const ada_patch patch = tile_of_task(r, task);
+    uint64_t dead = r->p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
+                                      : complete_tile_f32(r, &patch, job, worker);
     if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
 }
 
 static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
-    const ada_problem *p = r->p;
-    const int64_t tile = r->tiles - 1 - task % r->tiles, head = task / r->tiles, i = tile * ADA_LANES;
-    const ada_patch patch = {
-        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
-    if (atomic_load_explicit(&r->raised[head], memory_order_relaxed)) return;
+    atomic_bool *raised = &r->raised[task / r->tiles];
+    if (atomic_load_explicit(raised, memory_order_relaxed)) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     narrow s = narrow_of(r, &carver);
     if (r->k->units_begin) r->k->units_begin();
-    if (!attend_tile_narrow(r, &s, patch, job, worker))
-        atomic_store_explicit(&r->raised[head], true, memory_order_relaxed);
+    if (!attend_tile_narrow(r, &s, tile_of_task(r, task), r->store.slots[task / r->tiles], job, worker))
+        atomic_store_explicit(raised, true, memory_order_relaxed);
     if (r->k->units_end) r->k->units_end();
 }
 
@@ -259,7 +249,7 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_problem *p = r->p;
     const ada_array *mask = &p->attn_mask;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
-    float *copy = scratch_of_f32(p, &carver).rows;
+    float *copy = ada_carve(&carver, ADA_BLOCK * sizeof *copy);
     int64_t heads = mask->stride[1] ? p->H : 1, width = mask->stride[3] ? p->S : 1;
     int64_t rows = mask->stride[2] ? p->T : 1, chunks = (rows + ADA_LANES - 1) / ADA_LANES;
     int64_t b = task / (heads * chunks), h = task / chunks % heads, first = task % chunks * ADA_LANES;
@@ -276,7 +266,7 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
                 ptrdiff_t ld;
                 part.data = (void *)row;
                 part.shape[3] = n;
-                const float *x = rows_at_f32(r, &part, 0, 0, 0, 1, copy, &ld);
+                const float *x = rows_at_f32(r->k, &part, 0, 0, 0, 1, copy, &ld);
                 for (int c = 0; c < n; c++) bad |= !(x[c] < INFINITY);
             }
             if (bad) atomic_store_explicit(&r->mask_is_bad, true, memory_order_relaxed);
@@ -286,7 +276,7 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
 
-static int threads_for(const ada_problem *p, int64_t tasks, double multiply_adds) {
+int ada_threads_for(const ada_problem *p, int64_t tasks, double multiply_adds) {
     int64_t n = p->has_num_threads ? p->num_threads : ada_get_num_threads();
     double useful = fmin(fmin((double)tasks, ADA_MAX_THREADS), 1 + multiply_adds / WORK_PER_THREAD);
     return (int)fmin((double)n, useful);
@@ -305,37 +295,67 @@ static int64_t count_splits(const ada_problem *p) {
 /* Tiles on the problem's rungs, then those of the heads that their rung could not hold in fp32. */
 static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), void *context) {
     const ada_problem *p = r->p;
-    const int64_t tasks = p->B * p->H * r->tiles;
-    ada_store *store = &r->store;
+    const int64_t tasks = r->n_heads * r->tiles;
+    const ada_store *store = &r->store;
     if (!ada_parallel_for(store->heads, threads, survey_task, r, interrupt, context) ||
         !ada_parallel_for(store->heads * store->strips, threads, pack_task, r, interrupt, context))
         return false;
-    for (int64_t head = 0; head < p->B * p->H; head++)
-        atomic_init(&r->raised[head], store->unfit[head / store->per_head]);
+    for (int64_t i = 0; i < r->n_heads; i++) atomic_init(&r->raised[i], store->unfit[store->slots[i]]);
     if (!ada_parallel_for(tasks, threads, rung_task, r, interrupt, context)) return false;
     int64_t raised = 0;
-    for (int64_t head = 0; head < p->B * p->H; head++) {
-        raised += r->raised[head];
-        if (r->raised[head] && p->ran) p->ran[head] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    for (int64_t i = 0; i < r->n_heads; i++) {
+        raised += r->raised[i];
+        if (r->raised[i] && p->ran)
+            p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
     return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
 }
 
+static ada_status no_memory(int64_t bytes, ada_error *error) {
+    return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
+                    (long long)bytes);
+}
+
+ada_status ada_check_mask(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
+    const ada_array *mask = &p->attn_mask;
+    if (!mask->data || mask->dtype == ADA_BOOL) return ADA_OK;
+    ada_run r = {.p = p, .k = ada_kernels_get()};
+    const int64_t heads = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1);
+    const int64_t rows = mask->stride[2] ? p->T : 1, width = mask->stride[3] ? p->S : 1;
+    const int64_t tasks = heads * ((rows + ADA_LANES - 1) / ADA_LANES);
+    const int threads = ada_threads_for(p, tasks, (double)(heads * rows) * (double)width);
+    r.scratch_bytes = ADA_BLOCK * sizeof(float);
+    r.scratch = ada_scratch_take(threads * r.scratch_bytes);
+    if (!r.scratch) return no_memory(threads * r.scratch_bytes, error);
+    const bool done = ada_parallel_for(tasks, threads, mask_task, &r, interrupt, context);
+    ada_scratch_give_back(r.scratch);
+    if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    if (r.mask_is_bad)
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+    return ADA_OK;
+}
+
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *context, ada_error *error) {
-    ada_run r = {.p = p, .k = ada_kernels_get(), .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
-    const bool on_rungs = ada_store_needed(p, r.k), few = p->T <= ADA_ROWS_MAX && !on_rungs;
+ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_heads,
+                       bool (*interrupt)(void *), void *context, ada_error *error) {
+    ada_run r = {.p = p,
+                 .k = ada_kernels_get(),
+                 .heads = heads,
+                 .n_heads = heads ? n_heads : p->B * p->H,
+                 .tiles = (p->T + ADA_LANES - 1) / ADA_LANES};
+    const bool on_rungs = ada_store_needed(p, r.k), few = p->T <= ADA_ROWS_MAX && !on_rungs && !heads;
     if (few) r.splits = count_splits(p);
-    const int64_t rows = p->B * p->H * p->T, tasks = few ? p->B * p->G * r.splits : p->B * p->H * r.tiles;
-    const int threads = threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
+    const int64_t rows = r.n_heads * p->T, tasks = few ? p->B * p->G * r.splits : r.n_heads * r.tiles;
+    const int threads = ada_threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
 
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
     r.scratch_bytes = size.used;
     int64_t store_bytes = 0;
     if (on_rungs) {
-        store_bytes = ada_store_plan(&r.store, p, r.k) + (p->B * p->H + 63) / 64 * 64;
+        store_bytes = ada_store_plan(&r.store, p, r.k, heads, r.n_heads) + (r.n_heads + 63) / 64 * 64;
         size.used = 0;
         narrow_of(&r, &size);
         r.scratch_bytes = larger(r.scratch_bytes, larger(size.used, ada_store_scratch_bytes(&r.store)));
@@ -344,36 +364,22 @@ ada_status ada_execute(const ada_problem *p, bool (*interrupt)(void *), void *co
         rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
     const int64_t bytes = threads * r.scratch_bytes + partial_bytes + store_bytes;
     r.scratch = ada_scratch_take(bytes);
-    if (!r.scratch)
-        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
-                        (long long)bytes);
+    if (!r.scratch) return no_memory(bytes, error);
     r.partials = r.scratch + threads * r.scratch_bytes;
     if (on_rungs) {
         r.raised = (atomic_bool *)r.partials; /* no splits on this way */
-        ada_store_attach(&r.store, (char *)r.partials + (p->B * p->H + 63) / 64 * 64);
+        ada_store_attach(&r.store, heads, (char *)r.partials + (r.n_heads + 63) / 64 * 64);
     }
-    for (int64_t head = 0; p->ran && head < p->B * p->H; head++) p->ran[head] = p->precision;
+    for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 
-    const ada_array *mask = &p->attn_mask;
-    bool done = true;
-    if (mask->data && mask->dtype != ADA_BOOL) {
-        const int64_t heads = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1);
-        done = ada_parallel_for(heads * (mask->stride[2] ? r.tiles : 1), threads, mask_task, &r, interrupt,
-                                context);
-    }
-    if (done && !r.mask_is_bad)
-        done = on_rungs
-                   ? attend_on_rungs(&r, threads, interrupt, context)
-                   : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
-    if (done && !r.mask_is_bad && few) {
-        const int joiners = threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
+    bool done = on_rungs ? attend_on_rungs(&r, threads, interrupt, context)
+                         : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt,
+                                            context);
+    if (done && few) {
+        const int joiners = ada_threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,
                                 context);
     }
     ada_scratch_give_back(r.scratch);
-    if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
-    if (r.mask_is_bad)
-        return ada_fail(error, ADA_ERR_ARGUMENT,
-                        "attn_mask: expected finite numbers or -inf, got NaN or +inf");
-    return ADA_OK;
+    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }

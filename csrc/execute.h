@@ -2,6 +2,7 @@
 #ifndef ADA_EXECUTE_H
 #define ADA_EXECUTE_H
 
+#include <math.h>
 #include <stdatomic.h>
 
 #include "adaattn.h"
@@ -33,9 +34,14 @@ typedef struct {
     int64_t splits; /* per head, on the way of few queries */
     void *partials; /* [B][H][T][splits] of m, l, o[E] */
     atomic_bool mask_is_bad;
+    const int64_t *heads; /* [n_heads] those to compute, ascending; NULL: all */
+    int64_t n_heads;
     ada_store store;     /* of the rungs that need one */
-    atomic_bool *raised; /* [B][H] heads that their rung could not hold */
+    atomic_bool *raised; /* [n_heads] that their rung could not hold */
 } ada_run;
+
+/* Threads that are worth waking for tasks of so many multiply-adds together. */
+int ada_threads_for(const ada_problem *p, int64_t tasks, double multiply_adds);
 
 /* How the few queries of a head share its keys out: by the sequence's length alone; a multiple of ADA_BLOCK.
  */
@@ -47,6 +53,31 @@ static inline int64_t ada_split_keys(const ada_problem *p, int64_t b) {
 
 static inline double ada_head_value(const ada_array *a, int64_t b, int64_t h) {
     return *(const double *)((const char *)a->data + b * a->stride[0] + h * a->stride[1]);
+}
+
+static inline double ada_sink(const ada_problem *p, int64_t h) {
+    if (!p->sinks.data) return -INFINITY;
+    return *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]);
+}
+
+/* What a row's output is multiplied with, from its reference m (log2 units) and sum l, and its lse (may be
+ * NULL). The sink joins here: mass without a value. */
+static inline double ada_row_factor(const ada_problem *p, int64_t h, double m, double l, double *lse) {
+    const double sink = ada_sink(p, h), above = sink * ADA_LOG2E - m;
+    double factor = 1, base = m * ADA_LN2;
+    if (l == 0) { /* no key */
+        if (lse) *lse = sink;
+        return 0;
+    }
+    if (above > 0) {
+        factor = exp2(-above);
+        l = l * factor + 1;
+        base = sink;
+    } else if (sink > -INFINITY) {
+        l += exp2(above);
+    }
+    if (lse) *lse = base + log2(l) * ADA_LN2;
+    return factor / l / (1 - p->dropout_p);
 }
 
 #endif

@@ -98,6 +98,11 @@ typedef void ada_columns_fn(float *sum, float *largest, const float *rows, ptrdi
 typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less,
                            float *norm2);
 
+/* norm2[r] = sum of weight[c] * x^2 and square[c] += x^2 for x = rows[r][c] - less[c], r < n, c < width; less,
+ * weight (ones) and square may be NULL. */
+typedef void ada_squares_fn(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
+                            const float *less, const float *weight);
+
 /* o[e][i] *= unit[e] for all lanes. */
 typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
 
@@ -123,4 +128,5 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(values_i16)                                                                                         \
     SLOT(encode_bf16)                                                                                        \
     SLOT(encode_i8)                                                                                          \
-    SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(scale_channels)
+    SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares)             \
+        SLOT(scale_channels)

@@ -62,6 +62,7 @@ static bool centred(const ada_store *s) {
 }
 
 static int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t query_head(const int64_t *heads, int64_t i) { return heads ? heads[i] : i; }
 static int64_t value_rows(const ada_store *s) { return up_to(s->p->E, 16); }
 
 static ada_head_store head_store(const ada_store *s, ada_carver *c) {
@@ -86,12 +87,14 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
     return h;
 }
 
-int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k) {
+int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k, const int64_t *heads,
+                       int64_t n_heads) {
     const ada_array *mask = &p->attn_mask;
     const bool apart = mask->data && mask->stride[1];
-    *s = (ada_store){.p = p, .k = k, .per_head = apart ? 1 : p->H / p->G};
+    *s = (ada_store){.p = p, .k = k, .per_head = apart ? 1 : p->H / p->G, .n_slots = n_heads};
     s->qk = operands_of(k, p->precision.qk, false), s->pv = operands_of(k, p->precision.pv, true);
-    s->heads = p->B * p->H / s->per_head;
+    for (int64_t i = 0; i < n_heads; i++)
+        s->heads += i == 0 || query_head(heads, i) / s->per_head != query_head(heads, i - 1) / s->per_head;
     s->blocks = (p->S + ADA_BLOCK - 1) / ADA_BLOCK;
     s->strips = (p->S + ADA_STRIP - 1) / ADA_STRIP;
     const int elements = ada_elements(s->qk.format);
@@ -101,12 +104,21 @@ int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k)
     ada_carver size = {NULL, 0};
     head_store(s, &size);
     s->head_bytes = size.used;
-    return s->heads * s->head_bytes + up_to(s->heads * (int64_t)sizeof *s->unfit, 64);
+    return s->heads * s->head_bytes + (s->heads + n_heads) * (int64_t)sizeof *s->slots +
+           up_to(s->heads * (int64_t)sizeof *s->unfit, 64);
 }
 
-void ada_store_attach(ada_store *s, char *memory) {
+void ada_store_attach(ada_store *s, const int64_t *heads, char *memory) {
     s->memory = memory;
-    s->unfit = (atomic_bool *)(memory + s->heads * s->head_bytes);
+    s->slots = (int64_t *)(memory + s->heads * s->head_bytes);
+    s->key_head = s->slots + s->n_slots;
+    s->unfit = (atomic_bool *)(s->key_head + s->heads);
+    int64_t slot = -1;
+    for (int64_t i = 0; i < s->n_slots; i++) {
+        const int64_t key_head = query_head(heads, i) / s->per_head;
+        if (slot < 0 || s->key_head[slot] != key_head) s->key_head[++slot] = key_head;
+        s->slots[i] = slot;
+    }
     for (int64_t i = 0; i < s->heads; i++) atomic_init(&s->unfit[i], false);
 }
 
@@ -143,8 +155,8 @@ static int keys_of_block(const ada_problem *p, int64_t block) {
     return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
 }
 
-static void key_head(const ada_store *s, int64_t head, int64_t *b, int64_t *h, int64_t *g) {
-    const int64_t per_batch = s->p->H / s->per_head;
+static void key_head(const ada_store *s, int64_t slot, int64_t *b, int64_t *h, int64_t *g) {
+    const int64_t per_batch = s->p->H / s->per_head, head = s->key_head[slot];
     *b = head / per_batch, *h = head % per_batch * s->per_head;
     *g = *h / (s->p->H / s->p->G);
 }
@@ -197,9 +209,8 @@ static bool fits(const ada_operands *o, ada_dtype dtype, float largest) {
 /* ---- which keys count ---- */
 
 /* Keys of a block that the mask and the spans leave to queries i ... i + n - 1 of one head. */
-static uint64_t keys_seen(const ada_store *s, int64_t b, int64_t h, int64_t i, int n, int64_t j, int nk,
-                          float *rows) {
-    const ada_problem *p = s->p;
+static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int n,
+                          int64_t j, int nk, float *rows) {
     const ada_patch patch = {b, h, i, j, n, nk};
     const uint64_t all = nk == 64 ? UINT64_MAX : ((uint64_t)1 << nk) - 1;
     uint64_t bits[64], seen = 0;
@@ -209,7 +220,7 @@ static uint64_t keys_seen(const ada_store *s, int64_t b, int64_t h, int64_t i, i
     if (p->attn_mask.dtype != ADA_BOOL) {
         ada_array mask = p->attn_mask;
         mask.data = (char *)mask.data + j * mask.stride[3];
-        ada_load_rows_f32(s->k, rows, 64, &mask, b, h, i, n, nk);
+        ada_load_rows_f32(k, rows, 64, &mask, b, h, i, n, nk);
         for (int r = 0; r < n; r++)
             for (int c = 0; c < nk; c++)
                 if (rows[r * 64 + c] == -INFINITY) bits[r] &= ~((uint64_t)1 << c);
@@ -218,8 +229,8 @@ static uint64_t keys_seen(const ada_store *s, int64_t b, int64_t h, int64_t i, i
     return seen & all;
 }
 
-static uint64_t block_seen(const ada_store *s, int64_t b, int64_t h, int64_t block, float *rows) {
-    const ada_problem *p = s->p;
+uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
+                        int64_t block, float *rows) {
     const int64_t j = block * ADA_BLOCK, T = p->T;
     const int nk = keys_of_block(p, block);
     const int64_t first = ada_visible_span(p, b, 0).first - j, end = ada_visible_span(p, b, T - 1).end - j;
@@ -227,9 +238,9 @@ static uint64_t block_seen(const ada_store *s, int64_t b, int64_t h, int64_t blo
     span &= first >= 64 ? 0 : first <= 0 ? UINT64_MAX : UINT64_MAX << first;
     if (nk < 64) span &= ((uint64_t)1 << nk) - 1;
     if (!p->attn_mask.data) return span;
-    for (int64_t x = h; x < h + (p->attn_mask.stride[1] ? s->per_head : 1); x++)
+    for (int64_t x = h; x < h + (p->attn_mask.stride[1] ? heads : 1); x++)
         for (int64_t i = 0; i < T && seen != span; i += ADA_LANES)
-            seen |= keys_seen(s, b, x, i, (int)(T - i < ADA_LANES ? T - i : ADA_LANES), j, nk, rows);
+            seen |= keys_seen(p, k, b, x, i, (int)(T - i < ADA_LANES ? T - i : ADA_LANES), j, nk, rows);
     return seen;
 }
 
@@ -274,7 +285,8 @@ void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
     pack_scratch x = pack_scratch_of(s, &carver);
     int64_t b, h, g;
     key_head(s, head, &b, &h, &g);
-    for (int64_t block = 0; block < s->blocks; block++) to.seen[block] = block_seen(s, b, h, block, x.rows);
+    for (int64_t block = 0; block < s->blocks; block++) 
+        to.seen[block] = ada_block_seen(s->p, s->k, b, h, s->per_head, block, x.rows);
     memset(to.mean, 0, (size_t)s->p->D * sizeof *to.mean);
     memset(to.v_unit, 0, 2 * (size_t)s->p->E * sizeof *to.v_unit);
     memset(x.factor, 0, (size_t)up_to(s->p->D > s->p->E ? s->p->D : s->p->E, 64) * sizeof *x.factor);

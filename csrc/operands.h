@@ -31,7 +31,10 @@ typedef struct {
     int DW; /* words of a key */
     int64_t
         per_head;  /* query heads that share packed keys: H / G, or 1 where the mask differs between them */
-    int64_t heads; /* packed ones, B * H / per_head */
+    int64_t heads; /* packed ones: slots */
+    int64_t *slots;    /* [query heads of the run] */
+    int64_t *key_head; /* [heads] of all B * H / per_head ones */
+    int64_t n_slots;   /* query heads of the run */
     int64_t blocks, strips;
     char *memory;
     int64_t head_bytes;
@@ -52,11 +55,13 @@ typedef struct {
 
 /* Whether some product of the problem's rungs needs packed operands. */
 bool ada_store_needed(const ada_problem *p, const ada_kernels *k);
-/* Fills in all but memory; returns the bytes that memory and unfit need together. */
-int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k);
-void ada_store_attach(ada_store *store, char *memory);
+/* For the listed query heads (ascending; NULL: all). Fills in all that needs no memory; returns the bytes that
+ * ada_store_attach wants. */
+int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k, const int64_t *heads,
+                       int64_t n_heads);
+void ada_store_attach(ada_store *store, const int64_t *heads, char *memory);
 ada_head_store ada_head_store_at(const ada_store *store, int64_t head);
-/* First for each head, then for each head and strip; scratch of ada_store_scratch_bytes. */
+/* First for each slot, then for each head and strip; scratch of ada_store_scratch_bytes. */
 int64_t ada_store_scratch_bytes(const ada_store *store);
 void ada_store_survey(const ada_store *store, int64_t head, char *scratch);
 void ada_store_pack(const ada_store *store, int64_t head, int64_t strip, char *scratch);
@@ -65,6 +70,10 @@ void ada_store_pack(const ada_store *store, int64_t head, int64_t strip, char *s
  * cannot hold one of them. copy: [ADA_LANES][D up to 64] floats, words: as many bytes. */
 bool ada_pack_queries(const ada_store *store, const ada_head_store *head, const ada_narrow_tile *t,
                       const float *rows, ptrdiff_t ld, int n, float *copy, void *words);
+
+/* Bit per key of a block: some query of heads h ... h + heads - 1 may attend to it. rows: [64][64] floats. */
+uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
+                        int64_t block, float *rows);
 
 /* x[0 ... n - 1] rounded to the grid. */
 void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n);

@@ -205,6 +205,9 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
         return ada_fail(error, ADA_ERR_ARGUMENT,
                         "seed: expected an int or %lld ints since dropout_p is %g, got None", (long long)p->B,
                         p->dropout_p);
+    if (p->has_tolerance && !(p->tolerance > 0 && isfinite(p->tolerance)))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "tolerance: expected a finite number above 0, got %g",
+                        p->tolerance);
     if (p->precision.qk != p->precision.pv &&
         (p->precision.qk == ADA_RUNG_FP64 || p->precision.pv == ADA_RUNG_FP64))
         return ada_fail(error, ADA_ERR_ARGUMENT,
@@ -234,6 +237,7 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     const bool fp32_scale = p->scale * 1.5 > FLT_MIN && p->scale * 1.5 < FLT_MAX;
     if (p->precision.qk == ADA_RUNG_AUTO)
         p->precision.qk = p->precision.pv = p->query.dtype == ADA_F64 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    p->only_f64 = !fp32_scale;
     if (!fp32_scale) p->precision.qk = p->precision.pv = ADA_RUNG_FP64;
     p->compute_f64 = p->precision.qk == ADA_RUNG_FP64;
     p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);

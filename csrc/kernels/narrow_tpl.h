@@ -257,6 +257,52 @@ float KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const flo
 }
 #endif
 
+/* 8 floats in the compiler's own vectors, as it does not make them of sums in an array. */
+typedef float floats8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline float sum_of_floats8(floats8 x) {
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
+
+/* n rows; what is NULL is known to the compiler. */
+static inline __attribute__((always_inline)) void squares_of(float *norm2, float *square, const float *rows,
+                                                             ptrdiff_t ld, int n, int width,
+                                                             const float *less, const float *weight) {
+    const int whole = width / 16 * 16;
+    for (int r = 0; r < n; r++, rows += ld) {
+        floats8 sums[2] = {{0}, {0}};
+        float rest = 0;
+        for (int c = 0; c < whole; c += 16)
+            for (int half = 0; half < 2; half++) {
+                const int at = c + 8 * half;
+                floats8 x = *(const floats8 *)(rows + at);
+                if (less) x -= *(const floats8 *)(less + at);
+                x *= x;
+                if (square) *(floats8 *)(square + at) += x;
+                if (weight) x *= *(const floats8 *)(weight + at);
+                sums[half] += x;
+            }
+        for (int c = whole; c < width; c++) {
+            const float x = less ? rows[c] - less[c] : rows[c], x2 = x * x;
+            if (square) square[c] += x2;
+            rest += weight ? weight[c] * x2 : x2;
+        }
+        norm2[r] = sum_of_floats8(sums[0] + sums[1]) + rest;
+    }
+}
+
+void KERNEL(squares)(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
+                     const float *less, const float *weight) {
+    if (less && square && !weight)
+        squares_of(norm2, square, rows, ld, n, width, less, NULL);
+    else if (!less && !square && !weight)
+        squares_of(norm2, NULL, rows, ld, n, width, NULL, NULL);
+    else if (!less && !square)
+        squares_of(norm2, NULL, rows, ld, n, width, NULL, weight);
+    else
+        squares_of(norm2, square, rows, ld, n, width, less, weight);
+}
+
 void KERNEL(scale_channels)(const ada_tile_f32 *t, const float *unit) {
     for (int e = 0; e < t->E; e++)
         for (int i = 0; i < ADA_LANES; i++) t->o[e * ADA_LANES + i] *= unit[e];

@@ -11,7 +11,7 @@
 
 /* module.c: one per module object, never changed after its exec. */
 typedef struct {
-    PyObject *argument_error, *shape_error, *dtype_error, *device_error;
+    PyObject *argument_error, *shape_error, *dtype_error, *device_error, *numerical_error;
 } ada_module_state;
 
 /* error.c */
@@ -47,5 +47,10 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view);
 /* A new NumPy array, C-contiguous; bfloat16 takes its NumPy dtype from like. */
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like);
 bool ada_is_numpy(PyObject *object);
+
+/* inspect.c: methods of the module, for tests. */
+PyObject *ada_py_plan_head(PyObject *module, PyObject *args);
+PyObject *ada_py_sample_rows(PyObject *module, PyObject *args);
+PyObject *ada_py_limit_error(PyObject *module, PyObject *args);
 
 #endif

@@ -8,8 +8,12 @@ int ada_errors_import(ada_module_state *state) {
     state->shape_error = PyObject_GetAttrString(errors, "ShapeError");
     state->dtype_error = PyObject_GetAttrString(errors, "DTypeError");
     state->device_error = PyObject_GetAttrString(errors, "DeviceError");
+    state->numerical_error = PyObject_GetAttrString(errors, "NumericalError");
     Py_DECREF(errors);
-    return state->argument_error && state->shape_error && state->dtype_error && state->device_error ? 0 : -1;
+    return state->argument_error && state->shape_error && state->dtype_error && state->device_error &&
+                   state->numerical_error
+               ? 0
+               : -1;
 }
 
 void ada_errors_clear(ada_module_state *state) {
@@ -17,6 +21,7 @@ void ada_errors_clear(ada_module_state *state) {
     Py_CLEAR(state->shape_error);
     Py_CLEAR(state->dtype_error);
     Py_CLEAR(state->device_error);
+    Py_CLEAR(state->numerical_error);
 }
 
 PyObject *ada_raise(const ada_module_state *state, const ada_error *error) {
@@ -33,6 +38,9 @@ PyObject *ada_raise(const ada_module_state *state, const ada_error *error) {
         break;
     case ADA_ERR_MEMORY:
         type = PyExc_MemoryError;
+        break;
+    case ADA_ERR_NUMERICAL:
+        type = state->numerical_error;
         break;
     case ADA_INTERRUPTED:
     case ADA_OK:

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../attend.h"
 #include "../cache.h"
 #include "../cpu.h"
 #include "../kernels.h"
@@ -90,42 +91,51 @@ static int window_of(const ada_module_state *state, PyObject *object, ada_proble
     return 0;
 }
 
+/* "auto" or a rung. */
+static int rung_of(const ada_module_state *state, PyObject *object, const char *argument, ada_rung *rung) {
+    static const char expected[] =
+        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16' or 'int8'";
+    const char *names[ADA_RUNG_COUNT];
+    int index;
+    for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
+    if (name_of(state, object, argument, expected, names, ADA_RUNG_COUNT, &index)) return -1;
+    *rung = (ada_rung)index;
+    return 0;
+}
+
 /* "auto", a rung, or a pair of rungs (scores, values). */
 static int precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
     static const char expected[] =
         "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
         "(scores, values)";
+    const bool pair = PyTuple_Check(object);
     const char *names[ADA_RUNG_COUNT];
-    int qk, pv;
+    int index[2];
     for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
-    if (PyTuple_Check(object)) {
-        if (PyTuple_GET_SIZE(object) != 2) {
-            PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
-            return -1;
-        }
-        if (name_of(state, PyTuple_GET_ITEM(object, 0), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
-                    &qk) ||
-            name_of(state, PyTuple_GET_ITEM(object, 1), "precision", expected, names + 1, ADA_RUNG_COUNT - 1,
-                    &pv))
-            return -1;
-        *choice = (ada_choice){(ada_rung)(qk + 1), (ada_rung)(pv + 1)};
-        return 0;
+    if (pair && PyTuple_GET_SIZE(object) != 2) {
+        PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
+        return -1;
     }
-    if (name_of(state, object, "precision", expected, names, ADA_RUNG_COUNT, &qk)) return -1;
-    *choice = (ada_choice){(ada_rung)qk, (ada_rung)qk};
+    for (int i = 0; i < 2; i++) /* a pair has no "auto" */
+        if (name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected, names + pair,
+                    ADA_RUNG_COUNT - pair, &index[i]))
+            return -1;
+    *choice = (ada_choice){(ada_rung)(index[0] + pair), (ada_rung)(index[1] + pair)};
     return 0;
 }
 
 static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *causal, PyObject *window,
                       PyObject *softcap, PyObject *scale, PyObject *dropout_p, PyObject *precision,
-                      PyObject *num_threads) {
+                      PyObject *tolerance, PyObject *num_threads) {
     p->has_softcap = softcap != Py_None;
     p->has_scale = scale != Py_None;
+    p->has_tolerance = tolerance != Py_None;
     p->has_num_threads = num_threads != Py_None;
     if (causal_of(state, causal, &p->causal) || window_of(state, window, p) ||
         (p->has_softcap && number_of(state, softcap, "softcap", &p->softcap)) ||
         (p->has_scale && number_of(state, scale, "scale", &p->scale)) ||
         number_of(state, dropout_p, "dropout_p", &p->dropout_p) ||
+        (p->has_tolerance && number_of(state, tolerance, "tolerance", &p->tolerance)) ||
         (p->has_num_threads &&
          integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
         precision_of(state, precision, &p->precision))
@@ -168,35 +178,95 @@ static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype
 
 PyDoc_STRVAR(attention_doc,
              "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
-             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, return_lse, "
-             "return_report, out, num_threads, allocate, /)\n--\n\n"
-             "adaattn.attention with every argument by position. allocate(query, shape, dtype) makes "
-             "outputs where query is not a NumPy array. A report is what list_of_choices makes.");
+             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, tolerance, min_precision, "
+             "max_precision, verify, rates, choices, plan_only, return_lse, return_report, out, num_threads, "
+             "allocate, /)\n--\n\n"
+             "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3); "
+             "choices: None or int64 (B, H, 2), indices into RUNGS, of a plan. allocate(query, shape, dtype) "
+             "makes outputs where query is not a NumPy array. A report is float64 (B, H, "
+             "len(HEAD_FIELDS)), the seconds of the phases, and the operations of the call; plan_only returns nothing else.");
 
-/* For each sequence a list of its heads: (scores' rung, values' rung, whether that is not what was asked
- * for).
- */
-static PyObject *list_of_choices(const ada_problem *p, ada_choice asked) {
-    PyObject *sequences = PyList_New(p->B);
-    if (asked.qk == ADA_RUNG_AUTO) asked = p->precision;
-    for (int64_t b = 0; sequences && b < p->B; b++) {
-        PyObject *heads = PyList_New(p->H);
-        for (int64_t h = 0; heads && h < p->H; h++) {
-            const ada_choice ran = p->ran[b * p->H + h];
-            const bool retried = ran.qk != asked.qk || ran.pv != asked.pv;
-            PyObject *head = Py_BuildValue("(ssO)", ada_rung_name(ran.qk), ada_rung_name(ran.pv),
-                                           retried ? Py_True : Py_False);
-            if (head)
-                PyList_SET_ITEM(heads, h, head);
-            else
-                Py_CLEAR(heads);
-        }
-        if (heads)
-            PyList_SET_ITEM(sequences, b, heads);
-        else
-            Py_CLEAR(sequences);
+/* A row of the report, and the names of its numbers. */
+enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 2 * ADA_CANDIDATES };
+static const char *const head_fields[HEAD_SCALARS] = {
+    "precision_qk", "precision_pv", "retried",       "finite",       "profiled_rows",
+    "verified_rows", "predicted_error", "measured_error", "error_limit", "lse_error",
+    "entropy",       "entropy_std",     "block_entropy",  "score_std"};
+
+static void fill_row(double *row, const ada_head *head) {
+    const ada_forecast *f = &head->forecast;
+    const double scalars[HEAD_SCALARS] = {head->choice.qk, head->choice.pv, head->retried, f->finite, f->rows,
+                                          head->verified_rows, head->predicted_error, head->measured_error,
+                                          head->error_limit, head->lse_error, f->entropy, f->entropy_std,
+                                          f->block_entropy, f->score_std};
+    memcpy(row, scalars, sizeof scalars);
+    memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
+    memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, head->seconds, sizeof head->seconds);
+}
+
+static PyObject *new_report(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
+    const int64_t shape[3] = {p->B, p->H, HEAD_COLUMNS};
+    ada_view view = {0};
+    PyObject *table = ada_new_array(ADA_F64, 3, shape, NULL), *report = NULL;
+    if (table && ada_view_of(state, table, "report", true, &view) == 0) {
+        for (int64_t i = 0; i < p->B * p->H; i++)
+            fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
+        const double *s = budget->seconds;
+        report = Py_BuildValue("(O(dddd)d)", table, s[0], s[1], s[2], s[3], ada_operations(p));
     }
-    return sequences;
+    ada_view_release(&view);
+    Py_XDECREF(table);
+    return report;
+}
+
+/* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is checked. */
+static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
+                     ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_choice **given) {
+    ada_view view = {0};
+    int failed = -1;
+    if (rates != Py_None) {
+        if (ada_view_of(state, rates, "rates", false, &view)) return -1;
+        const ada_array *a = &view.array;
+        if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] != 3) {
+            PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3)", ADA_CANDIDATES);
+            goto done;
+        }
+        for (int c = 0; c < ADA_CANDIDATES; c++) {
+            double x[3];
+            for (int i = 0; i < 3; i++)
+                x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
+            table[c] = (ada_rate){{x[0], x[1]}, x[2]};
+        }
+        budget->rates = table;
+        ada_view_release(&view);
+    }
+    if (choices == Py_None) return 0;
+    if (ada_view_of_numbers(state, choices, "plan", ADA_I64, &view)) return -1;
+    const ada_array *a = &view.array;
+    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H) {
+        PyErr_Format(state->argument_error, "plan: expected choices for %lld heads", (long long)(p->B * p->H));
+        goto done;
+    }
+    *given = PyMem_Malloc((size_t)(p->B * p->H) * sizeof **given);
+    if (!*given) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (int64_t i = 0; i < p->B * p->H; i++) {
+        const int64_t qk = *(const int64_t *)((const char *)a->data + 2 * i * a->stride[0]);
+        const int64_t pv = *(const int64_t *)((const char *)a->data + (2 * i + 1) * a->stride[0]);
+        if (qk <= ADA_RUNG_AUTO || qk >= ADA_RUNG_COUNT || pv <= ADA_RUNG_AUTO || pv >= ADA_RUNG_COUNT ||
+            (qk == ADA_RUNG_FP64) != (pv == ADA_RUNG_FP64)) {
+            PyErr_SetString(state->argument_error, "plan: expected rungs");
+            goto done;
+        }
+        (*given)[i] = (ada_choice){(ada_rung)qk, (ada_rung)pv};
+    }
+    budget->given = *given;
+    failed = 0;
+done:
+    ada_view_release(&view);
+    return failed;
 }
 
 /* The one that is there, or a tuple of those that are. */
@@ -223,6 +293,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         DROPOUT,
         SEED,
         PRECISION,
+        TOLERANCE,
+        MIN_PRECISION,
+        MAX_PRECISION,
+        VERIFY,
+        RATES,
+        CHOICES,
+        PLAN_ONLY,
         RETURN_LSE,
         RETURN_REPORT,
         OUT,
@@ -236,6 +313,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_error error;
     ada_view views[N_VIEWS] = {0};
     ada_pages pages[2];
+    ada_view lse_view = {0};
+    ada_budget budget = {0};
+    ada_rate rates[ADA_CANDIDATES];
+    ada_choice *given = NULL;
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
         PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
@@ -277,18 +358,33 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         *vectors[i].array = view->array;
     }
     if (scalars_of(state, &p, args[CAUSAL], args[WINDOW], args[SOFTCAP], args[SCALE], args[DROPOUT],
-                   args[PRECISION], args[NUM_THREADS]))
+                   args[PRECISION], args[TOLERANCE], args[NUM_THREADS]) ||
+        rung_of(state, args[MIN_PRECISION], "min_precision", &budget.cheapest) ||
+        rung_of(state, args[MAX_PRECISION], "max_precision", &budget.dearest))
         goto done;
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    const ada_choice asked = p.precision;
+    budget.verify = PyObject_IsTrue(args[VERIFY]);
+    budget.plan_only = args[PLAN_ONLY] == Py_True;
+    budget.asked = p.precision;
     if (ada_problem_init(&p, &error)) {
         ada_raise(state, &error);
         goto done;
     }
+    budget.tolerance = p.has_tolerance ? p.tolerance : 0;
+    if (budget_of(state, &p, args[RATES], args[CHOICES], &budget, rates, &given)) goto done;
+    if (return_report || budget.plan_only || p.has_tolerance) {
+        budget.heads = PyMem_Calloc((size_t)(p.B * p.H), sizeof *budget.heads);
+        p.ran = PyMem_Malloc((size_t)(p.B * p.H) * sizeof *p.ran);
+        if (!budget.heads || !p.ran) {
+            PyErr_NoMemory();
+            goto done;
+        }
+    }
 
     const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
+    if (budget.plan_only) goto run;
     out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
                                : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
     if (!out || ada_view_of(state, out, "out", true, view)) goto done;
@@ -297,7 +393,6 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         ada_raise(state, &error);
         goto done;
     }
-    ada_view lse_view = {0};
     if (return_lse) {
         lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3,
                          out_shape);
@@ -305,25 +400,22 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         p.lse = lse_view.array.data;
     }
 
-    if (return_report && !(p.ran = PyMem_Malloc((size_t)(p.B * p.H) * sizeof *p.ran))) {
-        ada_view_release(&lse_view);
-        PyErr_NoMemory();
-        goto done;
-    }
-
+run:;
     released_gil gil = {PyEval_SaveThread()};
-    ada_status status = ada_execute(&p, interrupted, &gil, &error);
+    ada_status status = ada_attend(&p, &budget, interrupted, &gil, &error);
     PyEval_RestoreThread(gil.thread);
-    ada_view_release(&lse_view);
     if (status) {
         ada_raise(state, &error);
         goto done;
     }
-    if (return_report && !(report = list_of_choices(&p, asked))) goto done;
-    result = pack_results(out, lse, report);
+    if ((return_report || budget.plan_only) && !(report = new_report(state, &p, &budget))) goto done;
+    result = budget.plan_only ? Py_NewRef(report) : pack_results(out, lse, report);
 done:
+    ada_view_release(&lse_view);
     for (int i = 0; i < N_VIEWS; i++) ada_view_release(&views[i]);
     PyMem_Free(p.ran);
+    PyMem_Free(budget.heads);
+    PyMem_Free(given);
     Py_XDECREF(report);
     Py_XDECREF(out);
     Py_XDECREF(lse);
@@ -529,6 +621,14 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(plan_head_doc,
+             "_plan_head($module, errors, lse_errors, rates, finite, tolerance, margin, lse, dearest, "
+             "cheapest, operations, elements, D, plain, /)\n--\n\n"
+             "For tests: the index of the candidate that the planner chooses for one head.");
+PyDoc_STRVAR(sample_rows_doc, "_sample_rows($module, sizes, n, stream, /)\n--\n\n"
+                              "For tests: pairs (row, inverse of its probability).");
+PyDoc_STRVAR(limit_error_doc, "_limit_error($module, error2, weight, /)\n--\n\n"
+                              "For tests: estimate, lower and upper limit of a head's error.");
 PyDoc_STRVAR(fail_doc,
              "_alloc_fail_after($module, n, /)\n--\n\n"
              "For tests: the (n + 1)-th allocation of the engine from now on fails once; -1: none.");
@@ -552,12 +652,53 @@ static PyMethodDef methods[] = {
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"_alloc_fail_after", alloc_fail_after, METH_O, fail_doc},
+    {"_plan_head", ada_py_plan_head, METH_VARARGS, plan_head_doc},
+    {"_sample_rows", ada_py_sample_rows, METH_VARARGS, sample_rows_doc},
+    {"_limit_error", ada_py_limit_error, METH_VARARGS, limit_error_doc},
     {NULL, NULL, 0, NULL}};
+
+/* A tuple of n names, name(i) the i-th, as the module's attribute. */
+static int add_names(PyObject *module, const char *attribute, int n, void (*name)(int, char[64])) {
+    PyObject *tuple = PyTuple_New(n);
+    for (int i = 0; tuple && i < n; i++) {
+        char text[64];
+        name(i, text);
+        PyObject *string = PyUnicode_FromString(text);
+        if (string)
+            PyTuple_SET_ITEM(tuple, i, string);
+        else
+            Py_CLEAR(tuple);
+    }
+    const int failed = tuple ? PyModule_AddObjectRef(module, attribute, tuple) : -1;
+    Py_XDECREF(tuple);
+    return failed;
+}
+
+static void rung_text(int i, char text[64]) { snprintf(text, 64, "%s", ada_rung_name((ada_rung)i)); }
+
+static void candidate_text(int i, char text[64]) {
+    const ada_choice c = ada_candidates[i];
+    snprintf(text, 64, c.qk == c.pv ? "%s" : "%s/%s", ada_rung_name(c.qk), ada_rung_name(c.pv));
+}
+
+static void field_text(int i, char text[64]) {
+    const int column = i - HEAD_SCALARS;
+    char candidate[64];
+    if (column >= 0) candidate_text(column % ADA_CANDIDATES, candidate);
+    if (column < 0)
+        snprintf(text, 64, "%s", head_fields[i]);
+    else
+        snprintf(text, 64, "%s %.40s", column < ADA_CANDIDATES ? "error" : "seconds", candidate);
+}
 
 static int module_exec(PyObject *module) {
     uint32_t mask;
     const char *isa = getenv("ADAATTN_ISA");
-    if (ada_array_import_numpy() || ada_errors_import(state_of(module))) return -1;
+    if (ada_array_import_numpy() || ada_errors_import(state_of(module)) ||
+        add_names(module, "RUNGS", ADA_RUNG_COUNT, rung_text) ||
+        add_names(module, "CANDIDATES", ADA_CANDIDATES, candidate_text) ||
+        add_names(module, "HEAD_FIELDS", HEAD_COLUMNS, field_text))
+        return -1;
     if (!isa || ada_isa_parse(isa, &mask) == 0) return 0;
     PyErr_Format(
         state_of(module)->argument_error,
@@ -572,6 +713,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->shape_error);
     Py_VISIT(state->dtype_error);
     Py_VISIT(state->device_error);
+    Py_VISIT(state->numerical_error);
     return 0;
 }
 

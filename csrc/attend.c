@@ -1,0 +1,539 @@
+/* The path of one call: probe, plan, execute, verify, and once more where a head failed.
+ *
+ * Everything about a head depends on that head and the rates alone. Rows are sampled in streams of a generator
+ * that is keyed by nothing else, so two calls give the same bits.
+ */
+#include "attend.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+#include <time.h>
+
+#include "exact.h"
+#include "execute.h"
+#include "memory.h"
+#include "probe.h"
+#include "rows.h"
+#include "verify.h"
+
+#define REAL float
+#define KIND(name) name##_f32
+#include "read_tpl.h"
+
+enum { MOST_ROWS = 32, CHOICE_STREAM = 1, VERIFY_STREAM = 2 };
+/* What a call of few queries is computed in: its error in fp32 is of this class. */
+#define FEW_ERROR 1e-6
+/* Fewer queries are not verified: that would cost as much as computing them. */
+#define LEAST_QUERIES 64
+/* Between a prediction and the tolerance: from profiles of rows, or from statistics alone. */
+#define MARGIN_PROFILED 1.5
+#define MARGIN_GUESSED 3
+/* A guess may be this wrong: what it puts further from the budget is not looked at. */
+#define GUESS_REACH 8
+/* Exact rows are this much finer than the tolerance, and run at this share of the speed of fp32 tiles. */
+#define FINER 20
+#define ROW_SPEED 0.6
+/* An fp32 sum of weights and values is off by this share of their root mean square norm. */
+#define SUM_ERROR 3e-8
+
+/* One head on its way through the phases. */
+typedef struct {
+    int64_t rows[MOST_ROWS]; /* of the choice, later those to verify */
+    double weight[MOST_ROWS];
+    int n;
+    bool exact_f64;
+    double out2;   /* squared norm of the output; NaN or infinite: not to be verified */
+    double value2; /* mean squared norm of the values */
+    bool open;     /* to be verified */
+} head_state;
+
+typedef struct {
+    const ada_problem *p;
+    const ada_kernels *k;
+    ada_budget *budget;
+    bool (*interrupt)(void *);
+    void *context;
+    int64_t per_head; /* query heads that share a key probe */
+    int64_t key_heads;
+    char *probes; /* [key_heads] */
+    int64_t probe_bytes;
+    ada_key_probe *keys;       /* [key_heads] */
+    head_state *states;        /* [B * H] */
+    float *sizes;              /* [B * H][T] */
+    ada_row_profile *profiles; /* [B * H][MOST_ROWS] */
+    double *exact_lse;         /* [B * H][MOST_ROWS] */
+    double *error2;            /* [B * H][MOST_ROWS] */
+    double *exact_o;           /* [B * H][MOST_ROWS][E] */
+    ada_choice *ran;           /* [B * H] */
+    int64_t *list;             /* [B * H] */
+    char *scratch;
+    int64_t scratch_bytes;
+} attending;
+
+static bool forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static ada_head unknown_head(void) {
+    ada_head head = {.forecast = {.entropy = NAN, .entropy_std = NAN, .block_entropy = NAN, .score_std = NAN},
+                     .verify_seconds = NAN,
+                     .predicted_error = NAN,
+                     .measured_error = NAN,
+                     .error_limit = NAN,
+                     .lse_error = NAN};
+    for (int c = 0; c < ADA_CANDIDATES; c++) head.forecast.error[c] = head.seconds[c] = NAN;
+    return head;
+}
+
+static int64_t head_count(const attending *a) { return a->p->B * a->p->H; }
+
+static bool run_tasks(attending *a, ada_task_fn *task, int64_t tasks, double multiply_adds) {
+    return ada_parallel_for(tasks, ada_threads_for(a->p, tasks, multiply_adds), task, a, a->interrupt,
+                            a->context);
+}
+
+/* Few queries take the way that reads K and V once: all heads or none, so that a head's bits depend on it alone.
+ */
+static bool takes_few(const ada_problem *p) { return p->stored || p->T <= ADA_ROWS_MAX || p->only_f64; }
+
+static bool probes(const attending *a) {
+    const ada_budget *b = a->budget;
+    return !takes_few(a->p) && (!(b->given || forced(b)) || b->verify || b->plan_only);
+}
+
+/* ---- probe ---- */
+
+static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
+    attending *a = context;
+    const ada_problem *p = a->p;
+    const int64_t per_batch = p->H / a->per_head;
+    if (ada_job_cancelled(job, worker)) return;
+    a->keys[task] = ada_key_probe_of(p, a->probes + task * a->probe_bytes);
+    ada_probe_keys(p, a->k, task / per_batch, task % per_batch * a->per_head, a->per_head, &a->keys[task],
+                   a->scratch + worker * a->scratch_bytes);
+}
+
+/* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the area.
+ */
+static double operations_of_head(const ada_problem *p, int64_t b) {
+    const int64_t step = (p->T + 63) / 64;
+    double pairs = 0, counted = 0;
+    for (int64_t i = step / 2; i < p->T; i += step, counted++) {
+        const ada_span span = ada_visible_span(p, b, i);
+        if (span.end > span.first) pairs += (double)(span.end - span.first);
+    }
+    return 2 * (double)(p->D + p->E) * pairs * (double)p->T / counted;
+}
+
+double ada_operations(const ada_problem *p) {
+    double sum = 0;
+    for (int64_t b = 0; b < p->B; b++) sum += (double)p->H * operations_of_head(p, b);
+    return sum;
+}
+
+static ada_task task_of(const attending *a, int64_t head, double margin) {
+    const ada_problem *p = a->p;
+    const double width = (double)(p->D + p->E);
+    return (ada_task){.tolerance = a->budget->tolerance,
+                      .margin = margin,
+                      .lse = p->lse != NULL,
+                      .dearest = a->budget->dearest,
+                      .cheapest = a->budget->cheapest,
+                      .operations = operations_of_head(p, head / p->H),
+                      .elements = (double)p->S * width / (double)a->per_head,
+                      .D = p->D,
+                      .plain = p->query.dtype == ADA_F64 ? 0 : 1};
+}
+
+/* Rows that are profiled before the choice: none where no cheaper candidate is in sight, or where looking
+ * would cost more than it may save. */
+static int rows_to_profile(const attending *a, const ada_forecast *guess, int64_t head) {
+    const ada_problem *p = a->p;
+    ada_task task = task_of(a, head, 1.0 / GUESS_REACH);
+    const ada_rate *rates = a->budget->rates;
+    const int rows = p->T < 4096 ? 4 : 8, best = ada_plan_head(guess, &task, rates);
+    if (p->T < LEAST_QUERIES || !guess->finite || best <= task.plain) return 0;
+    const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
+    const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
+    return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
+}
+
+static void queries_task(void *context, ada_job *job, int64_t head, int worker) {
+    attending *a = context;
+    const ada_problem *p = a->p;
+    const ada_key_probe *keys = &a->keys[head / a->per_head];
+    head_state *s = &a->states[head];
+    float *size = a->sizes + head * p->T;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    ada_row_profile *guess = &a->profiles[head * MOST_ROWS];
+    if (ada_job_cancelled(job, worker)) return;
+    ada_guess_profile(p, a->k, head / p->H, head % p->H, keys, guess, scratch);
+    ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
+    a->budget->heads[head].forecast.rows = 0;
+    ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
+    s->value2 = guess->pv;
+    s->n = a->budget->given || forced(a->budget)
+               ? 0
+               : rows_to_profile(a, &a->budget->heads[head].forecast, head);
+    s->n = ada_sample_rows(size, p->T, s->n, CHOICE_STREAM, s->rows, s->weight);
+}
+
+/* Groups of rows of all heads are tasks. */
+#define GROUPS (MOST_ROWS / ADA_ROW_GROUP)
+
+static int group_of_task(const attending *a, int64_t task, int64_t *head, int *first) {
+    *head = task / GROUPS, *first = (int)(task % GROUPS) * ADA_ROW_GROUP;
+    const int left = a->states[*head].n - *first;
+    return left < ADA_ROW_GROUP ? left : ADA_ROW_GROUP;
+}
+
+static void profile_task(void *context, ada_job *job, int64_t task, int worker) {
+    attending *a = context;
+    const ada_problem *p = a->p;
+    int64_t head;
+    int first;
+    const int n = group_of_task(a, task, &head, &first);
+    if (n <= 0 || ada_job_cancelled(job, worker)) return;
+    const head_state *s = &a->states[head];
+    ada_row_profile *profiles = &a->profiles[head * MOST_ROWS + first];
+    ada_profile_rows(p, a->k, head / p->H, head % p->H, &a->keys[head / a->per_head], s->rows + first, n,
+                     profiles, a->scratch + worker * a->scratch_bytes);
+    for (int i = 0; i < n; i++) profiles[i].weight = s->weight[first + i];
+}
+
+static double row_work(const attending *a) { /* multiply-adds of the rows that are chosen */
+    double rows = 0;
+    for (int64_t head = 0; head < head_count(a); head++) rows += a->states[head].n;
+    return rows * (double)a->p->S * (double)(a->p->D + a->p->E);
+}
+
+static bool probe(attending *a) {
+    const ada_problem *p = a->p;
+    const double width = (double)(p->D + p->E);
+    return run_tasks(a, keys_task, a->key_heads, (double)a->key_heads * (double)p->S * width) &&
+           run_tasks(a, queries_task, head_count(a), (double)head_count(a) * (double)p->T * width) &&
+           run_tasks(a, profile_task, head_count(a) * GROUPS, row_work(a));
+}
+
+/* ---- plan ---- */
+
+static void plan_heads(attending *a) {
+    const ada_problem *p = a->p;
+    for (int64_t i = 0; i < head_count(a); i++) {
+        ada_head *head = &a->budget->heads[i];
+        const head_state *s = &a->states[i];
+        if (s->n) {
+            ada_forecast_head(&a->profiles[i * MOST_ROWS], s->n, &a->keys[i / a->per_head], p->query.dtype,
+                              p->D, &head->forecast);
+            head->forecast.rows = s->n;
+        }
+        const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED : MARGIN_GUESSED);
+        for (int c = 0; c < ADA_CANDIDATES; c++)
+            head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
+        if (a->budget->given && !p->only_f64)
+            head->choice = a->budget->given[i];
+        else if (forced(a->budget))
+            head->choice = p->precision;
+        else if (takes_few(p))
+            head->choice = ada_candidates[p->only_f64 || task.tolerance < 3 * FEW_ERROR ? 0 : task.plain];
+        else
+            head->choice = ada_candidates[ada_plan_head(&head->forecast, &task, a->budget->rates)];
+        const int c = ada_candidate_of(head->choice);
+        head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
+        if (takes_few(p) && c >= 0 && c <= 1) head->predicted_error = c ? FEW_ERROR : 1e-14;
+    }
+}
+
+/* ---- execute ---- */
+
+/* The heads on the list, launch by launch. */
+static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada_error *error) {
+    ada_head *heads = a->budget->heads;
+    int64_t *launch = a->list + head_count(a);
+    int64_t done = 0;
+    for (int64_t first = 0; first < n; first++) {
+        const ada_choice choice = heads[list[first]].choice;
+        bool before = false;
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const ada_choice other = heads[list[i]].choice;
+            if (other.qk != choice.qk || other.pv != choice.pv) continue;
+            before |= i < first;
+            launch[count++] = list[i];
+        }
+        if (before) continue;
+        ada_problem problem = *a->p;
+        problem.precision = choice;
+        problem.compute_f64 = choice.qk == ADA_RUNG_FP64;
+        problem.ran = a->ran;
+        /* All heads together take the way of few queries where there is one. */
+        const bool all = count == head_count(a);
+        if (ada_execute(&problem, all ? NULL : launch, count, a->interrupt, a->context, error))
+            return error->status;
+        done += count;
+        if (done == n) break;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        ada_head *head = &heads[list[i]];
+        const ada_choice ran = a->ran[list[i]];
+        if (ran.qk == head->choice.qk && ran.pv == head->choice.pv) continue;
+        head->choice = ran;
+        head->retried = true;
+        head->predicted_error = head->forecast.error[ada_candidate_of(ran)];
+    }
+    return ADA_OK;
+}
+
+/* ---- verify ---- */
+
+/* A number of rows by the length, so that they cost a few percent, and fewer where the prediction is far from
+ * the budget, as is that of the default. */
+static int rows_to_verify(const attending *a, const ada_head *head) {
+    const int64_t T = a->p->T;
+    if (T < LEAST_QUERIES || !a->budget->verify || !head->forecast.finite) return 0;
+    if (head->predicted_error * FINER <= a->budget->tolerance) {
+        const int64_t rows = T / 128;
+        return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
+    }
+    return T < 2048 ? 8 : T < 4096 ? 12 : T < 8192 ? 16 : 24;
+}
+
+static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
+    attending *a = context;
+    const ada_problem *p = a->p;
+    const int64_t head = task;
+    head_state *s = &a->states[head];
+    if (!s->open || ada_job_cancelled(job, worker)) return;
+    const int E = (int)p->E;
+    ada_carver carver = {a->scratch + worker * a->scratch_bytes, 0};
+    float *copy = ada_carve(&carver, ADA_BLOCK * p->E * (int64_t)sizeof *copy);
+    double sum = 0;
+    for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
+        const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
+        ptrdiff_t ld;
+        const float *x = rows_at_f32(a->k, &p->out, head / p->H, head % p->H, i, n, copy, &ld);
+        float norm2[ADA_BLOCK];
+        double block = 0;
+        a->k->squares(norm2, NULL, x, ld, n, E, NULL, NULL);
+        for (int r = 0; r < n; r++) block += (double)norm2[r];
+        if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
+            block = 0;
+            for (int r = 0; r < n; r++)
+                for (int e = 0; e < E; e++) block += (double)x[r * ld + e] * (double)x[r * ld + e];
+        }
+        sum += block;
+    }
+    s->out2 = sum;
+    const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(sum / (double)p->T, DBL_MIN));
+    const double tolerance = a->budget->tolerance;
+    s->exact_f64 = tolerance <= 1e-4 || FINER * cancelled > tolerance || p->query.dtype == ADA_F64;
+}
+
+static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
+    attending *a = context;
+    const ada_problem *p = a->p;
+    int64_t head;
+    int first;
+    const int n = group_of_task(a, task, &head, &first), E = (int)p->E;
+    const head_state *s = &a->states[head];
+    ada_exact exact;
+    if (n <= 0 || !s->open || ada_job_cancelled(job, worker)) return;
+    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n,
+                   a->scratch + worker * a->scratch_bytes, &exact);
+    for (int i = 0; i < n; i++) {
+        const int64_t at = head * MOST_ROWS + first + i;
+        a->exact_lse[at] = exact.good[i] ? exact.lse[i] : NAN;
+        memcpy(a->exact_o + at * E, exact.o + i * E, (size_t)E * sizeof(double));
+    }
+}
+
+static double lse_at(const ada_problem *p, int64_t at) {
+    return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
+}
+
+/* What rounding the output itself may add. */
+static double output_rounding(ada_dtype dtype) {
+    return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
+}
+
+/* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond doubt. */
+static bool compare_head(attending *a, int64_t index, bool *misses) {
+    const ada_problem *p = a->p;
+    ada_head *head = &a->budget->heads[index];
+    const head_state *s = &a->states[index];
+    const double tolerance = a->budget->tolerance, allowed = tolerance + output_rounding(p->query.dtype);
+    const int E = (int)p->E;
+    double *error2 = a->error2 + index * MOST_ROWS, out[64];
+    *misses = false;
+    head->lse_error = 0;
+    for (int i = 0; i < s->n; i++) {
+        const int64_t at = index * MOST_ROWS + i;
+        error2[i] = 0;
+        for (int e = 0; e < E; e += 64) {
+            const int width = E - e < 64 ? E - e : 64;
+            ada_array part = p->out;
+            part.data = (char *)part.data + e * part.stride[3];
+            ada_load_rows_f64(a->k, out, width, &part, index / p->H, index % p->H, s->rows[i], 1, width);
+            for (int c = 0; c < width; c++) {
+                const double difference = out[c] - a->exact_o[at * E + e + c];
+                error2[i] += difference * difference;
+            }
+        }
+        const double lse = a->exact_lse[at];
+        if (isnan(lse) || !isfinite(error2[i])) return true; /* unverifiable: plain arithmetic's own NaN */
+        if (!p->lse || lse == -INFINITY) continue;
+        const double off = fabs(lse_at(p, index * p->T + s->rows[i]) - lse);
+        head->lse_error = fmax(head->lse_error, off - 4 * output_rounding(ADA_F32) * fabs(lse));
+    }
+    const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
+    /* The exact norm is not known, but that the output's is off by the error at most. */
+    const double error = s->out2 > 0 ? sqrt(limits.estimate2 / s->out2) : limits.estimate2 > 0 ? INFINITY : 0;
+    const double slack = 1 + fmin(error, 1);
+    head->verified_rows = s->n;
+    head->measured_error = error;
+    head->error_limit = limits.upper2 > 0 ? sqrt(limits.upper2 / s->out2) * slack : 0;
+    *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
+    return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7);
+}
+
+/* The rung that a head goes up to; false where there is none, or where it may not. */
+static bool go_up(const attending *a, ada_head *head) {
+    const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
+    const ada_rung next = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    if (head->choice.qk == ADA_RUNG_FP64 || forced(a->budget)) return false;
+    if (a->budget->dearest != ADA_RUNG_AUTO && next < a->budget->dearest) return false;
+    head->choice = (ada_choice){next, next};
+    head->predicted_error = head->forecast.error[ada_candidate_of(head->choice)];
+    head->retried = true;
+    return true;
+}
+
+static ada_status verify(attending *a, ada_error *error) {
+    const ada_problem *p = a->p;
+    int64_t open = 0;
+    for (int64_t i = 0; i < head_count(a); i++) {
+        head_state *s = &a->states[i];
+        s->n = ada_sample_rows(a->sizes + i * p->T, p->T, rows_to_verify(a, &a->budget->heads[i]),
+                               VERIFY_STREAM, s->rows, s->weight);
+        s->open = s->n > 0;
+        open += s->open;
+    }
+    const double reading = (double)(head_count(a) * p->T) * (double)p->E;
+    for (bool rows_known = false; open > 0; rows_known = true) {
+        if (!run_tasks(a, norm_task, head_count(a), reading) ||
+            (!rows_known && !run_tasks(a, exact_task, head_count(a) * GROUPS, row_work(a))))
+            return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+        open = 0;
+        for (int64_t i = 0; i < head_count(a); i++) {
+            ada_head *head = &a->budget->heads[i];
+            head_state *s = &a->states[i];
+            bool misses;
+            if (!s->open) continue;
+            s->open = isfinite(s->out2) && !compare_head(a, i, &misses);
+            if (!s->open) continue;
+            if (forced(a->budget) && misses)
+                return ada_fail(error, ADA_ERR_NUMERICAL,
+                                "precision: expected a relative error of at most %g in every head, got about "
+                                "%.3g in head (%lld, %lld) from ('%s', '%s')",
+                                a->budget->tolerance, head->measured_error, (long long)(i / p->H),
+                                (long long)(i % p->H), ada_rung_name(head->choice.qk),
+                                ada_rung_name(head->choice.pv));
+            s->open = go_up(a, head);
+            if (s->open) a->list[open++] = i;
+        }
+        if (open && execute_list(a, a->list, open, error)) return error->status;
+    }
+    return ADA_OK;
+}
+
+/* ---- the call ---- */
+
+static int64_t carve_all(attending *a, char *memory, int threads) {
+    const ada_problem *p = a->p;
+    const int64_t heads = p->B * p->H, rows = heads * MOST_ROWS;
+    ada_carver c = {memory, 0};
+    a->keys = ada_carve(&c, a->key_heads * (int64_t)sizeof *a->keys);
+    a->probes = ada_carve(&c, a->key_heads * a->probe_bytes);
+    a->states = ada_carve(&c, heads * (int64_t)sizeof *a->states);
+    a->sizes = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->sizes);
+    a->profiles = ada_carve(&c, rows * (int64_t)sizeof *a->profiles);
+    a->exact_lse = ada_carve(&c, rows * (int64_t)sizeof(double));
+    a->error2 = ada_carve(&c, rows * (int64_t)sizeof(double));
+    a->exact_o = ada_carve(&c, p->T < LEAST_QUERIES ? 0 : rows * p->E * (int64_t)sizeof(double));
+    a->ran = ada_carve(&c, heads * (int64_t)sizeof *a->ran);
+    a->list = ada_carve(&c, 2 * heads * (int64_t)sizeof *a->list);
+    a->scratch = ada_carve(&c, threads * a->scratch_bytes);
+    return c.used;
+}
+
+static ada_status attend_within(attending *a, ada_error *error) {
+    ada_budget *budget = a->budget;
+    double start = seconds_now();
+    const bool measure = probes(a);
+    for (int64_t i = 0; i < head_count(a); i++) {
+        budget->heads[i] = unknown_head();
+        a->states[i] = (head_state){0};
+        a->list[i] = i;
+    }
+    if (measure && !probe(a)) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    double now = seconds_now();
+    budget->seconds[0] = now - start, start = now;
+    plan_heads(a);
+    now = seconds_now();
+    budget->seconds[1] = now - start, start = now;
+    if (budget->plan_only) return ADA_OK;
+    if (execute_list(a, a->list, head_count(a), error)) return error->status;
+    now = seconds_now();
+    budget->seconds[2] = now - start, start = now;
+    if (measure && budget->verify && verify(a, error)) return error->status;
+    budget->seconds[3] = seconds_now() - start;
+    return ADA_OK;
+}
+
+/* Without a budget: what each head was computed with. */
+static void record_exact(const ada_problem *p, ada_budget *budget, double seconds) {
+    for (int64_t i = 0; i < p->B * p->H; i++) {
+        budget->heads[i] = unknown_head();
+        budget->heads[i].choice = p->ran[i];
+        budget->heads[i].retried = forced(budget) && (p->ran[i].qk != budget->asked.qk ||
+                                                      p->ran[i].pv != budget->asked.pv);
+    }
+    budget->seconds[2] = seconds;
+}
+
+ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
+                      ada_error *error) {
+    memset(budget->seconds, 0, sizeof budget->seconds);
+    if (ada_check_mask(p, interrupt, context, error)) return error->status;
+    if (budget->tolerance == 0) {
+        const double start = budget->heads ? seconds_now() : 0;
+        if (ada_execute(p, NULL, 0, interrupt, context, error)) return error->status;
+        if (budget->heads) record_exact(p, budget, seconds_now() - start);
+        return ADA_OK;
+    }
+    const ada_array *mask = &p->attn_mask;
+    attending a = {.p = p,
+                   .k = ada_kernels_get(),
+                   .budget = budget,
+                   .interrupt = interrupt,
+                   .context = context,
+                   .per_head = mask->data && mask->stride[1] ? 1 : p->H / p->G};
+    a.key_heads = p->B * p->H / a.per_head;
+    a.probe_bytes = ada_key_probe_bytes(p);
+    a.scratch_bytes = ada_probe_scratch_bytes(p);
+    const int threads = ada_threads_for(p, head_count(&a) * GROUPS, INFINITY);
+    const int64_t bytes = carve_all(&a, NULL, threads);
+    char *memory = ada_scratch_take(bytes);
+    if (!memory)
+        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
+                        (long long)bytes);
+    carve_all(&a, memory, threads);
+    const ada_status status = attend_within(&a, error);
+    ada_scratch_give_back(memory);
+    return status;
+}

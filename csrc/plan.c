@@ -1,0 +1,162 @@
+/* The error model and the choice.
+ *
+ * Rounding moves the scores of a row by independent noise of variance s^2, its weights and values likewise, and
+ * the output by s^2 sum p^2 d (probe.h). Constants are root mean squares of the rounding of each format, for
+ * mantissas that are distributed evenly in logarithm; benchmarks/error_model.py compares them with measured
+ * errors.
+ */
+#include "plan.h"
+
+#include <math.h>
+
+const ada_choice ada_candidates[ADA_CANDIDATES] = {
+    {ADA_RUNG_FP64, ADA_RUNG_FP64},     {ADA_RUNG_FP32, ADA_RUNG_FP32},   {ADA_RUNG_BF16X6, ADA_RUNG_BF16X6},
+    {ADA_RUNG_BF16X3, ADA_RUNG_BF16X3}, {ADA_RUNG_INT16, ADA_RUNG_INT16}, {ADA_RUNG_FP16, ADA_RUNG_FP16},
+    {ADA_RUNG_BF16, ADA_RUNG_BF16},     {ADA_RUNG_INT8, ADA_RUNG_BF16},   {ADA_RUNG_INT8, ADA_RUNG_INT8}};
+
+int ada_candidate_of(ada_choice choice) {
+    for (int c = 0; c < ADA_CANDIDATES; c++)
+        if (ada_candidates[c].qk == choice.qk && ada_candidates[c].pv == choice.pv) return c;
+    return -1;
+}
+
+/* ---- errors ---- */
+
+/* Of one input, relative: 2^-bits times 0.42, where bits count the hidden one. */
+#define ROUND_BF16 1.65e-3
+#define ROUND_FP16 2.1e-4
+#define ROUND_BF16X3 6.5e-6
+/* Of a product of floats whose sum has many terms, relative to its size; and of a sum of weights and values. */
+#define ROUND_SCORE 6e-8
+#define ROUND_SUM 3e-8
+/* Of the exponential that is fused with bf16 and 8-bit weights. */
+#define ROUND_EXP 1.7e-3
+/* Scores of a row have this many independent largest errors: those of thousands of rows stay below. */
+#define LARGEST_OF_MANY 4.5
+
+static double square(double x) { return x * x; }
+
+/* Variance of the scores' noise, summed over the keys with the given weights of a key, of its norm2 and of its
+ * block's largest^2. */
+static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, int64_t D, double sum,
+                          double norm, double step, double total) {
+    const double spread = total > 0 ? x->spread / total * norm : 0; /* sum of scale^2 q^2 k^2 */
+    const double with_mean = spread + (x->size - x->spread) * sum;
+    switch (rung) {
+    case ADA_RUNG_FP64:
+        return square(1e-15) * (x->size + 1) * sum;
+    case ADA_RUNG_FP32:
+    case ADA_RUNG_BF16X6:
+        return square(ROUND_SCORE) * (with_mean + square(x->reference) * sum + sum);
+    case ADA_RUNG_BF16X3:
+        return dtype == ADA_BF16 ? square(ROUND_SCORE) * with_mean : 2 * square(ROUND_BF16X3) * with_mean;
+    case ADA_RUNG_FP16:
+        return (dtype == ADA_F16 ? square(ROUND_SCORE) : 2 * square(ROUND_FP16)) * with_mean;
+    case ADA_RUNG_BF16: /* an array's own format is not centred and not rounded, but for the scale */
+        return dtype == ADA_BF16 ? square(ROUND_BF16) * with_mean : 2 * square(ROUND_BF16) * spread;
+    case ADA_RUNG_INT16: {
+        /* A row's step follows from its largest or from its norm; a block's norm is about that of normal entries
+         * whose largest is three deviations. */
+        const double by_norm = square(1.0 / ADA_I16_NORM), by_most = square(1.0 / ADA_I16_MAX);
+        const double keys = fmax(by_most, (double)D / 9 * by_norm);
+        return (fmax(x->qmax2 * by_most, x->q2 * by_norm) * norm + x->q2 * keys * step) / 12;
+    }
+    default: /* int8 */
+        return (x->qmax2 * norm + x->q2 * step) / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
+    }
+}
+
+/* Squared error that the weights' and values' rounding puts into the output. */
+static double value_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, double step8,
+                          double step16) {
+    const double sums = square(ROUND_SUM) * x->pv;
+    switch (rung) {
+    case ADA_RUNG_FP64:
+        return square(1e-15) * x->pv;
+    case ADA_RUNG_FP32:
+    case ADA_RUNG_BF16X6:
+        return sums;
+    case ADA_RUNG_BF16X3:
+        return sums + square(ROUND_BF16X3) * (x->p2d + (dtype == ADA_BF16 ? 0 : x->p2v));
+    case ADA_RUNG_FP16:
+        return sums + (dtype == ADA_F16 ? 0 : square(ROUND_FP16) * x->p2v);
+    case ADA_RUNG_BF16:
+        return square(ROUND_BF16) * (x->p2d + (dtype == ADA_BF16 ? 0 : x->p2v));
+    case ADA_RUNG_INT16:
+        return sums + x->round16 + x->p2 * step16;
+    default: /* int8 */
+        return x->round8 + x->p2 * step8;
+    }
+}
+
+static double exp_noise(ada_choice choice) {
+    const bool fused = choice.pv == ADA_RUNG_INT8 || choice.pv == ADA_RUNG_BF16;
+    return fused ? square(ROUND_EXP) : 0;
+}
+
+void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,
+                       int64_t D, ada_forecast *f) {
+    double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
+    *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
+    double noise[ADA_CANDIDATES] = {0};
+    for (int i = 0; i < n; i++) {
+        const ada_row_profile *x = &rows[i];
+        f->finite &= x->good;
+        out2 += x->weight * x->out2;
+        if (x->visible > 0) stds += x->weight * x->score_std;
+        if (x->visible > 1) {
+            counted += x->weight;
+            entropies += x->weight * x->entropy, entropies2 += x->weight * square(x->entropy);
+            blocks += x->weight * x->block_entropy;
+        }
+        for (int c = 0; c < ADA_CANDIDATES; c++) {
+            const ada_choice choice = ada_candidates[c];
+            const double scores = score_noise(x, choice.qk, dtype, D, x->p2d, x->p2d_norm, x->p2d_step,
+                                              keys->total);
+            noise[c] += x->weight * (scores + exp_noise(choice) * x->p2d +
+                                     value_noise(x, choice.pv, dtype, keys->step8, keys->step16));
+            const double lse = score_noise(x, choice.qk, dtype, D, x->p2, x->p2_norm, x->p2_step, keys->total);
+            f->lse_error[c] =
+                fmax(f->lse_error[c], LARGEST_OF_MANY * sqrt(lse + exp_noise(choice) * x->p2));
+        }
+    }
+    for (int c = 0; c < ADA_CANDIDATES; c++) {
+        f->error[c] = out2 > 0 ? sqrt(noise[c] / out2) : noise[c] > 0 ? INFINITY : 0;
+        f->finite &= !isnan(f->error[c]);
+    }
+    const double m = entropies / counted;
+    f->entropy = m, f->block_entropy = blocks / counted;
+    f->entropy_std = sqrt(fmax(entropies2 / counted - m * m, 0));
+    double weights = 0;
+    for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
+    f->score_std = stds / weights;
+}
+
+/* ---- choice ---- */
+
+double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {
+    /* Rates are known for two head sizes; beyond them the nearer one stands, between them a line. */
+    const double at = fmin(fmax(((double)t->D - 64) / 64, 0), 1);
+    const double gflops = rate->gflops[0] + at * (rate->gflops[1] - rate->gflops[0]);
+    return 1e-9 * (t->operations / gflops + t->elements * rate->pack_ns);
+}
+
+static bool allowed(const ada_task *t, ada_choice choice) {
+    if (t->dearest != ADA_RUNG_AUTO && (choice.qk < t->dearest || choice.pv < t->dearest)) return false;
+    return t->cheapest == ADA_RUNG_AUTO || (choice.qk <= t->cheapest && choice.pv <= t->cheapest);
+}
+
+int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
+    int best = -1, dearest = -1;
+    for (int c = 0; c < ADA_CANDIDATES; c++) {
+        if (!allowed(t, ada_candidates[c])) continue;
+        if (dearest < 0) dearest = c;
+        const double limit = t->tolerance / t->margin;
+        /* What is not finite is left to plain arithmetic, which passes it on as it should. */
+        const bool keeps = f->finite ? f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6))
+                                     : c == t->plain;
+        if (!keeps) continue;
+        if (best < 0 || ada_predicted_seconds(t, &rates[c]) < ada_predicted_seconds(t, &rates[best])) best = c;
+    }
+    return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
+}

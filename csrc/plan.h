@@ -1,0 +1,51 @@
+/* From profiles of rows to a predicted error of every rung, and from errors and rates to a choice. Pure
+ * functions of one head: no clock, no globals, no array but what is passed in.
+ */
+#ifndef ADA_PLAN_H
+#define ADA_PLAN_H
+
+#include "adaattn.h"
+#include "probe.h"
+
+/* What a planner may choose from, dear to cheap. */
+#define ADA_CANDIDATES 9
+extern const ada_choice ada_candidates[ADA_CANDIDATES];
+/* The one that computes a choice, or -1: a pair that is forced only. */
+int ada_candidate_of(ada_choice choice);
+
+/* Speed of one core, per candidate. */
+typedef struct {
+    double gflops[2]; /* of 2 T S (D + E) operations, at D = 64 and 128, without packing */
+    double pack_ns;   /* to pack one element of the keys or values */
+} ada_rate;
+
+/* Predicted for one head: relative Frobenius error of the output per candidate, largest error of its lse. */
+typedef struct {
+    double error[ADA_CANDIDATES], lse_error[ADA_CANDIDATES];
+    double entropy, entropy_std, block_entropy, score_std; /* nats; means over the rows, and their spread */
+    int rows;    /* behind it; 0: a guess from statistics alone */
+    bool finite; /* false: NaN or infinities take part */
+} ada_forecast;
+
+/* From profiles of some rows of a head with these keys, of arrays of this dtype, whose own rung rounds nothing.
+ */
+void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,
+                       int64_t D, ada_forecast *forecast);
+
+/* What a choice must keep, and what it costs. */
+typedef struct {
+    double tolerance;
+    double margin;            /* between the predicted error and the tolerance */
+    bool lse;                 /* its error counts too */
+    ada_rung dearest, cheapest; /* limits of the choice; ADA_RUNG_AUTO: none */
+    double operations;        /* 2 (D + E) per visible pair of query and key */
+    double elements;          /* of keys and values to pack, this head's share */
+    int64_t D;
+    int plain; /* the candidate that is exact for the dtype: for heads that are not finite */
+} ada_task;
+
+double ada_predicted_seconds(const ada_task *task, const ada_rate *rate);
+/* The cheapest candidate within the budget; the dearest allowed one where none is. */
+int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
+
+#endif

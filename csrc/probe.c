@@ -1,0 +1,410 @@
+/* Statistics, row sampling and row profiles. All sums run in an order that the head alone fixes. */
+#include "probe.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "exact.h"
+#include "execute.h"
+#include "operands.h"
+#include "rows.h"
+#include "visible.h"
+
+#define REAL float
+#define KIND(name) name##_f32
+#include "read_tpl.h"
+
+enum { PARTS = 8 }; /* of a sum, so that it vectorises */
+#define GUESS_ROWS 32
+
+static double total_of(const float *parts) {
+    double sum = 0;
+    for (int i = 0; i < PARTS; i++) sum += (double)parts[i];
+    return sum;
+}
+
+/* ---- keys ---- */
+
+static int64_t blocks_of(const ada_problem *p) { return (p->S + ADA_BLOCK - 1) / ADA_BLOCK; }
+
+static ada_key_probe carve_probe(const ada_problem *p, ada_carver *c) {
+    const int64_t real = sizeof(float), blocks = blocks_of(p);
+    ada_key_probe keys = {0};
+    keys.mean = ada_carve(c, p->D * real);
+    keys.variance = ada_carve(c, p->D * real);
+    keys.square = ada_carve(c, p->D * real);
+    keys.norm2 = ada_carve(c, blocks * ADA_BLOCK * real);
+    keys.value2 = ada_carve(c, blocks * ADA_BLOCK * real);
+    keys.largest = ada_carve(c, blocks * real);
+    keys.seen = ada_carve(c, blocks * (int64_t)sizeof *keys.seen);
+    return keys;
+}
+
+int64_t ada_key_probe_bytes(const ada_problem *p) {
+    ada_carver size = {NULL, 0};
+    carve_probe(p, &size);
+    return size.used;
+}
+
+ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory) {
+    ada_carver carver = {memory, 0};
+    return carve_probe(p, &carver);
+}
+
+typedef struct {
+    float *rows;   /* [ADA_BLOCK][max(D, E, ADA_BLOCK)] */
+    float *column; /* [max(D, E)] */
+    float *sum;    /* [max(D, E)] nobody reads it */
+    float *out;    /* [ADA_ROW_GROUP][E] */
+    float *dots;   /* [ADA_ROW_GROUP][ADA_STRIP] */
+    char *exact;
+} probe_scratch;
+
+static probe_scratch scratch_of(const ada_problem *p, ada_carver *c) {
+    const int64_t real = sizeof(float), width = p->D > p->E ? p->D : p->E;
+    probe_scratch s;
+    s.rows = ada_carve(c, ADA_BLOCK * (width > ADA_BLOCK ? width : ADA_BLOCK) * real);
+    s.column = ada_carve(c, width * real);
+    s.sum = ada_carve(c, width * real);
+    s.out = ada_carve(c, ADA_ROW_GROUP * p->E * real);
+    s.dots = ada_carve(c, ADA_ROW_GROUP * ADA_STRIP * real);
+    s.exact = ada_carve(c, ada_exact_scratch_bytes(p));
+    return s;
+}
+
+int64_t ada_probe_scratch_bytes(const ada_problem *p) {
+    ada_carver size = {NULL, 0};
+    scratch_of(p, &size);
+    return size.used;
+}
+
+/* Runs of ones in a word: n bits from first on. */
+#define FOR_RUNS(word, first, n)                                                                             \
+    for (int first = 0, n = next_run(word, &first); n; first += n, n = next_run(word, &first))
+
+static int next_run(uint64_t word, int *first) {
+    if (*first >= 64 || !(word >> *first)) return 0;
+    *first += __builtin_ctzll(word >> *first);
+    const uint64_t rest = ~(word >> *first);
+    return rest ? __builtin_ctzll(rest) : 64;
+}
+
+static int rows_in(const ada_problem *p, int64_t block) {
+    const int64_t left = p->S - block * ADA_BLOCK;
+    return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
+}
+
+void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
+                    ada_key_probe *keys, char *scratch) {
+    ada_carver carver = {scratch, 0};
+    const probe_scratch s = scratch_of(p, &carver);
+    const int D = (int)p->D, E = (int)p->E;
+    const int64_t g = h / (p->H / p->G), blocks = blocks_of(p);
+    ptrdiff_t ld;
+    memset(s.sum, 0, (size_t)(D > E ? D : E) * sizeof(float));
+    memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
+    memset(keys->mean, 0, (size_t)D * sizeof(float));
+    memset(keys->variance, 0, (size_t)D * sizeof(float));
+    keys->count = keys->largest2 = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const uint64_t seen = keys->seen[block] = ada_block_seen(p, k, b, h, heads, block, s.rows);
+        if (!seen) continue;
+        const float *x =
+            rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, rows_in(p, block), s.rows, &ld);
+        FOR_RUNS(seen, first, n) k->columns(keys->mean, s.column, x + first * ld, ld, n, D);
+        keys->count += __builtin_popcountll(seen);
+    }
+    for (int d = 0; d < D && keys->count; d++) keys->mean[d] /= (float)keys->count;
+    memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
+    for (int64_t block = 0; block < blocks; block++) {
+        const uint64_t seen = keys->seen[block];
+        float *norm2 = keys->norm2 + block * ADA_BLOCK, *value2 = keys->value2 + block * ADA_BLOCK;
+        memset(norm2, 0, ADA_BLOCK * sizeof(float));
+        memset(value2, 0, ADA_BLOCK * sizeof(float));
+        keys->largest[block] = 0;
+        if (!seen) continue;
+        const int rows = rows_in(p, block);
+        const float *x = rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, rows, s.rows, &ld);
+        FOR_RUNS(seen, first, n) {
+            k->squares(norm2 + first, keys->variance, x + first * ld, ld, n, D, keys->mean, NULL);
+            const float most = k->reach(x + first * ld, ld, n, D, keys->mean, NULL);
+            keys->largest[block] = most > keys->largest[block] ? most : keys->largest[block];
+        }
+        keys->largest2 += (double)keys->largest[block] * (double)keys->largest[block] *
+                          __builtin_popcountll(seen);
+        x = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, rows, s.rows, &ld);
+        FOR_RUNS(seen, first, n) {
+            k->squares(value2 + first, NULL, x + first * ld, ld, n, E, NULL, NULL);
+            k->columns(s.sum, s.column, x + first * ld, ld, n, E);
+        }
+    }
+    const double count = keys->count > 0 ? keys->count : 1;
+    keys->largest2 /= count;
+    keys->total = 0;
+    for (int d = 0; d < D; d++) keys->total += (double)(keys->variance[d] /= (float)count);
+    for (int d = 0; d < D; d++) keys->square[d] = keys->mean[d] * keys->mean[d];
+    float most2;
+    k->squares(&most2, NULL, s.column, E, 1, E, NULL, NULL);
+    keys->step8 = (double)most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
+    keys->step16 = (double)most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
+}
+
+/* ---- queries ---- */
+
+/* The parts of a profile that the query alone decides. */
+static void profile_query(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
+                          const float *q, ada_row_profile *x) {
+    const int D = (int)p->D;
+    const double scale2 = p->scale * p->scale, most = (double)k->reach(q, D, 1, D, NULL, NULL);
+    float spread, by_mean, norm2;
+    k->squares(&spread, NULL, q, D, 1, D, NULL, keys->variance);
+    k->squares(&by_mean, NULL, q, D, 1, D, NULL, keys->square);
+    k->squares(&norm2, NULL, q, D, 1, D, NULL, NULL);
+    x->spread = scale2 * (double)spread;
+    x->size = x->spread + scale2 * (double)by_mean;
+    x->q2 = scale2 * (double)norm2;
+    x->qmax2 = scale2 * most * most;
+}
+
+void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                       const ada_key_probe *keys, float *size, char *scratch) {
+    ada_carver carver = {scratch, 0};
+    const probe_scratch s = scratch_of(p, &carver);
+    const double scale2 = p->scale * p->scale;
+    for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
+        const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
+        ptrdiff_t ld;
+        const float *q = rows_at_f32(k, &p->query, b, h, i, n, s.rows, &ld);
+        float spreads[ADA_BLOCK];
+        k->squares(spreads, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
+        for (int r = 0; r < n; r++) {
+            const ada_span span = ada_visible_span(p, b, i + r);
+            const double spread = scale2 * (double)spreads[r];
+            const double keys_seen = (double)(span.end - span.first);
+            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
+            const float crowd = expf(fminf((float)spread, 30));
+            const double x = (spread + 1) * fmin(1, (double)crowd / keys_seen);
+            size[i + r] = span.end > span.first && isfinite(x) ? (float)fmin(x, 1e30) : 0;
+        }
+    }
+}
+
+/* splitmix64, as a number in [0, 1) */
+static double uniform(uint64_t stream, int index) {
+    uint64_t x = stream * 0x9E3779B97F4A7C15u + (uint64_t)index * 0xD1B54A32D192ED03u + 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return (double)((x ^ x >> 31) >> 11) * 0x1p-53;
+}
+
+int ada_sample_rows(const float *size, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
+    double sum = 0;
+    int64_t live = 0;
+    for (int64_t i = 0; i < T; i++) sum += (double)size[i], live += size[i] > 0;
+    if (live == 0 || n == 0) return 0;
+    /* A row's share is a + c * size, half of all equal and half by size; those of at least 1 / left of what is
+     * not certain become certain, until none is left. */
+    const double a = 0.5 / (double)live, c = 0.5 / sum;
+    double rest = 1, bound = INFINITY;
+    int left = n;
+    for (bool changed = true; changed && left > 0;) {
+        const double limit = rest / left;
+        double still = 0;
+        int certain = 0;
+        for (int64_t i = 0; i < T; i++) {
+            const double share = a + c * (double)size[i];
+            if (size[i] > 0 && share >= limit) certain++;
+            if (size[i] > 0 && share < limit) still += share;
+        }
+        changed = n - certain < left;
+        if (certain >= n) { /* as many as there are rows, or the largest take all */
+            bound = limit;
+            left = n - certain;
+            break;
+        }
+        left = n - certain, rest = still, bound = limit;
+    }
+    if (left < 0) left = 0;
+    int found = 0, stratum = 0;
+    double before = 0;
+    for (int64_t i = 0; i < T && found < n; i++) {
+        const double share = a + c * (double)size[i];
+        if (!(size[i] > 0)) continue;
+        if (share >= bound) {
+            rows[found] = i, weight[found++] = 1;
+            continue;
+        }
+        before += share;
+        for (; stratum < left && found < n && (stratum + uniform(stream, stratum)) * rest / left < before;
+             stratum++)
+            rows[found] = i, weight[found++] = fmax(rest / (left * share), 1 + DBL_EPSILON);
+    }
+    return found;
+}
+
+/* ---- profiles ---- */
+
+/* log2(x) for x > 0 to 1e-3, some number for 0. */
+static inline float rough_log2(float x) {
+    union {
+        float f;
+        int32_t i;
+    } u = {x};
+    const float octave = (float)((u.i >> 23) - 127);
+    u.i = (u.i & 0x7fffff) | 0x3f800000;
+    const float m = u.f;
+    return octave - 2.1536207f + m * (3.0478842f + m * (-1.0518750f + m * 0.1582487f));
+}
+
+typedef struct {
+    float p2d[PARTS], p2d_norm[PARTS], p2d_step[PARTS], p2[PARTS], p2_norm[PARTS], p2_step[PARTS];
+    float p2v[PARTS], pv[PARTS], round8[PARTS], round16[PARTS], plog[PARTS];
+} key_sums;
+
+/* Keys of one block for one row: dots are those of the values with the output. */
+static void add_block_sums(key_sums *sums, const float *p, const float *dots, const float *norm2,
+                           const float *value2, float out2, float step, float var8, float var16,
+                           float *mass) {
+    float m[PARTS] = {0};
+    for (int j = 0; j < ADA_BLOCK; j += PARTS)
+        for (int i = 0; i < PARTS; i++) {
+            const float w = p[j + i], w2 = w * w;
+            float d = value2[j + i] - 2 * dots[j + i] + out2;
+            d = d > 0 ? d : 0;
+            m[i] += w;
+            sums->p2d[i] += w2 * d;
+            sums->p2d_norm[i] += w2 * d * norm2[j + i];
+            sums->p2d_step[i] += w2 * d * step;
+            sums->p2[i] += w2;
+            sums->p2_norm[i] += w2 * norm2[j + i];
+            sums->p2_step[i] += w2 * step;
+            sums->p2v[i] += w2 * value2[j + i];
+            sums->pv[i] += w * value2[j + i];
+            sums->round8[i] += (w2 < var8 ? w2 : var8) * d;
+            sums->round16[i] += (w2 < var16 ? w2 : var16) * d;
+            sums->plog[i] += w * rough_log2(w);
+        }
+    *mass = (float)total_of(m);
+}
+
+/* Sums over one strip of keys for one row. */
+static void add_strip_sums(key_sums *sums, const ada_key_probe *keys, int64_t first, int blocks,
+                           const float *p, const float *dots, float out2, double *block_plog) {
+    float most = 0, sum = 0;
+    for (int j = 0; j < blocks * ADA_BLOCK; j++) most = p[j] > most ? p[j] : most;
+    if (most == 0) return;
+    for (int j = 0; j < blocks * ADA_BLOCK; j++) sum += p[j];
+    const float step8 = most / ADA_U8_MAX;
+    const float step16 = fmaxf(most / ADA_I16_MAX, sum / ADA_I16_WEIGHT_SUM);
+    for (int i = 0; i < blocks; i++) {
+        const int64_t block = first + i, at = block * ADA_BLOCK;
+        float mass;
+        add_block_sums(sums, p + i * ADA_BLOCK, dots + i * ADA_BLOCK, keys->norm2 + at, keys->value2 + at,
+                       out2, keys->largest[block] * keys->largest[block], step8 * step8 / 12,
+                       step16 * step16 / 12, &mass);
+        if (mass > 0) *block_plog += (double)(mass * rough_log2(mass));
+    }
+}
+
+static void take_sums(ada_row_profile *x, const key_sums *sums) {
+    x->p2d = total_of(sums->p2d), x->p2d_norm = total_of(sums->p2d_norm);
+    x->p2d_step = total_of(sums->p2d_step), x->p2 = total_of(sums->p2);
+    x->p2_norm = total_of(sums->p2_norm), x->p2_step = total_of(sums->p2_step);
+    x->p2v = total_of(sums->p2v), x->pv = total_of(sums->pv);
+    x->round8 = total_of(sums->round8), x->round16 = total_of(sums->round16);
+    x->entropy = -total_of(sums->plog) * ADA_LN2;
+}
+
+void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                      const ada_key_probe *keys, const int64_t *rows, int n, ada_row_profile *profiles,
+                      char *scratch) {
+    ada_carver carver = {scratch, 0};
+    const probe_scratch s = scratch_of(p, &carver);
+    const int E = (int)p->E;
+    const int64_t g = h / (p->H / p->G), blocks = blocks_of(p), all_keys = ada_exact_keys(p);
+    ada_exact exact;
+    key_sums sums[ADA_ROW_GROUP] = {0};
+    double block_plog[ADA_ROW_GROUP] = {0};
+    ada_exact_rows(p, k, false, true, b, h, rows, n, s.exact, &exact);
+    for (int r = 0; r < n; r++) {
+        ada_row_profile *x = &profiles[r];
+        ptrdiff_t ld;
+        const float *q = rows_at_f32(k, &p->query, b, h, rows[r], 1, s.rows, &ld);
+        profile_query(p, k, keys, q, x);
+        x->out2 = 0;
+        for (int e = 0; e < E; e++) {
+            s.out[r * E + e] = (float)exact.o[r * E + e];
+            x->out2 += exact.o[r * E + e] * exact.o[r * E + e];
+        }
+        x->good = exact.good[r];
+        x->reference = exact.reference[r];
+        x->visible = exact.visible[r];
+        const double count = x->visible > 0 ? (double)x->visible : 1, mean = exact.score_sum[r] / count;
+        x->score_std = sqrt(fmax(exact.score_square[r] / count - mean * mean, 0));
+    }
+    for (int64_t first = 0; first < blocks; first += ADA_STRIP / ADA_BLOCK) {
+        const int in_strip = (int)(blocks - first < ADA_STRIP / ADA_BLOCK ? blocks - first
+                                                                          : ADA_STRIP / ADA_BLOCK);
+        for (int i = 0; i < in_strip; i++) {
+            const int64_t block = first + i;
+            const int nk = rows_in(p, block);
+            float dots[ADA_ROW_GROUP * ADA_BLOCK] = {0};
+            ptrdiff_t ld;
+            if (keys->seen[block]) {
+                const float *v = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, nk, s.rows, &ld);
+                k->row_scores_f32(dots, s.out, n, v, ld, nk, E);
+            }
+            for (int r = 0; r < n; r++) {
+                float *to = s.dots + r * ADA_STRIP + i * ADA_BLOCK;
+                memcpy(to, dots + r * ADA_BLOCK, ADA_BLOCK * sizeof(float));
+                for (int j = 0; keys->seen[block] != UINT64_MAX && j < ADA_BLOCK; j++)
+                    if (!(keys->seen[block] >> j & 1)) to[j] = 0;
+            }
+        }
+        for (int r = 0; r < n; r++)
+            add_strip_sums(&sums[r], keys, first, in_strip, exact.p + r * all_keys + first * ADA_BLOCK,
+                           s.dots + r * ADA_STRIP, (float)profiles[r].out2, &block_plog[r]);
+    }
+    for (int r = 0; r < n; r++) {
+        take_sums(&profiles[r], &sums[r]);
+        profiles[r].block_entropy = -block_plog[r] * ADA_LN2;
+        profiles[r].good &= isfinite(profiles[r].p2d_step) && isfinite(profiles[r].spread);
+    }
+}
+
+void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                       const ada_key_probe *keys, ada_row_profile *x, char *scratch) {
+    ada_carver carver = {scratch, 0};
+    const probe_scratch s = scratch_of(p, &carver);
+    const int64_t step = (p->T + GUESS_ROWS - 1) / GUESS_ROWS;
+    double n = 0, value2 = 0;
+    *x = (ada_row_profile){.weight = (double)p->T};
+    for (int64_t i = 0; i < p->T; i += step) {
+        ada_row_profile one;
+        ptrdiff_t ld;
+        const float *q = rows_at_f32(k, &p->query, b, h, i, 1, s.rows, &ld);
+        const ada_span span = ada_visible_span(p, b, i);
+        if (span.end <= span.first) continue;
+        profile_query(p, k, keys, q, &one);
+        x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
+        x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));
+        x->reference = fmax(x->reference, 3 * sqrt(one.size));
+        x->visible += span.end - span.first;
+        n++;
+    }
+    for (int64_t j = 0; j < blocks_of(p) * ADA_BLOCK; j++) value2 += (double)keys->value2[j];
+    value2 /= keys->count > 0 ? keys->count : 1;
+    n = n > 0 ? n : 1;
+    x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n, x->p2 /= n;
+    x->visible /= (int64_t)n;
+    /* Independent values without a mean: out2 = p2 value2, and an output as far from every value. */
+    x->p2_norm = x->p2 * keys->total, x->p2_step = x->p2 * keys->largest2;
+    x->out2 = x->p2v = x->p2d = x->p2 * value2;
+    x->p2d_norm = x->p2_norm * value2, x->p2d_step = x->p2_step * value2;
+    x->pv = value2;
+    /* Weights around a peak are rounded away: what real heads showed at worst. */
+    x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;
+    x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = NAN;
+    x->good = isfinite(x->p2d_step) && isfinite(x->size);
+}

@@ -1,0 +1,63 @@
+/* What is measured of a head before its precision is chosen: statistics of keys, values and queries at O(SD)
+ * and O(TD), and profiles of a few rows whose weights are computed in fp32. */
+#ifndef ADA_PROBE_H
+#define ADA_PROBE_H
+
+#include "adaattn.h"
+#include "kernels.h"
+#include "memory.h"
+
+/* Keys and values of one key head that some query may attend to; others count nowhere. Keys are centred. */
+typedef struct {
+    float *mean, *variance; /* [D] of the keys */
+    float *square;          /* [D] of the mean */
+    float *norm2;           /* [keys] squared norm of a centred key */
+    float *value2;          /* [keys] squared norm of a value */
+    float *largest;         /* [blocks] largest magnitude in the centred keys of a block */
+    uint64_t *seen;         /* [blocks] bit per key */
+    double total;           /* sum of the variances */
+    double largest2;        /* mean of largest squared, over keys */
+    double step8, step16;   /* what rounding values to int8 and int16 does to the squared norm of one, mean */
+    double count;
+} ada_key_probe;
+
+/* What one row has to do with the error of its head. Sums run over its keys; d is the squared distance of a
+ * value from the row's output, so that noise of variance s^2 in the scores moves the output by s^2 sum p^2 d. */
+typedef struct {
+    double weight;       /* rows of the head that it stands for */
+    double out2;         /* squared norm of the output */
+    double p2d, p2d_norm, p2d_step; /* sum p^2 d; times the key's norm2; times its block's largest^2 */
+    double p2, p2_norm, p2_step;    /* the same with 1 for d */
+    double p2v, pv;                 /* sum p^2 and p times value2 */
+    double round8, round16; /* sum of d times the variance of rounding p to int8 and int16 */
+    double spread, size;    /* variance of its scores by the keys' variances, without and with their mean */
+    double q2, qmax2;       /* squared norm and largest of scale * q */
+    double reference;       /* largest score, about */
+    double entropy, block_entropy; /* nats, over keys and over blocks of ADA_BLOCK keys */
+    double score_std;
+    int64_t visible;
+    bool good; /* all of it is finite */
+} ada_row_profile;
+
+int64_t ada_key_probe_bytes(const ada_problem *p);
+ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory);
+int64_t ada_probe_scratch_bytes(const ada_problem *p);
+/* The keys of query heads h ... h + heads - 1 of sequence b, which share them. */
+void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
+                    ada_key_probe *keys, char *scratch);
+/* size[i] (i < T): how much row i may be expected to contribute to the squared error, in units of its own; 0
+ * where it sees no key or is not finite. */
+void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                       const ada_key_probe *keys, float *size, char *scratch);
+/* Up to n rows, ascending, drawn with probabilities that mix equal ones and size's; weight[i] is the inverse of
+ * a row's probability, exactly 1 for one that is certain. Depends on size, n and the stream alone. */
+int ada_sample_rows(const float *size, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight);
+/* n <= ADA_ROW_GROUP of them; weight is left to the caller. */
+void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                      const ada_key_probe *keys, const int64_t *rows, int n, ada_row_profile *profiles,
+                      char *scratch);
+/* A profile for the whole head from the statistics alone, as if its values were independent of its keys. */
+void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                       const ada_key_probe *keys, ada_row_profile *profile, char *scratch);
+
+#endif
