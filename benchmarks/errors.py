@@ -68,7 +68,8 @@ def measure(name: str) -> tuple[list[Errors], str]:
             parts[rung].append((error, np.abs(lse - exact_lse).max(axis=2), report.retried))
             if rung == "int8" and error.max() > most:
                 most = float(error.max())
-                note = explain(heads, *divmod(int(error.argmax()), error.shape[1]), out, exact)
+                b, h = divmod(int(error.argmax()), error.shape[1])
+                note = explain(heads, b, h, out, exact)
     found = []
     for rung, calls in parts.items():
         columns = (np.concatenate([x.ravel() for x in column]) for column in zip(*calls, strict=True))
