@@ -31,6 +31,7 @@ SECTIONS = {
     ],
     "rungs": [],
     "decode": [Shape(1, 8, 1, 2048 << i, 128) for i in range(6)],
+    "cache": [Shape(1, 8 * group, 1, keys, 128, group=group) for group in (1, 4) for keys in (8192, 32768)],
     "small": [Shape(1, 8, 64, 64, 64), Shape(1, 1, 1, 16, 32)],
 }
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--shapes", choices=[*SECTIONS, "all"], default="all")
     parser.add_argument(
-        "--quick", action="store_true", help="under a minute: fewer rounds, every other decode length"
+        "--quick", action="store_true", help="under a minute: fewer rounds, every other length of decode"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything, with every sample")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each measurement")
@@ -66,8 +67,8 @@ def main() -> None:
 
     run = Comparison(QUICK if args.quick else FULL)
     cases = {name: shapes for name, shapes in SECTIONS.items() if args.shapes in (name, "all")}
-    if args.quick and "decode" in cases:
-        cases["decode"] = cases["decode"][::2]
+    if args.quick:
+        cases |= {name: cases[name][::2] for name in ("decode", "cache") if name in cases}
     gc.disable()
     with progress(sum(map(len, cases.values())) * len(args.threads)) as step:
         for section, shapes in cases.items():

@@ -14,10 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 from peers import (
+    CACHES,
+    ITEM_BYTES,
     PEERS,
     RUNGS,
     UNITS,
@@ -35,6 +38,7 @@ from peers import (
 
 Quartiles = tuple[float, float, float]
 
+READING = ("decode", "cache")  # sections whose ceiling is the bandwidth of reading
 SCALING = Shape(1, 2, 4096, 4096, 64)
 IMPORT = """
 import importlib, sys, time
@@ -81,7 +85,8 @@ class Contestant:
     limit: float = math.inf  # seconds, after which it sits out
     calls: int = 1  # behind each sample
     samples: list[float] = field(default_factory=list)
-    torch: Contestant | None = None  # torch in the same dtype
+    torch: Contestant | None = None  # torch in the same dtype; for caches in fp32
+    torch_bf16: Contestant | None = None
     yardstick: Contestant | None = None
     units: dict[str, Contestant] = field(default_factory=dict)  # ceilings of the narrow products
 
@@ -101,8 +106,8 @@ class Contestant:
         return self.shape.flops / self.seconds / 1e9
 
     @property
-    def traffic(self) -> int:
-        return self.shape.traffic(2 if self.dtype in ("fp16", "bf16") else 4)
+    def traffic(self) -> float:
+        return self.shape.traffic(ITEM_BYTES.get(self.dtype, 4))
 
     @property
     def intensity(self) -> float:
@@ -115,13 +120,17 @@ class Contestant:
         return ratio(self.torch, self) if self.torch else None
 
     @property
+    def speedup_over_bf16(self) -> float | None:
+        return ratio(self.torch_bf16, self)[1] if self.torch_bf16 else None
+
+    @property
     def share(self) -> float | None:
         """Of the section's ceiling; where that is reading, half the bytes are worth half the time."""
         if self.name in WORK:
             return self.unit_share
         if not self.yardstick:
             return None
-        worth = self.traffic / self.yardstick.traffic if self.section == "decode" else 1.0
+        worth = self.traffic / self.yardstick.traffic if self.section in READING else 1.0
         return worth * ratio(self.yardstick, self)[1]
 
     @property
@@ -134,7 +143,9 @@ class Contestant:
 
     @property
     def error_ratio(self) -> float | None:
-        return self.error / self.torch.error if self.error and self.torch and self.torch.error else None
+        if not (self.error and self.torch and self.torch.error) or self.torch.dtype != self.dtype:
+            return None
+        return self.error / self.torch.error
 
     def row(self) -> dict[str, Any]:
         """Every figure, as CSV and JSON give them."""
@@ -149,6 +160,7 @@ class Contestant:
             "speedup": median,
             "speedup_q1": q1,
             "speedup_q3": q3,
+            "speedup_over_bf16": self.speedup_over_bf16,
             "gflops": self.gflops,
             "intensity": self.intensity,
             "share": self.share,
@@ -216,7 +228,7 @@ class Comparison:
         self.results: list[Contestant] = []
         self.extras: dict[str, float] = {}
         self.left_out = {
-            f"{peer.name} {peer.dtype}": why for peer in (*PEERS, *RUNGS) if (why := peer.obstacle())
+            f"{peer.name} {peer.dtype}": why for peer in (*PEERS, *RUNGS, *CACHES) if (why := peer.obstacle())
         }
         self.roofline: Roofline | None = None
         try:
@@ -238,41 +250,44 @@ class Comparison:
         exact = {dtype: oracle(arrays, rows, shape.causal) for dtype, arrays in inputs.items()}
         for threads in thread_counts:
             case = section, shape, threads
-            contestants = self.ceilings(*case, inputs["fp32"])
-            yardstick = contestants[0] if contestants else None
-            units = {one.name: one for one in contestants}
+            ceilings, peers = self.ceilings(*case, inputs["fp32"]), []
+            yardsticks = {one.dtype: one for one in reversed(ceilings)}
+            units = {one.name: one for one in ceilings}
             torch: dict[str, Contestant] = {}
-            for peer in RUNGS if section == "rungs" else PEERS:
+            for peer in {"rungs": RUNGS, "cache": CACHES}.get(section, PEERS):
                 if f"{peer.name} {peer.dtype}" in self.left_out:
                     continue
-                call = peer.build(inputs[peer.dtype], shape.causal, threads)
+                call = peer.build(inputs[peer.inputs], shape.causal, threads)
                 start = time.perf_counter()
                 out = call()
                 first = time.perf_counter() - start
-                error = relative_error(out, rows, exact[peer.dtype])
+                error = relative_error(out, rows, exact[peer.inputs])
+                yardstick = yardsticks.get(peer.dtype, yardsticks.get(""))
                 one = Contestant(
                     *case, peer.name, peer.dtype, timer(call), error, yardstick=yardstick, units=units
                 )
-                if section != "rungs" and (peer.dtype != "fp32" or peer.name not in ("adaattn", "torch")):
+                main = peer.dtype == "fp32" and peer.name in ("adaattn", "torch")
+                if section not in ("rungs", "cache") and not main:
                     one.limit = self.budget.others
                 if peer.name == "torch":
                     torch[peer.dtype] = one
-                contestants.append(one.calibrate(self.budget.sample, first))
-            for one in contestants:
-                one.torch = torch.get(one.dtype)
-            take_turns(contestants, self.budget.rounds)
-            self.results += contestants
+                peers.append(one.calibrate(self.budget.sample, first))
+            for one in peers:
+                one.torch = torch.get("fp32" if section == "cache" else one.dtype)
+                one.torch_bf16 = torch.get("bf16") if section == "cache" else None
+            take_turns(ceilings + peers, self.budget.rounds)
+            self.results += ceilings + peers
             yield f"{section} {shape}, {plural(threads)}"
 
     def ceilings(self, section: str, shape: Shape, threads: int, inputs: list[Array]) -> list[Contestant]:
-        """List what bounds the section's times; the first is the yardstick."""
+        """List what bounds the section's times; the first of a dtype, or without one, is the yardstick."""
         if self.roofline is None or section == "small":
             return []
         compute, read = self.roofline.compute_seconds, self.roofline.read_seconds
         _, key, value = inputs
 
-        def ceiling(name: str, sample: Callable[[int], float]) -> Contestant:
-            return Contestant(section, shape, threads, name, "", sample)
+        def ceiling(name: str, sample: Callable[[int], float], dtype: str = "") -> Contestant:
+            return Contestant(section, shape, threads, name, dtype, sample)
 
         def peak(unit: str) -> Contestant:
             return ceiling(unit, lambda _: compute(unit, shape.flops, threads, self.budget.sample))
@@ -281,6 +296,13 @@ class Comparison:
             return [peak(unit) for unit in UNITS if math.isfinite(compute(unit, 1, 1, 0.001))]
         if section == "prefill":
             return [peak("FMA peak")]
+        if section == "cache":  # as many bytes for each dtype as it has to read
+            reads = []
+            for dtype in ("fp32", "bf16", "int8"):
+                size = math.ceil(key.size * ITEM_BYTES[dtype] / 4)
+                k, v = key.reshape(-1)[:size], value.reshape(-1)[:size]
+                reads.append(ceiling("read, prefetch", partial(read, k, v, 1024, threads), dtype))
+            return [one.calibrate(self.budget.sample) for one in reads]
         reads = [
             ceiling("read, prefetch", lambda passes: read(key, value, 1024, threads, passes)),
             ceiling("read", lambda passes: read(key, value, 0, threads, passes)),

@@ -17,13 +17,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from measure import Comparison, Contestant, plural
+from measure import READING, Comparison, Contestant, plural
 
 import adaattn
 
 LABELS = {"adaattn": "AdaAttn", "torch": "torch SDPA", "onnxruntime": "onnxruntime", "numpy": "NumPy"}
 COLORS = {"adaattn": "#0072B2", "torch": "#D55E00", "onnxruntime": "#009E73", "numpy": "#CC79A7"}
 
+
+PEER_SECTIONS = ("prefill", "decode", "small")  # those in which every peer takes part
 
 # Rung, dtype of the arrays, times torch in that dtype, share of the units' peak. Set for AVX-512 with BF16.
 RUNG_TARGETS = [
@@ -116,7 +118,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def show_section(run: Comparison, section: str, threads: int) -> None:
-    decode = section == "decode"
+    reading = section in READING
 
     def cells(one: Contestant) -> list[str]:
         speedup = "{1:.2f} ({0:.2f}-{2:.2f})".format(*one.speedup) if one.speedup else ""
@@ -125,15 +127,17 @@ def show_section(run: Comparison, section: str, threads: int) -> None:
             f"{one.name} {one.dtype}",
             f"{one.seconds * 1e3:.3f} ms" if one.seconds > 1e-4 else f"{one.seconds * 1e6:.2f} us",
             speedup if one.name != "torch" else "",
-            f"{one.gflops / one.intensity if decode else one.gflops:.1f}",
+            *([f"{over:.2f}" if (over := one.speedup_over_bf16) else ""] if section == "cache" else []),
+            f"{one.gflops / one.intensity if reading else one.gflops:.1f}",
             f"{one.share:.1%}" if one.share else "",
             f"{one.error:.1e}" if one.error else "",
             f"{one.error_ratio:.2f}" if one.error_ratio else "",
         ]
 
     rows = [cells(one) for one in run.results if (one.section, one.threads) == (section, threads)]
-    rate = "GB/s" if decode else "GFLOP/s"
-    header = ["B,H,S,D", "", "time", "torch/this", rate, "of ceiling", "error", "error/torch"]
+    rate = "GB/s" if reading else "GFLOP/s"
+    ratios = ["torch fp32/this", "torch bf16/this"] if section == "cache" else ["torch/this"]
+    header = ["B,H,S,D", "", "time", *ratios, rate, "of ceiling", "error", "error/torch"]
     show_table(f"{section}, {plural(threads)}", header, rows)
     means = [
         f"{name} {dtype} {mean:.2f}"
@@ -194,9 +198,9 @@ def plot(folder: Path, run: Comparison, thread_counts: Sequence[int]) -> None:
     rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {}
-    if any(one.speedup for one in run.results):
+    if any(one.speedup for one in run.results if one.section in PEER_SECTIONS):
         drawings["speedups"] = draw_speedups
-    if any(one.section != "small" for one in run.results):
+    if any(one.section in ("prefill", "decode") for one in run.results):
         drawings["roofline"] = draw_roofline
     for name, draw in drawings.items():
         figure = Figure(layout="constrained", facecolor="white", dpi=100)
@@ -206,7 +210,8 @@ def plot(folder: Path, run: Comparison, thread_counts: Sequence[int]) -> None:
 
 
 def draw_speedups(figure: Any, run: Comparison, thread_counts: Sequence[int]) -> None:
-    cases = list(dict.fromkeys((one.section, one.shape) for one in run.results))
+    compared = [one for one in run.results if one.section in PEER_SECTIONS]
+    cases = list(dict.fromkeys((one.section, one.shape) for one in compared))
     sections = dict.fromkeys(section for section, _ in cases)
     names = [name for name in LABELS if name != "torch" and any(one.name == name for one in run.results)]
     figure.set_size_inches(8, 1.6 + 0.45 * len(cases))
@@ -256,7 +261,7 @@ def ceilings(run: Comparison, threads: int) -> tuple[float, float] | None:
     """Peak GFLOP/s of FMA, and GB/s at which the longest keys and values are read."""
     ours = [one for one in run.results if one.threads == threads]
     peaks = [one.gflops for one in ours if one.name == "FMA peak"]
-    reads = [one for one in ours if one.name.startswith("read")]
+    reads = [one for one in ours if one.section == "decode" and one.name.startswith("read")]
     if not peaks or not reads:
         return None
     longest = max(one.shape.keys for one in reads)
