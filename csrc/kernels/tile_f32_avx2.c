@@ -70,11 +70,11 @@ INLINE void products(vec acc[TILE_ACC], const float *x, const float *b, ptrdiff_
 /* The processor itself runs the exp2 of one group beside the products of the next. Spreading them by hand
  * over the products, as for AVX-512, spills registers and is slower. */
 bool ada_scores_weights_f32_avx2(const tile_t *t, const float *k, ptrdiff_t ldk, int n) {
-    if (t->D > CHAIN) {
+    if (t->D > MOST_FUSED) {
         ada_scores_f32_avx2(t, k, ldk, n);
         return ada_weights_f32_avx2(t, n, NULL, NULL, NULL);
     }
-    float q[CHAIN * 2 * VL] __attribute__((aligned(64)));
+    float q[MOST_FUSED * 2 * VL] __attribute__((aligned(64)));
     vec l[ADA_LANES / VL];
     range r = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int lane = 0; lane < t->lanes; lane += 2 * VL) {

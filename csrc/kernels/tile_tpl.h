@@ -66,9 +66,10 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
     return finite;
 }
 
-/* Longer sums over a head are made of parts: one chain of 256 additions doubles the error of a plain product.
- */
-#define CHAIN 128
+/* Longer sums over a head are made of parts: one chain of 96 additions has outliers that a plain product has not.
+ * Kernels that weigh scores in registers take heads up to MOST_FUSED in one chain. */
+#define CHAIN 64
+#define MOST_FUSED 128
 
 /* Coordinate d of TILE_ACC / NV keys against NV vectors of lanes. */
 INLINE void scores_step(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, int d, vec acc[TILE_ACC],
