@@ -143,5 +143,7 @@ ada_status ada_fail(ada_error *error, ada_status status, const char *format, ...
 void *ada_alloc(int64_t bytes);
 void ada_free(void *memory);
 void ada_alloc_fail_after(int n);
+/* For tests of the verification: outputs of rungs below fp32 are wrong by this factor; 1: they are right. */
+void ada_narrow_fault(double factor);
 
 #endif

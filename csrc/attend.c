@@ -50,6 +50,7 @@ typedef struct {
     double value2; /* mean squared norm of the values */
     bool open;     /* to be verified */
     bool drawn;    /* rows are those to verify */
+    ada_forecast peak; /* of the row whose lse errs most */
 } head_state;
 
 typedef struct {
@@ -195,7 +196,11 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     ada_guess_profile(p, a->k, head / p->H, head % p->H, keys, guess, scratch);
     ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
     a->budget->heads[head].forecast.rows = 0;
-    ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
+    ada_row_profile peak = *guess;
+    const double spread = ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
+    a->budget->heads[head].forecast.finite &= !isnan(spread);
+    ada_peak_profile(keys, spread, &peak);
+    ada_forecast_head(&peak, 1, keys, p->query.dtype, p->D, &s->peak);
     s->value2 = keys->value2_mean;
     s->n = a->budget->given || forced(a->budget)
                ? 0
@@ -259,7 +264,10 @@ static void plan_heads(attending *a) {
             head->forecast.rows = s->n;
             for (int c = 0; c < ADA_CANDIDATES; c++)
                 head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
+            head->forecast.finite &= guess.finite;
         }
+        for (int c = 0; c < ADA_CANDIDATES; c++)
+            head->forecast.lse_error[c] = fmax(head->forecast.lse_error[c], s->peak.lse_error[c]);
         const double reach = ada_reach_of_rows(most_rows_to_verify(p->T));
         const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED * reach : MARGIN_GUESSED);
         for (int c = 0; c < ADA_CANDIDATES; c++)
@@ -466,7 +474,9 @@ static ada_status verify(attending *a, ada_error *error) {
             head_state *s = &a->states[i];
             bool misses;
             if (!s->open) continue;
-            s->open = isfinite(s->out2) && !compare_head(a, i, &misses);
+            /* Where all inputs are finite, an output that is not is wrong. */
+            misses = !isfinite(s->out2);
+            s->open = misses || !compare_head(a, i, &misses);
             if (!s->open) continue;
             if (forced(a->budget) && misses)
                 return ada_fail(error, ADA_ERR_NUMERICAL,

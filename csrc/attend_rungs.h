@@ -189,11 +189,12 @@ static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *p
 static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
     const ada_format format = s->store->pv.format;
     if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16) r->k->scale_channels(&s->t.f32, s->head.v_unit);
+    const double fault = atomic_load_explicit(&narrow_fault, memory_order_relaxed);
     for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         const float m = s->t.f32.m[i];
         const double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.sum[i]);
-        s->base.factor[i] = (float)factor;
+        s->base.factor[i] = (float)(factor * fault);
         if (row_needs_double(r->p, factor, m)) return false;
         /* The logarithm is that of the sum before rounding. */
         if (r->p->lse) finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i]);

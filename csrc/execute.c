@@ -22,6 +22,10 @@ static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, dou
         ((float *)p->lse)[at] = (float)lse;
 }
 
+static _Atomic double narrow_fault = 1;
+
+void ada_narrow_fault(double factor) { atomic_store(&narrow_fault, factor); }
+
 /* Writes the lse of a row; returns what its output is multiplied with. */
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
     double lse;

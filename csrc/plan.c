@@ -126,7 +126,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     }
     const double m = entropies / counted;
     f->entropy = m, f->block_entropy = blocks / counted;
-    f->entropy_std = sqrt(fmax(entropies2 / counted - m * m, 0));
+    f->entropy_std = isnan(m) ? NAN : sqrt(fmax(entropies2 / counted - m * m, 0));
     double weights = 0;
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;
@@ -140,6 +140,9 @@ double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {
     const double gflops = rate->gflops[0] + at * (rate->gflops[1] - rate->gflops[0]);
     return 1e-9 * (t->operations / gflops + t->elements * rate->pack_ns);
 }
+
+/* A less exact rung is taken where it needs at most this share of the time: rates scatter. */
+#define PAYS 0.95
 
 static bool allowed(const ada_task *t, ada_choice choice) {
     if (t->dearest != ADA_RUNG_AUTO && (choice.qk < t->dearest || choice.pv < t->dearest)) return false;
@@ -156,7 +159,8 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
         const bool keeps = f->finite ? f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6))
                                      : c == t->plain;
         if (!keeps) continue;
-        if (best < 0 || ada_predicted_seconds(t, &rates[c]) < ada_predicted_seconds(t, &rates[best])) best = c;
+        const double seconds = ada_predicted_seconds(t, &rates[c]);
+        if (best < 0 || seconds < PAYS * ada_predicted_seconds(t, &rates[best])) best = c;
     }
     return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
 }

@@ -175,11 +175,13 @@ static void profile_query(const ada_problem *p, const ada_kernels *k, const ada_
     x->qmax2 = scale2 * most * most;
 }
 
-void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+double ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, float *size, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const double scale2 = p->scale * p->scale;
+    double largest = 0;
+    bool finite = true;
     for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
         const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
         ptrdiff_t ld;
@@ -193,9 +195,12 @@ void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, in
             /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
             const float crowd = expf(fminf((float)spread, 30));
             const double x = (fmin(spread, MOST_SPREAD) + 1) * fmin(1, (double)crowd / keys_seen);
-            size[i + r] = span.end > span.first && isfinite(x) ? (float)fmin(x, 1e30) : 0;
+            size[i + r] = span.end > span.first && isfinite(x) ? (float)x : 0;
+            if (span.end > span.first) finite &= isfinite(x) != 0;
+            if (size[i + r] > 0) largest = fmax(largest, spread);
         }
     }
+    return finite ? largest : NAN;
 }
 
 /* splitmix64, as a number in [0, 1) */
@@ -418,4 +423,10 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
     x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;
     x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = NAN;
     x->good = isfinite(x->p2d_step) && isfinite(x->size);
+}
+
+void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *x) {
+    const double ratio = x->spread > 0 ? fmax(spread / x->spread, 1) : 1;
+    x->spread *= ratio, x->size *= ratio, x->q2 *= ratio, x->qmax2 *= ratio;
+    x->p2 = 1, x->p2_norm = keys->total, x->p2_step = keys->largest2;
 }

@@ -47,8 +47,9 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p);
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     ada_key_probe *keys, char *scratch);
 /* size[i] (i < T): how much row i may be expected to contribute to the squared error, in units of its own; 0
- * where it sees no key or is not finite. */
-void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+ * where it sees no key or is not finite. Returns the largest spread of a row, NaN where one is not
+ * finite. */
+double ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, float *size, char *scratch);
 /* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
  * whose size in live is above 0. */
@@ -63,5 +64,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
 /* A profile for the whole head from the statistics alone, as if its values were independent of its keys. */
 void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, ada_row_profile *profile, char *scratch);
+
+/* Makes a guess that of a row with this spread and all its weight on one key: the one whose lse errs most. */
+void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *guess);
 
 #endif

@@ -42,5 +42,7 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
     const double freedom = PRIOR_FREEDOM + draws - 1;
     const double variance = (PRIOR_FREEDOM * PRIOR_VARIANCE * drawn * drawn + square) / freedom;
     const double reach = student(freedom) * sqrt(variance / draws);
-    return (ada_error_limits){certain + drawn, certain + fmax(drawn - reach, 0), certain + drawn + reach};
+    /* An estimate above the truth by its reach: draws are skewed, and do not fall below 0. */
+    const double lower = drawn > 0 ? drawn / (1 + reach / drawn) : 0;
+    return (ada_error_limits){certain + drawn, certain + lower, certain + drawn + reach};
 }

@@ -50,6 +50,7 @@ bool ada_is_numpy(PyObject *object);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);
+PyObject *ada_py_narrow_fault(PyObject *module, PyObject *object);
 PyObject *ada_py_sample_rows(PyObject *module, PyObject *args);
 PyObject *ada_py_limit_error(PyObject *module, PyObject *args);
 

@@ -47,6 +47,14 @@ done:
     return result;
 }
 
+PyObject *ada_py_narrow_fault(PyObject *module, PyObject *object) {
+    (void)module;
+    const double factor = PyFloat_AsDouble(object);
+    if (factor == -1 && PyErr_Occurred()) return NULL;
+    ada_narrow_fault(factor);
+    Py_RETURN_NONE;
+}
+
 PyObject *ada_py_sample_rows(PyObject *module, PyObject *args) {
     const ada_module_state *state = PyModule_GetState(module);
     PyObject *shares, *list = NULL;

@@ -365,6 +365,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
+    if (budget.cheapest != ADA_RUNG_AUTO && budget.dearest > budget.cheapest) {
+        PyErr_Format(state->argument_error,
+                     "min_precision: expected a rung that is not above max_precision '%s', got '%s'",
+                     ada_rung_name(budget.dearest), ada_rung_name(budget.cheapest));
+        goto done;
+    }
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.asked = p.precision;
@@ -625,6 +631,8 @@ PyDoc_STRVAR(plan_head_doc,
              "_plan_head($module, errors, lse_errors, rates, finite, tolerance, margin, lse, dearest, "
              "cheapest, operations, elements, D, plain, /)\n--\n\n"
              "For tests: the index of the candidate that the planner chooses for one head.");
+PyDoc_STRVAR(narrow_fault_doc, "_narrow_fault($module, factor, /)\n--\n\n"
+                               "For tests: outputs of rungs below fp32 are wrong by this factor; 1: right.");
 PyDoc_STRVAR(sample_rows_doc, "_sample_rows($module, shares, n, stream, /)\n--\n\n"
                               "For tests: pairs (row, inverse of its probability).");
 PyDoc_STRVAR(limit_error_doc, "_limit_error($module, error2, weight, /)\n--\n\n"
@@ -653,6 +661,7 @@ static PyMethodDef methods[] = {
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"_alloc_fail_after", alloc_fail_after, METH_O, fail_doc},
     {"_plan_head", ada_py_plan_head, METH_VARARGS, plan_head_doc},
+    {"_narrow_fault", ada_py_narrow_fault, METH_O, narrow_fault_doc},
     {"_sample_rows", ada_py_sample_rows, METH_VARARGS, sample_rows_doc},
     {"_limit_error", ada_py_limit_error, METH_VARARGS, limit_error_doc},
     {NULL, NULL, 0, NULL}};
