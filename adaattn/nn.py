@@ -317,6 +317,7 @@ class AdaptivePrecisionAttention(DenseAttention):
         A plan serves this many calls of the same sizes, the first of which made it; each is verified, and its
         report read. A new plan is made when they are over, when sizes change, and after a call that measured
         an error above the tolerance or had to retry a head. Decoding, with growing keys, plans every call.
+        Plans do not carry `max_precision`: a head that is retried under an earlier one may go above it.
     **options
         `DenseAttention`'s.
     """
