@@ -22,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (_, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+    commands.choices["demo"].add_argument(
+        "--plot", metavar="FILE", help="draw the result as well; needs matplotlib"
+    )
     arguments = parser.parse_args(argv)
     try:
-        return _COMMANDS[arguments.command][0](arguments.json)
+        return _COMMANDS[arguments.command][0](arguments)
     except (Error, ImportError, OSError) as error:
         print(f"adaattn {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -32,50 +35,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _info(as_json: bool) -> int:
+def _info(arguments: argparse.Namespace) -> int:
     from . import cpu_info
 
     info = cpu_info()
-    print(json.dumps(info, indent=2) if as_json else "\n".join(_outline(info)))
+    print(json.dumps(info, indent=2) if arguments.json else "\n".join(_outline(info)))
     return 0
 
 
-def _calibrate(as_json: bool) -> int:
+def _calibrate(arguments: argparse.Namespace) -> int:
     from .rates import HEAD_SIZES, cache_file, calibrate
 
-    result = calibrate()
-    if as_json:
+    with _progress() as progress:
+        progress("Measuring every rung")
+        result = calibrate()
+    if arguments.json:
         print(json.dumps(result, indent=2))
         return 0
     _print_table(
-        ("rung", *(f"GFLOP/s, D = {d}" for d in HEAD_SIZES), "offered"),
+        ("rung", *(f"GFLOP/s, D = {d}" for d in HEAD_SIZES), "packing, ns", "offered"),
         [
-            (rung, *(f"{by_size[d]:.0f}" for d in HEAD_SIZES), "yes" if rung in result["offered"] else "no")
+            (
+                rung,
+                *(f"{by_size[d]:.0f}" for d in HEAD_SIZES),
+                f"{result['pack_ns'][rung]:.2f}",
+                "yes" if rung in result["offered"] else "no",
+            )
             for rung, by_size in result["gflops"].items()
         ],
     )
-    print(f"\nOne core, float32 arrays, packing included. Kept in {cache_file()}.")
+    print(
+        "\nOne core, float32 arrays. Rates are those of packed operands, packing is per element.\n"
+        f"Offered are the rungs that are faster than every more exact one. Kept in {cache_file()}."
+    )
     return 0
 
 
-def _demo(as_json: bool) -> int:
+def _demo(arguments: argparse.Namespace) -> int:
     from . import demo
 
+    if arguments.plot is not None:
+        from . import figures
+
+        figures.check(arguments.plot)
     with _progress() as progress:
         result = demo.run(progress)
-    if as_json:
+    if arguments.plot is not None:
+        figures.draw(result, arguments.plot)
+    if arguments.json:
         print(json.dumps(result, indent=2))
     else:
         _print_demo(result)
-    if not result["passed"]:
-        print("adaattn demo: the bits per byte are not those expected", file=sys.stderr)
+    for failure in result["failures"]:
+        print(f"adaattn demo: {failure}", file=sys.stderr)
     return 0 if result["passed"] else 1
 
 
-_COMMANDS: dict[str, tuple[Callable[[bool], int], str]] = {
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "info": (_info, "Show CPU features, the kernel chosen for each slot, threads and build options."),
     "calibrate": (_calibrate, "Measure how fast each rung of the precision ladder is here, and keep it."),
-    "demo": (_demo, "Run the bundled language model, time its attention and check it against float64."),
+    "demo": (
+        _demo,
+        "Run the bundled language model, time its attention, exact and within error budgets, and check it.",
+    ),
 }
 
 
@@ -84,7 +106,10 @@ def _print_demo(result: Mapping[str, Any]) -> None:
         f"Read {result['bytes']:,} bytes in {result['read_seconds']:.2f} s at {result['bits_per_byte']:.6f} "
         f"bits per byte (expected {result['expected_bits_per_byte']:.6f}).\n"
     )
-    print("Attention of each layer, ours and plain NumPy; relative error of ours against float64:")
+    print(
+        f"Attention of each layer on the first {result['compared_bytes']:,} bytes, ours and NumPy (one\n"
+        f"head, times their number); relative error of ours against float64 on {result['checked_rows']} rows:"
+    )
     _print_table(
         ("layer", "ours, ms", "NumPy, ms", "ratio", "error", "worst head"),
         [
@@ -99,9 +124,54 @@ def _print_demo(result: Mapping[str, Any]) -> None:
             for layer in result["layers"]
         ],
     )
+    _print_policies(result)
     last = result["prompt"].splitlines()[-1].strip()
     print(f"\nWrote {result['new_bytes']} bytes after '{last}' in {result['write_seconds']:.2f} s:\n")
     print(result["prompt"] + result["continuation"])
+
+
+def _print_policies(result: Mapping[str, Any]) -> None:
+    policies = result["policies"]
+    print(
+        "\nExact and within error budgets, on the same bytes: attention of all layers, with planning and\n"
+        "verifying; largest relative error of a head, promised and measured; heads that were done again:"
+    )
+    _print_table(
+        ("policy", "attention, ms", "ratio", "bits per byte", "promised", "measured", "retried"),
+        [
+            (
+                policy["policy"],
+                f"{1e3 * policy['seconds']:.1f}",
+                f"{policy['speedup']:.2f}",
+                f"{policy['bits_per_byte']:.6f}",
+                "" if policy["tolerance"] is None else f"{policy['tolerance']:.0e}",
+                f"{policy['worst_head_error']:.1e}",
+                str(policy["retried"]),
+            )
+            for policy in policies
+        ],
+    )
+    budgets = [policy for policy in policies if policy["tolerance"] is not None]
+    print(f"\nRungs of each layer's heads, in order. {_offer(result['offered'])}")
+    columns = [_rung_cells(policy["rungs"]) for policy in budgets]
+    layers = map(str, range(len(result["layers"])))
+    _print_table(
+        ("layer", *(policy["policy"] for policy in budgets)), list(zip(layers, *columns, strict=True))
+    )
+
+
+def _rung_cells(layers: Sequence[Sequence[str]]) -> list[str]:
+    """A line of rungs for each layer, head below head."""
+    width = max(len(rung) for rungs in layers for rung in rungs)
+    return [" ".join(rung.ljust(width) for rung in rungs) for rungs in layers]
+
+
+def _offer(offered: Sequence[str]) -> str:
+    """What a budget has to choose from, in a sentence."""
+    cheaper = [rung for rung in offered if rung not in ("fp64", "fp32")]
+    if not cheaper:
+        return "No rung is clearly faster than fp32 on this machine, so there is little to gain."
+    return f"Faster than fp32 on this machine: {', '.join(cheaper)}."
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

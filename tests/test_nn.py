@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import adaattn
-from adaattn import demo, nn, reference
+from adaattn import demo, nn, rates, reference
 
 MODEL = demo.DATA / "bytelm.safetensors"
 
@@ -93,6 +94,8 @@ def test_attention_module(num_kv_heads: int | None, causal: bool, x: Any) -> Non
     [
         ({"num_heads": 3}, r"^embed_dim: expected a multiple of the 3 heads, got 16$"),
         ({"num_kv_heads": 3}, r"^num_kv_heads: expected a divisor of 4 heads, got 3$"),
+        ({"num_heads": 0}, r"^num_heads: expected at least 1, got 0$"),
+        ({"num_kv_heads": 0}, r"^num_kv_heads: expected at least 1, got 0$"),
     ],
 )
 def test_heads_that_do_not_fit(options: dict[str, int], message: str) -> None:
@@ -109,11 +112,278 @@ def test_dropout_in_training_only(x: Any) -> None:
     np.testing.assert_array_equal(again(x), nn.DenseAttention(16, 4, dropout=0.5, seed=0)(x))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_of_parameters_and_results(dtype: type, x: Any) -> None:
+    layer = nn.DenseAttention(16, 4, dtype=dtype, seed=0)
+    assert {parameter.dtype for parameter in layer.parameters()} == {np.dtype(dtype)}
+    assert layer(x).dtype == dtype and layer(x.astype(float)).dtype == np.float64
+
+
+def test_dtypes_that_are_refused() -> None:
+    for make in (nn.DenseAttention, nn.AdaptivePrecisionAttention):
+        with pytest.raises(adaattn.DTypeError, match=r"^dtype: expected float32 or float64, got int8$"):
+            make(16, 4, dtype=np.int8)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 8), (9, 16), (1, 2, 9, 16)])
+def test_inputs_that_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(adaattn.ShapeError, match=r"^x: expected shape \(B, T, 16\), got \("):
+        nn.DenseAttention(16, 4)(np.ones(shape, np.float32))
+
+
 def test_block_is_pre_norm_with_residuals(x: Any) -> None:
     block = nn.TransformerBlock(16, 4, ffn_dim=20, seed=0)
     between = x + block.attn(block.norm1(x))
     np.testing.assert_array_equal(block(x), between + block.mlp(block.norm2(between)))
     assert block.mlp.up.weight.shape == (20, 16)
+
+
+# ---- attention within a budget
+
+GFLOPS = {"fp64": 50, "fp32": 100, "bf16x6": 100, "bf16x3": 60, "int16": 180, "fp16": 60, "bf16": 220}
+GFLOPS |= {"int8/bf16": 290, "int8": 400}
+
+
+@pytest.fixture
+def every_rung_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of a machine whose cheaper rungs are the faster ones, whatever this one is."""
+    rows = np.array([(GFLOPS[rung], GFLOPS[rung], 0.0) for rung in rates.RUNGS])
+    monkeypatch.setattr(rates, "_table", rows)
+
+
+@pytest.fixture
+def long(rng: np.random.Generator) -> Any:
+    """Queries enough to be verified."""
+    return rng.standard_normal((2, 128, 64), dtype=np.float32)
+
+
+def adaptive(**options: Any) -> nn.AdaptivePrecisionAttention:
+    return nn.AdaptivePrecisionAttention(64, 4, **({"seed": 5} | options))
+
+
+def watch(layer: nn.DenseAttention) -> list[Any]:
+    """The options of the calls to come, and what they returned."""
+    calls = []
+
+    def attend(*arrays: Any, **options: Any) -> Any:
+        result = adaattn.attention(*arrays, **options)
+        calls.append((options, result))
+        return result
+
+    layer.attend = attend
+    return calls
+
+
+@pytest.mark.usefixtures("every_rung_pays")
+def test_weights_move_between_attention_modules(long: Any) -> None:
+    """In both directions, and with what the budget allows between the results."""
+    dense, cheap = nn.DenseAttention(64, 4, seed=1), adaptive(policy="speed", seed=2)
+    assert dense.state_dict().keys() == cheap.state_dict().keys()
+    assert dense.num_parameters() == cheap.num_parameters() == 4 * (64 * 64 + 64)
+    cheap.load_state_dict(dense.state_dict())
+    exact = dense(long)
+    assert 1e-4 < np.linalg.norm(cheap(long) - exact) / np.linalg.norm(exact) < 5e-2
+    other = nn.DenseAttention(64, 4, seed=3)
+    other.load_state_dict(cheap.state_dict())
+    np.testing.assert_array_equal(other(long), exact)
+    for change in ({"extra": 1}, {"qkv.weight": np.ones(3)}):
+        with pytest.raises(adaattn.ArgumentError, match=f"^state: .*{next(iter(change))}"):
+            cheap.load_state_dict(dense.state_dict() | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-2), ({"policy": "quality"}, 1e-5), ({"policy": "speed"}, 5e-2), ({"tolerance": 0.003}, 0.003)],
+    ids=str,
+)
+def test_budgets(options: Any, tolerance: float, long: Any) -> None:
+    """Every call passes on the budget, and asks for no report that nobody reads."""
+    layer = adaptive(causal=True, **options)
+    calls = watch(layer)
+    layer(long)
+    limits = {"min_precision": "auto", "max_precision": "auto"}
+    assert layer.tolerance == tolerance
+    assert [options for options, _ in calls] == [{"causal": True, "tolerance": tolerance, **limits}]
+
+
+@pytest.mark.usefixtures("every_rung_pays")
+def test_limits_of_precision(long: Any) -> None:
+    free, dear = adaptive(collect_statistics=True), adaptive(collect_statistics=True, min_precision="bf16x3")
+    for layer in (free, dear):
+        layer(long)
+    assert dear.get_statistics().precision_distribution.keys() <= {"fp64", "fp32", "bf16x6", "bf16x3"}
+    assert free.get_statistics().precision_distribution.keys() & {"bf16", "int8/bf16", "int8"}
+    cheap = adaptive(collect_statistics=True, policy="quality", max_precision="bf16")
+    cheap(long)
+    assert cheap.get_statistics().precision_distribution.keys() <= {"bf16", "int8/bf16", "int8"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"policy": "fast"}, adaattn.ArgumentError, "policy: expected one of 'quality', .*, got 'fast'"),
+        ({"policy": "speed", "tolerance": 0.1}, adaattn.ArgumentError, "policy: expected None beside .*"),
+        ({"tolerance": 0}, adaattn.ArgumentError, "tolerance: expected a finite number above 0, got 0"),
+        ({"tolerance": "1"}, adaattn.DTypeError, "tolerance: expected a number, got str"),
+        ({"min_precision": "int7"}, adaattn.ArgumentError, "min_precision: expected .*, got 'int7'"),
+        ({"max_precision": "int7"}, adaattn.ArgumentError, "max_precision: expected .*, got 'int7'"),
+        ({"replan_every": 0}, adaattn.ArgumentError, "replan_every: expected at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_budgets_that_are_refused(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}$"):
+        adaptive(**options)
+
+
+@pytest.mark.usefixtures("every_rung_pays")
+def test_another_policy(long: Any) -> None:
+    layer = adaptive(policy="quality", replan_every=9)
+    calls = watch(layer)
+    layer(long)
+    layer.set_precision_policy("speed")
+    layer(long)
+    assert layer.tolerance == calls[1][0]["tolerance"] == 5e-2
+    with pytest.raises(adaattn.ArgumentError, match=r"^policy: expected one of .*, got 'fast'$"):
+        layer.set_precision_policy("fast")
+    layer.set_precision_policy(None)
+    assert layer.tolerance == 1e-2
+
+
+# ---- plans that serve several calls
+
+
+@pytest.fixture
+def planner(every_rung_pays: None) -> Any:
+    """A module that plans every third call, its calls, and a function that says which of them planned."""
+    layer = adaptive(replan_every=3)
+    calls = watch(layer)
+    return layer, calls, lambda: [int("plan" not in options) for options, _ in calls]
+
+
+def test_a_plan_serves_so_many_calls(planner: Any, long: Any) -> None:
+    layer, calls, planned = planner
+    results = [layer(long) for _ in range(7)]
+    assert planned() == [1, 0, 0, 1, 0, 0, 1]
+    assert calls[1][0] == {"causal": False, "plan": calls[0][1][1].plan, "return_report": True}
+    assert all((report.verified_rows > 0).all() for _, (_, report) in calls)
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_a_plan_ends_with_the_sizes(planner: Any, long: Any) -> None:
+    layer, _, planned = planner
+    for x in (long, long, long[:, :100], long[:, :100], long[:1], long[:1].astype(float)):
+        layer(x)
+    assert planned() == [1, 0, 1, 0, 1, 1]
+
+
+def test_a_plan_ends_with_a_retry(planner: Any, long: Any) -> None:
+    layer, calls, planned = planner
+    for factor in (1, 3, 3):
+        layer(np.float32(factor) * long)
+    assert [bool(report.retried.any()) for _, (_, report) in calls[:2]] == [False, True]
+    assert planned() == [1, 0, 1]
+
+
+def test_a_plan_ends_with_a_measured_error(planner: Any, long: Any) -> None:
+    layer, _, planned = planner
+    layer(long)
+    attend = layer.attend
+
+    def spoilt(*arrays: Any, **options: Any) -> Any:
+        out, report = attend(*arrays, **options)
+        errors = report.measured_error.copy()
+        errors[0] = np.nan
+        errors[1, 1] = 0.011
+        return out, dataclasses.replace(report, measured_error=errors)
+
+    layer.attend = spoilt
+    for _ in range(3):
+        layer(long)
+    assert planned() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("collect_statistics", [False, True])
+def test_without_a_number_every_call_plans(collect_statistics: bool, long: Any) -> None:
+    layer = adaptive(collect_statistics=collect_statistics)
+    calls = watch(layer)
+    for _ in range(3):
+        layer(long)
+    assert all("plan" not in options for options, _ in calls)
+
+
+# ---- statistics
+
+
+@pytest.mark.usefixtures("every_rung_pays")
+def test_statistics_are_those_of_the_reports(long: Any) -> None:
+    layer = adaptive(collect_statistics=True, replan_every=2)
+    calls = watch(layer)
+    for factor in (1, 3, 3):
+        layer(np.float32(factor) * long)
+    reports = [report for _, (_, report) in calls]
+    told, retried = layer.get_statistics(), sum(int(report.retried.sum()) for report in reports)
+    assert retried > 0
+    assert (told.call_count, told.plan_count, told.retried) == (3, 2, retried)
+    rungs = {rates.split(rung): rung for rung in rates.RUNGS}
+    names = []
+    for report in reports:
+        for qk, pv in zip(report.precision_qk.flat, report.precision_pv.flat, strict=True):
+            names.append(rungs[qk if qk == pv else (qk, pv)])
+    assert told.precision_distribution == {name: names.count(name) / 24 for name in names}
+    assert len(told.precision_distribution) > 1 and math.isclose(sum(told.precision_distribution.values()), 1)
+    assert told.measured_error == max(report.measured_error.max() for report in reports)
+    assert told.mean_entropy == pytest.approx(np.nanmean([report.entropy for report in reports]))
+    assert told.seconds == {phase: sum(r.seconds[phase] for r in reports) for phase in reports[0].seconds}
+    layer.reset_statistics()
+    assert layer.get_statistics().call_count == 0 and layer.get_statistics().precision_distribution == {}
+
+
+def test_statistics_are_a_frozen_record() -> None:
+    told = nn.DenseAttention(16, 4, collect_statistics=True).get_statistics()
+    assert isinstance(told, nn.AttentionStatistics) and told.call_count == 0
+    assert math.isnan(told.mean_entropy) and math.isnan(told.measured_error)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        told.call_count = 1
+
+
+def test_statistics_of_exact_attention(x: Any) -> None:
+    layer = nn.DenseAttention(16, 4, collect_statistics=True)
+    layer(x)
+    told = layer.get_statistics()
+    assert told.precision_distribution == {"fp32": 1} and told.plan_count == 0
+    assert math.isnan(told.measured_error) and told.seconds["execute"] > 0
+
+
+def test_statistics_that_nobody_collected(x: Any) -> None:
+    """No report is made; asking is an error, and what was collected before stays."""
+    layer = nn.DenseAttention(16, 4)
+    calls = watch(layer)
+    layer(x)
+    assert calls[0][0] == {"causal": False}
+    for ask in (layer.get_statistics, layer.get_precision_statistics):
+        with pytest.raises(
+            adaattn.ArgumentError, match=r"^collect_statistics: expected True before .* got False$"
+        ):
+            ask()
+    layer.collect_statistics = True
+    layer(x)
+    layer.collect_statistics = False
+    layer(x)
+    assert layer.get_statistics().call_count == 1
+
+
+@pytest.mark.usefixtures("every_rung_pays")
+def test_precision_statistics(long: Any) -> None:
+    layer = adaptive(collect_statistics=True)
+    layer(long)
+    told, shares = layer.get_precision_statistics(), layer.get_statistics().precision_distribution
+    offered = adaattn.cpu_info()["rates"]["offered"]
+    assert told.keys() == {"call_count", "precision_usage", "hardware_support"}
+    assert told["call_count"] == 1 and sum(told["precision_usage"].values()) == 8
+    assert {rung: n / 8 for rung, n in told["precision_usage"].items()} == shares
+    assert told["hardware_support"] == {rung: rung in offered for rung in rates.RUNGS}
 
 
 # ---- parameters
@@ -187,6 +457,31 @@ def test_generation_agrees_with_reading_again(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(model.generate(tokens, 0), tokens)
 
 
+@pytest.mark.usefixtures("every_rung_pays")
+def test_model_within_a_budget(rng: np.random.Generator) -> None:
+    """Every layer keeps it and tells of it; the weights are those of the exact model, and it generates."""
+    tokens, exact = rng.integers(0, 50, (2, 128)), small().eval()
+    model = small(policy="speed", collect_statistics=True).eval()
+    logits = model(tokens)
+    assert model.state_dict().keys() == exact.state_dict().keys()
+    assert 0 < np.linalg.norm(logits - exact(tokens)) / np.linalg.norm(logits) < 5e-2
+    told = model.per_layer_statistics()
+    assert [layer.call_count for layer in told] == [1, 1]
+    assert all(0 < layer.measured_error < 5e-2 for layer in told)
+    assert all(layer.precision_distribution.keys() - {"fp64", "fp32"} for layer in told)
+    assert model.generate(tokens[:, :5], 3).shape == (2, 8)
+    assert [layer.call_count for layer in model.per_layer_statistics()] == [4, 4]
+    assert small(tolerance=0.5).blocks[1].attn.tolerance == 0.5
+    with pytest.raises(adaattn.ArgumentError, match=r"^collect_statistics: "):
+        small().per_layer_statistics()
+
+
+def test_model_in_float64(rng: np.random.Generator) -> None:
+    model = small(dtype=np.float64).eval()
+    assert model(rng.integers(0, 50, (1, 4))).dtype == np.float64
+    assert model.generate(np.array([[1, 2]]), 2).shape == (1, 4)
+
+
 @pytest.mark.parametrize("prompt", [[1, 2], np.zeros((1, 0), int), np.zeros((0, 2), int)], ids=str)
 def test_prompts_that_are_refused(prompt: Any) -> None:
     with pytest.raises(adaattn.ShapeError, match=r"^prompt: expected shape \(B, T\) with B, T >= 1, got "):
@@ -205,11 +500,14 @@ def bundled() -> nn.Transformer:
 def test_bundled_model(bundled: nn.Transformer) -> None:
     assert not bundled.training and bundled.num_parameters() == 3_279_104
     assert len(bundled.blocks) == 4 and bundled.blocks[0].attn.num_heads == 4
+    assert type(bundled.blocks[0].attn) is nn.DenseAttention
+    cheap = nn.Transformer.load(MODEL, policy="speed", replan_every=2)
+    assert [block.attn.tolerance for block in cheap.blocks] == [5e-2] * 4 and not cheap.training
 
 
 def test_bundled_model_on_its_first_bytes(bundled: nn.Transformer) -> None:
     text = np.frombuffer((demo.DATA / "sample.txt").read_bytes(), np.uint8)[:513]
-    assert abs(demo.bits_per_byte(bundled(text[None, :-1])[0], text[1:]) - 1.706354) < 1e-4
+    assert abs(demo.bits_per_byte(bundled(text[None, :-1])[0], text, 512) - 1.706354) < 1e-4
 
 
 @pytest.fixture

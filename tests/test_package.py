@@ -19,7 +19,7 @@ from conftest import ROOT
 from support import in_new_process
 
 import adaattn
-from adaattn import cli
+from adaattn import cli, rates
 from adaattn import demo as module
 
 PACKAGE = Path(adaattn.__file__).parent
@@ -159,6 +159,24 @@ def test_demo_measures_every_layer(demo: dict[str, Any]) -> None:
         assert 0 < layer["error"] <= layer["worst_head_error"] < 2e-6
 
 
+def test_demo_compares_budgets(demo: dict[str, Any]) -> None:
+    """Errors are within what was promised, each head has its rung, and quality follows the promise."""
+    assert demo["failures"] == [] and demo["compared_bytes"] == 2048 and demo["checked_rows"] == 256
+    assert demo["offered"] == adaattn.cpu_info()["rates"]["offered"]
+    exact = demo["policies"][0]
+    assert exact["tolerance"] is None and exact["measured_error"] is None and exact["speedup"] == 1
+    assert exact["seconds"] == pytest.approx(sum(layer["seconds"] for layer in demo["layers"]))
+    assert abs(exact["bits_per_byte"] - 1.290197) < 1e-4
+    budgets = {"quality": 1e-5, "balanced": 1e-2, "speed": 5e-2}
+    assert {policy["policy"]: policy["tolerance"] for policy in demo["policies"][1:]} == budgets
+    for policy in demo["policies"][1:]:
+        assert 0 < policy["worst_head_error"] <= policy["tolerance"] >= policy["measured_error"] > 0
+        assert abs(policy["bits_per_byte"] - exact["bits_per_byte"]) <= policy["tolerance"]
+        assert policy["seconds"] > 0 and policy["retried"] >= 0
+        assert [len(layer) for layer in policy["rungs"]] == [4] * 4
+        assert {rung for layer in policy["rungs"] for rung in layer} <= set(rates.RUNGS)
+
+
 @pytest.fixture
 def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LENGTH", 64)
@@ -182,7 +200,114 @@ def test_demo_for_people(
     assert cli.main(["demo"]) == 0
     out, err = capsys.readouterr()
     assert "64 bytes" in out and "path) as" in out and out.count("e-") >= 4
+    assert all(policy in out for policy in ("exact", "quality", "balanced", "speed"))
     assert rich or ("Loading" in err) == terminal
+
+
+def _offering(monkeypatch: pytest.MonkeyPatch, *gflops: float) -> None:
+    """Rates of a machine on which the rungs are this fast."""
+    rows = np.array([(rate, rate, 0.0) for rate in gflops])
+    monkeypatch.setattr(rates, "_load", lambda: ("measured", rows))
+    monkeypatch.setattr(rates, "_table", rows)
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_on_two_machines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rungs are those that were computed with, and where nothing is faster than fp32 the table says so."""
+    monkeypatch.setattr(module, "LENGTH", 256)
+    _offering(monkeypatch, *[100.0] * len(rates.RUNGS))
+    assert cli.main(["demo"]) == 0
+    alone = capsys.readouterr().out
+    assert "No rung is clearly faster than fp32 on this machine" in alone and "int8" not in alone
+    _offering(monkeypatch, *(100.0 * (1 + i) for i in range(len(rates.RUNGS))))
+    assert cli.main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert "Faster than fp32 on this machine: bf16x6, " in out
+    lines = [line.split() for line in out.splitlines()]
+    at = lines.index(["layer", "quality", "balanced", "speed"])
+    assert [lines[at + 1 + layer][0] for layer in range(4)] == ["0", "1", "2", "3"]
+    assert all(len(line) == 1 + 3 * 4 and "int8" in line[9:] for line in lines[at + 1 : at + 5])
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_that_breaks_a_promise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = adaattn.attention
+
+    def worse(*arrays: Any, **options: Any) -> Any:
+        result = attention(*arrays, **options)
+        if options.get("policy") == "balanced" and options.get("return_report"):
+            result[0][:, 2] *= 1.0625
+        return result
+
+    monkeypatch.setattr(module.api, "attention", worse)
+    assert cli.main(["demo", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "balanced: expected errors of at most 0.01, got 0.0625 in a head" in err
+    assert json.loads(out)["failures"] == [err.strip().removeprefix("adaattn demo: ")]
+
+
+@pytest.mark.parametrize("name", ["demo.png", "demo.svg"])
+@pytest.mark.usefixtures("short_demo")
+def test_figure_of_the_demo(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["demo", "--json", "--plot", str(tmp_path / name)]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    start = (tmp_path / name).read_bytes()[:5]
+    assert start == {"demo.png": b"\x89PNG\r", "demo.svg": b"<?xml"}[name]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("demo", "--plot: expected a name that ends in one of .*png.*, got '.*demo'"),
+        ("demo.nothing", "--plot: expected a name that ends in one of .*png.*, got '.*demo.nothing'"),
+        ("nowhere/demo.png", "--plot: expected a folder that exists, got '.*nowhere'"),
+    ],
+)
+def test_figures_that_are_refused_before_any_work(
+    path: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(module, "run", lambda progress: pytest.fail("it ran"))
+    assert cli.main(["demo", "--plot", str(tmp_path / path)]) == 1
+    assert re.search(f"^adaattn demo: {message}$", capsys.readouterr().err.strip())
+
+
+def test_figure_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(module, "run", lambda progress: pytest.fail("it ran"))
+    assert cli.main(["demo", "--plot", "demo.png"]) == 1
+    assert "pip install adaattn[bench]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_calibrate(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "_table", None)
+    measure = rates.calibrate
+    monkeypatch.setattr(rates, "calibrate", lambda: measure(seconds=0.01))
+    assert cli.main(["calibrate", "--json"] if as_json else ["calibrate"]) == 0
+    out, told = capsys.readouterr().out, adaattn.cpu_info()["rates"]
+    assert told["source"] == "measured"
+    if as_json:
+        assert json.loads(out) == json.loads(json.dumps(told))
+        return
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1 : 1 + len(rates.RUNGS)]}
+    for rung in rates.RUNGS:
+        numbers = (*told["gflops"][rung].values(), told["pack_ns"][rung])
+        assert [float(cell) for cell in rows[rung][:3]] == pytest.approx(numbers, rel=0.1, abs=0.51)
+        assert rows[rung][3] == ("yes" if rung in told["offered"] else "no")
+    assert str(rates.cache_file()) in out
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--unknown"]], ids=str)
