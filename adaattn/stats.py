@@ -194,7 +194,8 @@ class Report:
     measured_error : (B, H) array
         The same, estimated from exact rows that the choice had not seen; NaN where no row was verified.
     error_limit : (B, H) array
-        Upper limit of the estimate, meant to be exceeded with a probability of 1e-3.
+        Upper limit of the estimate, built to be exceeded with a probability of 1e-3. That holds where rows
+        are alike; where the scores spread much (`score_std` above 2 or so) it is exceeded more often.
     verified_rows : (B, H) array of int
         Rows behind it.
     error_bound : (B, H) array

@@ -412,7 +412,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     }
 
     const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
-    if (budget.plan_only) goto run;
+    if (budget.plan_only) {
+        p.lse = return_lse ? budget.heads : NULL; /* wanted, and never written: nothing is executed */
+        goto run;
+    }
     out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
                                : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
     if (!out || ada_view_of(state, out, "out", true, view)) goto done;
