@@ -1,4 +1,4 @@
-"""Attention with an error budget: the cheapest computation that keeps it, planned, verified and reported per head."""
+"""Attention with an error budget: the cheapest way to keep it, planned, verified and reported per head."""
 
 from . import _adaattn, errors, reference
 from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from . import _adaattn
-from .errors import ArgumentError
+from .errors import ArgumentError, DTypeError
 from .rates import rates
 from .rates import table as rate_table
-from .stats import Plan, Report, sizes_of, tolerance_of
+from .stats import Plan, Report, tolerance_of
 
 
 def attention(
@@ -77,13 +77,35 @@ def attention(
         Probability with which a normalised weight is zeroed; kept ones are divided by 1 - dropout_p.
     seed : int or (B,) ints
         Needed where dropout_p > 0: the mask is a function of seed, head, query and key alone.
+    tolerance : float, optional
+        What each head's output may be off by, relative to its size: ``norm(out - exact) <= tolerance *
+        norm(exact)`` for every (batch, head), Frobenius norms over (T, E), where *exact* is float64 attention
+        on the given inputs. The cheapest rung that keeps it is chosen for each head by itself; see the notes
+        for what the promise is worth. None: the most exact rung for the dtype.
+    policy : "quality", "balanced" or "speed", optional
+        A name for a tolerance: 1e-5, 1e-2 and 5e-2.
     precision : "auto", the name of a rung, or a pair of rungs (scores, values)
-        What the two products are computed from; see the table in the notes. "auto" is "fp64" for float64
-        arrays, else "fp32".
+        What the two products are computed from; see the table in the notes. "auto" is what keeps the
+        tolerance and without one "fp64" for float64 arrays, else "fp32". A rung by name wins over the
+        planner: it is verified if there is a tolerance, and never replaced by another one for missing it.
+    min_precision : "auto" or the name of a rung
+        The least exact rung that a tolerance may choose, for scores and for values.
+    max_precision : "auto" or the name of a rung
+        The most exact rung that it may choose. A head that none of the allowed rungs keeps within the
+        tolerance is computed on the most exact of them, and the report shows by how much it misses.
+    plan : Plan, optional
+        Made by `plan` or taken from a report: its tolerance and choices instead of new ones, for arrays of
+        the same sizes and dtype; other arguments of this group than `verify` must be left alone. The choices
+        are verified and replaced like new ones.
+    verify : "auto" or bool
+        Whether rows of each head are compared with exact ones, where there is a tolerance, and a head that
+        may miss it is computed again on a more exact rung. "auto" and True do so; False trusts the
+        predictions.
     return_lse : bool
-        Also return the logarithm of each row's sum of exponentials.
+        Also return the logarithm of each row's sum of exponentials. Within a tolerance its entries are off by
+        at most the larger of the tolerance (absolute) and the rounding of fp32.
     return_report : bool
-        Also return what each head was computed with.
+        Also return what each head was computed with, and the errors that were predicted and measured.
     out : array of shape (B, H, T, E), optional
         Written and returned; it must not overlap an input. Its contents are undefined if the call is
         interrupted.
@@ -101,8 +123,18 @@ def attention(
 
     Raises
     ------
-    ShapeError, DTypeError, ArgumentError, DeviceError
-        Naming the argument, what was expected and what came.
+    ShapeError
+        Sizes that do not fit each other.
+    DTypeError
+        An argument of the wrong type, or arrays of a dtype that is not taken.
+    ArgumentError
+        A value that makes no sense, or arguments that exclude each other: a policy beside a tolerance, a plan
+        for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance.
+    DeviceError
+        Arrays that are not on the CPU. All four name the argument, what was expected and what came.
+    NumericalError
+        A precision by name misses the tolerance beyond doubt: the lower limit of a head's measured error lies
+        above it. The error names the head; `out` is then undefined.
     MemoryError
         No memory for the output or the scratch space.
     KeyboardInterrupt
@@ -129,10 +161,21 @@ def attention(
     ==================  ==================================================================  =======
 
     Sums are in fp32, or exact integers that become fp32 every 256 keys. Keys lose their mean before they are
-    rounded to integers or bfloat16, so a bias of all keys costs nothing. Every rung gives these errors on
-    every machine: where its unit is missing, rounded numbers are multiplied in fp32. A head that its rung
-    cannot hold (NaN, infinities, numbers beyond the format) is computed in fp32, and rows that overflow fp32
-    in fp64; other heads keep their bits.
+    rounded for "int16", "bf16" and "int8", where a bias of all keys costs nothing; "fp16", "bf16x3" and
+    "fp32" do feel a mean that is large beside the keys' spread. Every rung gives these errors on every
+    machine: where its unit is missing, rounded numbers are multiplied in fp32. A head that its rung cannot
+    hold (NaN, infinities, numbers beyond the format) is computed in fp32, and rows that overflow fp32 in
+    fp64; other heads keep their bits.
+
+    What a tolerance promises is statistical. Errors are predicted from statistics of the head and a few exact
+    rows. Then, from 64 query rows on, other rows, drawn with known probabilities, are compared with exact
+    ones (float64, or fp32 where that is fine enough), and a head whose upper limit of the error lies above
+    the tolerance is computed again, in fp32 and then in fp64. The limit is built for misses with a
+    probability of 1e-3 per head; where a few rows carry most of a head's error it holds less often. With
+    fewer than 64 query rows checking would cost as much as computing: the error is predicted, not verified
+    (``verified_rows`` is 0). A head with NaN or infinities cannot be verified. For float16 and bfloat16
+    arrays the rounding of the output itself comes on top. What a head is computed with depends on that head,
+    its options and the machine's rates (`cpu_info`, `calibrate`) alone, never on threads or other heads.
 
     Examples
     --------
@@ -141,26 +184,47 @@ def attention(
     >>> adaattn.attention(q, k, v, causal=True).shape
     (1, 8, 128, 64)
     """
-    choices = None
+    rates = choices = None
     if plan is not None:
-        _refuse_beside_plan(tolerance, policy, precision, min_precision, max_precision)
-        choices = plan.choices_for(query, key, value)
-        tolerance = plan.tolerance
-    else:
+        if not isinstance(plan, Plan):
+            raise DTypeError(f"plan: expected a Plan or None, got {type(plan).__name__}")
+        given = {"tolerance": tolerance, "policy": policy, "precision": precision}
+        given |= {"min_precision": min_precision, "max_precision": max_precision}
+        _refuse("nothing beside a plan, which carries it", given)
+        tolerance, choices = plan.tolerance, plan.choices()
+    elif tolerance is not None or policy is not None:
         tolerance = tolerance_of(tolerance, policy)
-    if not isinstance(verify, bool) and verify != "auto":
-        raise ArgumentError(f"verify: expected True, False or 'auto', got {verify!r}")
-    rates = None if tolerance is None else rate_table()
+        if _given(precision):
+            limits = {"min_precision": min_precision, "max_precision": max_precision}
+            _refuse("'auto' beside a precision by name", limits)
+    elif _given(min_precision) or _given(max_precision):
+        limits = {"min_precision": min_precision, "max_precision": max_precision}
+        _refuse("'auto' without a tolerance", limits)
+    if tolerance is not None:
+        rates = rate_table()
+    if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == "auto"):
+        kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
+        raise kind(f"verify: expected True, False or 'auto', got {got}")
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices, False,
-        return_lse, return_report, out, num_threads, _allocate,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices,
+        False, return_lse, return_report, out, num_threads, _allocate,
     )  # fmt: skip
     if return_report:
-        *arrays, (heads, seconds, operations) = result
+        *arrays, (heads, seconds, operations, sizes) = result
         kept = arrays if isinstance(query, np.ndarray) else _as_kind_of(query, tuple(arrays), out)
-        made = plan or (None if tolerance is None else Plan.of(heads, sizes_of(query, key, value), tolerance))
-        return (*kept, Report.of(heads, seconds, operations, made))
+        made = None
+        if plan is None and tolerance is not None:
+            made = Plan.of(
+                heads,
+                sizes,
+                tolerance,
+                min_precision=min_precision,
+                max_precision=max_precision,
+                forced=_given(precision),
+                lse=bool(return_lse),
+            )
+        return (*kept, Report.of(heads, seconds, operations, made=made, given=plan))
     return result if isinstance(query, np.ndarray) else _as_kind_of(query, result, out)
 
 
@@ -192,38 +256,67 @@ def plan(
     Parameters
     ----------
     query, key, value, attn_mask, ... : as in `attention`
-    tolerance, policy : one of them is needed
+    tolerance, policy, min_precision, max_precision
+        As in `attention`; one of the first two is needed.
     return_lse : bool
         Whether the lse will be asked for: its error counts then too.
+    num_threads : int, optional
+        At most this many threads.
 
     Returns
     -------
     Plan
-        For `attention(..., plan=...)` and for reading: `Plan.explain`.
+        For `attention(..., plan=...)` and for reading: `Plan.explain`. It is what the same call of
+        `attention` would start from; that may replace choices which fail verification.
 
     Raises
     ------
     ShapeError, DTypeError, ArgumentError, DeviceError
-        Naming the argument, what was expected and what came.
+        Naming the argument, what was expected and what came, as in `attention`.
+    MemoryError
+        No memory for the scratch space.
+    KeyboardInterrupt
+        Ctrl-C during a call ends it within a fraction of a second.
+
+    Examples
+    --------
+    >>> import numpy as np, adaattn
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 8, 512, 64), dtype=np.float32)
+    >>> plan = adaattn.plan(q, k, v, tolerance=1e-2)
+    >>> out = adaattn.attention(q, k, v, plan=plan)
     """
     tolerance = tolerance_of(tolerance, policy)
     if tolerance is None:
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
-    heads, _, _ = _adaattn.attention(
+    heads, _, _, sizes = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False, rate_table(), None, True,
-        return_lse, False, None, num_threads, _allocate,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False, rate_table(), None,
+        True, return_lse, False, None, num_threads, _allocate,
     )  # fmt: skip
-    return Plan.of(heads, sizes_of(query, key, value), tolerance)
+    return Plan.of(
+        heads,
+        sizes,
+        tolerance,
+        min_precision=min_precision,
+        max_precision=max_precision,
+        forced=False,
+        lse=bool(return_lse),
+    )
 
 
-def _refuse_beside_plan(tolerance: Any, policy: Any, *precisions: Any) -> None:
-    """A plan carries its tolerance and choices."""
-    given = {"tolerance": tolerance, "policy": policy}
-    given |= {name: None if p == "auto" else p for name, p in zip(("precision", "min_precision", "max_precision"), precisions, strict=True)}
-    for name, argument in given.items():
-        if argument is not None:
-            raise ArgumentError(f"{name}: expected nothing beside a plan, which carries it, got {argument!r}")
+def _given(precision: Any) -> bool:
+    """Anything but "auto"; whether it makes sense is the engine's to say."""
+    return not (isinstance(precision, str) and precision == "auto")
+
+
+def _refuse(expected: str, arguments: dict[str, Any]) -> None:
+    for name, argument in arguments.items():
+        if argument is not None and _given(argument):
+            raise ArgumentError(f"{name}: expected {expected}, got {argument!r}")
+
+
+def _type(x: Any) -> str:
+    return type(x).__name__
 
 
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:

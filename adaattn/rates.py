@@ -26,8 +26,9 @@ RUNGS: tuple[str, ...] = _adaattn.CANDIDATES
 
 HEAD_SIZES = (64, 128)
 
-# By the most capable instruction set: GFLOP/s for head sizes 64 and 128, and nanoseconds to pack an element, as
-# measured on machines of the kind; bf16 and int8/bf16 of avx512bf16 and all of amx: on prototypes of the kernels.
+# By the most capable instruction set: GFLOP/s for head sizes 64 and 128, and nanoseconds to pack an element,
+# as measured on machines of the kind; bf16 and int8/bf16 of avx512bf16 and all of amx: on prototypes of the
+# kernels.
 _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
     "amx": {
         "fp64": (65, 70, 0), "fp32": (150, 150, 0), "bf16x6": (320, 350, 1.0), "bf16x3": (630, 630, 0.8),
@@ -95,7 +96,7 @@ def _defaults() -> NDArray[np.float64]:
 
 
 def _load() -> tuple[str, NDArray[np.float64]]:
-    """Where the rates in force come from, and they: a row (gflops for each head size, pack_ns) for each rung."""
+    """Where the rates in force come from, and they: for each rung (gflops for each head size, pack_ns)."""
     try:
         saved = json.loads(cache_file().read_text(encoding="utf-8"))
         if saved["machine"] == _machine():
@@ -103,7 +104,9 @@ def _load() -> tuple[str, NDArray[np.float64]]:
                 [float(saved["gflops"][rung][str(d)]) for d in HEAD_SIZES] + [float(saved["pack_ns"][rung])]
                 for rung in RUNGS
             ]
-            return "measured", np.array(rows, np.float64)
+            table = np.array(rows, np.float64)
+            if np.isfinite(table).all() and (table[:, :-1] > 0).all() and (table[:, -1] >= 0).all():
+                return "measured", table
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         pass  # no file, or not one of ours
     return "default", _defaults()
@@ -131,7 +134,10 @@ def rates() -> dict[str, Any]:
 
 
 def _described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
-    gflops = {rung: dict(zip(HEAD_SIZES, map(float, row), strict=False)) for rung, row in zip(RUNGS, rows, strict=True)}
+    gflops = {
+        rung: dict(zip(HEAD_SIZES, map(float, row), strict=False))
+        for rung, row in zip(RUNGS, rows, strict=True)
+    }
     pack_ns = {rung: float(row[-1]) for rung, row in zip(RUNGS, rows, strict=True)}
     return {"source": source, "gflops": gflops, "pack_ns": pack_ns, "offered": _offered(rows)}
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _adaattn
-from .errors import ArgumentError
+from .errors import ArgumentError, DTypeError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _N = len(_adaattn.CANDIDATES)
-_SCALARS = _adaattn.HEAD_FIELDS[: -2 * _N]
+_SCALARS = _adaattn.HEAD_FIELDS[: -3 * _N]
+_SIZES = ("B", "H", "G", "T", "S", "D", "E")
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 #: Names for tolerances.
 POLICIES: Mapping[str, float] = {"quality": 1e-5, "balanced": 1e-2, "speed": 5e-2}
@@ -23,31 +28,37 @@ POLICIES: Mapping[str, float] = {"quality": 1e-5, "balanced": 1e-2, "speed": 5e-
 PHASES = ("probe", "plan", "execute", "verify")
 
 
-def tolerance_of(tolerance: float | None, policy: str | None) -> float | None:
-    """The tolerance that the two arguments stand for."""
+def tolerance_of(tolerance: Any, policy: Any) -> Any:
+    """The tolerance that the two arguments stand for; the engine checks a number."""
     if policy is None:
         return tolerance
+    expected = f"None or one of {', '.join(map(repr, POLICIES))}"
+    if not isinstance(policy, str):
+        raise DTypeError(f"policy: expected {expected}, got {type(policy).__name__}")
+    if policy not in POLICIES:
+        raise ArgumentError(f"policy: expected {expected}, got {policy!r}")
     if tolerance is not None:
         raise ArgumentError(f"policy: expected None beside tolerance={tolerance!r}, got {policy!r}")
-    if not isinstance(policy, str) or policy not in POLICIES:
-        raise ArgumentError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     return POLICIES[policy]
 
 
-def sizes_of(query: Any, key: Any, value: Any) -> dict[str, Any]:
-    """Sizes and dtype of a problem; the engine has validated them, or will."""
-    (B, H, T, D), (G, S, E) = query.shape, (*key.shape[1:3], value.shape[3])
-    sizes = {"B": B, "H": H, "G": G, "T": T, "S": S, "D": D, "E": E}
-    return {**{name: int(size) for name, size in sizes.items()}, "dtype": str(query.dtype).rpartition(".")[2]}
+def _columns(table: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """The engine's table of heads by name; every NaN with the same bits."""
+    table = np.where(np.isnan(table), np.nan, table)
+    return {name: table[..., i].copy() for i, name in enumerate(_SCALARS)} | {
+        name: table[..., len(_SCALARS) + i * _N :][..., :_N].copy()
+        for i, name in enumerate(("candidate_error", "candidate_lse_error", "candidate_seconds"))
+    }
 
 
 def _names(indices: NDArray[np.float64]) -> NDArray[np.str_]:
-    return np.array(_adaattn.RUNGS)[indices.astype(int)]
+    names: NDArray[np.str_] = np.array(_adaattn.RUNGS)[indices.astype(int)]
+    return names
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a call will do, head by head: made by `adaattn.plan`, or part of a report.
+    """What a call will do, head by head: made by `adaattn.plan`, or part of a report. It pickles.
 
     Attributes
     ----------
@@ -55,64 +66,118 @@ class Plan:
         B, H, G, T, S, D, E and the dtype of the problem that it is for.
     tolerance : float
         The relative error of a head that it keeps.
+    min_precision, max_precision : str
+        What the choice was limited to; "auto": not at all.
+    forced : bool
+        The caller named the precision.
+    lse : bool
+        The error of the lse counted too.
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     predicted_error : (B, H) array
         Relative Frobenius error of the output; NaN where it is not known.
-    candidates : tuple of str
-        What could have been chosen, dear to cheap.
-    candidate_error, candidate_seconds : (B, H, len(candidates)) arrays
-        Predicted error, and time of one core, of each.
+    retried : (B, H) array of bool
+        A first choice had failed when this was made by a call.
+    finite : (B, H) array of bool
+        False where NaN or infinities take part, or nothing was looked at.
     profiled_rows : (B, H) array of int
         Exact rows behind the prediction; 0: statistics of the arrays alone.
+    candidates : tuple of str
+        What could have been chosen, dear to cheap.
+    candidate_error, candidate_lse_error, candidate_seconds : (B, H, len(candidates)) arrays
+        Predicted error of the output, largest error of the lse, and time of one core, of each.
     """
 
     sizes: dict[str, Any]
     tolerance: float
+    min_precision: str
+    max_precision: str
+    forced: bool
+    lse: bool
     precision_qk: NDArray[np.str_]
     precision_pv: NDArray[np.str_]
     predicted_error: NDArray[np.float64]
+    retried: NDArray[np.bool_]
+    finite: NDArray[np.bool_]
+    profiled_rows: NDArray[np.int64]
     candidates: tuple[str, ...]
     candidate_error: NDArray[np.float64]
+    candidate_lse_error: NDArray[np.float64]
     candidate_seconds: NDArray[np.float64]
-    profiled_rows: NDArray[np.int64]
 
     @classmethod
-    def of(cls, table: NDArray[np.float64], sizes: dict[str, Any], tolerance: float) -> Plan:
-        """From the engine's table of heads."""
-        column = {name: table[..., i] for i, name in enumerate(_SCALARS)}
+    def of(
+        cls,
+        table: NDArray[np.float64],
+        sizes: Sequence[Any],
+        tolerance: float,
+        *,
+        min_precision: str,
+        max_precision: str,
+        forced: bool,
+        lse: bool,
+    ) -> Plan:
+        """From the engine's table of heads and sizes."""
+        column = _columns(table)
+        error = column["candidate_error"]
         return cls(
-            sizes,
-            tolerance,
-            _names(column["precision_qk"]),
-            _names(column["precision_pv"]),
-            column["predicted_error"].copy(),
-            _adaattn.CANDIDATES,
-            table[..., -2 * _N : -_N].copy(),
-            table[..., -_N:].copy(),
-            column["profiled_rows"].astype(np.int64),
+            sizes=dict(zip((*_SIZES, "dtype"), sizes, strict=True)),
+            tolerance=float(tolerance),
+            min_precision=min_precision,
+            max_precision=max_precision,
+            forced=forced,
+            lse=lse,
+            precision_qk=_names(column["precision_qk"]),
+            precision_pv=_names(column["precision_pv"]),
+            predicted_error=column["predicted_error"],
+            retried=column["retried"].astype(bool),
+            finite=column["finite"].astype(bool),
+            profiled_rows=column["profiled_rows"].astype(np.int64),
+            candidates=_adaattn.CANDIDATES,
+            candidate_error=error,
+            candidate_lse_error=np.where(np.isnan(error), np.nan, column["candidate_lse_error"]),
+            candidate_seconds=column["candidate_seconds"],
         )
 
-    def choices_for(self, query: Any, key: Any, value: Any) -> list[int]:
-        """Indices of the rungs, (scores, values) of head after head, as the engine takes them.
+    def choices(self) -> tuple[tuple[Any, ...], list[int]]:
+        """Sizes, and indices of the rungs, (scores, values) of head after head, as the engine takes them."""
+        index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
+        pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
+        return tuple(self.sizes.values()), [index[rung] for pair in pairs for rung in pair]
+
+    def explain(self) -> str:
+        """For each head the choice and why it won; then the candidates with predicted time and error."""
+        from . import views
+
+        return views.explain(self)
+
+    def to_json(self) -> str:
+        """Strict JSON that `from_json` reads: NaN is null, infinity the string "Infinity"."""
+        return json.dumps(_jsonable(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote, the same in every bit.
 
         Raises
         ------
+        DTypeError
+            ``text`` is not a str.
         ArgumentError
-            The plan is for arrays of other sizes or dtype.
+            It is not the JSON of a plan.
         """
-        sizes = sizes_of(query, key, value)
-        if sizes != self.sizes:
-            wanted, came = (", ".join(f"{name}={x}" for name, x in s.items()) for s in (sizes, self.sizes))
-            raise ArgumentError(f"plan: expected one for {wanted}, got one for {came}")
-        index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
-        pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
-        return [index[rung] for pair in pairs for rung in pair]
+        if not isinstance(text, str):
+            raise DTypeError(f"text: expected a str, got {type(text).__name__}")
+        try:
+            return cls(**_plan_fields(json.loads(text)))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ArgumentError(f"text: expected the JSON of a plan, got something else: {reason}") from None
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What each head of a call was computed with, and how exact that was.
+    """What each head of a call was computed with, and how exact that was. It pickles.
 
     Attributes
     ----------
@@ -125,17 +190,18 @@ class Report:
     kept_fraction : (B, H) array
         Share of the visible blocks that were computed; 1 where dense.
     predicted_error : (B, H) array
-        Relative Frobenius error of the output that the plan predicted; NaN without a tolerance.
+        Relative Frobenius error of the output that was predicted; NaN without a tolerance.
     measured_error : (B, H) array
         The same, estimated from exact rows that the choice had not seen; NaN where no row was verified.
     error_limit : (B, H) array
-        Upper limit of the estimate, exceeded with a probability of 1e-3.
+        Upper limit of the estimate, built to be exceeded with a probability of 1e-3. That holds where rows
+        are alike; where the scores spread much (`score_std` above 2 or so) it is exceeded more often.
     verified_rows : (B, H) array of int
         Rows behind it.
     error_bound : (B, H) array
         NaN: no choice is certified by a bound.
     retried : (B, H) array of bool
-        A first choice could not hold the head's numbers or failed verification, and a wider one took its place.
+        A first choice could not hold the head's numbers or failed verification; a wider one took its place.
     entropy, entropy_std : (B, H) array
         Nats: of a row's weights, mean over rows with two or more visible keys, and its spread between rows;
         NaN where no row was profiled.
@@ -172,45 +238,152 @@ class Report:
 
     @classmethod
     def of(
-        cls, table: NDArray[np.float64], seconds: Sequence[float], flops: float, plan: Plan | None
+        cls,
+        table: NDArray[np.float64],
+        seconds: Sequence[float],
+        flops: float,
+        *,
+        made: Plan | None = None,
+        given: Plan | None = None,
     ) -> Report:
-        """From the engine's table of heads."""
-        column = {name: table[..., i].copy() for i, name in enumerate(_SCALARS)}
+        """From the engine's table of heads, with the plan that the call made or was given."""
+        column = _columns(table)
         shape = table.shape[:2]
+        qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
+        predicted, retried = column["predicted_error"], column["retried"].astype(bool)
+        if given is not None:
+            kept = (qk == given.precision_qk) & (pv == given.precision_pv)
+            predicted = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
+            made = given
+            if not kept.all():
+                made = replace(
+                    given, precision_qk=qk, precision_pv=pv, predicted_error=predicted, retried=retried
+                )
         return cls(
-            precision_qk=_names(column["precision_qk"]),
-            precision_pv=_names(column["precision_pv"]),
+            precision_qk=qk,
+            precision_pv=pv,
             structure=np.full(shape, "dense"),
             rank=np.zeros(shape, np.int64),
             kept_fraction=np.ones(shape),
-            predicted_error=column["predicted_error"],
+            predicted_error=predicted,
             measured_error=column["measured_error"],
             error_limit=column["error_limit"],
             verified_rows=column["verified_rows"].astype(np.int64),
             error_bound=np.full(shape, np.nan),
-            retried=column["retried"].astype(bool),
+            retried=retried,
             entropy=column["entropy"],
             entropy_std=column["entropy_std"],
             block_entropy=column["block_entropy"],
             score_std=column["score_std"],
             seconds=dict(zip(PHASES, seconds, strict=True)),
             flops=flops,
-            plan=plan,
+            plan=made,
         )
 
     def table(self) -> str:
-        """A line for each head, a column for each field."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
-        lines = [("batch", "head", *columns)]
-        for at in np.ndindex(self.retried.shape):
-            lines.append((*map(str, at), *(_cell(column[at]) for column in columns.values())))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        """A line for each head; columns that say nothing about any head are left out.
+
+        A table of ``rich`` where that is installed, else aligned columns.
+        """
+        from . import views
+
+        return views.table(self)
+
+    def to_json(self) -> str:
+        """Strict JSON: NaN is null, infinity the string "Infinity"; arrays are nested lists."""
+        return json.dumps(_jsonable(self), allow_nan=False)
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: the rung of each head, and its promised, predicted and measured error.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed: ``pip install adaattn[report]``.
+        """
+        from . import views
+
+        return views.plot(self)
+
+    def _repr_html_(self) -> str:
+        from . import views
+
+        return views.html(self)
 
 
-def _cell(x: Any) -> str:
-    if isinstance(x, np.bool_):
-        return "yes" if x else ""
-    if isinstance(x, np.floating):
-        return "" if math.isnan(x) else f"{x:.3g}"
-    return str(x)
+# ---- JSON
+
+
+def _jsonable(x: Any) -> Any:
+    if isinstance(x, (Plan, Report)):
+        return {f.name: _jsonable(getattr(x, f.name)) for f in fields(x)}
+    if isinstance(x, dict):
+        return {name: _jsonable(value) for name, value in x.items()}
+    if isinstance(x, np.ndarray):
+        return _jsonable(x.tolist())
+    if isinstance(x, (list, tuple)):
+        return [_jsonable(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
+    return x
+
+
+_INFINITIES = {None: math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plan_fields(saved: Any) -> dict[str, Any]:
+    """What `_jsonable` made of a plan, checked and turned back; raises ValueError, KeyError or TypeError."""
+    if not isinstance(saved, dict):
+        raise ValueError("no object")
+    names = [f.name for f in fields(Plan)]
+    if unknown := saved.keys() - set(names):
+        raise ValueError(f"{min(unknown)!r} is no field of a plan")
+    result: dict[str, Any] = {name: saved[name] for name in names}
+    sizes = result["sizes"] = {name: saved["sizes"][name] for name in (*_SIZES, "dtype")}
+    if (
+        not all(type(sizes[name]) is int and sizes[name] > 0 for name in _SIZES)
+        or sizes["dtype"] not in _DTYPES
+    ):
+        raise ValueError(f"sizes {sizes}")
+    if not (type(result["tolerance"]) is float and 0 < result["tolerance"] < math.inf):
+        raise ValueError(f"tolerance {result['tolerance']!r}")
+    for name in ("min_precision", "max_precision"):
+        if result[name] not in _adaattn.RUNGS:
+            raise ValueError(f"{name} {result[name]!r}")
+    for name in ("forced", "lse"):
+        if type(result[name]) is not bool:
+            raise ValueError(f"{name} {result[name]!r}")
+    candidates = result["candidates"] = tuple(result["candidates"])
+    if not all(isinstance(name, str) for name in candidates):
+        raise ValueError(f"candidates {candidates}")
+    heads = sizes["B"], sizes["H"]
+    for name, kind in (("precision_qk", str), ("precision_pv", str), ("retried", bool), ("finite", bool)):
+        result[name] = _array(saved, name, heads, kind)
+    result["profiled_rows"] = _array(saved, "profiled_rows", heads, int)
+    result["predicted_error"] = _array(saved, "predicted_error", heads, float)
+    for name in ("candidate_error", "candidate_lse_error", "candidate_seconds"):
+        result[name] = _array(saved, name, (*heads, len(candidates)), float)
+    qk, pv = result["precision_qk"], result["precision_pv"]
+    known = [rung for rung in _adaattn.RUNGS if rung != "auto"]
+    if not (np.isin(qk, known) & np.isin(pv, known) & ((qk == "fp64") == (pv == "fp64"))).all():
+        raise ValueError("a precision that is no rung")
+    return result
+
+
+def _array(saved: dict[str, Any], name: str, shape: tuple[int, ...], kind: type) -> NDArray[Any]:
+    """A nested list of the given shape, all of one kind; floats may be null and infinities."""
+
+    def flat(x: Any, depth: int) -> list[Any]:
+        if depth == len(shape):
+            x = _INFINITIES.get(x, x) if kind is float and isinstance(x, (str, type(None))) else x
+            if type(x) is not kind:
+                raise ValueError(f"{name} with {x!r}")
+            return [x]
+        if not isinstance(x, list) or len(x) != shape[depth]:
+            raise ValueError(f"{name} of another shape than {shape}")
+        return [item for part in x for item in flat(part, depth + 1)]
+
+    values = flat(saved[name], 0)
+    if kind is str:
+        return np.array([*values, *_adaattn.RUNGS])[: len(values)].reshape(shape)
+    return np.array(values, {bool: np.bool_, int: np.int64, float: np.float64}[kind]).reshape(shape)

@@ -274,8 +274,82 @@ def other_arguments() -> Iterator[Case]:
         yield dtype_error("num_threads", f"expected an int or None, got {type(value).__name__}", value)
 
 
+def budgets() -> Iterator[Case]:
+    for value in (0, 0.0, -1e-2, np.nan, np.inf, -np.inf, np.float32(-1)):
+        yield value_error("tolerance", f"expected a finite number above 0, got {float(value):g}", value)
+    for value in ("1e-2", "balanced", [], [1e-2], 1j, {}, True, object()):
+        yield dtype_error("tolerance", f"expected a number, got {type(value).__name__}", value)
+    yield value_error("tolerance", "expected a number, got *", 10**400)
+    expected = "expected None or one of 'quality', 'balanced', 'speed', got "
+    for value in ("fast", "", "Quality", "none"):
+        yield value_error("policy", expected + repr(value), value)
+    for value in (1, 1e-2, True, ["speed"], object()):
+        yield dtype_error("policy", expected + type(value).__name__, value)
+    yield value_error("policy", "expected None beside tolerance=0.1, got 'speed'", "speed", tolerance=0.1)
+    for value in ("", "True", "never", "AUTO"):
+        yield value_error("verify", f"expected True, False or 'auto', got {value!r}", value)
+    for value in (None, 1, 0, 1.0, [], np.True_):
+        yield dtype_error("verify", f"expected True, False or 'auto', got {type(value).__name__}", value)
+    rungs = "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16' or 'int8', got "
+    for name, other in (("min_precision", "max_precision"), ("max_precision", "min_precision")):
+        for value in ("float32", "", "INT8", "int8/bf16"):
+            yield value_error(name, rungs + repr(value), value, tolerance=0.1)
+        for value in (None, 8, True, ("int8", "bf16"), np.array(["int8"])):
+            yield dtype_error(name, rungs + "*" + type(value).__name__, value, tolerance=0.1)
+        yield value_error(name, "expected 'auto' without a tolerance, got 'bf16'", "bf16")
+        yield value_error(name, "expected 'auto' without a tolerance, got 'bf16'", "bf16", precision="int8")
+        sentence = "expected 'auto' beside a precision by name, got 'bf16'"
+        yield value_error(name, sentence, "bf16", precision="int8", policy="speed")
+        sentence = "expected nothing beside a plan, which carries it, got 'fp32'"
+        yield value_error(name, sentence, "fp32", plan=PLAN)
+        limits = "expected a rung at least as exact as min_precision='fp32', got 'int8'"
+        if other == "min_precision":
+            yield value_error(name, limits, "int8", min_precision="fp32", tolerance=0.1)
+
+
+def plans() -> Iterator[Case]:
+    for value in ("balanced", 1e-2, [], {}, object(), adaattn.Plan, PLAN.to_json()):
+        yield dtype_error("plan", f"expected a Plan or None, got {type(value).__name__}", value)
+    sentence = "expected nothing beside a plan, which carries it, got "
+    for name, value in (("tolerance", 1e-2), ("policy", "speed"), ("precision", "fp32")):
+        yield value_error(name, sentence + repr(value), value, plan=PLAN)
+    yield value_error("precision", sentence + "('int8', 'bf16')", ("int8", "bf16"), plan=PLAN)
+    sizes = (
+        f"expected one for (B, H, G, T, S, D, E, dtype) = {(B, H, G, T, S, D, E, 'float32')}, got one for "
+    )
+    for shape in (
+        (1, H, G, T, S, D, E),
+        (B, 2, G, T, S, D, E),
+        (B, H, G, T + 1, S, D, E),
+        (B, H, G, T, S, D, 9),
+    ):
+        yield value_error("plan", sizes + repr((*shape, "float32")), plan_for(*shape))
+    yield value_error("plan", sizes + "*'float64')", plan_for(B, H, G, T, S, D, E, dtype=F64))
+    # What is wrong with the arrays comes first.
+    yield dtype_error("query", "expected an array (*), got list", [1.0], plan=PLAN)
+    yield dtype_error("key", "expected an array (*), got NoneType", None, plan=PLAN)
+    yield dtype_error("query", f"expected {FLOATS}, got int64", ones(B, H, T, D, dtype=int), plan=PLAN)
+    yield dtype_error(
+        "value", "expected query's dtype float32, got float64", ones(B, G, S, E, dtype=F64), plan=PLAN
+    )
+    shape = (G, S, E)
+    sentence = f"expected 4 dimensions (B, G, S, E), got 3 with shape {shape}"
+    yield shape_error("value", sentence, ones(*shape), plan=PLAN)
+    yield shape_error(
+        "key", f"expected query's head size 8, got shape {(B, G, S, 9)}", ones(B, G, S, 9), plan=PLAN
+    )
+
+
+def plan_for(*shape: int, dtype: Any = F32) -> adaattn.Plan:
+    b, h, g, t, s, d, e = shape
+    sizes = (b, h, t, d), (b, g, s, d), (b, g, s, e)
+    return adaattn.plan(*(ones(*size, dtype=dtype) for size in sizes), tolerance=1e-2)
+
+
+PLAN = plan_for(B, H, G, T, S, D, E)
 TABLES = (arrays_of_wrong_kind, arrays_of_wrong_shape, mixed_dtypes, masks_of_wrong_value, numbers, names)
-CASES = [entry for table in (*TABLES, windows, vectors, outputs, other_arguments) for entry in table()]
+TABLES += (windows, vectors, outputs, other_arguments, budgets, plans)
+CASES = [entry for table in TABLES for entry in table()]
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -305,6 +379,25 @@ def test_malformed_call(entry: Case) -> None:
     check(adaattn.attention, entry, arguments())
 
 
+# adaattn.plan takes the same arguments, but for these.
+NOT_OF_PLAN = {"precision", "plan", "verify", "out"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [entry for entry in CASES if not NOT_OF_PLAN & {entry[0], *entry[3]} and "without" not in entry[2]],
+    ids=lambda entry: entry[0],
+)
+def test_malformed_plan(entry: Case) -> None:
+    budget = {} if {"tolerance", "policy"} & entry[3].keys() else {"tolerance": 1e-2}
+    check(adaattn.plan, entry, arguments(**budget))
+
+
+def test_a_plan_needs_a_tolerance() -> None:
+    with pytest.raises(ArgumentError, match=r"^tolerance: expected a number, or a policy, got None$"):
+        adaattn.plan(**arguments())
+
+
 def test_the_call_that_they_are_made_of() -> None:
     out = np.zeros((B, H, T, E), F32)
     assert (adaattn.attention(**arguments(out=out)) == 1).all()
@@ -315,7 +408,7 @@ def test_the_call_that_they_are_made_of() -> None:
     [
         (lambda: adaattn.attention(), "missing 3 required positional arguments"),
         (lambda: adaattn.attention(*arguments().values(), None), "positional argument"),
-        (lambda: adaattn.attention(**arguments(), tolerance=0.1), "unexpected keyword argument 'tolerance'"),
+        (lambda: adaattn.attention(**arguments(), toleranc=0.1), "unexpected keyword argument 'toleranc'"),
         (lambda: adaattn.merge(1, 2, 3), "missing 1 required positional argument"),
     ],
 )

@@ -43,7 +43,7 @@ from support import (
 )
 
 import adaattn
-from adaattn import _adaattn, api
+from adaattn import _adaattn, api, rates
 
 CASE = Shape(2, 4, 2, 150, 200, 32, 32)
 ONE_QUERY = Shape(1, 2, 1, 1, 9000, 64, 64)
@@ -476,9 +476,12 @@ def test_results_too_large_for_memory() -> None:
 
 def engine_call(*arrays: Array, **options: Any) -> Callable[[], Any]:
     """A call without a Python frame: where allocating the frame fails, CPython itself loses the exception."""
-    defaults = {name: p.default for name, p in inspect.signature(adaattn.attention).parameters.items()}
-    options = dict(zip(("query", "key", "value"), arrays, strict=True)) | options
-    return functools.partial(_adaattn.attention, *(defaults | options).values(), api._allocate)
+    given = {name: p.default for name, p in inspect.signature(adaattn.attention).parameters.items()}
+    given |= dict(zip(("query", "key", "value"), arrays, strict=True)) | options
+    given |= {"rates": None if given["tolerance"] is None else rates.table(), "choices": given["plan"]}
+    given |= {"plan_only": False, "allocate": api._allocate}
+    names = inspect.signature(_adaattn.attention).parameters
+    return functools.partial(_adaattn.attention, *(given[name] for name in names))
 
 
 def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
@@ -487,6 +490,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
 
     rng = np.random.default_rng(0)
     arrays, options = inputs(rng, SHAPES[1]), CASES["all"](rng, SHAPES[1])
+    other = inputs(rng, SHAPES[0])
     side = adaattn.attention(*arrays, return_lse=True)
     calls = [
         engine_call(*arrays, **options, return_lse=True),
@@ -496,6 +500,9 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
         engine_call(*arrays, softcap=-1.0),
         engine_call(*arrays, causal="left"),
         engine_call(*arrays, seed="seed"),
+        engine_call(*arrays, tolerance=1e-2, return_lse=True, return_report=True),
+        engine_call(*arrays, plan=adaattn.plan(*arrays, tolerance=1e-2).choices(), tolerance=1e-2),
+        engine_call(*other, plan=adaattn.plan(*arrays, tolerance=1e-2).choices(), tolerance=1e-2),
     ]
     raised, others, calm, n = 0, set(), 0, 0
     while calm < 200:  # the call makes fewer allocations than have been let pass
@@ -515,7 +522,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
     return raised, others - {""}
 
 
-OUTCOMES = ["result"] * 4 + ["ArgumentError"] * 2 + ["DTypeError"]
+OUTCOMES = ["result"] * 4 + ["ArgumentError"] * 2 + ["DTypeError"] + ["result"] * 2 + ["ArgumentError"]
 
 
 @pytest.mark.parametrize(("which", "outcome"), list(enumerate(OUTCOMES)))

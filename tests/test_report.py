@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
 import pickle
 import sys
-from dataclasses import FrozenInstanceError, fields
+import time
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -78,20 +85,146 @@ def test_is_a_frozen_record_that_pickles(rng: np.random.Generator) -> None:
     _, report = adaattn.attention(*inputs(rng, SHAPE), precision="int8", return_report=True)
     with pytest.raises(FrozenInstanceError):
         report.retried = None
+    assert_same(pickle.loads(pickle.dumps(report)), report)
+    _, report = adaattn.attention(*inputs(rng, SHAPE), tolerance=1e-3, return_report=True)
     again = pickle.loads(pickle.dumps(report))
-    for field in fields(report):
-        assert same_bits(getattr(again, field.name), getattr(report, field.name))
+    assert_same(again, report)
+    assert_same(again.plan, report.plan)
 
 
-def test_table(rng: np.random.Generator) -> None:
+def assert_same(a: Any, b: Any) -> None:
+    """Two reports, or two plans, alike in every bit."""
+    assert type(a) is type(b)
+    for field in fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert type(x) is type(y)
+        if isinstance(x, np.ndarray):
+            assert same_bits(x, y)
+        elif not isinstance(x, adaattn.Plan):
+            assert x == y
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_table(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "rich")
     query, key, value = inputs(rng, SHAPE)
     value[0, 1] = 1e30
     _, report = adaattn.attention(query, key, value, precision=("int16", "int8"), return_report=True)
     lines = [line.split() for line in report.table().splitlines()]
-    assert lines[0] == ["batch", "head", "precision_qk", "precision_pv", "retried"]
-    assert lines[1:3] == [["0", "0", "int16", "int8"], ["0", "1", "int16", "int8"]]
-    assert lines[3:5] == [["0", "2", "fp32", "fp32", "yes"], ["0", "3", "fp32", "fp32", "yes"]]
-    assert len(lines) == 1 + SHAPE.B * SHAPE.H
+    assert lines[0] == ["batch", "head", "precision", "retried"]
+    assert lines[1:3] == [["0", "0", "int16/int8"], ["0", "1", "int16/int8"]]
+    assert lines[3:5] == [["0", "2", "fp32", "yes"], ["0", "3", "fp32", "yes"]]
+    assert lines[-1][:2] == ["execute", lines[-1][1]] and lines[-1][-1] == "GFLOP"
+    assert len(lines) == 1 + SHAPE.B * SHAPE.H + 1
+
+
+def measured(rng: np.random.Generator, **options: Any) -> adaattn.Report:
+    """Of six heads, verified."""
+    arrays = rng.standard_normal((3, 1, 6, 256, 64), dtype=F32)
+    return adaattn.attention(*arrays, **{"tolerance": 1e-2} | options, return_report=True)[1]
+
+
+def test_table_with_a_tolerance(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "rich")
+    report = replace(measured(rng), entropy=np.full((1, 6), np.nan))
+    lines = [line.split() for line in report.table().splitlines()]
+    assert lines[0][:6] == ["head", "precision", "predicted", "measured", "limit", "rows"]
+    assert not {"batch", "structure", "rank", "kept", "bound", "entropy"} & set(lines[0])
+    assert lines[1][0] == "0" and lines[1][1] == report.precision_qk[0, 0]
+    assert abs(float(lines[1][3]) / report.measured_error[0, 0] - 1) < 0.05
+    assert lines[1][5] == str(report.verified_rows[0, 0])
+    assert "tolerance 1e-2;" in report.table().splitlines()[-1]
+    assert max(map(len, report.table().splitlines()[:-1])) < 100
+
+
+def test_table_shows_what_is_not_plain(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "rich")
+    structure, rank, kept = np.full((1, 6), "dense"), np.zeros((1, 6), int), np.ones((1, 6))
+    structure[0, 1], rank[0, 1], kept[0, 2] = "low_r", 32, 0.25
+    report = replace(measured(rng), structure=structure, rank=rank, kept_fraction=kept)
+    header, *rows = report.table().splitlines()
+    assert {"structure", "rank", "kept"} <= set(header.split())
+    assert rows[1].split()[2:5] == ["low_r", "32", "1"] and "0.25" in rows[2].split()
+
+
+def test_table_of_rich(rng: np.random.Generator) -> None:
+    pytest.importorskip("rich")
+    report = measured(rng)
+    lines = report.table().splitlines()
+    assert len(lines) == 1 + 1 + 6 + 1 and set(lines[1]) <= {"\u2500", " "}
+    assert lines[0].split()[:3] == ["head", "precision", "predicted"]
+    assert "\x1b" not in report.table()
+
+
+def strict(text: str) -> Any:
+    """JSON without NaN and infinities, which Python's parser takes too."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json(rng: np.random.Generator) -> None:
+    limit = np.array([[np.inf, np.nan, -np.inf, 1e-3, 0, 1]])
+    report = replace(measured(rng), error_limit=limit)
+    read = strict(report.to_json())
+    assert read.keys() == {field.name for field in fields(report)}
+    assert read["error_limit"] == [["Infinity", None, "-Infinity", 1e-3, 0, 1]]
+    assert read["precision_qk"] == report.precision_qk.tolist()
+    assert read["retried"] == report.retried.tolist() and read["seconds"] == report.seconds
+    assert report.plan is not None and read["plan"] == strict(report.plan.to_json())
+    assert strict(replace(report, plan=None).to_json())["plan"] is None
+
+
+def test_html(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "rich")
+    report = replace(measured(rng), structure=np.full((1, 6), "<&>"))
+    text = report._repr_html_()
+    assert text.count("<tr>") == text.count("</tr>") == 1 + 6
+    assert "<td>&lt;&amp;&gt;</td>" in text and "<td>0</td>" in text
+    ElementTree.fromstring(text)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tolerance": None}, {"tolerance": None, "precision": "int8"}], ids=str
+)
+def test_plot(options: dict[str, Any], rng: np.random.Generator, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = measured(rng, **options)
+    figure = report.plot()
+    figure.savefig(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 5_000
+    rungs, errors = figure.axes
+    (image,) = rungs.images
+    names = [text.get_text() for text in rungs.get_legend().get_texts()]
+    assert [names[i] for i in np.asarray(image.get_array()).ravel()] == report.precision_qk.ravel().tolist()
+    labels = errors.get_legend_handles_labels()[1]
+    if report.plan is None:
+        assert labels == [] and errors.texts
+    else:
+        assert labels == ["promised", "predicted", "measured", "up to its limit"]
+        lines = {line.get_label(): line.get_ydata() for line in errors.lines}
+        assert set(lines["promised"]) == {report.plan.tolerance}
+        assert (lines["measured"] == report.measured_error.ravel()).all()
+        assert errors.get_yscale() == "log"
+
+
+def test_plot_without_matplotlib(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "matplotlib", "matplotlib.colors", "matplotlib.figure", "matplotlib.patches")
+    with pytest.raises(ImportError, match=r"^Report.plot needs matplotlib: pip install adaattn\[report\]$"):
+        measured(rng).plot()
+
+
+def test_phases_are_the_whole_call(rng: np.random.Generator) -> None:
+    start = time.perf_counter()
+    report = measured(rng)
+    assert 0 < sum(report.seconds.values()) < time.perf_counter() - start
+    assert list(report.seconds) == ["probe", "plan", "execute", "verify"]
 
 
 def test_references_are_given_back(rng: np.random.Generator) -> None:
@@ -101,6 +234,11 @@ def test_references_are_given_back(rng: np.random.Generator) -> None:
         before = sys.getallocatedblocks()
         for _ in range(200):
             adaattn.attention(*arrays, return_lse=True, return_report=True, precision="bf16", causal=True)
+            plan = adaattn.attention(*arrays, tolerance=1e-2, return_report=True)[1].plan
+            adaattn.attention(*arrays, plan=plan)
+            with contextlib.suppress(adaattn.ArgumentError):
+                adaattn.attention(*(x[:, :, :64] for x in arrays), plan=plan)
+        gc.collect()
         return sys.getallocatedblocks() - before
 
     count()

@@ -182,12 +182,13 @@ PyDoc_STRVAR(attention_doc,
              "max_precision, verify, rates, choices, plan_only, return_lse, return_report, out, num_threads, "
              "allocate, /)\n--\n\n"
              "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3); "
-             "choices: None or int64 (B, H, 2), indices into RUNGS, of a plan. allocate(query, shape, dtype) "
-             "makes outputs where query is not a NumPy array. A report is float64 (B, H, "
-             "len(HEAD_FIELDS)), the seconds of the phases, and the operations of the call; plan_only returns nothing else.");
+             "choices: None, or of a plan (sizes, indices into RUNGS, scores and values of head after head). "
+             "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is float64 "
+             "(B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and its sizes (B, "
+             "H, G, T, S, D, E, dtype); plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 2 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
     "precision_qk", "precision_pv", "retried",       "finite",       "profiled_rows",
     "verified_rows", "predicted_error", "measured_error", "error_limit", "lse_error",
@@ -201,7 +202,13 @@ static void fill_row(double *row, const ada_head *head) {
                                           f->block_entropy, f->score_std};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
-    memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, head->seconds, sizeof head->seconds);
+    memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
+    memcpy(row + HEAD_SCALARS + 2 * ADA_CANDIDATES, head->seconds, sizeof head->seconds);
+}
+
+static PyObject *sizes_of(const ada_problem *p) {
+    return Py_BuildValue("(LLLLLLLs)", (long long)p->B, (long long)p->H, (long long)p->G, (long long)p->T,
+                         (long long)p->S, (long long)p->D, (long long)p->E, ada_dtype_name(p->query.dtype));
 }
 
 static PyObject *new_report(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
@@ -212,11 +219,23 @@ static PyObject *new_report(const ada_module_state *state, const ada_problem *p,
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report = Py_BuildValue("(O(dddd)d)", table, s[0], s[1], s[2], s[3], ada_operations(p));
+        report =
+            Py_BuildValue("(O(dddd)dN)", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p));
     }
     ada_view_release(&view);
     Py_XDECREF(table);
     return report;
+}
+
+/* Whether a plan is for this problem; raises where it is not. */
+static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *planned) {
+    PyObject *sizes = sizes_of(p);
+    const int same = sizes ? PyObject_RichCompareBool(sizes, planned, Py_EQ) : -1;
+    if (same == 0)
+        PyErr_Format(state->argument_error,
+                     "plan: expected one for (B, H, G, T, S, D, E, dtype) = %R, got one for %R", sizes, planned);
+    Py_XDECREF(sizes);
+    return same > 0;
 }
 
 /* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is checked. */
@@ -241,7 +260,10 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         ada_view_release(&view);
     }
     if (choices == Py_None) return 0;
-    if (ada_view_of_numbers(state, choices, "plan", ADA_I64, &view)) return -1;
+    PyObject *planned, *rungs;
+    if (!PyArg_ParseTuple(choices, "OO", &planned, &rungs) || !fits(state, p, planned) ||
+        ada_view_of_numbers(state, rungs, "plan", ADA_I64, &view))
+        return -1;
     const ada_array *a = &view.array;
     if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H) {
         PyErr_Format(state->argument_error, "plan: expected choices for %lld heads", (long long)(p->B * p->H));
@@ -362,6 +384,12 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         rung_of(state, args[MIN_PRECISION], "min_precision", &budget.cheapest) ||
         rung_of(state, args[MAX_PRECISION], "max_precision", &budget.dearest))
         goto done;
+    if (budget.cheapest != ADA_RUNG_AUTO && budget.cheapest < budget.dearest) {
+        PyErr_Format(state->argument_error,
+                     "max_precision: expected a rung at least as exact as min_precision=%R, got %R",
+                     args[MIN_PRECISION], args[MAX_PRECISION]);
+        goto done;
+    }
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
@@ -390,7 +418,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     }
 
     const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
-    if (budget.plan_only) goto run;
+    if (budget.plan_only) {
+        p.lse = return_lse ? budget.heads : NULL; /* wanted, and never written: nothing is executed */
+        goto run;
+    }
     out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
                                : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
     if (!out || ada_view_of(state, out, "out", true, view)) goto done;
@@ -691,13 +722,14 @@ static void candidate_text(int i, char text[64]) {
 }
 
 static void field_text(int i, char text[64]) {
+    static const char *const kinds[] = {"error", "lse_error", "seconds"};
     const int column = i - HEAD_SCALARS;
     char candidate[64];
     if (column >= 0) candidate_text(column % ADA_CANDIDATES, candidate);
     if (column < 0)
         snprintf(text, 64, "%s", head_fields[i]);
     else
-        snprintf(text, 64, "%s %.40s", column < ADA_CANDIDATES ? "error" : "seconds", candidate);
+        snprintf(text, 64, "%s %.40s", kinds[column / ADA_CANDIDATES], candidate);
 }
 
 static int module_exec(PyObject *module) {

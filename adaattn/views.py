@@ -1,0 +1,247 @@
+"""Reports and plans for people: text, HTML and figures. Nothing here is imported before it is asked for."""
+
+from __future__ import annotations
+
+import html as _html
+import io
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _adaattn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .stats import Plan, Report
+
+#: Between a predicted error and the tolerance: from statistics alone, and from exact rows (csrc/attend.c).
+MARGINS = (3.0, 1.5)
+
+
+def _error(x: float) -> str:
+    """Two digits and an exponent: 6.1e-3."""
+    if not math.isfinite(x):
+        return "" if math.isnan(x) else "inf"
+    if x == 0:
+        return "0"
+    mantissa, _, exponent = f"{x:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-5 else ("µs", 1e6)
+    value = f"{seconds * factor:.2g}"
+    return f"{float(value):.0f} {unit}" if "e" in value else f"{value} {unit}"
+
+
+def _pair(qk: Any, pv: Any) -> str:
+    return str(qk) if qk == pv else f"{qk}/{pv}"
+
+
+# ---- table
+
+
+def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header, and a row for each head."""
+
+    def errors(array: Any) -> list[str]:
+        return [_error(float(x)) for x in array.flat]
+
+    def numbers(array: Any) -> list[str]:
+        return ["" if np.isnan(x) else f"{x:.3g}" for x in array.flat]
+
+    r = report
+    heads = list(np.ndindex(r.retried.shape))
+    pairs = zip(r.precision_qk.flat, r.precision_pv.flat, strict=True)
+    columns: dict[str, list[str]] = {
+        "batch": [str(b) if r.retried.shape[0] > 1 else "" for b, _ in heads],
+        "head": [str(h) for _, h in heads],
+        "precision": [_pair(*pair) for pair in pairs],
+        "structure": [str(x) for x in r.structure.flat] if (r.structure != "dense").any() else [],
+        "rank": [str(x) if x else "" for x in r.rank.flat],
+        "kept": numbers(r.kept_fraction) if (r.kept_fraction != 1).any() else [],
+        "predicted": errors(r.predicted_error),
+        "measured": errors(r.measured_error),
+        "limit": errors(r.error_limit),
+        "rows": [str(x) if x else "" for x in r.verified_rows.flat],
+        "bound": errors(r.error_bound),
+        "retried": ["yes" if x else "" for x in r.retried.flat],
+        "entropy": numbers(r.entropy),
+        "score std": numbers(r.score_std),
+    }
+    said = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(said), [list(row) for row in zip(*said.values(), strict=True)]
+
+
+def _summary(report: Report) -> str:
+    times = {phase: seconds for phase, seconds in report.seconds.items() if seconds > 0}
+    parts = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in times.items())
+    total = f"{_time(sum(times.values()))} ({parts})" if len(times) > 1 else parts
+    promised = "" if report.plan is None else f"tolerance {_error(report.plan.tolerance)}; "
+    return f"{promised}{total}; {report.flops / 1e9:.3g} GFLOP"
+
+
+def table(report: Report) -> str:
+    header, rows = _cells(report)
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *rows)]
+        return "\n".join([*lines, _summary(report)])
+    view = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for row in rows:
+        view.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=1000, color_system=None, force_terminal=False).print(view)
+    return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), _summary(report)])
+
+
+def html(report: Report) -> str:
+    header, rows = _cells(report)
+
+    def line(tag: str, cells: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    caption = f"<caption>{_html.escape(_summary(report))}</caption>"
+    return f"<table>{caption}\n<thead>{line('th', header)}</thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+# ---- plot
+
+
+def plot(report: Report) -> Figure:
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("Report.plot needs matplotlib: pip install adaattn[report]") from error
+    import matplotlib
+
+    B, H = report.retried.shape
+    pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
+    order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
+    used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
+    scale = matplotlib.colormaps["turbo"]  # dark blue: dear, dark red: cheap, the same in every figure
+    top = 2 * max(order.values())
+    colours = [scale((order[qk] + order[pv] - 2) / (top - 2)) for qk, pv in used]
+    grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
+
+    figure = Figure(
+        figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)), layout="constrained"
+    )
+    rungs, errors = figure.subplots(2, 1, height_ratios=[0.6 + 0.25 * min(B, 16), 3])
+    limits = {"vmin": -0.5, "vmax": len(used) - 0.5}
+    rungs.imshow(grid, cmap=ListedColormap(colours), aspect="auto", interpolation="nearest", **limits)
+    rungs.set(xlabel="head", ylabel="batch")
+    for axis, n in ((rungs.xaxis, H), (rungs.yaxis, B)):
+        axis.set_ticks(range(0, n, -(-n // 16)))
+    keys = [Patch(color=colour, label=_pair(*pair)) for colour, pair in zip(colours, used, strict=True)]
+    rungs.legend(
+        handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(len(keys), 1), frameon=False
+    )
+
+    at = np.arange(B * H)
+    if report.plan is not None:
+        errors.axhline(report.plan.tolerance, color="tab:red", label="promised")
+    shown = {"predicted": ("o", "tab:blue"), "measured": ("x", "black")}
+    for name, (marker, colour) in shown.items():
+        y = getattr(report, f"{name}_error").ravel()
+        seen = np.isfinite(y) & (y > 0)
+        if seen.any():
+            errors.plot(at[seen], y[seen], marker, color=colour, label=name, fillstyle="none")
+    low, high = report.measured_error.ravel(), report.error_limit.ravel()
+    seen = np.isfinite(high) & (low > 0)
+    if seen.any():
+        errors.vlines(at[seen], low[seen], high[seen], color="0.6", label="up to its limit")
+    if errors.get_legend_handles_labels()[0]:
+        errors.set_yscale("log")
+        errors.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    else:
+        errors.text(0.5, 0.5, "no tolerance, no errors known", ha="center", transform=errors.transAxes)
+    errors.set(
+        xlabel="head" if B == 1 else "batch * H + head", ylabel="relative error", xlim=(-0.5, B * H - 0.5)
+    )
+    errors.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+# ---- plans
+
+
+def explain(plan: Plan) -> str:
+    sizes = ", ".join(f"{name}={size}" for name, size in plan.sizes.items() if name != "dtype")
+    lines = [
+        f"{plan.sizes['dtype']}, {sizes}; tolerance {_error(plan.tolerance)}; predicted times of one core"
+    ]
+    for at in np.ndindex(plan.retried.shape):
+        lines.append(f"head {at}: {_reason(plan, at)}")
+        lines.extend(f"    {line}" for line in _candidates(plan, at))
+    return "\n".join(lines)
+
+
+def _candidates(plan: Plan, at: tuple[int, ...]) -> Iterator[str]:
+    for c, name in enumerate(plan.candidates):
+        error, lse = plan.candidate_error[at][c], plan.candidate_lse_error[at][c]
+        if not math.isnan(error):
+            also = f", lse {_error(lse)}" if plan.lse else ""
+            yield f"{name:<9}  {_time(plan.candidate_seconds[at][c]):>7}, error {_error(error)}{also}"
+
+
+def _allowed(plan: Plan, candidate: str) -> bool:
+    index = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
+    dearest = index.get(plan.max_precision, 0)
+    cheapest = index.get(plan.min_precision, 0) or len(index)
+    return all(dearest <= index.get(rung, -1) <= cheapest for rung in candidate.split("/"))
+
+
+def _reason(plan: Plan, at: tuple[int, ...]) -> str:
+    """The chosen one, and what stood against the others."""
+    name = _pair(plan.precision_qk[at], plan.precision_pv[at])
+    c = plan.candidates.index(name) if name in plan.candidates else -1
+    error = float(plan.predicted_error[at])
+    known = [] if c < 0 else [_time(float(plan.candidate_seconds[at][c]))]
+    known += [] if math.isnan(error) else [f"error {_error(error)}"]
+    says = f"{name}: {', '.join(filter(None, known))}" if any(known) else name
+    if plan.forced:
+        return f"{says}; forced"
+    if plan.retried[at]:
+        return f"{says}; a cheaper one was tried and failed"
+    if np.isnan(plan.candidate_error[at]).all():  # few queries, a cache, or a scale beyond fp32
+        return f"{says}; nothing was looked at, since there is nothing to gain or to choose"
+    if not plan.finite[at]:
+        return f"{says}; NaN or infinities take part, which plain arithmetic passes on"
+    if c < 0:
+        return says
+    margin = MARGINS[int(plan.profiled_rows[at] > 0)]
+    limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {margin:g}"
+    lse_limit = max(limit, 1e-6)
+    lse_of = plan.candidate_lse_error[at]
+    if error > limit:
+        return f"{says} > {promised}; nothing that is allowed is more exact"
+    says += f" <= {promised}"
+    if plan.lse:
+        if lse_of[c] > lse_limit:
+            return f"{says}, but lse {_error(lse_of[c])}; nothing that is allowed is more exact"
+        says += f", lse {_error(lse_of[c])}"
+    others = []
+    for i in np.argsort(plan.candidate_seconds[at], kind="stable")[::-1]:
+        if not plan.candidate_seconds[at][i] < plan.candidate_seconds[at][c]:
+            continue
+        would = f"{plan.candidates[i]} would be {_time(plan.candidate_seconds[at][i])}"
+        if not _allowed(plan, plan.candidates[i]):
+            others.append(f"{would} but is not allowed")
+        elif not plan.candidate_error[at][i] <= limit:
+            others.append(f"{would} but {_error(plan.candidate_error[at][i])}")
+        elif plan.lse and lse_of[i] > lse_limit:
+            others.append(f"{would} but its lse is off by {_error(lse_of[i])}")
+    return "; ".join([says, *(others or ["nothing is faster"])])
