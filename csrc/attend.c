@@ -26,11 +26,14 @@ enum { MOST_ROWS = 32, CHOICE_STREAM = 1, VERIFY_STREAM = 2 };
 #define FEW_ERROR 1e-6
 /* Fewer queries are not verified: that would cost as much as computing them. */
 #define LEAST_QUERIES 64
-/* Between a prediction and the tolerance: from profiles of rows, or from statistics alone. */
-#define MARGIN_PROFILED 1.5
+/* Between a prediction and the tolerance: by how much profiles of rows may be off, beside what verification needs;
+ * and by statistics alone. */
+#define MARGIN_PROFILED 1.25
 #define MARGIN_GUESSED 3
-/* A guess may be this wrong: what it puts further from the budget is not looked at. */
+/* A guess may be this wrong: what it puts further from the budget is not looked at, and profiles of a few rows are
+ * not believed when they say less than a part of it. */
 #define GUESS_REACH 8
+#define GUESS_PART 4
 /* Exact rows are this much finer than the tolerance, and run at this share of the speed of fp32 tiles. */
 #define FINER 20
 #define ROW_SPEED 0.6
@@ -46,6 +49,7 @@ typedef struct {
     double out2;   /* squared norm of the output; NaN or infinite: not to be verified */
     double value2; /* mean squared norm of the values */
     bool open;     /* to be verified */
+    bool drawn;    /* rows are those to verify */
 } head_state;
 
 typedef struct {
@@ -60,7 +64,9 @@ typedef struct {
     int64_t probe_bytes;
     ada_key_probe *keys;       /* [key_heads] */
     head_state *states;        /* [B * H] */
-    float *sizes;              /* [B * H][T] */
+    float *sizes;              /* [B * H][T] of the rows, ada_probe_queries */
+    float *norms;              /* [B * H][T] squared, of the output's rows */
+    float *shares;             /* [B * H][T] */
     ada_row_profile *profiles; /* [B * H][MOST_ROWS] */
     double *exact_lse;         /* [B * H][MOST_ROWS] */
     double *error2;            /* [B * H][MOST_ROWS] */
@@ -163,6 +169,20 @@ static int rows_to_profile(const attending *a, const ada_forecast *guess, int64_
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
 }
 
+/* Draws up to n rows of a head: by equal shares, by what they may contribute to the error and, where they are
+ * known, by the norms of the output's rows, in equal parts. */
+static void draw_rows(attending *a, int64_t head, int n, const float *norms, uint64_t stream) {
+    const int64_t T = a->p->T;
+    const float *size = a->sizes + head * T;
+    float *share = a->shares + head * T;
+    head_state *s = &a->states[head];
+    memset(share, 0, (size_t)T * sizeof *share);
+    ada_add_shares(share, NULL, size, T);
+    ada_add_shares(share, size, size, T);
+    if (norms) ada_add_shares(share, norms, size, T);
+    s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
+}
+
 static void queries_task(void *context, ada_job *job, int64_t head, int worker) {
     attending *a = context;
     const ada_problem *p = a->p;
@@ -176,11 +196,11 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
     a->budget->heads[head].forecast.rows = 0;
     ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
-    s->value2 = guess->pv;
+    s->value2 = keys->value2_mean;
     s->n = a->budget->given || forced(a->budget)
                ? 0
                : rows_to_profile(a, &a->budget->heads[head].forecast, head);
-    s->n = ada_sample_rows(size, p->T, s->n, CHOICE_STREAM, s->rows, s->weight);
+    if (s->n) draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
 }
 
 /* Groups of rows of all heads are tasks. */
@@ -222,17 +242,26 @@ static bool probe(attending *a) {
 
 /* ---- plan ---- */
 
+/* So many rows cost a few percent of a call. */
+static int most_rows_to_verify(int64_t T) {
+    return T < 1024 ? 8 : T < 2048 ? 12 : T < 4096 ? 16 : T < 8192 ? 24 : MOST_ROWS;
+}
+
 static void plan_heads(attending *a) {
     const ada_problem *p = a->p;
     for (int64_t i = 0; i < head_count(a); i++) {
         ada_head *head = &a->budget->heads[i];
         const head_state *s = &a->states[i];
+        const ada_forecast guess = head->forecast;
         if (s->n) {
             ada_forecast_head(&a->profiles[i * MOST_ROWS], s->n, &a->keys[i / a->per_head], p->query.dtype,
                               p->D, &head->forecast);
             head->forecast.rows = s->n;
+            for (int c = 0; c < ADA_CANDIDATES; c++)
+                head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
         }
-        const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED : MARGIN_GUESSED);
+        const double reach = ada_reach_of_rows(most_rows_to_verify(p->T));
+        const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED * reach : MARGIN_GUESSED);
         for (int c = 0; c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
@@ -291,8 +320,8 @@ static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada
 
 /* ---- verify ---- */
 
-/* A number of rows by the length, so that they cost a few percent, and fewer where the prediction is far from
- * the budget, as is that of the default. */
+/* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is for
+ * the default. */
 static int rows_to_verify(const attending *a, const ada_head *head) {
     const int64_t T = a->p->T;
     if (T < LEAST_QUERIES || !a->budget->verify || !head->forecast.finite) return 0;
@@ -300,7 +329,9 @@ static int rows_to_verify(const attending *a, const ada_head *head) {
         const int64_t rows = T / 128;
         return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
     }
-    return T < 2048 ? 8 : T < 4096 ? 12 : T < 8192 ? 16 : 24;
+    const double reach = a->budget->tolerance / (MARGIN_PROFILED * head->predicted_error);
+    const int most = most_rows_to_verify(T), rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
+    return rows < 8 ? 8 : rows;
 }
 
 static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -317,7 +348,7 @@ static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
         const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
         ptrdiff_t ld;
         const float *x = rows_at_f32(a->k, &p->out, head / p->H, head % p->H, i, n, copy, &ld);
-        float norm2[ADA_BLOCK];
+        float *norm2 = a->norms + head * p->T + i;
         double block = 0;
         a->k->squares(norm2, NULL, x, ld, n, E, NULL, NULL);
         for (int r = 0; r < n; r++) block += (double)norm2[r];
@@ -331,6 +362,8 @@ static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
     s->out2 = sum;
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(sum / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
+    if (!s->drawn) draw_rows(a, head, s->n, a->norms + head * p->T, VERIFY_STREAM);
+    s->drawn = true;
     s->exact_f64 = tolerance <= 1e-4 || FINER * cancelled > tolerance || p->query.dtype == ADA_F64;
 }
 
@@ -418,8 +451,7 @@ static ada_status verify(attending *a, ada_error *error) {
     int64_t open = 0;
     for (int64_t i = 0; i < head_count(a); i++) {
         head_state *s = &a->states[i];
-        s->n = ada_sample_rows(a->sizes + i * p->T, p->T, rows_to_verify(a, &a->budget->heads[i]),
-                               VERIFY_STREAM, s->rows, s->weight);
+        s->n = rows_to_verify(a, &a->budget->heads[i]);
         s->open = s->n > 0;
         open += s->open;
     }
@@ -461,6 +493,8 @@ static int64_t carve_all(attending *a, char *memory, int threads) {
     a->probes = ada_carve(&c, a->key_heads * a->probe_bytes);
     a->states = ada_carve(&c, heads * (int64_t)sizeof *a->states);
     a->sizes = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->sizes);
+    a->norms = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->norms);
+    a->shares = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->shares);
     a->profiles = ada_carve(&c, rows * (int64_t)sizeof *a->profiles);
     a->exact_lse = ada_carve(&c, rows * (int64_t)sizeof(double));
     a->error2 = ada_carve(&c, rows * (int64_t)sizeof(double));

@@ -17,6 +17,8 @@
 
 enum { PARTS = 8 }; /* of a sum, so that it vectorises */
 #define GUESS_ROWS 32
+/* Rows whose scores spread more see one key, and rounding moves little. */
+#define MOST_SPREAD 16
 
 static double total_of(const float *parts) {
     double sum = 0;
@@ -55,7 +57,7 @@ ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory) {
 typedef struct {
     float *rows;   /* [ADA_BLOCK][max(D, E, ADA_BLOCK)] */
     float *column; /* [max(D, E)] */
-    float *sum;    /* [max(D, E)] nobody reads it */
+    float *sum;    /* [max(D, E)] */
     float *out;    /* [ADA_ROW_GROUP][E] */
     float *dots;   /* [ADA_ROW_GROUP][ADA_STRIP] */
     char *exact;
@@ -102,7 +104,6 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = blocks_of(p);
     ptrdiff_t ld;
-    memset(s.sum, 0, (size_t)(D > E ? D : E) * sizeof(float));
     memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
     memset(keys->mean, 0, (size_t)D * sizeof(float));
     memset(keys->variance, 0, (size_t)D * sizeof(float));
@@ -117,6 +118,8 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     }
     for (int d = 0; d < D && keys->count; d++) keys->mean[d] /= (float)keys->count;
     memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
+    memset(s.sum, 0, (size_t)(D > E ? D : E) * sizeof(float));
+    double value2_sum = 0;
     for (int64_t block = 0; block < blocks; block++) {
         const uint64_t seen = keys->seen[block];
         float *norm2 = keys->norm2 + block * ADA_BLOCK, *value2 = keys->value2 + block * ADA_BLOCK;
@@ -138,6 +141,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
             k->squares(value2 + first, NULL, x + first * ld, ld, n, E, NULL, NULL);
             k->columns(s.sum, s.column, x + first * ld, ld, n, E);
         }
+        for (int r = 0; r < rows; r++) value2_sum += (double)value2[r];
     }
     const double count = keys->count > 0 ? keys->count : 1;
     keys->largest2 /= count;
@@ -146,6 +150,10 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     for (int d = 0; d < D; d++) keys->square[d] = keys->mean[d] * keys->mean[d];
     float most2;
     k->squares(&most2, NULL, s.column, E, 1, E, NULL, NULL);
+    keys->value2_mean = value2_sum / count;
+    float center2;
+    k->squares(&center2, NULL, s.sum, E, 1, E, NULL, NULL);
+    keys->center2 = fmin((double)center2 / (count * count), keys->value2_mean);
     keys->step8 = (double)most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
     keys->step16 = (double)most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
 }
@@ -184,7 +192,7 @@ void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, in
             const double keys_seen = (double)(span.end - span.first);
             /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
             const float crowd = expf(fminf((float)spread, 30));
-            const double x = (spread + 1) * fmin(1, (double)crowd / keys_seen);
+            const double x = (fmin(spread, MOST_SPREAD) + 1) * fmin(1, (double)crowd / keys_seen);
             size[i + r] = span.end > span.first && isfinite(x) ? (float)fmin(x, 1e30) : 0;
         }
     }
@@ -198,24 +206,27 @@ static double uniform(uint64_t stream, int index) {
     return (double)((x ^ x >> 31) >> 11) * 0x1p-53;
 }
 
-int ada_sample_rows(const float *size, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
+void ada_add_shares(float *share, const float *size, const float *live, int64_t T) {
     double sum = 0;
-    int64_t live = 0;
-    for (int64_t i = 0; i < T; i++) sum += (double)size[i], live += size[i] > 0;
-    if (live == 0 || n == 0) return 0;
-    /* A row's share is a + c * size, half of all equal and half by size; those of at least 1 / left of what is
-     * not certain become certain, until none is left. */
-    const double a = 0.5 / (double)live, c = 0.5 / sum;
-    double rest = 1, bound = INFINITY;
+    for (int64_t i = 0; i < T; i++) sum += live[i] > 0 ? (size ? (double)size[i] : 1) : 0;
+    const float each = sum > 0 && isfinite(sum) ? (float)(1 / sum) : 0;
+    for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each * (size ? size[i] : 1) : 0;
+}
+
+int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
+    double rest = 0, bound = INFINITY;
+    for (int64_t i = 0; i < T; i++) rest += (double)shares[i];
+    if (!(rest > 0) || n == 0) return 0;
+    /* Those of at least 1 / left of what is not certain become certain, until none is left. */
     int left = n;
     for (bool changed = true; changed && left > 0;) {
         const double limit = rest / left;
         double still = 0;
         int certain = 0;
         for (int64_t i = 0; i < T; i++) {
-            const double share = a + c * (double)size[i];
-            if (size[i] > 0 && share >= limit) certain++;
-            if (size[i] > 0 && share < limit) still += share;
+            const double share = (double)shares[i];
+            if (share > 0 && share >= limit) certain++;
+            if (share < limit) still += share;
         }
         changed = n - certain < left;
         if (certain >= n) { /* as many as there are rows, or the largest take all */
@@ -229,8 +240,8 @@ int ada_sample_rows(const float *size, int64_t T, int n, uint64_t stream, int64_
     int found = 0, stratum = 0;
     double before = 0;
     for (int64_t i = 0; i < T && found < n; i++) {
-        const double share = a + c * (double)size[i];
-        if (!(size[i] > 0)) continue;
+        const double share = (double)shares[i];
+        if (!(share > 0)) continue;
         if (share >= bound) {
             rows[found] = i, weight[found++] = 1;
             continue;
@@ -378,7 +389,8 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const int64_t step = (p->T + GUESS_ROWS - 1) / GUESS_ROWS;
-    double n = 0, value2 = 0;
+    const double value2 = keys->value2_mean, own2 = value2 - keys->center2;
+    double n = 0;
     *x = (ada_row_profile){.weight = (double)p->T};
     for (int64_t i = 0; i < p->T; i += step) {
         ada_row_profile one;
@@ -393,15 +405,14 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
         x->visible += span.end - span.first;
         n++;
     }
-    for (int64_t j = 0; j < blocks_of(p) * ADA_BLOCK; j++) value2 += (double)keys->value2[j];
-    value2 /= keys->count > 0 ? keys->count : 1;
     n = n > 0 ? n : 1;
     x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n, x->p2 /= n;
     x->visible /= (int64_t)n;
-    /* Independent values without a mean: out2 = p2 value2, and an output as far from every value. */
+    /* Independent values around their mean. */
     x->p2_norm = x->p2 * keys->total, x->p2_step = x->p2 * keys->largest2;
-    x->out2 = x->p2v = x->p2d = x->p2 * value2;
-    x->p2d_norm = x->p2_norm * value2, x->p2d_step = x->p2_step * value2;
+    x->out2 = keys->center2 + x->p2 * own2;
+    x->p2v = x->p2 * value2, x->p2d = x->p2 * own2;
+    x->p2d_norm = x->p2_norm * own2, x->p2d_step = x->p2_step * own2;
     x->pv = value2;
     /* Weights around a peak are rounded away: what real heads showed at worst. */
     x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;

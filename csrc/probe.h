@@ -19,6 +19,7 @@ typedef struct {
     double largest2;        /* mean of largest squared, over keys */
     double step8, step16;   /* what rounding values to int8 and int16 does to the squared norm of one, mean */
     double count;
+    double value2_mean, center2; /* mean squared norm of a value; squared norm of their mean */
 } ada_key_probe;
 
 /* What one row has to do with the error of its head. Sums run over its keys; d is the squared distance of a
@@ -49,9 +50,12 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
  * where it sees no key or is not finite. */
 void ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, float *size, char *scratch);
-/* Up to n rows, ascending, drawn with probabilities that mix equal ones and size's; weight[i] is the inverse of
- * a row's probability, exactly 1 for one that is certain. Depends on size, n and the stream alone. */
-int ada_sample_rows(const float *size, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight);
+/* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
+ * whose size in live is above 0. */
+void ada_add_shares(float *share, const float *size, const float *live, int64_t T);
+/* Up to n rows, ascending, drawn with probabilities like their shares; weight[i] is the inverse of a row's
+ * probability, exactly 1 for one that is certain. Depends on the shares, n and the stream alone. */
+int ada_sample_rows(const float *share, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight);
 /* n <= ADA_ROW_GROUP of them; weight is left to the caller. */
 void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                       const ada_key_probe *keys, const int64_t *rows, int n, ada_row_profile *profiles,

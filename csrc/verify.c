@@ -9,7 +9,15 @@
 #include <math.h>
 
 #define PRIOR_FREEDOM 6
-#define PRIOR_VARIANCE 0.4 /* of a draw, relative to the square of the total */
+#define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
+
+int ada_rows_for_reach(double reach, int most) {
+    /* Rows n at which the upper limit is about `reach` times the estimate where rows differ as the prior says. */
+    const double variance = reach * reach - 1, root = 3.8 * sqrt(PRIOR_VARIANCE) / fmax(variance, 1e-3);
+    return root * root < most ? (int)ceil(root * root) : most;
+}
+
+double ada_reach_of_rows(int n) { return sqrt(1 + 3.8 * sqrt(PRIOR_VARIANCE / n)); }
 
 /* Quantile 0.999 of Student's t for at least 6 degrees of freedom (Cornish and Fisher's expansion; 3 %). */
 static double student(double freedom) {

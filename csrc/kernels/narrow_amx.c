@@ -4,10 +4,8 @@
  * transposed x 64 bytes times B = 16 words x 16 lanes of w. A block of two tiles by two needs one load per
  * product: tiles 0 ... 3 are its sums, row by row, 4 and 5 the tiles of A, 6 and 7 those of B.
  */
-#define REAL float
-#define REAL_BITS 32
 #include "kernel.h"
-#include "simd_avx512.h"
+#include "narrow_avx512.h"
 
 #include "amx.h"
 
@@ -187,10 +185,9 @@ typedef struct {
     const ada_narrow_tile *t;
     const int32_t *start;
     float slot[2][SIDE * SIDE] __attribute__((aligned(64)));
-    float factor[ADA_STRIP / ADA_BLOCK][ADA_LANES] __attribute__((aligned(64))); /* of a sum, in steps of y */
-    float shift[ADA_LANES] __attribute__((aligned(64)));                         /* added to it */
-    float sum[ADA_LANES] __attribute__((aligned(64)));
-    __m512i most[ADA_LANES / SIDE]; /* largest y of each lane */
+    y_line line;
+    vec l[ADA_LANES / VL];         /* sums of weights */
+    words most[ADA_LANES / SIDE]; /* largest y of each lane */
 } weighing;
 
 /* Pairs of keys first ... end - 1 of a unit. */
@@ -241,77 +238,39 @@ INLINE void run_units(weighing *w, const ada_narrow_keys *keys, int n, bool byte
 }
 
 INLINE void start_weighing(weighing *w, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n,
-                           float steps, float base, bool bytes) {
+                           float steps, float bias, bool bytes) {
     w->t = t;
     w->start = keys->start;
-    for (int i = 0; i < ADA_LANES; i += VL) {
-        const vec y = v_sub(v_load(t->offset + i), v_load(t->f32.m + i));
-        v_store(w->shift + i, v_fma(y, v_set1(steps), v_set1(base)));
-        v_store(w->sum + i, v_zero());
-        for (int b = 0; bytes && b < n / ADA_BLOCK; b++)
-            v_store(w->factor[b] + i, v_mul(v_load(t->unit + i), v_set1(keys->scale[b] * steps)));
-    }
+    prepare_y(&w->line, t, keys, bytes ? n : 0, steps, bias);
+    for (int v = 0; v < ADA_LANES / VL; v++) w->l[v] = v_zero();
     for (int h = 0; h < ADA_LANES / SIDE; h++) w->most[h] = _mm512_set1_epi16(INT16_MIN);
 }
 
-/* 32 lanes of y, saturated: lanes 0 ... 3, 16 ... 19, 4 ... 7 and so on. What is too large, or NaN, becomes
- * the largest. */
-INLINE __m512i saturated(vec low, vec high) {
-    const vec most = v_set1(0x1p20f);
-    return _mm512_packs_epi32(_mm512_cvtps_epi32(v_min(low, most)), _mm512_cvtps_epi32(v_min(high, most)));
-}
-
 /* y of one key in a unit's slot; bf16 scores come in steps of y. */
-INLINE __m512i octaves_bf16(const weighing *w, const float *s, int unit) {
-    const float *shift = w->shift + unit % 2 * SIDE;
-    return saturated(v_add(v_load(s), v_load(shift)), v_add(v_load(s + VL), v_load(shift + VL)));
-}
-
-INLINE __m512i octaves_i8(const weighing *w, const float *s, int unit, int key) {
-    const float *shift = w->shift + unit % 2 * SIDE, *factor = w->factor[key / ADA_BLOCK] + unit % 2 * SIDE;
-    return saturated(v_fma(integer_sums(s, w->start[key]), v_load(factor), v_load(shift)),
-                     v_fma(integer_sums(s + VL, w->start[key]), v_load(factor + VL), v_load(shift + VL)));
-}
-
-/* bf16 weights: y counts the 1/128 of an octave from 2^-127, so that it is the bits of 2^(y / 128) but for
- * the curve between powers of two, (1 + f - 2^f) * 128 at pairs of f * 128. */
-static const uint8_t curve[64] __attribute__((aligned(64))) = {
-    0,  1,  1,  2,  2,  3,  4,  4,  5,  5,  5,  6,  6,  7,  7,  8,  8,  8,  9,  9,  9,  9,
-    10, 10, 10, 10, 10, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 11, 10, 10, 10,
-    10, 10, 9,  9,  9,  8,  8,  8,  7,  7,  6,  6,  5,  5,  4,  3,  3,  2,  1,  1};
-enum { BF16_STEPS = (int)ADA_BF16_STEPS, BF16_BASE = 127 * BF16_STEPS };
-
-INLINE __m512i bf16_powers(__m512i y) {
-    const __m512i i = _mm512_srli_epi16(_mm512_max_epi16(y, _mm512_set1_epi16(BF16_STEPS)), 1);
-    const __m512i less = _mm512_maskz_permutexvar_epi8(0x5555555555555555, i, _mm512_load_si512(curve));
-    return _mm512_sub_epi16(_mm512_max_epi16(y, _mm512_set1_epi16(BF16_STEPS)), less);
-}
-
-INLINE vec sum_of_halves(__m512i words, vec sum) {
-    const __m512i high = _mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000));
-    sum = v_add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)));
-    return v_add(sum, _mm512_castsi512_ps(high));
+INLINE void y_of(vec y[2], const weighing *w, const float *s, int unit, int key, bool bytes) {
+    const int lane = unit % 2 * SIDE;
+    UNROLL for (int v = 0; v < 2; v++) {
+        const vec m = v_load(w->line.m + lane + v * VL);
+        y[v] = bytes ? _mm512_fmsub_ps(integer_sums(s + v * VL, w->start[key]),
+                                       v_load(w->line.unit[key / ADA_BLOCK] + lane + v * VL), m)
+                     : v_sub(v_load(s + v * VL), m);
+    }
 }
 
 INLINE void weigh_to_bf16(weighing *w, int unit, int first, int end, bool bytes) {
     const int lane = unit % 2 * SIDE, key = unit / 2 * SIDE;
-    vec low = v_load(w->sum + lane), high = v_load(w->sum + lane + VL);
-    __m512i most = w->most[unit % 2];
+    /* In registers: as far as the compiler can see, every store of weights may change w. */
+    vec l[2] = {w->l[lane / VL], w->l[lane / VL + 1]};
+    words most = w->most[unit % 2];
     for (int pair = first; pair < end; pair++) {
         const float *s = w->slot[unit % 2] + 2 * pair * SIDE;
         const int j = key + 2 * pair;
-        const __m512i y0 = bytes ? octaves_i8(w, s, unit, j) : octaves_bf16(w, s, unit);
-        const __m512i y1 = bytes ? octaves_i8(w, s + SIDE, unit, j + 1) : octaves_bf16(w, s + SIDE, unit);
-        most = _mm512_max_epi16(most, _mm512_max_epi16(y0, y1));
-        const __m512i w0 = bf16_powers(y0), w1 = bf16_powers(y1);
-        uint32_t *to = w->t->w + j / 2 * ADA_LANES + lane;
-        const __m512i a = _mm512_unpacklo_epi16(w0, w1), b = _mm512_unpackhi_epi16(w0, w1);
-        _mm512_store_si512(to, a);
-        _mm512_store_si512(to + VL, b);
-        low = sum_of_halves(a, low), high = sum_of_halves(b, high);
+        vec y[4];
+        y_of(y, w, s, unit, j, bytes);
+        y_of(y + 2, w, s + SIDE, unit, j + 1, bytes);
+        weigh_bf16(w->t->w + j / 2 * ADA_LANES + lane, y, &most, l);
     }
-    v_store(w->sum + lane, low);
-    v_store(w->sum + lane + VL, high);
+    w->l[lane / VL] = l[0], w->l[lane / VL + 1] = l[1];
     w->most[unit % 2] = most;
 }
 
@@ -322,112 +281,45 @@ static void pass_i8_bf16(weighing *w, int unit, int first, int end) {
     weigh_to_bf16(w, unit, first, end, true);
 }
 
-static bool within_gap(const weighing *w, int steps, int base) {
-    const __m512i gap = _mm512_set1_epi16((short)(ADA_LAZY_OCTAVES * steps + base));
-    return !_mm512_cmpgt_epi16_mask(_mm512_max_epi16(w->most[0], w->most[1]), gap);
-}
-
-INLINE bool weigh_bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, bool bytes) {
+INLINE bool weigh_with_bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, bool bytes) {
     weighing w;
-    start_weighing(&w, t, keys, n, BF16_STEPS, BF16_BASE, bytes);
+    start_weighing(&w, t, keys, n, ADA_BF16_STEPS, BF16_BIAS, bytes);
     run_units(&w, keys, n, bytes, bytes ? pass_i8_bf16 : pass_bf16_bf16);
-    if (!within_gap(&w, BF16_STEPS, BF16_BASE)) return false;
-    for (int i = 0; i < ADA_LANES; i += VL) {
-        const vec sum = v_load(w.sum + i);
-        v_store(t->f32.l + i, v_add(v_load(t->f32.l + i), sum));
-        v_store(t->sum + i, v_add(v_load(t->sum + i), sum));
+    if (!bf16_in_range(_mm512_max_epi16(w.most[0], w.most[1]))) return false;
+    for (int v = 0; v < ADA_LANES / VL; v++) {
+        v_store(t->f32.l + v * VL, v_add(v_load(t->f32.l + v * VL), w.l[v]));
+        v_store(t->sum + v * VL, v_add(v_load(t->sum + v * VL), w.l[v]));
     }
     return true;
 }
 
 bool ada_weigh_bf16_bf16_amx(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return weigh_bf16(t, keys, n, false);
+    return weigh_with_bf16(t, keys, n, false);
 }
 
 bool ada_weigh_i8_bf16_amx(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return weigh_bf16(t, keys, n, true);
+    return weigh_with_bf16(t, keys, n, true);
 }
 
-/* 8-bit weights: y counts the 1/64 of an octave from the reference and waits in p until the largest of its
- * lane is known, then falls below it: 255 * 2^(-i / 64). */
-static const uint8_t powers[64] __attribute__((aligned(64))) = {
-    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217,
-    214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182,
-    180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153,
-    152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129};
-enum { I8_STEPS = 64 };
-
 static void pass_i8_i8(weighing *w, int unit, int first, int end) {
-    const int key = unit / 2 * SIDE;
-    __m512i most = w->most[unit % 2];
+    const int lane = unit % 2 * SIDE, key = unit / 2 * SIDE;
+    words most = w->most[unit % 2];
     for (int j = 2 * first; j < 2 * end; j++) {
-        const __m512i y = octaves_i8(w, w->slot[unit % 2] + j * SIDE, unit, key + j);
+        vec f[2];
+        y_of(f, w, w->slot[unit % 2] + j * SIDE, unit, key + j, true);
+        const words y = y_integers(f[0], f[1]);
         most = _mm512_max_epi16(most, y);
-        _mm512_store_si512((int16_t *)w->t->f32.p + (key + j) * ADA_LANES + unit % 2 * SIDE, y);
+        w_store((int16_t *)w->t->f32.p + (key + j) * ADA_LANES + lane, y);
     }
     w->most[unit % 2] = most;
 }
 
-/* In units of 1/256 of the weight one. */
-INLINE __m512i fallen(const int16_t *y, __m512i most) {
-    const __m512i d = _mm512_subs_epi16(most, _mm512_load_si512(y));
-    const __m512i i = _mm512_slli_epi16(d, 8); /* the index of the high byte */
-    const __m512i power = _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, i, _mm512_load_si512(powers));
-    return _mm512_srlv_epi16(power, _mm512_srli_epi16(d, 6));
-}
-
-INLINE __m512i sum_of_bytes(__m512i sum, __m512i words) {
-    const __m512i ones = _mm512_set1_epi8(1);
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(words, ones), _mm512_set1_epi16(1)));
-}
-
-/* Half of the lanes: rounds their weights, four keys to a word. whole: sums of the words' bytes; quarter:
- * those of the weights before rounding, the mean of every four. */
-static void weigh_lanes(const ada_narrow_tile *t, int half, int n, __m512i most, __m512i whole[2],
-                        __m512i quarter[2]) {
-    const __m512i round = _mm512_set1_epi16(0x80), zero = _mm512_setzero_si512();
-    whole[0] = whole[1] = quarter[0] = quarter[1] = zero;
-    for (int j = 0; j < n; j += 4) {
-        const int16_t *y = (const int16_t *)t->f32.p + j * ADA_LANES + half * SIDE;
-        uint32_t *to = t->w + j / 4 * ADA_LANES + half * SIDE;
-        __m512i x[4], r[4];
-        UNROLL for (int k = 0; k < 4; k++) {
-            x[k] = fallen(y + k * ADA_LANES, most);
-            r[k] = _mm512_add_epi16(x[k], round);
-        }
-        const __m512i a = _mm512_mask_mov_epi8(_mm512_srli_epi16(r[0], 8), 0xaaaaaaaaaaaaaaaa, r[1]);
-        const __m512i b = _mm512_mask_mov_epi8(_mm512_srli_epi16(r[2], 8), 0xaaaaaaaaaaaaaaaa, r[3]);
-        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-        _mm512_store_si512(to, low);
-        _mm512_store_si512(to + VL, high);
-        whole[0] = sum_of_bytes(whole[0], low), whole[1] = sum_of_bytes(whole[1], high);
-        const __m512i mean = _mm512_avg_epu16(_mm512_avg_epu16(x[0], x[1]), _mm512_avg_epu16(x[2], x[3]));
-        quarter[0] = _mm512_add_epi32(quarter[0], _mm512_unpacklo_epi16(mean, zero));
-        quarter[1] = _mm512_add_epi32(quarter[1], _mm512_unpackhi_epi16(mean, zero));
-    }
-}
-
 bool ada_weigh_i8_i8_amx(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     weighing w;
-    start_weighing(&w, t, keys, n, I8_STEPS, 0, true);
+    start_weighing(&w, t, keys, n, BYTE_STEPS, 0, true);
     run_units(&w, keys, n, true, pass_i8_i8);
-    if (!within_gap(&w, I8_STEPS, 0)) return false;
-    for (int half = 0; half < 2; half++) {
-        __m512i whole[2], quarter[2];
-        const __m512i most = w.most[half];
-        weigh_lanes(t, half, n, most, whole, quarter);
-        for (int h = 0; h < 2; h++) {
-            const int i = half * SIDE + h * VL;
-            const __m512i y = _mm512_srai_epi32(
-                h ? _mm512_unpackhi_epi16(most, most) : _mm512_unpacklo_epi16(most, most), 16);
-            /* So far below the reference that it is nothing, but not so far that it is subnormal. */
-            const vec octaves = v_max(v_set1(-100), v_mul(_mm512_cvtepi32_ps(y), v_set1(1.0f / I8_STEPS)));
-            const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
-            v_store(t->worth + i, worth);
-            v_store(t->sum + i, v_fma(_mm512_cvtepi32_ps(whole[h]), worth, v_load(t->sum + i)));
-            v_store(t->f32.l + i, v_fma(_mm512_cvtepi32_ps(quarter[h]), v_mul(worth, v_set1(4.0f / 256)),
-                                        v_load(t->f32.l + i)));
-        }
-    }
+    if (!bytes_in_range(_mm512_max_epi16(w.most[0], w.most[1]))) return false;
+    for (int half = 0; half < 2; half++)
+        weigh_bytes(t, (const int16_t *)t->f32.p, n, half * SIDE, w.most[half]);
     return true;
 }

@@ -10,15 +10,20 @@ typedef __m512i words;
 INLINE words w_load(const void *p) { return _mm512_load_si512(p); }
 INLINE void w_store(void *p, words a) { _mm512_store_si512(p, a); }
 
-/* unit times each key block's scale times steps of y, and the reference less the offset in steps of y. */
+#include "dots.h"
+
+/* y of a score is its octaves above the reference in some steps, plus a bias: unit holds the steps of a sum of
+ * integers for each block of keys, m what is taken off. */
 typedef struct {
     float unit[ADA_STRIP / ADA_BLOCK][ADA_LANES] __attribute__((aligned(64)));
     float m[ADA_LANES] __attribute__((aligned(64)));
 } y_line;
 
-INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, float steps) {
+INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, float steps,
+                      float bias) {
     for (int i = 0; i < ADA_LANES; i += VL) {
-        v_store(y->m + i, v_mul(v_sub(v_load(t->f32.m + i), v_load(t->offset + i)), v_set1(steps)));
+        const vec m = v_mul(v_sub(v_load(t->f32.m + i), v_load(t->offset + i)), v_set1(steps));
+        v_store(y->m + i, v_sub(m, v_set1(bias)));
         for (int b = 0; b < n / ADA_BLOCK; b++)
             v_store(y->unit[b] + i, v_mul(v_load(t->unit + i), v_set1(keys->scale[b] * steps)));
     }
@@ -70,4 +75,75 @@ INLINE void weigh_bf16(uint32_t *w, const vec y[4], words *most, vec l[2]) {
 
 INLINE bool bf16_in_range(words most) {
     return !_mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16((127 + ADA_LAZY_OCTAVES) * 128));
+}
+
+/* ---- 8-bit weights ----
+ * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers
+ * in 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
+
+#define BYTE_STEPS 64.0f
+
+/* 255 * 2^(-i / 64) */
+static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
+    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217,
+    214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182,
+    180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153,
+    152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
+};
+
+/* 256 times the weights of 32 lanes, plus a half. */
+INLINE words byte_exp2(words y, words most) {
+    const words below = _mm512_subs_epi16(most, y);
+    const words f =
+        _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8), w_load(byte_octave));
+    return _mm512_add_epi16(_mm512_srlv_epi16(f, _mm512_srli_epi16(below, 6)), _mm512_set1_epi16(0x80));
+}
+
+/* y of four keys and 32 lanes to two vectors of quads; rest gathers what rounding took off, in 1/256. */
+INLINE void quads(uint32_t *w, const int16_t *y, words most, words sum[2], words *rest) {
+    words k[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        k[i] = byte_exp2(w_load(y + i * ADA_LANES), most);
+        *rest = _mm512_add_epi16(*rest, _mm512_and_si512(k[i], _mm512_set1_epi16(0xff)));
+    }
+    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
+    const words k01 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[0], 8), odd, k[1]);
+    const words k23 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[2], 8), odd, k[3]);
+    const words low = _mm512_unpacklo_epi16(k01, k23), high = _mm512_unpackhi_epi16(k01, k23);
+    w_store(w, low);
+    w_store(w + VL, high);
+    sum[0] = dot_i8(sum[0], low, _mm512_set1_epi8(1));
+    sum[1] = dot_i8(sum[1], high, _mm512_set1_epi8(1));
+}
+
+/* 32 integers in the order of packs to two vectors of floats in the order of lanes. */
+INLINE void unpack_y(vec to[2], words y) {
+    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpacklo_epi16(y, y), 16));
+    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpackhi_epi16(y, y), 16));
+}
+
+INLINE bool bytes_in_range(words most) {
+    return !_mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16(ADA_LAZY_OCTAVES * (int)BYTE_STEPS));
+}
+
+/* All of a strip's y to weights; 32 lanes. */
+INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int lane, words most) {
+    words sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, rest = sum[0];
+    vec top[2], less[2];
+    for (int j = 0; j < n; j += 4)
+        quads(t->w + j / 4 * ADA_LANES + lane, y + j * ADA_LANES + lane, most, sum, &rest);
+    unpack_y(top, most);
+    less[0] = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(rest, _mm512_setzero_si512()));
+    less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
+    UNROLL for (int x = 0; x < 2; x++) {
+        float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
+        /* So far below the reference that it is nothing, but not so far that it is subnormal. */
+        const vec octaves = v_max(v_set1(-100), v_mul(top[x], v_set1(1 / BYTE_STEPS)));
+        const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
+        const vec rounded = _mm512_cvtepi32_ps(sum[x]);
+        const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);
+        v_store(t->worth + lane + x * VL, worth);
+        v_store(total, v_fma(rounded, worth, v_load(total)));
+        v_store(l, v_fma(exact, worth, v_load(l)));
+    }
 }

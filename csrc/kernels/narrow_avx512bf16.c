@@ -3,7 +3,6 @@
  */
 #include "kernel.h"
 #include "narrow_avx512.h"
-#include "dots.h"
 
 #define NAME(op) op##_bf16
 #define KERNEL(op) ada_##op##_bf16_avx512bf16
@@ -34,8 +33,7 @@ INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, 
     y_line line;
     words acc[8], most = _mm512_setzero_si512();
     vec l[4];
-    prepare_y(&line, t, keys, INTEGERS ? n : 0, ADA_BF16_STEPS);
-    for (int i = 0; i < ADA_LANES; i += VL) v_store(line.m + i, v_sub(v_load(line.m + i), v_set1(BF16_BIAS)));
+    prepare_y(&line, t, keys, INTEGERS ? n : 0, ADA_BF16_STEPS, BF16_BIAS);
     UNROLL for (int v = 0; v < 4; v++) l[v] = v_zero();
 #define BEGIN(j) (INTEGERS ? start_i8(acc, keys, j, 2, 4) : start_bf16(acc, keys, j, 2, 4))
 #define STEPS(first, end)                                                                                    \

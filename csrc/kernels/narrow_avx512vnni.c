@@ -2,8 +2,6 @@
 #include "kernel.h"
 #include "narrow_avx512.h"
 
-#include "dots.h"
-
 #define NAME(op) op##_i8
 #define KERNEL(op) ada_##op##_i8_avx512vnni
 #define DOT dot_i8
@@ -20,20 +18,6 @@
 #define START(keys, j) _mm512_setzero_si512()
 #include "products_tpl.h"
 
-/* ---- 8-bit weights ----
- * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers
- * in 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
-
-#define BYTE_STEPS 64.0f
-
-/* 255 * 2^(-i / 64) */
-static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
-    255, 252, 250, 247, 244, 242, 239, 236, 234, 231, 229, 226, 224, 222, 219, 217,
-    214, 212, 210, 208, 205, 203, 201, 199, 197, 195, 192, 190, 188, 186, 184, 182,
-    180, 178, 176, 175, 173, 171, 169, 167, 165, 164, 162, 160, 158, 157, 155, 153,
-    152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
-};
-
 /* Scores of two keys and two vectors of lanes to y, 32 of a key in the order of packs. */
 INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, words *most) {
     vec f[4];
@@ -43,57 +27,6 @@ INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const floa
     *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
     w_store(to, y0);
     w_store(to + ADA_LANES, y1);
-}
-
-/* 256 times the weights of 32 lanes, plus a half. */
-INLINE words byte_exp2(words y, words most) {
-    const words below = _mm512_subs_epi16(most, y);
-    const words f =
-        _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8), w_load(byte_octave));
-    return _mm512_add_epi16(_mm512_srlv_epi16(f, _mm512_srli_epi16(below, 6)), _mm512_set1_epi16(0x80));
-}
-
-/* y of four keys and 32 lanes to two vectors of quads; rest gathers what rounding took off, in 1/256. */
-INLINE void quads(uint32_t *w, const int16_t *y, words most, words sum[2], words *rest) {
-    words k[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-        k[i] = byte_exp2(w_load(y + i * ADA_LANES), most);
-        *rest = _mm512_add_epi16(*rest, _mm512_and_si512(k[i], _mm512_set1_epi16(0xff)));
-    }
-    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
-    const words k01 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[0], 8), odd, k[1]);
-    const words k23 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[2], 8), odd, k[3]);
-    const words low = _mm512_unpacklo_epi16(k01, k23), high = _mm512_unpackhi_epi16(k01, k23);
-    w_store(w, low);
-    w_store(w + VL, high);
-    sum[0] = dot_i8(sum[0], low, _mm512_set1_epi8(1));
-    sum[1] = dot_i8(sum[1], high, _mm512_set1_epi8(1));
-}
-
-/* 32 integers in the order of packs to two vectors of floats in the order of lanes. */
-INLINE void unpack_y(vec to[2], words y) {
-    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpacklo_epi16(y, y), 16));
-    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpackhi_epi16(y, y), 16));
-}
-
-/* All of a strip's y to weights; 32 lanes. */
-INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int lane, words most) {
-    words sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, rest = sum[0];
-    vec top[2], less[2];
-    for (int j = 0; j < n; j += 4)
-        quads(t->w + j / 4 * ADA_LANES + lane, y + j * ADA_LANES + lane, most, sum, &rest);
-    unpack_y(top, most);
-    less[0] = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(rest, _mm512_setzero_si512()));
-    less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
-    UNROLL for (int x = 0; x < 2; x++) {
-        float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
-        const vec worth = v_mul(v_exp2(v_mul(top[x], v_set1(1 / BYTE_STEPS))), v_set1(1.0f / ADA_U8_MAX));
-        const vec rounded = _mm512_cvtepi32_ps(sum[x]);
-        const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);
-        v_store(t->worth + lane + x * VL, worth);
-        v_store(total, v_fma(rounded, worth, v_load(total)));
-        v_store(l, v_fma(exact, worth, v_load(l)));
-    }
 }
 
 /* Two keys against all lanes in two chains, even and odd words, as one chain each would wait for itself. */
@@ -128,7 +61,7 @@ bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys 
     int16_t *y = (int16_t *)t->f32.p;
     y_line line;
     words acc[16], most[2] = {_mm512_set1_epi16(INT16_MIN), _mm512_set1_epi16(INT16_MIN)};
-    prepare_y(&line, t, keys, n, BYTE_STEPS);
+    prepare_y(&line, t, keys, n, BYTE_STEPS, 0);
     start_chains(acc, keys, 0);
     two_chains(acc, t->q, keys->k, DW, 0, DW);
     for (int j = 2; j <= n; j += 2) {
@@ -146,8 +79,7 @@ bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys 
         y_bytes(y + (j - 2) * ADA_LANES + 2 * VL, high, unit + 2 * VL, line.m + 2 * VL, &most[1]);
         if (j < n) two_chains(acc, t->q, k, DW, middle, DW);
     }
-    const words gap = _mm512_set1_epi16(ADA_LAZY_OCTAVES * (int)BYTE_STEPS);
-    if (_mm512_cmpgt_epi16_mask(most[0], gap) | _mm512_cmpgt_epi16_mask(most[1], gap)) return false;
+    if (!bytes_in_range(_mm512_max_epi16(most[0], most[1]))) return false;
     weigh_bytes(t, y, n, 0, most[0]);
     weigh_bytes(t, y, n, 2 * VL, most[1]);
     return true;
@@ -187,7 +119,7 @@ bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_key
     y_line line;
     words acc[16];
     vec most[4], l[4];
-    prepare_y(&line, t, keys, n, 1);
+    prepare_y(&line, t, keys, n, 1, 0);
     UNROLL for (int v = 0; v < 4; v++) most[v] = v_set1(-INFINITY), l[v] = v_zero();
     start_i16(acc, keys, 0, 4, 4);
     steps_i16(acc, t->q, keys->k, DW, 0, DW, 4, 4);

@@ -1,6 +1,6 @@
 /* Kernels of narrow operands in plain C, in loops over lanes or columns that compilers vectorise: the oracle
  * of kernels_narrow.h and, compiled for each ISA, what serves where a unit is missing. The including file
- * defines KERNEL(op).
+ * defines KERNEL(op), and OWN_... for what it has by hand.
  */
 #include "half.h"
 
@@ -27,6 +27,7 @@ void KERNEL(scores_bf16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, 
     }
 }
 
+#ifndef OWN_INTEGERS
 static inline void scaled_scores(const ada_narrow_tile *t, float *p, const int32_t *sum, float scale) {
     for (int i = 0; i < ADA_LANES; i++) p[i] = (float)sum[i] * (t->unit[i] * scale) + t->offset[i];
 }
@@ -59,6 +60,7 @@ void KERNEL(scores_i16)(const ada_narrow_tile *t, const ada_narrow_keys *keys, i
         scaled_scores(t, t->f32.p + j * ADA_LANES, (const int32_t *)sum, keys->scale[0]);
     }
 }
+#endif
 
 #ifndef OWN_ROUND_BF16
 void KERNEL(round_bf16)(const ada_narrow_tile *t, int n) {
@@ -81,6 +83,7 @@ void KERNEL(round_bf16)(const ada_narrow_tile *t, int n) {
 }
 #endif
 
+#ifndef OWN_INTEGERS
 /* The largest weight of each lane and their sum. */
 static inline void survey_weights(const ada_narrow_tile *t, int n, float *largest, float *sum) {
     for (int i = 0; i < ADA_LANES; i++) largest[i] = sum[i] = 0;
@@ -140,6 +143,7 @@ void KERNEL(round_i16)(const ada_narrow_tile *t, int n) {
     }
     for (int i = 0; i < lanes; i++) t->sum[i] += (float)total[i] * t->worth[i];
 }
+#endif
 
 void KERNEL(values_bf16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
     for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 2) {
@@ -155,6 +159,7 @@ void KERNEL(values_bf16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t 
     }
 }
 
+#ifndef OWN_INTEGERS
 void KERNEL(values_i8)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n) {
     (void)part;
     for (int e = 0; e < t->f32.E; e++, v += ADA_STRIP / 4) {
@@ -186,6 +191,7 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
         for (int i = 0; i < lanes; i++) o[i] += (float)sum[i] * t->worth[i];
     }
 }
+#endif
 
 void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
                          ptrdiff_t ld, int n, int width, const float *less, const float *factor) {

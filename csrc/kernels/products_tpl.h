@@ -9,9 +9,9 @@
 #    define FLOATS(acc) _mm512_castsi512_ps(acc)
 #endif
 
-/* KEYS keys against NV vectors of lanes, words first ... end - 1 of the head. */
+/* ROWS rows of K or V, DW words apart, against NV vectors of lanes: words first ... end - 1 of the sum. */
 INLINE void NAME(steps)(words acc[], const uint32_t *q, const uint32_t *k, ptrdiff_t DW, ptrdiff_t first,
-                        ptrdiff_t end, const int KEYS, const int NV) {
+                        ptrdiff_t end, const int ROWS, const int NV) {
     q += first * ADA_LANES;
     for (ptrdiff_t d = first; d < end; d++, q += ADA_LANES) {
         words x[TILE_NV];
@@ -19,15 +19,15 @@ INLINE void NAME(steps)(words acc[], const uint32_t *q, const uint32_t *k, ptrdi
             x[v] = w_load(q + v * VL);
             PIN(x[v]);
         }
-        UNROLL for (int i = 0; i < KEYS; i++) {
+        UNROLL for (int i = 0; i < ROWS; i++) {
             const words b = _mm512_set1_epi32((int)k[i * DW + d]);
             UNROLL for (int v = 0; v < NV; v++) acc[i * NV + v] = DOT(acc[i * NV + v], x[v], b);
         }
     }
 }
 
-INLINE void NAME(start)(words acc[], const ada_narrow_keys *keys, int j, const int KEYS, const int NV) {
-    const int sums = KEYS * NV;
+INLINE void NAME(start)(words acc[], const ada_narrow_keys *keys, int j, const int ROWS, const int NV) {
+    const int sums = ROWS * NV;
     (void)keys, (void)j;
     UNROLL for (int a = 0; a < sums; a++) acc[a] = START(keys, j + a / NV);
 }
@@ -75,17 +75,7 @@ INLINE void NAME(values_group)(const ada_narrow_tile *t, const uint32_t *v, ptrd
         for (int b = 0; b < t->pv.b && a + b < t->pv.terms; b++) {
             const uint32_t *w = t->w + a * (ADA_STRIP / ELEMENTS * ADA_LANES) + lane;
             const uint32_t *x = v + b * part + e * ldv;
-            for (ptrdiff_t j = 0; j < width; j++, w += ADA_LANES) {
-                words y[TILE_NV];
-                UNROLL for (int i = 0; i < NV; i++) {
-                    y[i] = w_load(w + i * VL);
-                    PIN(y[i]);
-                }
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    const words z = _mm512_set1_epi32((int)x[r * ldv + j]);
-                    UNROLL for (int i = 0; i < NV; i++) acc[r * NV + i] = DOT(acc[r * NV + i], y[i], z);
-                }
-            }
+            NAME(steps)(acc, w, x, ldv, 0, width, ROWS, NV);
         }
     UNROLL for (int a = 0; a < sums; a++) {
         float *o = t->f32.o + (e + a / NV) * ADA_LANES + lane + a % NV * VL;

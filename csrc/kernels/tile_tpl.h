@@ -1,6 +1,6 @@
 /* The kernels of one tile in the vocabulary of a simd_*.h, for one REAL and ISA. The including file defines
- * REAL, REAL_BITS and KERNEL(op), the symbol of an op; it may define OWN_SCORES_WEIGHTS and write that one
- * by hand. A strip is NV vectors of lanes; strips are as wide as the lanes that are left allow.
+ * REAL, REAL_BITS and KERNEL(op), the symbol of an op; it may define OWN_SCORES_WEIGHTS or OWN_VALUES and
+ * write those by hand. A strip is NV vectors of lanes; strips are as wide as the lanes that are left allow.
  */
 #define GAP ((REAL)ADA_LAZY_OCTAVES)
 #define LARGEST ((REAL)(REAL_BITS == 32 ? FLT_MAX : DBL_MAX))
@@ -165,6 +165,7 @@ bool KERNEL(scores_weights)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n
 }
 #endif
 
+#ifndef OWN_VALUES
 /* rows coordinates of V against NV vectors of lanes; the block's sum is formed apart and added to o, which
  * keeps the error from growing with the number of keys. */
 INLINE void values_group(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv, int n, int e,
@@ -206,6 +207,7 @@ void KERNEL(values)(const tile_t *t, const REAL *v, ptrdiff_t ldv, int n) {
     FOR_STRIPS(t->lanes, lane, STRIP)
 #undef STRIP
 }
+#endif
 
 bool KERNEL(softcap)(REAL *s, int n, REAL cap) {
     bool finite = true;

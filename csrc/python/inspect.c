@@ -49,19 +49,19 @@ done:
 
 PyObject *ada_py_sample_rows(PyObject *module, PyObject *args) {
     const ada_module_state *state = PyModule_GetState(module);
-    PyObject *sizes, *list = NULL;
+    PyObject *shares, *list = NULL;
     ada_view view = {0};
     int n;
     unsigned long long stream;
-    if (!PyArg_ParseTuple(args, "OiK", &sizes, &n, &stream) || numbers_of(state, sizes, "sizes", -1, &view))
+    if (!PyArg_ParseTuple(args, "OiK", &shares, &n, &stream) || numbers_of(state, shares, "shares", -1, &view))
         return NULL;
     const int64_t T = view.array.shape[0];
-    float *size = PyMem_Malloc((size_t)T * sizeof *size);
+    float *share = PyMem_Malloc((size_t)T * sizeof *share);
     int64_t *rows = PyMem_Malloc((size_t)(n > 0 ? n : 1) * sizeof *rows);
     double *weight = PyMem_Malloc((size_t)(n > 0 ? n : 1) * sizeof *weight);
-    if (size && rows && weight) {
-        for (int64_t i = 0; i < T; i++) size[i] = (float)((const double *)view.array.data)[i];
-        const int found = ada_sample_rows(size, T, n, stream, rows, weight);
+    if (share && rows && weight) {
+        for (int64_t i = 0; i < T; i++) share[i] = (float)((const double *)view.array.data)[i];
+        const int found = ada_sample_rows(share, T, n, stream, rows, weight);
         list = PyList_New(found);
         for (int i = 0; list && i < found; i++) {
             PyObject *pair = Py_BuildValue("(Ld)", (long long)rows[i], weight[i]);
@@ -73,7 +73,7 @@ PyObject *ada_py_sample_rows(PyObject *module, PyObject *args) {
     } else {
         PyErr_NoMemory();
     }
-    PyMem_Free(size);
+    PyMem_Free(share);
     PyMem_Free(rows);
     PyMem_Free(weight);
     ada_view_release(&view);

@@ -625,7 +625,7 @@ PyDoc_STRVAR(plan_head_doc,
              "_plan_head($module, errors, lse_errors, rates, finite, tolerance, margin, lse, dearest, "
              "cheapest, operations, elements, D, plain, /)\n--\n\n"
              "For tests: the index of the candidate that the planner chooses for one head.");
-PyDoc_STRVAR(sample_rows_doc, "_sample_rows($module, sizes, n, stream, /)\n--\n\n"
+PyDoc_STRVAR(sample_rows_doc, "_sample_rows($module, shares, n, stream, /)\n--\n\n"
                               "For tests: pairs (row, inverse of its probability).");
 PyDoc_STRVAR(limit_error_doc, "_limit_error($module, error2, weight, /)\n--\n\n"
                               "For tests: estimate, lower and upper limit of a head's error.");

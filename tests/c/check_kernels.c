@@ -75,6 +75,7 @@ static const struct {
     {"turn_32", make_turn, ADA_F32, CHECK_I32},
     {"columns", make_columns, ADA_F32, ADA_F32},
     {"reach", make_reach, ADA_F32, ADA_F32},
+    {"squares", make_squares, ADA_F32, ADA_F32},
     {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
 

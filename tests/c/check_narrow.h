@@ -162,11 +162,10 @@ static float float_at(const buffer *b, int64_t i) {
 
 static int weight_in_words(const narrow_case *s, int j, int i) {
     const char *word = s->w->data + 4 * ((ptrdiff_t)(j / s->we) * ADA_LANES + i);
-    uint8_t byte;
     int16_t half;
-    memcpy(&byte, word + j % s->we, 1);
-    memcpy(&half, word + 2 * (j % s->we), sizeof half);
-    return s->we == 4 ? byte : half;
+    if (s->we == 4) return (uint8_t)word[j % 4];
+    memcpy(&half, word + 2 * (j % 2), sizeof half);
+    return half;
 }
 
 /* Whether the integers of lane i, n of them, stand for the weights, each known to a relative error; finest
@@ -391,6 +390,8 @@ static void make_weigh(check *c) {
     s.w = new_buffer(c, "w", s.we == 4 ? CHECK_U8 : CHECK_I16, count, count, 64);
     for (int i = 0; i < ADA_LANES; i++) {
         if (c->element == ADA_BF16) set(s.unit, i, 1 / ADA_BF16_STEPS);
+        /* Sums reach 2^21: a few octaves from key to key, or every case would be refused. */
+        if (c->element == CHECK_I8) set(s.unit, i, (double)value_at(s.unit, i) * 0.002);
         const double score = score_of(c, &s, integer(c, 0, s.n - 1), i).value;
         set(s.m, i, score + uniform(c, -3, 20));
         free(s.unit->values), s.unit->values = NULL;
@@ -523,6 +524,46 @@ static void make_reach(check *c) {
     float found, *wanted = chance(c, 0.5) ? &found : NULL;
     RUN(c, judge_reach(c, CALL_AS(c, reach, rows.first, rows.ld, n, width, data(less), wanted), wanted,
                        largest, norm2, width));
+}
+
+static void make_squares(check *c) {
+    const int n = pick(c, "n", 1, 10, 64), width = pick_size(c, "width");
+    matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
+    buffer *less = chance(c, 0.5) ? NULL : new_vector(c, "less", ADA_F32, width);
+    buffer *weight = chance(c, 0.5) ? NULL : new_vector(c, "weight", ADA_F32, width);
+    buffer *square = chance(c, 0.5) ? NULL : new_vector(c, "square", ADA_F32, width);
+    buffer *norm2 = new_buffer(c, "norm2", ADA_F32, n, n, 4);
+    total *columns = calloc((size_t)width, sizeof *columns);
+    bool *beyond = calloc((size_t)width, sizeof *beyond); /* a square that float cannot hold */
+    for (int i = 0; square && i < width; i++) add_product(&columns[i], 1, values(square)[i]);
+    for (int r = 0; r < n; r++) {
+        total t = {.terms = 2}; /* a square and its weighing round too */
+        bool any = false;
+        for (int i = 0; i < width; i++) {
+            const float x = (float)values(rows.b)[rows.at + r * rows.ld + i] -
+                            (less ? (float)values(less)[i] : 0);
+            const bool bad = !(fabsf(x) < 1e18f) || (x != 0 && fabsf(x) < 1e-18f);
+            any |= bad, beyond[i] |= bad;
+            add_product(&t, weight ? values(weight)[i] : 1, (wide)x * x);
+            add_product(&columns[i], x, x);
+        }
+        if (any)
+            expect_any(norm2, r);
+        else
+            expect_total(c, norm2, r, &t);
+    }
+    for (int i = 0; square && i < width; i++) {
+        columns[i].terms++;
+        if (beyond[i])
+            expect_any(square, i);
+        else
+            expect_total(c, square, i, &columns[i]);
+    }
+    free(columns), free(beyond);
+    if (square) free(square->values), square->values = NULL;
+    c->bytes = 4.0 * n * width;
+    RUN(c, CALL_AS(c, squares, data(norm2), data(square), rows.first, rows.ld, n, width, data(less),
+                   data(weight)));
 }
 
 static void make_scale_channels(check *c) {
