@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ REAL: dict[str, Callable[[], Iterator[Heads]]] = {
     "bytelm, 4096 bytes": lambda: bundled(4096),
 }
 #: This machine's table of rates, or a built-in one: every rung runs everywhere, so all get chosen somewhere.
-RATES = ("machine", *machine._DEFAULTS)
+#: "calibrated": this machine's, measured on the spot.
+RATES = ("machine", "calibrated", *machine._DEFAULTS)
 # Okabe and Ito's colours, for as many kinds of marks.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 MARKERS = "xov^sD*P+"
@@ -34,15 +36,25 @@ MARKERS = "xov^sD*P+"
 
 def use_rates(name: str) -> Array:
     """Plan by this table from now on; returns it."""
-    built_in = None if name == "machine" else [machine._DEFAULTS[name][rung] for rung in machine.RUNGS]
-    machine._table = None if built_in is None else np.array(built_in, np.float64)
+    machine._table = None
+    if name == "calibrated":
+        machine._table = _calibrated()
+    elif name != "machine":
+        machine._table = np.array([machine._DEFAULTS[name][rung] for rung in machine.RUNGS], np.float64)
     return machine.table()
 
 
+@cache
+def _calibrated() -> Array:
+    found = machine.calibrate(save=False)
+    rows = [[*found["gflops"][rung].values(), found["pack_ns"][rung]] for rung in machine.RUNGS]
+    return np.array(rows, np.float64)
+
+
 def rung_names(report: Any) -> Array:
-    """Of each head: one rung, or scores/values."""
+    """Of each head of a report or plan: one rung, or scores/values."""
     pairs = zip(report.precision_qk.flat, report.precision_pv.flat, strict=True)
-    return np.array([qk if qk == pv else f"{qk}/{pv}" for qk, pv in pairs]).reshape(report.retried.shape)
+    return np.array([qk if qk == pv else f"{qk}/{pv}" for qk, pv in pairs]).reshape(report.precision_qk.shape)
 
 
 def share(part: Any) -> float:
