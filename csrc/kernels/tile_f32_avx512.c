@@ -68,7 +68,7 @@ INLINE bool scores_weights_strip(const tile_t *t, int lane, const float *k, ptrd
 }
 
 bool ada_scores_weights_f32_avx512(const tile_t *t, const float *k, ptrdiff_t ldk, int n) {
-    if (t->D > CHAIN) {
+    if (t->D > MOST_FUSED) {
         ada_scores_f32_avx512(t, k, ldk, n);
         return ada_weights_f32_avx512(t, n, NULL, NULL, NULL);
     }

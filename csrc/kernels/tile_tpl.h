@@ -1,6 +1,7 @@
 /* The kernels of one tile in the vocabulary of a simd_*.h, for one REAL and ISA. The including file defines
- * REAL, REAL_BITS and KERNEL(op), the symbol of an op; it may define OWN_SCORES_WEIGHTS or OWN_VALUES and
- * write those by hand. A strip is NV vectors of lanes; strips are as wide as the lanes that are left allow.
+ * REAL, REAL_BITS and KERNEL(op), the symbol of an op; it may define OWN_SCORES_WEIGHTS and write that one
+ * by hand, and NO_VALUES_PREFETCH. A strip is NV vectors of lanes; strips are as wide as the lanes that are
+ * left allow.
  */
 #define GAP ((REAL)ADA_LAZY_OCTAVES)
 #define LARGEST ((REAL)(REAL_BITS == 32 ? FLT_MAX : DBL_MAX))
@@ -29,9 +30,11 @@ typedef ada_row_f64 row_t;
         }                                                                                                    \
     }
 
+#ifndef NO_VALUES_PREFETCH
 INLINE void prefetch_row(const REAL *row, int n) {
     for (int i = 0; i < n; i += 64 / (int)sizeof(REAL)) __builtin_prefetch(row + i, 0, 2);
 }
+#endif
 
 void KERNEL(pack)(REAL *to, const REAL *rows, ptrdiff_t ld, int n, int D, int lanes, REAL factor) {
     for (int lane = 0; lane < lanes; lane += VL)
@@ -66,9 +69,10 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
     return finite;
 }
 
-/* Longer sums over a head are made of parts: one chain of 256 additions doubles the error of a plain product.
- */
-#define CHAIN 128
+/* Longer sums over a head are made of parts: one chain of 96 additions has outliers that a plain product has not.
+ * Kernels that weigh scores in registers take heads up to MOST_FUSED in one chain. */
+#define CHAIN 64
+#define MOST_FUSED 128
 
 /* Coordinate d of TILE_ACC / NV keys against NV vectors of lanes. */
 INLINE void scores_step(const tile_t *t, int lane, const REAL *k, ptrdiff_t ldk, int d, vec acc[TILE_ACC],
@@ -165,7 +169,6 @@ bool KERNEL(scores_weights)(const tile_t *t, const REAL *k, ptrdiff_t ldk, int n
 }
 #endif
 
-#ifndef OWN_VALUES
 /* rows coordinates of V against NV vectors of lanes; the block's sum is formed apart and added to o, which
  * keeps the error from growing with the number of keys. */
 INLINE void values_group(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv, int n, int e,
@@ -193,8 +196,10 @@ INLINE void values_strip(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv
     const int rows = TILE_ACC / NV;
     int e = 0;
     for (; e + rows <= t->E; e += rows) {
+#ifndef NO_VALUES_PREFETCH
         /* The next block's rows of V, a slice for each group. */
         for (int j = e / rows; j < n; j += t->E / rows) prefetch_row(v + (n + j) * ldv, t->E);
+#endif
         values_group(t, lane, v, ldv, n, e, rows, NV);
     }
     if (rows > 4)
@@ -207,7 +212,6 @@ void KERNEL(values)(const tile_t *t, const REAL *v, ptrdiff_t ldv, int n) {
     FOR_STRIPS(t->lanes, lane, STRIP)
 #undef STRIP
 }
-#endif
 
 bool KERNEL(softcap)(REAL *s, int n, REAL cap) {
     bool finite = true;
