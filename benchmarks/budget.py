@@ -39,6 +39,7 @@ from report import show_table
 SIGMAS = (1, 2)
 SIZES = {512: 0.15, 2048: 0.05, 4096: 0.05}  # to the share that probe, plan and verification may take
 REUSED = 0.03  # the same with a plan that was made before
+TURN = 0.03  # seconds, at least
 OVERHEAD = [Shape(1, 4, n, n, 64) for n in SIZES]
 REUSE = "balanced, plan="
 
@@ -73,17 +74,19 @@ class Runner:
     call: Callable[[], Any] = field(repr=False)
     seconds: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)  # of probe, plan and verification
-    told: list[float] = field(default_factory=list)  # what the report's times are of the call's
     rungs: list[str] = field(default_factory=list)
 
     def turn(self) -> None:
+        """Calls for a while; the mean counts."""
         start = time.perf_counter()
-        result = self.call()
-        self.seconds.append(time.perf_counter() - start)
+        calls = 0
+        while calls == 0 or time.perf_counter() - start < TURN:
+            result = self.call()
+            calls += 1
+        self.seconds.append((time.perf_counter() - start) / calls)
         if isinstance(result, tuple):
             spent = result[-1].seconds
             self.shares.append(1 - spent["execute"] / sum(spent.values()))
-            self.told.append(sum(spent.values()) / self.seconds[-1])
             self.rungs = sorted(set(rung_names(result[-1]).flat))
 
     def over(self, other: Runner) -> float:
@@ -162,10 +165,17 @@ def show_speeds(found: list[list[Runner]], group: str, threads: int) -> None:
                 pairs = [{one.name: one for one in turns} for turns in several]
                 ratios = [pair[name].over(pair[other]) for pair in pairs if other in pair]
                 row.append(f"{geometric_mean(ratios):.2f}" if ratios else "")
+        for name in (*POLICIES, REUSE):
+            shares = [x for turns in several for one in turns if one.name == name for x in one.shares]
+            row.append(f"{statistics.median(shares):.0%}")
         rows.append(row)
-    over = ["quality", "balanced", "speed", "plan="]
-    header = ["heads", "", *(f"{x}/torch" for x in (*over, "exact")), *(f"{x}/exact" for x in over)]
-    show_table(f"{group}: times as fast, {plural(threads)}", header, rows)
+    # Over torch, over the exact default, and what probe, plan and verification take.
+    initials = ["Q", "B", "S", "plan"]
+    header = ["heads", "", *(f"{x}/torch" for x in (*initials, "exact"))]
+    header += [f"{x}/ex." for x in initials] + [f"{x} %" for x in initials]
+    show_table(
+        f"{group}: times as fast, and share of probe, plan and verification, {plural(threads)}", header, rows
+    )
 
 
 def plot(folder: Path, found: list[list[Runner]]) -> None:
