@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything, for the environment that the package and its tests are installed in: the whole suite with --full under
-# every ADAATTN_ISA of the machine, then all but its slowest parts on an engine built with sanitizers. Takes hours.
+# every ADAATTN_ISA of the machine, then all but its slowest parts on an engine built with sanitizers, then
+# the coverage of Python and C. Takes hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -22,6 +23,29 @@ git ls-files -z --cached --others --exclude-standard | tar -c --null --files-fro
     export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1
     "$python" -m pytest tests/test_{attention,bits,nan,fuzz,errors,dlpack,nn}.py "$@"
 ) || failed+=("sanitizers")
+
+echo "== coverage"
+work=$(mktemp -d)
+git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- | tar -x -C "$work"
+(
+    cd "$work"
+    ADAATTN_COVERAGE=1 ADAATTN_WERROR=1 "$python" setup.py --quiet build_ext --inplace --build-temp build/coverage
+    "$python" -m pytest -q --cov=adaattn --cov-report=term --ignore=tests/test_sdpa_grid.py \
+        --ignore=tests/test_native.py | tail -n 25
+    find build/coverage -name '*.gcda' -exec gcov --no-output {} + 2>/dev/null | awk '
+        /^File/ { file = $2; gsub("\x27", "", file) }
+        /^Lines executed/ && file ~ /^csrc\// {
+            split($0, part, /[:%]| of /)
+            lines[file] += part[4]; hit[file] += part[2] * part[4] / 100
+            all += part[4]; all_hit += part[2] * part[4] / 100
+            file = ""  # a total without a file of its own may follow
+        }
+        END {
+            for (file in lines) printf "%-40s %6d lines %6.1f%%\n", file, lines[file], 100 * hit[file] / lines[file] | "sort"
+            close("sort")
+            if (all) printf "%-40s %6d lines %6.1f%%\n", "C in total", all, 100 * all_hit / all
+        }'
+) || failed+=("coverage")
 
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"
