@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +29,10 @@ STORED: Mapping[str, tuple[Any, float]] = MappingProxyType(
         "int8": (np.int8, 3e-2),
     }
 )
+
+
+# Root mean square of the rounding to a dtype, relative to what is rounded.
+ROUNDING = {"fp16": 2.1e-4, "bf16": 1.65e-3}
 
 
 class Stored(tuple[Any, ...]):
@@ -140,7 +145,9 @@ class KVCache:
 
         Returns
         -------
-        As from `adaattn.attention`: the output is of query's dtype and kind of array.
+        As from `adaattn.attention`: the output is of query's dtype and kind of array. A report's
+        ``measured_error`` compares with exact attention to what is stored; its ``stored_error`` is predicted
+        from it, in a pass over the cache.
         """
         for name in ("key", "value", "kv_lengths", "query_offset"):
             if name in options:
@@ -162,7 +169,7 @@ class KVCache:
             raise ShapeError(f"query: expected shape {sizes}, got {shape}")
         S = max(1, int(self._lengths.max()))
         key, value = (Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value))
-        return attention(
+        result = attention(
             query,
             key,
             value,
@@ -170,6 +177,10 @@ class KVCache:
             kv_lengths=self._lengths,
             query_offset=self._lengths - (shape[2] if shape else 0),
         )
+        if not options.get("return_report"):
+            return result
+        stored = self._stored_error(query, options.get("scale"))
+        return (*result[:-1], replace(result[-1], stored_error=stored))
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the tokens behind the first `lengths` of each sequence: an int, or (B,) ints, not above
@@ -242,6 +253,45 @@ class KVCache:
         sizes = f"{self._batch}, {self._heads}, {self._widths[0]}, {self._widths[1]}"
         return f"KVCache({sizes}, capacity={self._capacity}, dtype={self._dtype!r})"
 
+    def _stored_error(self, query: Any, scale: float | None) -> NDArray[np.float64]:
+        """What storing is predicted to have cost a head, (B, H):
+        scores count as normal, values as independent of their keys."""
+        q = np.asarray(query.float() if hasattr(query, "float") else query).astype(np.float64)
+        q2 = (q * (scale or self._widths[0] ** -0.5)) ** 2
+        B, H, T, D = q2.shape
+        error = np.zeros((B, H))
+        for b, length in enumerate(self._lengths):
+            if self._dtype == "fp32" or length == 0:
+                continue
+            (k, k_noise), (v, v_noise) = (self._decode(side, b) for side in (self._key, self._value))
+            rows = q2[b].reshape(self._heads, -1, D)
+            noise = np.einsum("gtd,gd->gt", rows, k_noise)
+            spread = np.einsum("gtd,gd->gt", rows, k.var(axis=1, dtype=np.float64))
+            largest = np.minimum(np.exp(np.minimum(spread, 30)) / length, 1)  # sum of the squared weights
+            mean2 = np.sum(v.mean(axis=1, dtype=np.float64) ** 2, axis=1)[:, None]
+            own2 = np.sum(v.var(axis=1, dtype=np.float64), axis=1)[:, None]
+            moved = largest * (noise * own2 + v_noise.sum(axis=1)[:, None])
+            out2 = mean2 + largest * own2
+            moved, out2 = (x.reshape(H, T).sum(axis=1) for x in (moved, out2))
+            error[b] = np.sqrt(np.divide(moved, out2, out=np.zeros(H), where=out2 > 0))
+        return error
+
+    def _decode(self, side: Stored, b: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Tokens of one sequence, (G, length, width), and the variance of their rounding, (G, width)."""
+        length = int(self._lengths[b])
+        _, data, scale, mean, open_page, _ = side
+        x = data[b, :, :length]
+        if self._dtype == "int8":
+            closed = length // PAGE
+            steps, centres = scale[b, :, :closed, None], _from_bf16(mean[b, :, :closed])
+            pages = x[:, : closed * PAGE].reshape(len(x), closed, PAGE, data.shape[3]) * steps[..., None]
+            pages = (pages + centres[:, :, None]).reshape(len(x), closed * PAGE, data.shape[3])
+            x = np.concatenate([pages, open_page[b, :, : length % PAGE]], axis=1)
+            noise = PAGE / length / 12 * np.square(steps, dtype=np.float64).sum(axis=1)
+            return x, np.broadcast_to(noise, (len(x), x.shape[2]))
+        x = _from_bf16(x) if self._dtype == "bf16" else x.astype(np.float32)
+        return x, ROUNDING[self._dtype] ** 2 * np.mean(np.square(x, dtype=np.float64), axis=1)
+
     def _allocate(self, width: int, capacity: int) -> Stored:
         head = self._batch, self._heads
         data = np.zeros((*head, capacity, width), STORED[self._dtype][0])
@@ -278,6 +328,10 @@ class KVCache:
             if not 0 <= given <= limit:
                 raise ArgumentError(f"lengths: expected an int from 0 to {limit}, got {given}")
         return x.astype(np.int64)
+
+
+def _from_bf16(x: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def _size(name: str, value: Any) -> int:

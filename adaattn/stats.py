@@ -215,6 +215,9 @@ class Report:
         Operations of both products over the visible keys.
     plan : Plan or None
         What can be passed to a later call; None without a tolerance.
+    stored_error : (B, H) array or None
+        From a `KVCache`: the relative error of the output that keeping keys and values in its dtype is
+        predicted to have cost, as if what was appended had been more exact. None elsewhere.
     """
 
     precision_qk: NDArray[np.str_]
@@ -235,6 +238,7 @@ class Report:
     seconds: dict[str, float]
     flops: float
     plan: Plan | None
+    stored_error: NDArray[np.float64] | None = None
 
     @classmethod
     def of(

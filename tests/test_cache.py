@@ -576,3 +576,45 @@ def test_out_of_memory(rng: np.random.Generator) -> None:
     with pytest.raises((MemoryError, ValueError)):
         cache._grow(2**50)
     assert cache.capacity == 128 and same_bits(cache.attention(query), expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("centre", [0.0, 3.0])
+@pytest.mark.parametrize("T", [1, 70])
+def test_stored_error(dtype: str, centre: float, T: int) -> None:
+    """The prediction is within three times of what storing costs."""
+    rng = np.random.default_rng(3)
+    cache = KVCache(2, 2, 64, 48, dtype=dtype)
+    key = (rng.standard_normal((2, 2, 500, 64)) + centre * rng.standard_normal((2, 1, 64))).astype(F32)
+    value = (rng.standard_normal((2, 2, 500, 48)) + centre).astype(F32)
+    cache.append(key, value, lengths=[500, 270])
+    query = rng.standard_normal((2, 6, T, 64)).astype(F32)
+    out, lse, report = cache.attention(query, causal=False, return_lse=True, return_report=True)
+    exact = reference.attention(query, key, value, kv_lengths=cache.lengths)
+    error = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+    assert lse.shape == query.shape[:3] and report.stored_error.shape == (2, 6)
+    ratio = report.stored_error / error
+    assert ratio.min() > 1 / 3 and ratio.max() < 3, ratio
+
+
+def test_stored_error_where_storing_costs_nothing() -> None:
+    rng = np.random.default_rng(4)
+    key, value = rng.standard_normal((2, 1, 1, 30, 8)).astype(F32)
+    query = rng.standard_normal((1, 2, 1, 8)).astype(F32)
+    for dtype in ("fp32", "int8"):  # a page that is open is kept in fp32
+        cache = KVCache(1, 1, 8, dtype=dtype)
+        assert np.array_equal(cache.attention(query, return_report=True)[1].stored_error, [[0, 0]])
+        cache.append(key, value)
+        assert np.array_equal(cache.attention(query, return_report=True)[1].stored_error, [[0, 0]])
+    assert adaattn.attention(query, key, value, return_report=True)[1].stored_error is None
+
+
+@pytest.mark.parametrize("kind", [F16, BF16, F64])
+def test_stored_error_of_other_queries(kind: Any) -> None:
+    rng = np.random.default_rng(5)
+    cache = KVCache(1, 1, 8, dtype="bf16", tolerance=1e-2)
+    cache.append(*rng.standard_normal((2, 1, 1, 30, 8)).astype(F32))
+    query = rng.standard_normal((1, 2, 1, 8)).astype(kind)
+    report = cache.attention(query, return_report=True)[1]
+    assert (report.stored_error > 0).all() and (report.stored_error < 1e-2).all()
+    assert "stored_error" in report.table()

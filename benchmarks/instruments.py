@@ -1,0 +1,102 @@
+"""What the instruments of the error budget share: tables of rates, sets of heads, how results are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from heads import Array, Heads, bundled, minilm
+
+import adaattn
+import adaattn.rates as machine
+
+POLICIES = adaattn.stats.POLICIES
+
+#: All heads of two real models.
+REAL: dict[str, Callable[[], Iterator[Heads]]] = {
+    "MiniLM, 128 tokens": lambda: minilm(128),
+    "MiniLM, 512 tokens": lambda: minilm(512),
+    "bytelm, 512 bytes": lambda: bundled(512),
+    "bytelm, 2048 bytes": lambda: bundled(2048),
+    "bytelm, 4096 bytes": lambda: bundled(4096),
+}
+#: This machine's table of rates, or a built-in one: every rung runs everywhere, so all get chosen somewhere.
+#: "calibrated": this machine's, measured on the spot.
+RATES = ("machine", "calibrated", *machine._DEFAULTS)
+# Okabe and Ito's colours, for as many kinds of marks.
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+MARKERS = "xov^sD*P+"
+
+
+def use_rates(name: str) -> Array:
+    """Plan by this table from now on; returns it."""
+    machine._table = None
+    if name == "calibrated":
+        machine._table = _calibrated()
+    elif name != "machine":
+        machine._table = np.array([machine._DEFAULTS[name][rung] for rung in machine.RUNGS], np.float64)
+    return machine.table()
+
+
+@cache
+def _calibrated() -> Array:
+    found = machine.calibrate(save=False)
+    rows = [[*found["gflops"][rung].values(), found["pack_ns"][rung]] for rung in machine.RUNGS]
+    return np.array(rows, np.float64)
+
+
+def rung_names(report: Any) -> Array:
+    """Of each head of a report or plan: one rung, or scores/values."""
+    pairs = zip(report.precision_qk.flat, report.precision_pv.flat, strict=True)
+    return np.array([qk if qk == pv else f"{qk}/{pv}" for qk, pv in pairs]).reshape(report.precision_qk.shape)
+
+
+def share(part: Any) -> float:
+    """Of True; NaN of nothing."""
+    part = np.asarray(list(part), bool)
+    return float(part.mean()) if part.size else float("nan")
+
+
+def geometric_mean(x: Any) -> float:
+    return float(np.exp(np.mean(np.log(list(x)))))
+
+
+def verdict(value: float, limit: float, *, most: bool = False) -> str:
+    """Whether a figure is at least (at most) what is wanted."""
+    if np.isnan(value):
+        return "not measured"
+    return "reached" if (value <= limit if most else value >= limit) else "MISSED"
+
+
+def write_json(path: Path, **parts: Any) -> None:
+    document = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "cpu": adaattn.cpu_info(),
+        **parts,
+    }
+    path.write_text(json.dumps(document, indent=1, default=lambda x: x.tolist()) + "\n")
+
+
+def draw(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """An empty figure and its axes in a row."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    rcParams["svg.hashsalt"] = "adaattn"  # the same drawing gives the same file
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=100)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def save(figure: Any, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png")
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
