@@ -39,6 +39,10 @@ enum { MOST_ROWS = 32, CHOICE_STREAM = 1, VERIFY_STREAM = 2 };
 #define ROW_SPEED 0.6
 /* An fp32 sum of weights and values is off by this share of their root mean square norm. */
 #define SUM_ERROR 3e-8
+/* To look at one element of a key, value or query, in seconds. */
+#define LOOK_SECONDS 4e-10
+/* The error of a head that nobody looked at, in fp32: what real ones show. */
+#define PLAIN_ERROR 3e-7
 
 /* One head on its way through the phases. */
 typedef struct {
@@ -74,6 +78,7 @@ typedef struct {
     double *exact_o;           /* [B * H][MOST_ROWS][E] */
     ada_choice *ran;           /* [B * H] */
     int64_t *list;             /* [B * H] */
+    bool probed;               /* sizes and forecasts are known */
     char *scratch;
     int64_t scratch_bytes;
 } attending;
@@ -108,10 +113,6 @@ static bool run_tasks(attending *a, ada_task_fn *task, int64_t tasks, double mul
  */
 static bool takes_few(const ada_problem *p) { return p->stored || p->T <= ADA_ROWS_MAX || p->only_f64; }
 
-static bool probes(const attending *a) {
-    const ada_budget *b = a->budget;
-    return !takes_few(a->p) && (!(b->given || forced(b)) || b->verify || b->plan_only);
-}
 
 /* ---- probe ---- */
 
@@ -174,13 +175,13 @@ static int rows_to_profile(const attending *a, const ada_forecast *guess, int64_
  * known, by the norms of the output's rows, in equal parts. */
 static void draw_rows(attending *a, int64_t head, int n, const float *norms, uint64_t stream) {
     const int64_t T = a->p->T;
-    const float *size = a->sizes + head * T;
+    const float *live = a->sizes + head * T;
     float *share = a->shares + head * T;
     head_state *s = &a->states[head];
     memset(share, 0, (size_t)T * sizeof *share);
-    ada_add_shares(share, NULL, size, T);
-    ada_add_shares(share, size, size, T);
-    if (norms) ada_add_shares(share, norms, size, T);
+    ada_add_shares(share, NULL, live, T);
+    if (a->probed) ada_add_shares(share, live, live, T);
+    if (norms) ada_add_shares(share, norms, live, T);
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
 }
 
@@ -206,6 +207,18 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
                ? 0
                : rows_to_profile(a, &a->budget->heads[head].forecast, head);
     if (s->n) draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
+}
+
+/* Whether the heads are looked at before they are computed: where the choice is open, and a cheaper rung than the
+ * plain one may save more than looking costs. All heads of a problem are of one size, and so of one mind. */
+static bool probes(const attending *a) {
+    const ada_problem *p = a->p;
+    const ada_budget *b = a->budget;
+    if (takes_few(p) || b->given || forced(b)) return false;
+    if (b->plan_only || b->tolerance < FINER * PLAIN_ERROR) return true;
+    const ada_task task = task_of(a, 0, 1);
+    const double looked_at = task.elements + (double)(p->T * p->D);
+    return ada_may_pay(&task, b->rates, 2 * LOOK_SECONDS * looked_at);
 }
 
 /* Groups of rows of all heads are tasks. */
@@ -276,13 +289,13 @@ static void plan_heads(attending *a) {
             head->choice = a->budget->given[i];
         else if (forced(a->budget))
             head->choice = p->precision;
-        else if (takes_few(p))
+        else if (!a->probed)
             head->choice = ada_candidates[p->only_f64 || task.tolerance < 3 * FEW_ERROR ? 0 : task.plain];
         else
             head->choice = ada_candidates[ada_plan_head(&head->forecast, &task, a->budget->rates)];
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
-        if (takes_few(p) && c >= 0 && c <= 1) head->predicted_error = c ? FEW_ERROR : 1e-14;
+        if (!a->probed && c >= 0 && c <= 1) head->predicted_error = c == 0 ? 1e-14 : takes_few(p) ? FEW_ERROR : PLAIN_ERROR;
     }
 }
 
@@ -332,7 +345,7 @@ static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada
  * the default. */
 static int rows_to_verify(const attending *a, const ada_head *head) {
     const int64_t T = a->p->T;
-    if (T < LEAST_QUERIES || !a->budget->verify || !head->forecast.finite) return 0;
+    if (T < LEAST_QUERIES || !a->budget->verify || (a->probed && !head->forecast.finite)) return 0;
     if (head->predicted_error * FINER <= a->budget->tolerance) {
         const int64_t rows = T / 128;
         return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
@@ -370,9 +383,13 @@ static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
     s->out2 = sum;
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(sum / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
+    for (int64_t i = 0; !a->probed && i < p->T; i++) {
+        const ada_span span = ada_visible_span(p, head / p->H, i);
+        a->sizes[head * p->T + i] = span.end > span.first;
+    }
     if (!s->drawn) draw_rows(a, head, s->n, a->norms + head * p->T, VERIFY_STREAM);
     s->drawn = true;
-    s->exact_f64 = tolerance <= 1e-4 || FINER * cancelled > tolerance || p->query.dtype == ADA_F64;
+    s->exact_f64 = tolerance <= (a->probed ? 1e-4 : 1e-3) || FINER * cancelled > tolerance || p->query.dtype == ADA_F64;
 }
 
 static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -443,13 +460,24 @@ static bool compare_head(attending *a, int64_t index, bool *misses) {
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
-static bool go_up(const attending *a, ada_head *head) {
+static bool go_up(const attending *a, int64_t index) {
+    ada_head *head = &a->budget->heads[index];
     const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
-    const ada_rung next = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    ada_rung next = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    const int now = ada_candidate_of(head->choice);
     if (head->choice.qk == ADA_RUNG_FP64 || forced(a->budget)) return false;
     if (a->budget->dearest != ADA_RUNG_AUTO && next < a->budget->dearest) return false;
-    head->choice = (ada_choice){next, next};
-    head->predicted_error = head->forecast.error[ada_candidate_of(head->choice)];
+    int c = ada_candidate_of((ada_choice){next, next});
+    if (a->probed && !head->retried && now > c && isfinite(head->error_limit)) {
+        /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit is. */
+        ada_forecast worse = head->forecast;
+        const double off = fmax(head->error_limit / head->predicted_error, 1);
+        for (int i = 0; i < ADA_CANDIDATES; i++) worse.error[i] = i < now ? off * worse.error[i] : INFINITY;
+        const ada_task task = task_of(a, index, MARGIN_PROFILED);
+        c = ada_plan_head(&worse, &task, a->budget->rates);
+    }
+    head->choice = ada_candidates[c];
+    head->predicted_error = a->probed ? head->forecast.error[c] : c == 0 ? 1e-14 : PLAIN_ERROR;
     head->retried = true;
     return true;
 }
@@ -475,7 +503,9 @@ static ada_status verify(attending *a, ada_error *error) {
             bool misses;
             if (!s->open) continue;
             /* Where all inputs are finite, an output that is not is wrong. */
-            misses = !isfinite(s->out2);
+            misses = a->probed && !isfinite(s->out2);
+            if (!a->probed && !isfinite(s->out2)) s->open = false;
+            if (!s->open) continue;
             s->open = misses || !compare_head(a, i, &misses);
             if (!s->open) continue;
             if (forced(a->budget) && misses)
@@ -485,7 +515,7 @@ static ada_status verify(attending *a, ada_error *error) {
                                 a->budget->tolerance, head->measured_error, (long long)(i / p->H),
                                 (long long)(i % p->H), ada_rung_name(head->choice.qk),
                                 ada_rung_name(head->choice.pv));
-            s->open = go_up(a, head);
+            s->open = go_up(a, i);
             if (s->open) a->list[open++] = i;
         }
         if (open && execute_list(a, a->list, open, error)) return error->status;
@@ -516,15 +546,16 @@ static int64_t carve_all(attending *a, char *memory, int threads) {
 }
 
 static ada_status attend_within(attending *a, ada_error *error) {
+    const ada_problem *p = a->p;
     ada_budget *budget = a->budget;
     double start = seconds_now();
-    const bool measure = probes(a);
+    a->probed = probes(a);
     for (int64_t i = 0; i < head_count(a); i++) {
         budget->heads[i] = unknown_head();
         a->states[i] = (head_state){0};
         a->list[i] = i;
     }
-    if (measure && !probe(a)) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    if (a->probed && !probe(a)) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
     double now = seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
@@ -534,7 +565,7 @@ static ada_status attend_within(attending *a, ada_error *error) {
     if (execute_list(a, a->list, head_count(a), error)) return error->status;
     now = seconds_now();
     budget->seconds[2] = now - start, start = now;
-    if (measure && budget->verify && verify(a, error)) return error->status;
+    if (budget->verify && !takes_few(p) && verify(a, error)) return error->status;
     budget->seconds[3] = seconds_now() - start;
     return ADA_OK;
 }

@@ -25,10 +25,13 @@ int ada_candidate_of(ada_choice choice) {
 /* Of one input, relative: 2^-bits times 0.42, where bits count the hidden one. */
 #define ROUND_BF16 1.65e-3
 #define ROUND_FP16 2.1e-4
-#define ROUND_BF16X3 6.5e-6
-/* Of a product of floats whose sum has many terms, relative to its size; and of a sum of weights and values. */
-#define ROUND_SCORE 6e-8
-#define ROUND_SUM 3e-8
+#define ROUND_BF16X3 2.1e-6
+/* Of fp32, fitted to measured errors: of a score by its terms, and by the row's largest, from which it is
+ * subtracted; of a sum of weights and values by its terms, and of the output. */
+#define ROUND_TERMS 4e-8
+#define ROUND_SCORE 1e-7
+#define ROUND_SUM 1.2e-7
+#define ROUND_OUTPUT 1e-7
 /* Of the exponential that is fused with bf16 and 8-bit weights. */
 #define ROUND_EXP 1.7e-3
 /* Scores of a row have this many independent largest errors: those of thousands of rows stay below. */
@@ -47,11 +50,11 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
         return square(1e-15) * (x->size + 1) * sum;
     case ADA_RUNG_FP32:
     case ADA_RUNG_BF16X6:
-        return square(ROUND_SCORE) * (with_mean + square(x->reference) * sum + sum);
+        return square(ROUND_TERMS) * with_mean + square(ROUND_SCORE * x->reference) * sum;
     case ADA_RUNG_BF16X3:
-        return dtype == ADA_BF16 ? square(ROUND_SCORE) * with_mean : 2 * square(ROUND_BF16X3) * with_mean;
+        return (dtype == ADA_BF16 ? square(ROUND_TERMS) : 2 * square(ROUND_BF16X3)) * with_mean;
     case ADA_RUNG_FP16:
-        return (dtype == ADA_F16 ? square(ROUND_SCORE) : 2 * square(ROUND_FP16)) * with_mean;
+        return (dtype == ADA_F16 ? square(ROUND_TERMS) : 2 * square(ROUND_FP16)) * with_mean;
     case ADA_RUNG_BF16: /* an array's own format is not centred and not rounded, but for the scale */
         return dtype == ADA_BF16 ? square(ROUND_BF16) * with_mean : 2 * square(ROUND_BF16) * spread;
     case ADA_RUNG_INT16: {
@@ -69,10 +72,10 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
 /* Squared error that the weights' and values' rounding puts into the output. */
 static double value_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, double step8,
                           double step16) {
-    const double sums = square(ROUND_SUM) * x->pv;
+    const double sums = square(ROUND_SUM) * x->p2v + square(ROUND_OUTPUT) * x->out2;
     switch (rung) {
     case ADA_RUNG_FP64:
-        return square(1e-15) * x->pv;
+        return square(1e-15) * x->p2v;
     case ADA_RUNG_FP32:
     case ADA_RUNG_BF16X6:
         return sums;
@@ -135,18 +138,34 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
 /* ---- choice ---- */
 
 double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {
-    /* Rates are known for two head sizes; beyond them the nearer one stands, between them a line. */
-    const double at = fmin(fmax(((double)t->D - 64) / 64, 0), 1);
-    const double gflops = rate->gflops[0] + at * (rate->gflops[1] - rate->gflops[0]);
-    return 1e-9 * (t->operations / gflops + t->elements * rate->pack_ns);
+    /* Rates are known for two head sizes. The time of an operation is a constant and, for the softmax, a part that
+     * is shared by D of them: a line over 1 / D, level beyond 128 and below 16. */
+    const double d = fmin(fmax((double)t->D, 16), 128), small = 1 / rate->gflops[0], large = 1 / rate->gflops[1];
+    const double each = large + (small - large) * (128 / d - 1);
+    return 1e-9 * (t->operations * fmax(each, 0.1 * large) + t->elements * rate->pack_ns);
 }
 
 /* A less exact rung is taken where it needs at most this share of the time: rates scatter. */
 #define PAYS 0.95
+#define MARGIN_PLAIN 1.25
 
 static bool allowed(const ada_task *t, ada_choice choice) {
     if (t->dearest != ADA_RUNG_AUTO && (choice.qk < t->dearest || choice.pv < t->dearest)) return false;
     return t->cheapest == ADA_RUNG_AUTO || (choice.qk <= t->cheapest && choice.pv <= t->cheapest);
+}
+
+/* No head is known on which a rung's error is below this. */
+static const double least_error[ADA_CANDIDATES] = {0, 0, 0, 3e-7, 1e-5, 5e-5, 3e-4, 1e-3, 1.5e-3};
+
+bool ada_may_pay(const ada_task *t, const ada_rate rates[ADA_CANDIDATES], double cost) {
+    const double plain = ada_predicted_seconds(t, &rates[t->plain]);
+    for (int c = t->plain + 1; c < ADA_CANDIDATES; c++) {
+        const double saved = plain - ada_predicted_seconds(t, &rates[c]);
+        if (allowed(t, ada_candidates[c]) && least_error[c] <= t->tolerance && saved > (1 - PAYS) * plain &&
+            saved > cost)
+            return true;
+    }
+    return !allowed(t, ada_candidates[t->plain]);
 }
 
 int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
@@ -154,7 +173,8 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
     for (int c = 0; c < ADA_CANDIDATES; c++) {
         if (!allowed(t, ada_candidates[c])) continue;
         if (dearest < 0) dearest = c;
-        const double limit = t->tolerance / t->margin;
+        /* The plain rung needs no more than its prediction's own margin: what is dearer costs most. */
+        const double limit = t->tolerance / (c == t->plain ? fmin(t->margin, MARGIN_PLAIN) : t->margin);
         /* What is not finite is left to plain arithmetic, which passes it on as it should. */
         const bool keeps = f->finite ? f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6))
                                      : c == t->plain;

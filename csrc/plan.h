@@ -45,6 +45,8 @@ typedef struct {
 } ada_task;
 
 double ada_predicted_seconds(const ada_task *task, const ada_rate *rate);
+/* Whether some rung below the plain one may keep the tolerance and save more than this, in seconds. */
+bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], double cost);
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 

@@ -276,6 +276,7 @@ static inline float rough_log2(float x) {
 typedef struct {
     float p2d[PARTS], p2d_norm[PARTS], p2d_step[PARTS], p2[PARTS], p2_norm[PARTS], p2_step[PARTS];
     float p2v[PARTS], pv[PARTS], round8[PARTS], round16[PARTS], plog[PARTS];
+    float dropped[PARTS]; /* weights that 8 bits round to zero: their errors add up */
 } key_sums;
 
 /* Keys of one block for one row: dots are those of the values with the output. */
@@ -300,6 +301,7 @@ static void add_block_sums(key_sums *sums, const float *p, const float *dots, co
             sums->round8[i] += (w2 < var8 ? w2 : var8) * d;
             sums->round16[i] += (w2 < var16 ? w2 : var16) * d;
             sums->plog[i] += w * rough_log2(w);
+            sums->dropped[i] += w2 < 3 * var8 ? w : 0; /* below half a step */
         }
     *mass = (float)total_of(m);
 }
@@ -329,6 +331,8 @@ static void take_sums(ada_row_profile *x, const key_sums *sums) {
     x->p2_norm = total_of(sums->p2_norm), x->p2_step = total_of(sums->p2_step);
     x->p2v = total_of(sums->p2v), x->pv = total_of(sums->pv);
     x->round8 = total_of(sums->round8), x->round16 = total_of(sums->round16);
+    const double dropped = total_of(sums->dropped);
+    x->round8 += dropped * dropped * x->out2;
     x->entropy = -total_of(sums->plog) * ADA_LN2;
 }
 
