@@ -54,6 +54,7 @@ typedef struct {
     double value2; /* mean squared norm of the values */
     bool open;     /* to be verified */
     bool drawn;    /* rows are those to verify */
+    double outliers; /* rows like the one with the largest spread, so few that a sample may miss them */
     ada_forecast peak; /* of the row whose lse errs most */
 } head_state;
 
@@ -198,9 +199,10 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
     a->budget->heads[head].forecast.rows = 0;
     ada_row_profile peak = *guess;
-    const double spread = ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
-    a->budget->heads[head].forecast.finite &= !isnan(spread);
-    ada_peak_profile(keys, spread, &peak);
+    const ada_spreads spreads = ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
+    a->budget->heads[head].forecast.finite &= spreads.finite;
+    ada_peak_profile(keys, spreads.largest, &peak);
+    if (spreads.largest > 0) s->outliers = spreads.outliers / spreads.largest;
     ada_forecast_head(&peak, 1, keys, p->query.dtype, p->D, &s->peak);
     s->value2 = keys->value2_mean;
     s->n = a->budget->given || forced(a->budget)
@@ -265,6 +267,22 @@ static int most_rows_to_verify(int64_t T) {
     return T < 1024 ? 8 : T < 2048 ? 12 : T < 4096 ? 16 : T < 8192 ? 24 : MOST_ROWS;
 }
 
+/* Rows that the profiles cannot have seen: two keys share all weight of such a row, and its output moves by their
+ * scores' noise times an eighth of the squared distance of their values. The lse errs most in the largest row. */
+static void bound_outliers(attending *a, int64_t head) {
+    const head_state *s = &a->states[head];
+    const ada_key_probe *keys = &a->keys[head / a->per_head];
+    ada_forecast *f = &a->budget->heads[head].forecast;
+    const ada_row_profile *rows = &a->profiles[head * MOST_ROWS];
+    double out2 = 0;
+    for (int i = 0; i < (s->n ? s->n : 1); i++) out2 += rows[i].weight * rows[i].out2;
+    for (int c = 0; c < ADA_CANDIDATES; c++) {
+        const double noise = fmin(s->peak.lse_error[c] / ADA_LARGEST_OF_MANY, 1), apart2 = 2 * (keys->value2_mean - keys->center2);
+        if (out2 > 0) f->error[c] = hypot(f->error[c], noise * sqrt(s->outliers * apart2 / 8 / out2));
+        f->lse_error[c] = fmax(f->lse_error[c], s->peak.lse_error[c]);
+    }
+}
+
 static void plan_heads(attending *a) {
     const ada_problem *p = a->p;
     for (int64_t i = 0; i < head_count(a); i++) {
@@ -279,8 +297,7 @@ static void plan_heads(attending *a) {
                 head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
             head->forecast.finite &= guess.finite;
         }
-        for (int c = 0; c < ADA_CANDIDATES; c++)
-            head->forecast.lse_error[c] = fmax(head->forecast.lse_error[c], s->peak.lse_error[c]);
+        if (a->probed) bound_outliers(a, i);
         const double reach = ada_reach_of_rows(most_rows_to_verify(p->T));
         const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED * reach : MARGIN_GUESSED);
         for (int c = 0; c < ADA_CANDIDATES; c++)

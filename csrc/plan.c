@@ -34,8 +34,6 @@ int ada_candidate_of(ada_choice choice) {
 #define ROUND_OUTPUT 1e-7
 /* Of the exponential that is fused with bf16 and 8-bit weights. */
 #define ROUND_EXP 1.7e-3
-/* Scores of a row have this many independent largest errors: those of thousands of rows stay below. */
-#define LARGEST_OF_MANY 4.5
 
 static double square(double x) { return x * x; }
 
@@ -120,7 +118,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
                                      value_noise(x, choice.pv, dtype, keys->step8, keys->step16));
             const double lse = score_noise(x, choice.qk, dtype, D, x->p2, x->p2_norm, x->p2_step, keys->total);
             f->lse_error[c] =
-                fmax(f->lse_error[c], LARGEST_OF_MANY * sqrt(lse + exp_noise(choice) * x->p2));
+                fmax(f->lse_error[c], ADA_LARGEST_OF_MANY * sqrt(lse + exp_noise(choice) * x->p2));
         }
     }
     for (int c = 0; c < ADA_CANDIDATES; c++) {

@@ -27,6 +27,9 @@ typedef struct {
     bool finite; /* false: NaN or infinities take part */
 } ada_forecast;
 
+/* Standard deviations of noise that the largest of thousands of rows stays below. */
+#define ADA_LARGEST_OF_MANY 4.5
+
 /* From profiles of some rows of a head with these keys, of arrays of this dtype, whose own rung rounds nothing.
  */
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,

@@ -19,6 +19,8 @@ enum { PARTS = 8 }; /* of a sum, so that it vectorises */
 #define GUESS_ROWS 32
 /* Rows whose scores spread more see one key, and rounding moves little. */
 #define MOST_SPREAD 16
+/* Rows that spread so much more than the mean are so few that a sample may miss them. */
+#define OUTLIER 8
 
 static double total_of(const float *parts) {
     double sum = 0;
@@ -175,32 +177,36 @@ static void profile_query(const ada_problem *p, const ada_kernels *k, const ada_
     x->qmax2 = scale2 * most * most;
 }
 
-double ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                       const ada_key_probe *keys, float *size, char *scratch) {
+ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                              const ada_key_probe *keys, float *size, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
-    const double scale2 = p->scale * p->scale;
-    double largest = 0;
-    bool finite = true;
+    const float scale2 = (float)(p->scale * p->scale);
+    ada_spreads spreads = {.finite = true};
+    double sum = 0, live = 0;
     for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
         const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, i, n, s.rows, &ld);
-        float spreads[ADA_BLOCK];
-        k->squares(spreads, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
-        for (int r = 0; r < n; r++) {
-            const ada_span span = ada_visible_span(p, b, i + r);
-            const double spread = scale2 * (double)spreads[r];
-            const double keys_seen = (double)(span.end - span.first);
-            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-            const float crowd = expf(fminf((float)spread, 30));
-            const double x = (fmin(spread, MOST_SPREAD) + 1) * fmin(1, (double)crowd / keys_seen);
-            size[i + r] = span.end > span.first && isfinite(x) ? (float)x : 0;
-            if (span.end > span.first) finite &= isfinite(x) != 0;
-            if (size[i + r] > 0) largest = fmax(largest, spread);
-        }
+        k->squares(size + i, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
     }
-    return finite ? largest : NAN;
+    for (int64_t i = 0; i < p->T; i++) { /* sizes are spreads so far */
+        const ada_span span = ada_visible_span(p, b, i);
+        size[i] = span.end > span.first ? size[i] * scale2 : -1;
+        if (size[i] == -1) continue;
+        spreads.finite &= isfinite(size[i]) != 0;
+        sum += (double)size[i], live++;
+    }
+    for (int64_t i = 0; i < p->T; i++) {
+        const ada_span span = ada_visible_span(p, b, i);
+        const double spread = (double)size[i];
+        /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
+        const double crowd = (double)expf(fminf(size[i], 30)) / (double)(span.end - span.first);
+        if (spread > spreads.largest) spreads.largest = spread;
+        if (spread > MOST_SPREAD && spread > OUTLIER * sum / live) spreads.outliers += spread;
+        size[i] = spread >= 0 && isfinite(spread) ? (float)((fmin(spread, MOST_SPREAD) + 1) * fmin(1, crowd)) : 0;
+    }
+    return spreads;
 }
 
 /* splitmix64, as a number in [0, 1) */

@@ -46,11 +46,17 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p);
 /* The keys of query heads h ... h + heads - 1 of sequence b, which share them. */
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     ada_key_probe *keys, char *scratch);
+/* Spreads of a head's rows. */
+typedef struct {
+    double largest;
+    double outliers; /* sum of those that are far above the mean: rows that a sample may miss */
+    bool finite;     /* all of them are */
+} ada_spreads;
+
 /* size[i] (i < T): how much row i may be expected to contribute to the squared error, in units of its own; 0
- * where it sees no key or is not finite. Returns the largest spread of a row, NaN where one is not
- * finite. */
-double ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                       const ada_key_probe *keys, float *size, char *scratch);
+ * where it sees no key or is not finite. */
+ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                              const ada_key_probe *keys, float *size, char *scratch);
 /* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
  * whose size in live is above 0. */
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T);
