@@ -34,3 +34,11 @@ def test_one_row_that_sees_a_key() -> None:
     options = {"causal": "upper_left", "query_offset": -39}
     out = adaattn.attention(*arrays, tolerance=1e-6, **options)
     assert errors(out, arrays, **options).max() <= 1.1e-6
+
+
+def test_rows_that_see_no_key_verify_nothing() -> None:
+    arrays = heads(16, 200, 100, 16)
+    mask = np.arange(200)[:, None] >= 196
+    _, report = adaattn.attention(*arrays, attn_mask=mask, tolerance=0.9, return_report=True)
+    assert (report.measured_error != 0).all()
+    assert ((report.verified_rows > 0) == np.isfinite(report.measured_error)).all()
