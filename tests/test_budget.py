@@ -42,3 +42,12 @@ def test_rows_that_see_no_key_verify_nothing() -> None:
     _, report = adaattn.attention(*arrays, attn_mask=mask, tolerance=0.9, return_report=True)
     assert (report.measured_error != 0).all()
     assert ((report.verified_rows > 0) == np.isfinite(report.measured_error)).all()
+
+
+@pytest.mark.parametrize("T", [40, 200])
+def test_doubles_too_small_for_floats(T: int) -> None:
+    query, key, value = heads(2, T, 60, 16, np.float64)
+    arrays = [query, key, value * 1e-60]
+    out, report = adaattn.attention(*arrays, tolerance=1e-3, return_report=True)
+    assert errors(out, arrays).max() <= 1e-3
+    assert (report.precision_pv == "fp64").all() and not np.isinf(report.measured_error).any()
