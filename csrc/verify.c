@@ -42,5 +42,6 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
     const double freedom = PRIOR_FREEDOM + draws - 1;
     const double variance = (PRIOR_FREEDOM * PRIOR_VARIANCE * drawn * drawn + square) / freedom;
     const double reach = student(freedom) * sqrt(variance / draws);
-    return (ada_error_limits){certain + drawn, certain + fmax(drawn - reach, 0), certain + drawn + reach};
+    /* No assumption at all is behind Markov's inequality: an estimate is rarely a thousand times what it is of. */
+    return (ada_error_limits){certain + drawn, certain + fmax(drawn - reach, drawn / 1000), certain + drawn + reach};
 }

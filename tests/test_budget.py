@@ -51,3 +51,10 @@ def test_doubles_too_small_for_floats(T: int) -> None:
     out, report = adaattn.attention(*arrays, tolerance=1e-3, return_report=True)
     assert errors(out, arrays).max() <= 1e-3
     assert (report.precision_pv == "fp64").all() and not np.isinf(report.measured_error).any()
+
+
+def test_a_forced_rung_far_beyond_the_tolerance() -> None:
+    """Eight rows suffice to be sure of a factor of ten thousand."""
+    arrays = heads(2, 128, 128, 32)
+    with pytest.raises(adaattn.NumericalError, match=r"head \(0, 0\)"):
+        adaattn.attention(*arrays, precision="int8", tolerance=1e-6)
