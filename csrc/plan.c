@@ -34,6 +34,8 @@ int ada_candidate_of(ada_choice choice) {
 #define ROUND_OUTPUT 1e-7
 /* Of the exponential that is fused with bf16 and 8-bit weights. */
 #define ROUND_EXP 1.7e-3
+/* Mean squared norm of values below which floats lose digits of their squares. */
+#define LEAST_VALUE2 1e-30
 
 static double square(double x) { return x * x; }
 
@@ -99,6 +101,8 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
                        int64_t D, ada_forecast *f) {
     double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
+    /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
+    if (dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
     double noise[ADA_CANDIDATES] = {0};
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];

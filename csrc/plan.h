@@ -24,7 +24,7 @@ typedef struct {
     double error[ADA_CANDIDATES], lse_error[ADA_CANDIDATES];
     double entropy, entropy_std, block_entropy, score_std; /* nats; means over the rows, and their spread */
     int rows;    /* behind it; 0: a guess from statistics alone */
-    bool finite; /* false: NaN or infinities take part */
+    bool finite; /* false: NaN, infinities or numbers beyond float's range take part */
 } ada_forecast;
 
 /* Standard deviations of noise that the largest of thousands of rows stays below. */

@@ -399,20 +399,27 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
     }
 }
 
+static bool sees_keys(const ada_problem *p, int64_t b, int64_t i) {
+    const ada_span span = ada_visible_span(p, b, i);
+    return span.end > span.first;
+}
+
 void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, ada_row_profile *x, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
-    const int64_t step = (p->T + GUESS_ROWS - 1) / GUESS_ROWS;
+    int64_t start = 0, end = p->T; /* spans are monotonic: rows that see a key lie together */
+    while (start < end && !sees_keys(p, b, start)) start++;
+    while (end > start && !sees_keys(p, b, end - 1)) end--;
+    const int64_t step = (end - start + GUESS_ROWS - 1) / GUESS_ROWS;
     const double value2 = keys->value2_mean, own2 = value2 - keys->center2;
     double n = 0;
     *x = (ada_row_profile){.weight = (double)p->T};
-    for (int64_t i = 0; i < p->T; i += step) {
+    for (int64_t i = start; i < end; i += step) {
         ada_row_profile one;
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, i, 1, s.rows, &ld);
         const ada_span span = ada_visible_span(p, b, i);
-        if (span.end <= span.first) continue;
         profile_query(p, k, keys, q, &one);
         x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
         x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));

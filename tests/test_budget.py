@@ -1,0 +1,60 @@
+"""The error budget where it is easily missed: heads whose sampled rows say little, exact rows that are not exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import adaattn
+from adaattn import rates
+
+RATES = [50, 100, 100, 130, 180, 150, 220, 290, 400]  # every rung pays, at any size
+
+
+@pytest.fixture(autouse=True)
+def _every_rung_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_table", np.array([[rate, rate, 0] for rate in RATES], np.float64))
+
+
+def heads(H: int, T: int, S: int, D: int, dtype: Any = np.float32) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((1, H, n, D)).astype(dtype) for n in (T, S, S)]
+
+
+def errors(out: np.ndarray, arrays: list[np.ndarray], **options: Any) -> np.ndarray:
+    exact = adaattn.reference.attention(*(x.astype(np.float64) for x in arrays), **options)
+    return np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+
+
+def test_one_row_that_sees_a_key() -> None:
+    """It is what the choice goes by, however many others there are."""
+    arrays = heads(4, 40, 1, 16)
+    options = {"causal": "upper_left", "query_offset": -39}
+    out = adaattn.attention(*arrays, tolerance=1e-6, **options)
+    assert errors(out, arrays, **options).max() <= 1.1e-6
+
+
+def test_rows_that_see_no_key_verify_nothing() -> None:
+    arrays = heads(16, 200, 100, 16)
+    mask = np.arange(200)[:, None] >= 196
+    _, report = adaattn.attention(*arrays, attn_mask=mask, tolerance=0.9, return_report=True)
+    assert (report.measured_error != 0).all()
+    assert ((report.verified_rows > 0) == np.isfinite(report.measured_error)).all()
+
+
+@pytest.mark.parametrize("T", [40, 200])
+def test_doubles_too_small_for_floats(T: int) -> None:
+    query, key, value = heads(2, T, 60, 16, np.float64)
+    arrays = [query, key, value * 1e-60]
+    out, report = adaattn.attention(*arrays, tolerance=1e-3, return_report=True)
+    assert errors(out, arrays).max() <= 1e-3
+    assert (report.precision_pv == "fp64").all() and not np.isinf(report.measured_error).any()
+
+
+def test_a_forced_rung_far_beyond_the_tolerance() -> None:
+    """Eight rows suffice to be sure of a factor of ten thousand."""
+    arrays = heads(2, 128, 128, 32)
+    with pytest.raises(adaattn.NumericalError, match=r"head \(0, 0\)"):
+        adaattn.attention(*arrays, precision="int8", tolerance=1e-6)
