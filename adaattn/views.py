@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .stats import Plan, Report
 
 #: Between a predicted error and the tolerance: from statistics alone, and from exact rows (csrc/attend.c).
-MARGINS = (3.0, 1.5)
+MARGINS = (3.0, 2.0)
 
 
 def _error(x: float) -> str:
@@ -70,6 +70,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
         "limit": errors(r.error_limit),
         "rows": [str(x) if x else "" for x in r.verified_rows.flat],
         "bound": errors(r.error_bound),
+        "stored": [] if r.stored_error is None else errors(r.stored_error),
         "retried": ["yes" if x else "" for x in r.retried.flat],
         "entropy": numbers(r.entropy),
         "score std": numbers(r.score_std),

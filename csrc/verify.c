@@ -42,7 +42,8 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
     const double freedom = PRIOR_FREEDOM + draws - 1;
     const double variance = (PRIOR_FREEDOM * PRIOR_VARIANCE * drawn * drawn + square) / freedom;
     const double reach = student(freedom) * sqrt(variance / draws);
-    /* An estimate above the truth by its reach: draws are skewed, and do not fall below 0. */
-    const double lower = drawn > 0 ? drawn / (1 + reach / drawn) : 0;
+    /* Draws are skewed and not below 0: a rare one that is drawn puts the estimate far above the truth, and shows in
+     * the reach. */
+    const double over = 1 + (drawn > 0 ? reach / drawn : 0), lower = drawn / (over * over);
     return (ada_error_limits){certain + drawn, certain + lower, certain + drawn + reach};
 }

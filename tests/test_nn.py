@@ -221,7 +221,7 @@ def test_limits_of_precision(long: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"policy": "fast"}, adaattn.ArgumentError, "policy: expected one of 'quality', .*, got 'fast'"),
+        ({"policy": "fast"}, adaattn.ArgumentError, "policy: expected None or one of 'quality', .*, got 'fast'"),
         ({"policy": "speed", "tolerance": 0.1}, adaattn.ArgumentError, "policy: expected None beside .*"),
         ({"tolerance": 0}, adaattn.ArgumentError, "tolerance: expected a finite number above 0, got 0"),
         ({"tolerance": "1"}, adaattn.DTypeError, "tolerance: expected a number, got str"),
@@ -244,7 +244,7 @@ def test_another_policy(long: Any) -> None:
     layer.set_precision_policy("speed")
     layer(long)
     assert layer.tolerance == calls[1][0]["tolerance"] == 5e-2
-    with pytest.raises(adaattn.ArgumentError, match=r"^policy: expected one of .*, got 'fast'$"):
+    with pytest.raises(adaattn.ArgumentError, match=r"^policy: expected None or one of .*, got 'fast'$"):
         layer.set_precision_policy("fast")
     layer.set_precision_policy(None)
     assert layer.tolerance == 1e-2

@@ -98,7 +98,7 @@ RULES: dict[str, tuple[Head, str]] = {
     "not finite, float64": (Head(2e-2, finite=False, plain="fp64"), "fp64"),
     "not finite and plain is not allowed": (Head(2e-2, finite=False, max_precision="bf16"), "bf16"),
     "few queries do not pay for packing": (Head(2e-2, operations=LONG / 128), "fp32"),
-    "some queries pay for some packing": (Head(2e-2, operations=LONG / 16, pack={"int8": 5}), "int8/bf16"),
+    "some queries pay for some packing": (Head(2e-2, operations=LONG / 8, pack={"int8": 8}), "int8/bf16"),
     "heads that share keys share packing": (Head(2e-2, operations=LONG / 128, elements=ELEMENTS / 8), "int8"),
     "rates at 64": (Head(2e-2, speed_128={"fp32": 900}), "int8"),
     "rates at 128": (Head(2e-2, speed_128={"fp32": 900}, D=128), "fp32"),
