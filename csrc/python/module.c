@@ -183,9 +183,9 @@ PyDoc_STRVAR(attention_doc,
              "allocate, /)\n--\n\n"
              "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3); "
              "choices: None, or of a plan (sizes, indices into RUNGS, scores and values of head after head). "
-             "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is float64 "
-             "(B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and its sizes (B, "
-             "H, G, T, S, D, E, dtype); plan_only returns nothing else.");
+             "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
+             "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
+             "its sizes (B, H, G, T, S, D, E, dtype); plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
 enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
@@ -233,7 +233,8 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
     const int same = sizes ? PyObject_RichCompareBool(sizes, planned, Py_EQ) : -1;
     if (same == 0)
         PyErr_Format(state->argument_error,
-                     "plan: expected one for (B, H, G, T, S, D, E, dtype) = %R, got one for %R", sizes, planned);
+                     "plan: expected one for (B, H, G, T, S, D, E, dtype) = %R, got one for %R", sizes,
+                     planned);
     Py_XDECREF(sizes);
     return same > 0;
 }
