@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .stats import Plan, Report
 
+
 def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
     """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone; from exact rows
     1.25 and the reach of as many rows as may verify the head."""

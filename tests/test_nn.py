@@ -221,7 +221,11 @@ def test_limits_of_precision(long: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"policy": "fast"}, adaattn.ArgumentError, "policy: expected None or one of 'quality', .*, got 'fast'"),
+        (
+            {"policy": "fast"},
+            adaattn.ArgumentError,
+            "policy: expected None or one of 'quality', .*, got 'fast'",
+        ),
         ({"policy": "speed", "tolerance": 0.1}, adaattn.ArgumentError, "policy: expected None beside .*"),
         ({"tolerance": 0}, adaattn.ArgumentError, "tolerance: expected a finite number above 0, got 0"),
         ({"tolerance": "1"}, adaattn.DTypeError, "tolerance: expected a number, got str"),

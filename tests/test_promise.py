@@ -14,7 +14,7 @@ import adaattn
 from adaattn import _adaattn, rates
 
 sys.path.append(str(ROOT / "benchmarks"))
-import heads as library  # noqa: E402
+import heads as library
 
 TOLERANCES = (1e-5, 1e-4, 1e-3, 1e-2, 5e-2)
 OUTPUT = 2.0**-24  # rounding of a float32 output
@@ -73,7 +73,9 @@ def test_a_wrong_kernel_is_caught(factor: float) -> None:
     _adaattn._narrow_fault(factor)
     try:
         out, report = heads.attend(tolerance=1e-2, return_report=True)
-        with pytest.raises(adaattn.NumericalError, match=r"precision: expected a relative error of at most 0.01"):
+        with pytest.raises(
+            adaattn.NumericalError, match=r"precision: expected a relative error of at most 0.01"
+        ):
             heads.attend(tolerance=1e-2, precision="bf16")
     finally:
         _adaattn._narrow_fault(1.0)
