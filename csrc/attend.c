@@ -406,7 +406,23 @@ static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
     }
     if (!s->drawn) draw_rows(a, head, s->n, a->norms + head * p->T, VERIFY_STREAM);
     s->drawn = true;
-    s->exact_f64 = tolerance <= (a->probed ? 1e-4 : 1e-3) || FINER * cancelled > tolerance || p->query.dtype == ADA_F64;
+    const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
+    const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
+    s->exact_f64 = tolerance <= (a->probed ? 1e-4 : 1e-3) || FINER * fmax(cancelled, in_fp32) > tolerance ||
+                   p->query.dtype == ADA_F64;
+}
+
+/* Of a number that is rounded to the dtype, relative. */
+static double rounding_of(ada_dtype dtype) {
+    return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
+}
+
+/* Whether rows in fp32 are as fine as verification wants them: a score is off by its last digit. */
+static bool floats_suffice(const ada_exact *exact, int n, double tolerance) {
+    bool suffice = true;
+    for (int i = 0; i < n; i++)
+        suffice &= exact->good[i] && FINER * rounding_of(ADA_F32) * fabs(exact->reference[i]) <= tolerance;
+    return suffice;
 }
 
 static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -418,8 +434,10 @@ static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
     const head_state *s = &a->states[head];
     ada_exact exact;
     if (n <= 0 || !s->open || ada_job_cancelled(job, worker)) return;
-    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n,
-                   a->scratch + worker * a->scratch_bytes, &exact);
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n, scratch, &exact);
+    if (!s->exact_f64 && !floats_suffice(&exact, n, a->budget->tolerance))
+        ada_exact_rows(p, a->k, true, false, head / p->H, head % p->H, s->rows + first, n, scratch, &exact);
     for (int i = 0; i < n; i++) {
         const int64_t at = head * MOST_ROWS + first + i;
         a->exact_lse[at] = exact.good[i] ? exact.lse[i] : NAN;
@@ -431,17 +449,12 @@ static double lse_at(const ada_problem *p, int64_t at) {
     return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
 }
 
-/* What rounding the output itself may add. */
-static double output_rounding(ada_dtype dtype) {
-    return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
-}
-
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond doubt. */
 static bool compare_head(attending *a, int64_t index, bool *misses) {
     const ada_problem *p = a->p;
     ada_head *head = &a->budget->heads[index];
     const head_state *s = &a->states[index];
-    const double tolerance = a->budget->tolerance, allowed = tolerance + output_rounding(p->query.dtype);
+    const double tolerance = a->budget->tolerance, allowed = tolerance + rounding_of(p->query.dtype);
     const int E = (int)p->E;
     double *error2 = a->error2 + index * MOST_ROWS, out[64];
     *misses = false;
@@ -465,7 +478,7 @@ static bool compare_head(attending *a, int64_t index, bool *misses) {
         if (isnan(lse) || !isfinite(error2[i])) return true; /* unverifiable: plain arithmetic's own NaN */
         if (!p->lse || lse == -INFINITY) continue;
         const double off = fabs(lse_at(p, index * p->T + s->rows[i]) - lse);
-        head->lse_error = fmax(head->lse_error, off - 4 * output_rounding(ADA_F32) * fabs(lse));
+        head->lse_error = fmax(head->lse_error, off - 4 * rounding_of(ADA_F32) * fabs(lse));
     }
     if (nothing_seen && s->out2 > 0) return true; /* only rows of zeros were drawn: they tell nothing */
     const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);

@@ -58,3 +58,22 @@ def test_a_forced_rung_far_beyond_the_tolerance() -> None:
     arrays = heads(2, 128, 128, 32)
     with pytest.raises(adaattn.NumericalError, match=r"head \(0, 0\)"):
         adaattn.attention(*arrays, precision="int8", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_exact_rows_beside_a_large_bias(offset: float) -> None:
+    """Floats around the bias have few digits left; what is verified is computed in fp64 there."""
+    arrays = heads(2, 128, 128, 32)
+    mask = np.full((128, 128), offset, np.float32)
+    out, report = adaattn.attention(
+        *arrays, attn_mask=mask, tolerance=1e-3, precision="fp32", return_report=True
+    )
+    assert errors(out, arrays, attn_mask=mask).max() <= 1e-6
+    assert report.measured_error.max() <= 1e-6
+
+
+def test_exact_rows_of_large_scores() -> None:
+    query, key, value = heads(2, 512, 512, 64)
+    arrays = [query + 1, key + np.float32(3e4), value]
+    out, report = adaattn.attention(*arrays, tolerance=1e-2, return_report=True)
+    assert (report.measured_error <= 2 * errors(out, arrays)).all()
