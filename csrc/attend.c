@@ -323,17 +323,14 @@ static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada
     ada_head *heads = a->budget->heads;
     int64_t *launch = a->list + head_count(a);
     int64_t done = 0;
-    for (int64_t first = 0; first < n; first++) {
-        const ada_choice choice = heads[list[first]].choice;
-        bool before = false;
+    for (int pair = 0; pair < ADA_RUNG_COUNT * ADA_RUNG_COUNT && done < n; pair++) {
+        const ada_choice choice = {(ada_rung)(pair / ADA_RUNG_COUNT), (ada_rung)(pair % ADA_RUNG_COUNT)};
         int64_t count = 0;
         for (int64_t i = 0; i < n; i++) {
-            const ada_choice other = heads[list[i]].choice;
-            if (other.qk != choice.qk || other.pv != choice.pv) continue;
-            before |= i < first;
-            launch[count++] = list[i];
+            const ada_choice own = heads[list[i]].choice;
+            if (own.qk == choice.qk && own.pv == choice.pv) launch[count++] = list[i];
         }
-        if (before) continue;
+        if (count == 0) continue;
         ada_problem problem = *a->p;
         problem.precision = choice;
         problem.compute_f64 = choice.qk == ADA_RUNG_FP64;
@@ -343,7 +340,6 @@ static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada
         if (ada_execute(&problem, all ? NULL : launch, count, a->interrupt, a->context, error))
             return error->status;
         done += count;
-        if (done == n) break;
     }
     for (int64_t i = 0; i < n; i++) {
         ada_head *head = &heads[list[i]];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -77,3 +79,20 @@ def test_exact_rows_of_large_scores() -> None:
     arrays = [query + 1, key + np.float32(3e4), value]
     out, report = adaattn.attention(*arrays, tolerance=1e-2, return_report=True)
     assert (report.measured_error <= 2 * errors(out, arrays)).all()
+
+
+def test_many_heads_of_two_rungs() -> None:
+    """They are sorted into launches in time that grows with their number, not with its square."""
+    n = 30_000
+    arrays = heads(n, 9, 2, 1)
+    plan = adaattn.plan(*arrays, tolerance=1e-2)
+    rungs = np.where(np.arange(n) % 2, "fp32", "int16")
+    rungs[-1] = "fp64"
+
+    def seconds(rungs: np.ndarray) -> float:
+        mixed = dataclasses.replace(plan, precision_qk=rungs[None], precision_pv=rungs[None])
+        start = time.perf_counter()
+        adaattn.attention(*arrays, plan=mixed, verify=False)
+        return time.perf_counter() - start
+
+    assert seconds(rungs) < 3 * seconds(np.full(n, "int16")) + 0.3
