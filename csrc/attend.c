@@ -492,10 +492,10 @@ static bool compare_head(attending *a, int64_t index, bool *misses) {
 static bool go_up(const attending *a, int64_t index) {
     ada_head *head = &a->budget->heads[index];
     const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
-    ada_rung next = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
+    const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
-    if (head->choice.qk == ADA_RUNG_FP64 || forced(a->budget)) return false;
-    if (a->budget->dearest != ADA_RUNG_AUTO && next < a->budget->dearest) return false;
+    if (forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (a->probed && !head->retried && now > c && isfinite(head->error_limit)) {
         /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit is. */
