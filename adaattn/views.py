@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
-    """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone; from exact rows
-    1.25 and the reach of as many rows as may verify the head."""
+    """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone; from exact
+    rows 1.25 and the reach of as many rows as may verify the head."""
     if not plan.profiled_rows[at]:
         return 3.0
     T = plan.sizes["T"]

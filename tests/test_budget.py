@@ -1,4 +1,4 @@
-"""The error budget where it is easily missed: heads whose sampled rows say little, exact rows that are not exact."""
+"""The error budget where it is easily missed: samples that say little, exact rows that are not exact."""
 
 from __future__ import annotations
 

@@ -219,14 +219,15 @@ def test_demo_on_two_machines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert cli.main(["demo"]) == 0
     alone = capsys.readouterr().out
     assert "No rung is clearly faster than fp32 on this machine" in alone and "int8" not in alone
-    _offering(monkeypatch, *(100.0 * (1 + i) for i in range(len(rates.RUNGS))))
+    _offering(monkeypatch, *(1.0 + i for i in range(len(rates.RUNGS))))
     assert cli.main(["demo"]) == 0
     out = capsys.readouterr().out
     assert "Faster than fp32 on this machine: bf16x6, " in out
     lines = [line.split() for line in out.splitlines()]
     at = lines.index(["layer", "quality", "balanced", "speed"])
     assert [lines[at + 1 + layer][0] for layer in range(4)] == ["0", "1", "2", "3"]
-    assert all(len(line) == 1 + 3 * 4 and "int8" in line[9:] for line in lines[at + 1 : at + 5])
+    layers = lines[at + 1 : at + 5]
+    assert all(len(line) == 1 + 3 * 4 and any("int8" in rung for rung in line[9:]) for line in layers)
 
 
 @pytest.mark.usefixtures("short_demo")
