@@ -131,13 +131,10 @@ static void narrow_values(const ada_run *r, const narrow *s, int64_t j, int n) {
                                : r->k->values_i8)(&s->t, v, s->head.v_part, n);
 }
 
-/* A block whose weights lie in p as floats: their sum was before without it. */
-static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch, block_f32 *block,
-                      const float *before) {
+/* A block whose weights lie in p as floats. */
+static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch) {
     const ada_operands *pv = &s->store->pv;
     const int E = (int)r->p->E;
-    float sum[ADA_LANES];
-    memcpy(sum, s->t.sum, sizeof sum);
     switch (pv->format) {
     case ADA_WORDS_BF16:
         r->k->round_bf16(&s->t, patch->nk);
@@ -155,7 +152,7 @@ static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch,
             for (int i = 0; i < ADA_LANES; i++) s->t.sum[i] += s->t.f32.p[j * ADA_LANES + i];
     }
     /* Dropped weights count in the sum. */
-    for (int i = 0; block->keep && i < ADA_LANES; i++) s->t.sum[i] = sum[i] + (s->t.f32.l[i] - before[i]);
+    if (r->p->drop_below) memcpy(s->t.sum, s->t.f32.l, ADA_LANES * sizeof(float));
     if (pv->format != ADA_FLOATS) {
         narrow_values(r, s, patch->j, ADA_BLOCK);
         return;
@@ -223,10 +220,8 @@ static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, int
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         block_f32 block = {0};
         if (see_block_f32(r, &s->base, &patch, &block)) {
-            float before[ADA_LANES];
-            memcpy(before, s->t.f32.l, sizeof before);
             if (!narrow_weights(r, s, &patch, &block, first || run)) return false;
-            add_block(r, s, &patch, &block, before);
+            add_block(r, s, &patch);
         }
         patch.j += ADA_BLOCK;
     }

@@ -96,3 +96,55 @@ def test_many_heads_of_two_rungs() -> None:
         return time.perf_counter() - start
 
     assert seconds(rungs) < 3 * seconds(np.full(n, "int16")) + 0.3
+
+
+class OnlyDLPack:
+    """An array that offers nothing but the protocol."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+def test_plans_and_reports_of_any_array() -> None:
+    arrays = heads(2, 70, 70, 16)
+    given = [OnlyDLPack(x) for x in arrays]
+    plan = adaattn.plan(*given, tolerance=1e-2)
+    out, report = adaattn.attention(*given, tolerance=1e-2, return_report=True)
+    assert report.plan.sizes == plan.sizes == adaattn.plan(*arrays, tolerance=1e-2).sizes
+    assert np.array_equal(adaattn.attention(*given, plan=plan), out)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("T", [1, 70])
+def test_reports_of_a_cache(dtype: str, T: int) -> None:
+    query, key, value = heads(2, T, 100, 16)
+    cache = adaattn.KVCache(1, 2, 16, dtype=dtype)
+    cache.append(key, value)
+    out, report = cache.attention(query, tolerance=1e-2, return_report=True)
+    assert report.plan.sizes["S"] == 100 and report.plan.sizes["dtype"] == "float32"
+    assert np.array_equal(cache.attention(query, plan=report.plan), out)
+
+
+def test_what_is_no_plan_and_arrays_that_are_none() -> None:
+    arrays = heads(1, 70, 70, 16)
+    plan = adaattn.plan(*arrays, tolerance=1e-2)
+    with pytest.raises(adaattn.DTypeError, match=r"plan: expected a Plan or None, got dict"):
+        adaattn.attention(*arrays, plan={})
+    with pytest.raises(adaattn.DTypeError, match=r"query: .*list"):
+        adaattn.attention(arrays[0].tolist(), *arrays[1:], plan=plan)
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "fp16", "int16", "bf16", "int8", ("int8", "bf16")], ids=str)
+def test_dropout_of_scores_that_grow(precision: Any) -> None:
+    """Sums follow the reference when it is raised, those of what is dropped too."""
+    query, key, value = heads(2, 63, 233, 16)
+    arrays = [query * np.float32(0.05), key, value]
+    options = {"alibi_slopes": np.full(2, 1.0), "dropout_p": 0.1, "seed": 1}
+    out = adaattn.attention(*arrays, precision=precision, **options)
+    assert errors(out, arrays, **options).max() <= 3e-2
