@@ -1,7 +1,7 @@
 /* The path of one call: probe, plan, execute, verify, and once more where a head failed.
  *
- * Everything about a head depends on that head and the rates alone. Rows are sampled in streams of a generator
- * that is keyed by nothing else, so two calls give the same bits.
+ * Everything about a head depends on that head and the rates alone. Rows are sampled in streams of a
+ * generator that is keyed by nothing else, so two calls give the same bits.
  */
 #include "attend.h"
 
@@ -26,12 +26,10 @@ enum { MOST_ROWS = 32, CHOICE_STREAM = 1, VERIFY_STREAM = 2 };
 #define FEW_ERROR 1e-6
 /* Fewer queries are not verified: that would cost as much as computing them. */
 #define LEAST_QUERIES 64
-/* Between a prediction and the tolerance: by how much profiles of rows may be off, beside what verification needs;
- * and by statistics alone. */
-#define MARGIN_PROFILED 1.25
+/* Between a prediction from statistics alone and the tolerance. */
 #define MARGIN_GUESSED 3
-/* A guess may be this wrong: what it puts further from the budget is not looked at, and profiles of a few rows are
- * not believed when they say less than a part of it. */
+/* A guess may be this wrong: what it puts further from the budget is not looked at, and profiles of a few
+ * rows are not believed when they say less than a part of it. */
 #define GUESS_REACH 8
 #define GUESS_PART 4
 /* Exact rows are this much finer than the tolerance, and run at this share of the speed of fp32 tiles. */
@@ -50,11 +48,11 @@ typedef struct {
     double weight[MOST_ROWS];
     int n;
     bool exact_f64;
-    double out2;   /* squared norm of the output; NaN or infinite: not to be verified */
-    double value2; /* mean squared norm of the values */
-    bool open;     /* to be verified */
-    bool drawn;    /* rows are those to verify */
-    double outliers; /* rows like the one with the largest spread, so few that a sample may miss them */
+    double out2;       /* squared norm of the output; NaN or infinite: not to be verified */
+    double value2;     /* mean squared norm of the values */
+    bool open;         /* to be verified */
+    bool drawn;        /* rows are those to verify */
+    double outliers;   /* rows like the one with the largest spread, so few that a sample may miss them */
     ada_forecast peak; /* of the row whose lse errs most */
 } head_state;
 
@@ -93,8 +91,11 @@ static double seconds_now(void) {
 }
 
 static ada_head unknown_head(void) {
-    ada_head head = {.forecast = {.entropy = NAN, .entropy_std = NAN, .block_entropy = NAN, .score_std = NAN, .finite = true},
-                     .verify_seconds = NAN,
+    ada_head head = {.forecast = {.entropy = NAN,
+                                  .entropy_std = NAN,
+                                  .block_entropy = NAN,
+                                  .score_std = NAN,
+                                  .finite = true},
                      .predicted_error = NAN,
                      .measured_error = NAN,
                      .error_limit = NAN,
@@ -110,10 +111,15 @@ static bool run_tasks(attending *a, ada_task_fn *task, int64_t tasks, double mul
                             a->context);
 }
 
-/* Few queries take the way that reads K and V once: all heads or none, so that a head's bits depend on it alone.
+/* Few queries take the way that reads K and V once: all heads or none, so that a head's bits depend on it
+ * alone.
  */
 static bool takes_few(const ada_problem *p) { return p->stored || p->T <= ADA_ROWS_MAX || p->only_f64; }
 
+/* Of a candidate that is chosen for a head which nobody looked at. */
+static double unseen_error(const ada_problem *p, int candidate) {
+    return candidate == 0 ? 1e-14 : takes_few(p) ? FEW_ERROR : PLAIN_ERROR;
+}
 
 /* ---- probe ---- */
 
@@ -127,7 +133,8 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
                    a->scratch + worker * a->scratch_bytes);
 }
 
-/* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the area.
+/* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the
+ * area.
  */
 static double operations_of_head(const ada_problem *p, int64_t b) {
     const int64_t step = (p->T + 63) / 64;
@@ -205,14 +212,13 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     if (spreads.largest > 0) s->outliers = spreads.outliers / spreads.largest;
     ada_forecast_head(&peak, 1, keys, p->query.dtype, p->D, &s->peak);
     s->value2 = keys->value2_mean;
-    s->n = a->budget->given || forced(a->budget)
-               ? 0
-               : rows_to_profile(a, &a->budget->heads[head].forecast, head);
+    s->n = rows_to_profile(a, &a->budget->heads[head].forecast, head);
     if (s->n) draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
 }
 
-/* Whether the heads are looked at before they are computed: where the choice is open, and a cheaper rung than the
- * plain one may save more than looking costs. All heads of a problem are of one size, and so of one mind. */
+/* Whether the heads are looked at before they are computed: where the choice is open, and a cheaper rung than
+ * the plain one may save more than looking costs. All heads of a problem are of one size, and so of one mind.
+ */
 static bool probes(const attending *a) {
     const ada_problem *p = a->p;
     const ada_budget *b = a->budget;
@@ -267,17 +273,19 @@ static int most_rows_to_verify(int64_t T) {
     return T < 1024 ? 8 : T < 2048 ? 12 : T < 4096 ? 16 : T < 8192 ? 24 : MOST_ROWS;
 }
 
-/* Rows that the profiles cannot have seen: two keys share all weight of such a row, and its output moves by their
- * scores' noise times an eighth of the squared distance of their values. The lse errs most in the largest row. */
+/* Rows that the profiles cannot have seen: two keys share all weight of such a row, and its output moves by
+ * their scores' noise times an eighth of the squared distance of their values. The lse errs most in the
+ * largest row. */
 static void bound_outliers(attending *a, int64_t head) {
     const head_state *s = &a->states[head];
     const ada_key_probe *keys = &a->keys[head / a->per_head];
     ada_forecast *f = &a->budget->heads[head].forecast;
     const ada_row_profile *rows = &a->profiles[head * MOST_ROWS];
+    const double apart2 = 2 * (keys->value2_mean - keys->center2);
     double out2 = 0;
     for (int i = 0; i < (s->n ? s->n : 1); i++) out2 += rows[i].weight * rows[i].out2;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
-        const double noise = fmin(s->peak.lse_error[c] / ADA_LARGEST_OF_MANY, 1), apart2 = 2 * (keys->value2_mean - keys->center2);
+        const double noise = fmin(s->peak.lse_error[c] / ADA_LARGEST_OF_MANY, 1);
         if (out2 > 0) f->error[c] = hypot(f->error[c], noise * sqrt(s->outliers * apart2 / 8 / out2));
         f->lse_error[c] = fmax(f->lse_error[c], s->peak.lse_error[c]);
     }
@@ -299,7 +307,7 @@ static void plan_heads(attending *a) {
         }
         if (a->probed) bound_outliers(a, i);
         const double reach = ada_reach_of_rows(most_rows_to_verify(p->T));
-        const ada_task task = task_of(a, i, s->n ? MARGIN_PROFILED * reach : MARGIN_GUESSED);
+        const ada_task task = task_of(a, i, s->n ? ADA_MARGIN * reach : MARGIN_GUESSED);
         for (int c = 0; c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
@@ -312,7 +320,7 @@ static void plan_heads(attending *a) {
             head->choice = ada_candidates[ada_plan_head(&head->forecast, &task, a->budget->rates)];
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
-        if (!a->probed && c >= 0 && c <= 1) head->predicted_error = c == 0 ? 1e-14 : takes_few(p) ? FEW_ERROR : PLAIN_ERROR;
+        if (!a->probed && c >= 0 && c <= 1) head->predicted_error = unseen_error(p, c);
     }
 }
 
@@ -354,8 +362,8 @@ static ada_status execute_list(attending *a, const int64_t *list, int64_t n, ada
 
 /* ---- verify ---- */
 
-/* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is for
- * the default. */
+/* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is
+ * for the default. */
 static int rows_to_verify(const attending *a, const ada_head *head) {
     const int64_t T = a->p->T;
     if (T < LEAST_QUERIES || !a->budget->verify || (a->probed && !head->forecast.finite)) return 0;
@@ -363,15 +371,14 @@ static int rows_to_verify(const attending *a, const ada_head *head) {
         const int64_t rows = T / 128;
         return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
     }
-    const double reach = a->budget->tolerance / (MARGIN_PROFILED * head->predicted_error);
+    const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = most_rows_to_verify(T), rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
     return rows < 8 ? 8 : rows;
 }
 
-static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
+static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     attending *a = context;
     const ada_problem *p = a->p;
-    const int64_t head = task;
     head_state *s = &a->states[head];
     if (!s->open || ada_job_cancelled(job, worker)) return;
     const int E = (int)p->E;
@@ -396,7 +403,7 @@ static void norm_task(void *context, ada_job *job, int64_t task, int worker) {
     s->out2 = sum;
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(sum / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
-    for (int64_t i = 0; !a->probed && i < p->T; i++) {
+    for (int64_t i = 0; !a->probed && !s->drawn && i < p->T; i++) {
         const ada_span span = ada_visible_span(p, head / p->H, i);
         a->sizes[head * p->T + i] = span.end > span.first;
     }
@@ -431,7 +438,8 @@ static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
     ada_exact exact;
     if (n <= 0 || !s->open || ada_job_cancelled(job, worker)) return;
     char *scratch = a->scratch + worker * a->scratch_bytes;
-    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n, scratch, &exact);
+    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n, scratch,
+                   &exact);
     if (!s->exact_f64 && !floats_suffice(&exact, n, a->budget->tolerance))
         ada_exact_rows(p, a->k, true, false, head / p->H, head % p->H, s->rows + first, n, scratch, &exact);
     for (int i = 0; i < n; i++) {
@@ -445,7 +453,8 @@ static double lse_at(const ada_problem *p, int64_t at) {
     return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
 }
 
-/* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond doubt. */
+/* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
+ * doubt. */
 static bool compare_head(attending *a, int64_t index, bool *misses) {
     const ada_problem *p = a->p;
     ada_head *head = &a->budget->heads[index];
@@ -498,15 +507,16 @@ static bool go_up(const attending *a, int64_t index) {
     if (forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (a->probed && !head->retried && now > c && isfinite(head->error_limit)) {
-        /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit is. */
+        /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit
+         * is. */
         ada_forecast worse = head->forecast;
         const double off = fmax(head->error_limit / head->predicted_error, 1);
         for (int i = 0; i < ADA_CANDIDATES; i++) worse.error[i] = i < now ? off * worse.error[i] : INFINITY;
-        const ada_task task = task_of(a, index, MARGIN_PROFILED);
+        const ada_task task = task_of(a, index, ADA_MARGIN);
         c = ada_plan_head(&worse, &task, a->budget->rates);
     }
     head->choice = ada_candidates[c];
-    head->predicted_error = a->probed ? head->forecast.error[c] : c == 0 ? 1e-14 : PLAIN_ERROR;
+    head->predicted_error = a->probed ? head->forecast.error[c] : unseen_error(a->p, c);
     head->retried = true;
     return true;
 }
@@ -529,11 +539,10 @@ static ada_status verify(attending *a, ada_error *error) {
         for (int64_t i = 0; i < head_count(a); i++) {
             ada_head *head = &a->budget->heads[i];
             head_state *s = &a->states[i];
-            bool misses;
             if (!s->open) continue;
-            /* Where all inputs are finite, an output that is not is wrong. */
-            misses = a->probed && !isfinite(s->out2);
-            if (!a->probed && !isfinite(s->out2)) s->open = false;
+            /* Where all inputs are known to be finite, an output that is not is wrong. */
+            bool misses = !isfinite(s->out2);
+            s->open = a->probed || !misses;
             if (!s->open) continue;
             s->open = misses || !compare_head(a, i, &misses);
             if (!s->open) continue;
@@ -604,8 +613,8 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
     for (int64_t i = 0; i < p->B * p->H; i++) {
         budget->heads[i] = unknown_head();
         budget->heads[i].choice = p->ran[i];
-        budget->heads[i].retried = forced(budget) && (p->ran[i].qk != budget->asked.qk ||
-                                                      p->ran[i].pv != budget->asked.pv);
+        budget->heads[i].retried =
+            forced(budget) && (p->ran[i].qk != budget->asked.qk || p->ran[i].pv != budget->asked.pv);
     }
     budget->seconds[2] = seconds;
 }
@@ -633,9 +642,7 @@ ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt
     const int threads = ada_threads_for(p, head_count(&a) * GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);
-    if (!memory)
-        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
-                        (long long)bytes);
+    if (!memory) return ada_no_scratch(bytes, error);
     carve_all(&a, memory, threads);
     const ada_status status = attend_within(&a, error);
     ada_scratch_give_back(memory);

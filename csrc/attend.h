@@ -9,27 +9,26 @@
 typedef struct {
     ada_choice choice;
     ada_forecast forecast;
-    double seconds[ADA_CANDIDATES]; /* predicted, of one core */
-    double verify_seconds;          /* what verification adds to them */
+    double seconds[ADA_CANDIDATES];                                 /* predicted, of one core */
     double predicted_error, measured_error, error_limit, lse_error; /* NaN: not known */
     int verified_rows;
     bool retried; /* the first choice failed, or could not hold the head's numbers */
 } ada_head;
 
 typedef struct {
-    double tolerance; /* 0: no budget, the problem's precision is computed as it is */
-    ada_choice asked; /* AUTO, or the precision that was forced: it is verified and never changed */
+    double tolerance;        /* 0: no budget, the problem's precision is computed as it is */
+    ada_choice asked;        /* AUTO, or the precision that was forced: it is verified and never changed */
     const ada_choice *given; /* (B, H) of a plan made earlier, or NULL */
     bool verify;
-    bool plan_only; /* nothing is executed */
+    bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */
     ada_head *heads;            /* (B, H) results; may be NULL without a tolerance */
     double seconds[4];          /* probe, plan, execute, verify: the whole call */
 } ada_budget;
 
-ada_status ada_attend(const ada_problem *problem, ada_budget *budget, bool (*interrupt)(void *), void *context,
-                      ada_error *error);
+ada_status ada_attend(const ada_problem *problem, ada_budget *budget, bool (*interrupt)(void *),
+                      void *context, ada_error *error);
 
 /* Floating-point operations of both products of a call, over the keys that spans leave. */
 double ada_operations(const ada_problem *problem);

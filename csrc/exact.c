@@ -10,7 +10,7 @@
 #include "rows.h"
 #include "visible.h"
 
-int64_t ada_exact_keys(const ada_problem *p) { return (p->S + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK; }
+int64_t ada_exact_keys(const ada_problem *p) { return ada_block_count(p) * ADA_BLOCK; }
 
 #define REAL float
 #define KIND(name) name##_f32

@@ -44,17 +44,6 @@ static bool KIND(weigh_exact)(const ada_problem *p, const ada_kernels *k, const 
     return k->KIND(row_weights)(row, x, patch->nk, *visible, bias, keep);
 }
 
-/* o += weights times values of the keys in visible, run by run: what is hidden is not read. */
-static void KIND(add_exact)(const ada_kernels *k, REAL *o, const REAL *weights, const REAL *v, ptrdiff_t ldv,
-                            uint64_t visible, int nk, int E) {
-    for (int first = 0, n; first < nk; first += n) {
-        const uint64_t rest = visible >> first;
-        n = rest & 1 ? (~rest ? __builtin_ctzll(~rest) : 64) : rest ? __builtin_ctzll(rest) : 64;
-        if (n > nk - first) n = nk - first;
-        if (rest & 1) k->KIND(row_values)(o, E, weights + first, 1, v + first * ldv, ldv, n, E);
-    }
-}
-
 static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                              const int64_t *queries, int rows, const KIND(exact_scratch) * s,
                              ada_exact *exact) {
@@ -103,8 +92,8 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
         if (common == all)
             k->KIND(row_values)(s->o, E, s->s, rows, value, ldv, nk, E);
         else
-            for (int r = 0; r < rows; r++)
-                KIND(add_exact)(k, s->o + r * E, s->s + r * ADA_BLOCK, value, ldv, visible[r], nk, E);
+            for (int r = 0; r < rows; r++) ADA_FOR_RUNS(visible[r], first, n) /* what is hidden is not read */
+        k->KIND(row_values)(s->o + r * E, E, s->s + r * ADA_BLOCK + first, 1, value + first * ldv, ldv, n, E);
     }
     for (int r = 0; r < rows; r++) {
         const double factor = ada_row_factor(p, h, (double)row[r].m, (double)row[r].l, &exact->lse[r]);

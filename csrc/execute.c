@@ -175,8 +175,7 @@ static int64_t head_of_task(const ada_run *r, int64_t task) {
 static ada_patch tile_of_task(const ada_run *r, int64_t task) {
     const ada_problem *p = r->p;
     const int64_t head = head_of_task(r, task), i = (r->tiles - 1 - task % r->tiles) * ADA_LANES;
-    return (ada_patch){
-        head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
+    return (ada_patch){head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
 }
 
 static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -315,7 +314,7 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
     return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
 }
 
-static ada_status no_memory(int64_t bytes, ada_error *error) {
+ada_status ada_no_scratch(int64_t bytes, ada_error *error) {
     return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
                     (long long)bytes);
 }
@@ -330,7 +329,7 @@ ada_status ada_check_mask(const ada_problem *p, bool (*interrupt)(void *), void 
     const int threads = ada_threads_for(p, tasks, (double)(heads * rows) * (double)width);
     r.scratch_bytes = ADA_BLOCK * sizeof(float);
     r.scratch = ada_scratch_take(threads * r.scratch_bytes);
-    if (!r.scratch) return no_memory(threads * r.scratch_bytes, error);
+    if (!r.scratch) return ada_no_scratch(threads * r.scratch_bytes, error);
     const bool done = ada_parallel_for(tasks, threads, mask_task, &r, interrupt, context);
     ada_scratch_give_back(r.scratch);
     if (!done) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
@@ -342,8 +341,8 @@ ada_status ada_check_mask(const ada_problem *p, bool (*interrupt)(void *), void 
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_heads,
-                       bool (*interrupt)(void *), void *context, ada_error *error) {
+ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_heads, bool (*interrupt)(void *),
+                       void *context, ada_error *error) {
     ada_run r = {.p = p,
                  .k = ada_kernels_get(),
                  .heads = heads,
@@ -368,7 +367,7 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
         rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
     const int64_t bytes = threads * r.scratch_bytes + partial_bytes + store_bytes;
     r.scratch = ada_scratch_take(bytes);
-    if (!r.scratch) return no_memory(bytes, error);
+    if (!r.scratch) return ada_no_scratch(bytes, error);
     r.partials = r.scratch + threads * r.scratch_bytes;
     if (on_rungs) {
         r.raised = (atomic_bool *)r.partials; /* no splits on this way */
@@ -376,9 +375,9 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 
-    bool done = on_rungs ? attend_on_rungs(&r, threads, interrupt, context)
-                         : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt,
-                                            context);
+    bool done = on_rungs
+                    ? attend_on_rungs(&r, threads, interrupt, context)
+                    : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && few) {
         const int joiners = ada_threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,

@@ -40,6 +40,8 @@ typedef struct {
     atomic_bool *raised; /* [n_heads] that their rung could not hold */
 } ada_run;
 
+/* The error of a call that has no scratch memory. */
+ada_status ada_no_scratch(int64_t bytes, ada_error *error);
 /* Threads that are worth waking for tasks of so many multiply-adds together. */
 int ada_threads_for(const ada_problem *p, int64_t tasks, double multiply_adds);
 

@@ -95,7 +95,7 @@ int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k,
     s->qk = operands_of(k, p->precision.qk, false), s->pv = operands_of(k, p->precision.pv, true);
     for (int64_t i = 0; i < n_heads; i++)
         s->heads += i == 0 || query_head(heads, i) / s->per_head != query_head(heads, i - 1) / s->per_head;
-    s->blocks = (p->S + ADA_BLOCK - 1) / ADA_BLOCK;
+    s->blocks = ada_block_count(p);
     s->strips = (p->S + ADA_STRIP - 1) / ADA_STRIP;
     const int elements = ada_elements(s->qk.format);
     /* A matrix unit takes 64 bytes of a key at once. */
@@ -150,11 +150,6 @@ int64_t ada_store_scratch_bytes(const ada_store *s) {
     return size.used;
 }
 
-static int keys_of_block(const ada_problem *p, int64_t block) {
-    const int64_t left = p->S - block * ADA_BLOCK;
-    return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
-}
-
 static void key_head(const ada_store *s, int64_t slot, int64_t *b, int64_t *h, int64_t *g) {
     const int64_t per_batch = s->p->H / s->per_head, head = s->key_head[slot];
     *b = head / per_batch, *h = head % per_batch * s->per_head;
@@ -165,7 +160,7 @@ static void key_head(const ada_store *s, int64_t slot, int64_t *b, int64_t *h, i
  * behind the end are other's, or zero. */
 static const float *block_rows(const ada_store *s, const ada_array *a, bool change, int64_t b, int64_t g,
                                int64_t block, uint64_t seen, const float *other, float *copy, ptrdiff_t *ld) {
-    const int n = keys_of_block(s->p, block), width = (int)a->shape[3];
+    const int n = ada_keys_of_block(s->p, block), width = (int)a->shape[3];
     const bool direct = a->dtype == ADA_F32 && a->stride[3] == 4 && !change;
     if (direct && seen == UINT64_MAX) {
         *ld = a->stride[2] / 4;
@@ -232,7 +227,7 @@ static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b,
 uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                         int64_t block, float *rows) {
     const int64_t j = block * ADA_BLOCK, T = p->T;
-    const int nk = keys_of_block(p, block);
+    const int nk = ada_keys_of_block(p, block);
     const int64_t first = ada_visible_span(p, b, 0).first - j, end = ada_visible_span(p, b, T - 1).end - j;
     uint64_t span = end >= 64 ? UINT64_MAX : end <= 0 ? 0 : ((uint64_t)1 << end) - 1, seen = 0;
     span &= first >= 64 ? 0 : first <= 0 ? UINT64_MAX : UINT64_MAX << first;
@@ -285,7 +280,7 @@ void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
     pack_scratch x = pack_scratch_of(s, &carver);
     int64_t b, h, g;
     key_head(s, head, &b, &h, &g);
-    for (int64_t block = 0; block < s->blocks; block++) 
+    for (int64_t block = 0; block < s->blocks; block++)
         to.seen[block] = ada_block_seen(s->p, s->k, b, h, s->per_head, block, x.rows);
     memset(to.mean, 0, (size_t)s->p->D * sizeof *to.mean);
     memset(to.v_unit, 0, 2 * (size_t)s->p->E * sizeof *to.v_unit);

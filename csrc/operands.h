@@ -30,9 +30,9 @@ typedef struct {
     ada_operands qk, pv;
     int DW; /* words of a key */
     int64_t
-        per_head;  /* query heads that share packed keys: H / G, or 1 where the mask differs between them */
-    int64_t heads; /* packed ones: slots */
-    int64_t *slots;    /* [query heads of the run] */
+        per_head;   /* query heads that share packed keys: H / G, or 1 where the mask differs between them */
+    int64_t heads;  /* packed ones: slots */
+    int64_t *slots; /* [query heads of the run] */
     int64_t *key_head; /* [heads] of all B * H / per_head ones */
     int64_t n_slots;   /* query heads of the run */
     int64_t blocks, strips;
@@ -55,8 +55,8 @@ typedef struct {
 
 /* Whether some product of the problem's rungs needs packed operands. */
 bool ada_store_needed(const ada_problem *p, const ada_kernels *k);
-/* For the listed query heads (ascending; NULL: all). Fills in all that needs no memory; returns the bytes that
- * ada_store_attach wants. */
+/* For the listed query heads (ascending; NULL: all). Fills in all that needs no memory; returns the bytes
+ * that ada_store_attach wants. */
 int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k, const int64_t *heads,
                        int64_t n_heads);
 void ada_store_attach(ada_store *store, const int64_t *heads, char *memory);

@@ -1,9 +1,9 @@
 /* The error model and the choice.
  *
- * Rounding moves the scores of a row by independent noise of variance s^2, its weights and values likewise, and
- * the output by s^2 sum p^2 d (probe.h). Constants are root mean squares of the rounding of each format, for
- * mantissas that are distributed evenly in logarithm; benchmarks/error_model.py compares them with measured
- * errors.
+ * Rounding moves the scores of a row by independent noise of variance s^2, its weights and values likewise,
+ * and the output by s^2 sum p^2 d (probe.h). Constants are root mean squares of the rounding of each format,
+ * for mantissas that are distributed evenly in logarithm; benchmarks/error_model.py compares them with
+ * measured errors.
  */
 #include "plan.h"
 
@@ -39,8 +39,8 @@ int ada_candidate_of(ada_choice choice) {
 
 static double square(double x) { return x * x; }
 
-/* Variance of the scores' noise, summed over the keys with the given weights of a key, of its norm2 and of its
- * block's largest^2. */
+/* Variance of the scores' noise, summed over the keys with the given weights of a key, of its norm2 and of
+ * its block's largest^2. */
 static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, int64_t D, double sum,
                           double norm, double step, double total) {
     const double spread = total > 0 ? x->spread / total * norm : 0; /* sum of scale^2 q^2 k^2 */
@@ -58,8 +58,8 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
     case ADA_RUNG_BF16: /* an array's own format is not centred and not rounded, but for the scale */
         return dtype == ADA_BF16 ? square(ROUND_BF16) * with_mean : 2 * square(ROUND_BF16) * spread;
     case ADA_RUNG_INT16: {
-        /* A row's step follows from its largest or from its norm; a block's norm is about that of normal entries
-         * whose largest is three deviations. */
+        /* A row's step follows from its largest or from its norm; a block's norm is about that of normal
+         * entries whose largest is three deviations. */
         const double by_norm = square(1.0 / ADA_I16_NORM), by_most = square(1.0 / ADA_I16_MAX);
         const double keys = fmax(by_most, (double)D / 9 * by_norm);
         return (fmax(x->qmax2 * by_most, x->q2 * by_norm) * norm + x->q2 * keys * step) / 12;
@@ -116,11 +116,12 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
         }
         for (int c = 0; c < ADA_CANDIDATES; c++) {
             const ada_choice choice = ada_candidates[c];
-            const double scores = score_noise(x, choice.qk, dtype, D, x->p2d, x->p2d_norm, x->p2d_step,
-                                              keys->total);
+            const double scores =
+                score_noise(x, choice.qk, dtype, D, x->p2d, x->p2d_norm, x->p2d_step, keys->total);
             noise[c] += x->weight * (scores + exp_noise(choice) * x->p2d +
                                      value_noise(x, choice.pv, dtype, keys->step8, keys->step16));
-            const double lse = score_noise(x, choice.qk, dtype, D, x->p2, x->p2_norm, x->p2_step, keys->total);
+            const double lse =
+                score_noise(x, choice.qk, dtype, D, x->p2, x->p2_norm, x->p2_step, keys->total);
             f->lse_error[c] =
                 fmax(f->lse_error[c], ADA_LARGEST_OF_MANY * sqrt(lse + exp_noise(choice) * x->p2));
         }
@@ -140,16 +141,16 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
 /* ---- choice ---- */
 
 double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {
-    /* Rates are known for two head sizes. The time of an operation is a constant and, for the softmax, a part that
-     * is shared by D of them: a line over 1 / D, level beyond 128 and below 16. */
-    const double d = fmin(fmax((double)t->D, 16), 128), small = 1 / rate->gflops[0], large = 1 / rate->gflops[1];
+    /* Rates are known for two head sizes. The time of an operation is a constant and, for the softmax, a part
+     * that is shared by D of them: a line over 1 / D, level beyond 128 and below 16. */
+    const double d = fmin(fmax((double)t->D, 16), 128), small = 1 / rate->gflops[0],
+                 large = 1 / rate->gflops[1];
     const double each = large + (small - large) * (128 / d - 1);
     return 1e-9 * (t->operations * fmax(each, 0.1 * large) + t->elements * rate->pack_ns);
 }
 
 /* A less exact rung is taken where it needs at most this share of the time: rates scatter. */
 #define PAYS 0.95
-#define MARGIN_PLAIN 1.25
 
 static bool allowed(const ada_task *t, ada_choice choice) {
     if (t->dearest != ADA_RUNG_AUTO && (choice.qk < t->dearest || choice.pv < t->dearest)) return false;
@@ -176,10 +177,11 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
         if (!allowed(t, ada_candidates[c])) continue;
         if (dearest < 0) dearest = c;
         /* The plain rung needs no more than its prediction's own margin: what is dearer costs most. */
-        const double limit = t->tolerance / (c == t->plain ? fmin(t->margin, MARGIN_PLAIN) : t->margin);
+        const double limit = t->tolerance / (c == t->plain ? fmin(t->margin, ADA_MARGIN) : t->margin);
         /* What is not finite is left to plain arithmetic, which passes it on as it should. */
-        const bool keeps = f->finite ? f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6))
-                                     : c == t->plain;
+        const bool keeps = f->finite
+                               ? f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6))
+                               : c == t->plain;
         if (!keeps) continue;
         const double seconds = ada_predicted_seconds(t, &rates[c]);
         if (best < 0 || seconds < PAYS * ada_predicted_seconds(t, &rates[best])) best = c;

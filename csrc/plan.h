@@ -23,26 +23,30 @@ typedef struct {
 typedef struct {
     double error[ADA_CANDIDATES], lse_error[ADA_CANDIDATES];
     double entropy, entropy_std, block_entropy, score_std; /* nats; means over the rows, and their spread */
-    int rows;    /* behind it; 0: a guess from statistics alone */
+    int rows;                                              /* behind it; 0: a guess from statistics alone */
     bool finite; /* false: NaN, infinities or numbers beyond float's range take part */
 } ada_forecast;
 
 /* Standard deviations of noise that the largest of thousands of rows stays below. */
 #define ADA_LARGEST_OF_MANY 4.5
 
-/* From profiles of some rows of a head with these keys, of arrays of this dtype, whose own rung rounds nothing.
+/* From profiles of some rows of a head with these keys, of arrays of this dtype, whose own rung rounds
+ * nothing.
  */
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,
                        int64_t D, ada_forecast *forecast);
 
+/* By how much predictions from profiles may be off. */
+#define ADA_MARGIN 1.25
+
 /* What a choice must keep, and what it costs. */
 typedef struct {
     double tolerance;
-    double margin;            /* between the predicted error and the tolerance */
-    bool lse;                 /* its error counts too */
+    double margin;              /* between the predicted error and the tolerance */
+    bool lse;                   /* its error counts too */
     ada_rung dearest, cheapest; /* limits of the choice; ADA_RUNG_AUTO: none */
-    double operations;        /* 2 (D + E) per visible pair of query and key */
-    double elements;          /* of keys and values to pack, this head's share */
+    double operations;          /* 2 (D + E) per visible pair of query and key */
+    double elements;            /* of keys and values to pack, this head's share */
     int64_t D;
     int plain; /* the candidate that is exact for the dtype: for heads that are not finite */
 } ada_task;

@@ -30,10 +30,8 @@ static double total_of(const float *parts) {
 
 /* ---- keys ---- */
 
-static int64_t blocks_of(const ada_problem *p) { return (p->S + ADA_BLOCK - 1) / ADA_BLOCK; }
-
 static ada_key_probe carve_probe(const ada_problem *p, ada_carver *c) {
-    const int64_t real = sizeof(float), blocks = blocks_of(p);
+    const int64_t real = sizeof(float), blocks = ada_block_count(p);
     ada_key_probe keys = {0};
     keys.mean = ada_carve(c, p->D * real);
     keys.variance = ada_carve(c, p->D * real);
@@ -83,28 +81,12 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p) {
     return size.used;
 }
 
-/* Runs of ones in a word: n bits from first on. */
-#define FOR_RUNS(word, first, n)                                                                             \
-    for (int first = 0, n = next_run(word, &first); n; first += n, n = next_run(word, &first))
-
-static int next_run(uint64_t word, int *first) {
-    if (*first >= 64 || !(word >> *first)) return 0;
-    *first += __builtin_ctzll(word >> *first);
-    const uint64_t rest = ~(word >> *first);
-    return rest ? __builtin_ctzll(rest) : 64;
-}
-
-static int rows_in(const ada_problem *p, int64_t block) {
-    const int64_t left = p->S - block * ADA_BLOCK;
-    return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
-}
-
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     ada_key_probe *keys, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const int D = (int)p->D, E = (int)p->E;
-    const int64_t g = h / (p->H / p->G), blocks = blocks_of(p);
+    const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p);
     ptrdiff_t ld;
     memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
     memset(keys->mean, 0, (size_t)D * sizeof(float));
@@ -114,8 +96,8 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
         const uint64_t seen = keys->seen[block] = ada_block_seen(p, k, b, h, heads, block, s.rows);
         if (!seen) continue;
         const float *x =
-            rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, rows_in(p, block), s.rows, &ld);
-        FOR_RUNS(seen, first, n) k->columns(keys->mean, s.column, x + first * ld, ld, n, D);
+            rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, ada_keys_of_block(p, block), s.rows, &ld);
+        ADA_FOR_RUNS(seen, first, n) k->columns(keys->mean, s.column, x + first * ld, ld, n, D);
         keys->count += __builtin_popcountll(seen);
     }
     for (int d = 0; d < D && keys->count; d++) keys->mean[d] /= (float)keys->count;
@@ -129,17 +111,17 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
         memset(value2, 0, ADA_BLOCK * sizeof(float));
         keys->largest[block] = 0;
         if (!seen) continue;
-        const int rows = rows_in(p, block);
+        const int rows = ada_keys_of_block(p, block);
         const float *x = rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, rows, s.rows, &ld);
-        FOR_RUNS(seen, first, n) {
+        ADA_FOR_RUNS(seen, first, n) {
             k->squares(norm2 + first, keys->variance, x + first * ld, ld, n, D, keys->mean, NULL);
             const float most = k->reach(x + first * ld, ld, n, D, keys->mean, NULL);
             keys->largest[block] = most > keys->largest[block] ? most : keys->largest[block];
         }
-        keys->largest2 += (double)keys->largest[block] * (double)keys->largest[block] *
-                          __builtin_popcountll(seen);
+        keys->largest2 +=
+            (double)keys->largest[block] * (double)keys->largest[block] * __builtin_popcountll(seen);
         x = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, rows, s.rows, &ld);
-        FOR_RUNS(seen, first, n) {
+        ADA_FOR_RUNS(seen, first, n) {
             k->squares(value2 + first, NULL, x + first * ld, ld, n, E, NULL, NULL);
             k->columns(s.sum, s.column, x + first * ld, ld, n, E);
         }
@@ -204,7 +186,8 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         const double crowd = (double)expf(fminf(size[i], 30)) / (double)(span.end - span.first);
         if (spread > spreads.largest) spreads.largest = spread;
         if (spread > MOST_SPREAD && spread > OUTLIER * sum / live) spreads.outliers += spread;
-        size[i] = spread >= 0 && isfinite(spread) ? (float)((fmin(spread, MOST_SPREAD) + 1) * fmin(1, crowd)) : 0;
+        size[i] =
+            spread >= 0 && isfinite(spread) ? (float)((fmin(spread, MOST_SPREAD) + 1) * fmin(1, crowd)) : 0;
     }
     return spreads;
 }
@@ -348,7 +331,7 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const int E = (int)p->E;
-    const int64_t g = h / (p->H / p->G), blocks = blocks_of(p), all_keys = ada_exact_keys(p);
+    const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
     ada_exact exact;
     key_sums sums[ADA_ROW_GROUP] = {0};
     double block_plog[ADA_ROW_GROUP] = {0};
@@ -370,11 +353,11 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         x->score_std = sqrt(fmax(exact.score_square[r] / count - mean * mean, 0));
     }
     for (int64_t first = 0; first < blocks; first += ADA_STRIP / ADA_BLOCK) {
-        const int in_strip = (int)(blocks - first < ADA_STRIP / ADA_BLOCK ? blocks - first
-                                                                          : ADA_STRIP / ADA_BLOCK);
+        const int in_strip =
+            (int)(blocks - first < ADA_STRIP / ADA_BLOCK ? blocks - first : ADA_STRIP / ADA_BLOCK);
         for (int i = 0; i < in_strip; i++) {
             const int64_t block = first + i;
-            const int nk = rows_in(p, block);
+            const int nk = ada_keys_of_block(p, block);
             float dots[ADA_ROW_GROUP * ADA_BLOCK] = {0};
             ptrdiff_t ld;
             if (keys->seen[block]) {

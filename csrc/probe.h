@@ -23,17 +23,18 @@ typedef struct {
 } ada_key_probe;
 
 /* What one row has to do with the error of its head. Sums run over its keys; d is the squared distance of a
- * value from the row's output, so that noise of variance s^2 in the scores moves the output by s^2 sum p^2 d. */
+ * value from the row's output, so that noise of variance s^2 in the scores moves the output by s^2 sum p^2 d.
+ */
 typedef struct {
-    double weight;       /* rows of the head that it stands for */
-    double out2;         /* squared norm of the output */
+    double weight;                  /* rows of the head that it stands for */
+    double out2;                    /* squared norm of the output */
     double p2d, p2d_norm, p2d_step; /* sum p^2 d; times the key's norm2; times its block's largest^2 */
     double p2, p2_norm, p2_step;    /* the same with 1 for d */
     double p2v, pv;                 /* sum p^2 and p times value2 */
-    double round8, round16; /* sum of d times the variance of rounding p to int8 and int16 */
-    double spread, size;    /* variance of its scores by the keys' variances, without and with their mean */
-    double q2, qmax2;       /* squared norm and largest of scale * q */
-    double reference;       /* largest score, about */
+    double round8, round16;         /* sum of d times the variance of rounding p to int8 and int16 */
+    double spread, size; /* variance of its scores by the keys' variances, without and with their mean */
+    double q2, qmax2;    /* squared norm and largest of scale * q */
+    double reference;    /* largest score, about */
     double entropy, block_entropy; /* nats, over keys and over blocks of ADA_BLOCK keys */
     double score_std;
     int64_t visible;

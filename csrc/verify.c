@@ -2,7 +2,7 @@
  *
  * A few rows say little about how much rows differ, and heads are alike in that: the variance of a draw is
  * averaged with what heads show in general, as if that came from PRIOR_FREEDOM draws more (moderated t,
- * Smyth, doi 10.2202/1544-6115.1027). tests/test_budget.py simulates the coverage.
+ * Smyth, doi 10.2202/1544-6115.1027). tests/test_sampling.py simulates the coverage.
  */
 #include "verify.h"
 
@@ -12,7 +12,8 @@
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
 
 int ada_rows_for_reach(double reach, int most) {
-    /* Rows n at which the upper limit is about `reach` times the estimate where rows differ as the prior says. */
+    /* Rows n at which the upper limit is about `reach` times the estimate where rows differ as the prior
+     * says. */
     const double variance = reach * reach - 1, root = 3.8 * sqrt(PRIOR_VARIANCE) / fmax(variance, 1e-3);
     return root * root < most ? (int)ceil(root * root) : most;
 }
@@ -42,8 +43,8 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
     const double freedom = PRIOR_FREEDOM + draws - 1;
     const double variance = (PRIOR_FREEDOM * PRIOR_VARIANCE * drawn * drawn + square) / freedom;
     const double reach = student(freedom) * sqrt(variance / draws);
-    /* Draws are skewed and not below 0: a rare one that is drawn puts the estimate far above the truth, and shows in
-     * the reach. */
+    /* Draws are skewed and not below 0: a rare one that is drawn puts the estimate far above the truth, and
+     * shows in the reach. */
     const double over = 1 + (drawn > 0 ? reach / drawn : 0), lower = drawn / (over * over);
     return (ada_error_limits){certain + drawn, certain + lower, certain + drawn + reach};
 }

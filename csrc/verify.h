@@ -13,8 +13,8 @@ typedef struct {
 /* error2[i]: squared error of row i; weight[i]: the inverse of its probability, 1 where it was certain. */
 ada_error_limits ada_limit_error(const double *error2, const double *weight, int n);
 
-/* By how much the upper limit exceeds the estimate with n rows of heads as they usually are, and the rows, at most
- * `most`, at which it does so by `reach`. */
+/* By how much the upper limit exceeds the estimate with n rows of heads as they usually are, and the rows, at
+ * most `most`, at which it does so by `reach`. */
 double ada_reach_of_rows(int n);
 int ada_rows_for_reach(double reach, int most);
 

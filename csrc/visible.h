@@ -23,6 +23,24 @@ int64_t ada_key_count(const ada_problem *p, int64_t b);
 /* Position of query i of sequence b on the axis of the keys. */
 int64_t ada_position(const ada_problem *p, int64_t b, int64_t i);
 
+/* The blocks that the keys make, and the keys of one of them. */
+static inline int64_t ada_block_count(const ada_problem *p) { return (p->S + ADA_BLOCK - 1) / ADA_BLOCK; }
+static inline int ada_keys_of_block(const ada_problem *p, int64_t block) {
+    const int64_t left = p->S - block * ADA_BLOCK;
+    return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
+}
+
+/* Runs of ones in a word: n bits from first on. */
+#define ADA_FOR_RUNS(word, first, n)                                                                         \
+    for (int first = 0, n = ada_next_run(word, &first); n; first += n, n = ada_next_run(word, &first))
+
+static inline int ada_next_run(uint64_t word, int *first) {
+    if (*first >= 64 || !(word >> *first)) return 0;
+    *first += __builtin_ctzll(word >> *first);
+    const uint64_t rest = ~(word >> *first);
+    return rest ? __builtin_ctzll(rest) : 64;
+}
+
 /* What causal, window and kv_lengths leave to query i. Both ends never decrease with i. */
 ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i);
 

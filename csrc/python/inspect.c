@@ -61,7 +61,8 @@ PyObject *ada_py_sample_rows(PyObject *module, PyObject *args) {
     ada_view view = {0};
     int n;
     unsigned long long stream;
-    if (!PyArg_ParseTuple(args, "OiK", &shares, &n, &stream) || numbers_of(state, shares, "shares", -1, &view))
+    if (!PyArg_ParseTuple(args, "OiK", &shares, &n, &stream) ||
+        numbers_of(state, shares, "shares", -1, &view))
         return NULL;
     const int64_t T = view.array.shape[0];
     float *share = PyMem_Malloc((size_t)T * sizeof *share);

@@ -190,16 +190,16 @@ PyDoc_STRVAR(attention_doc,
 /* A row of the report, and the names of its numbers. */
 enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
-    "precision_qk", "precision_pv", "retried",       "finite",       "profiled_rows",
+    "precision_qk",  "precision_pv",    "retried",        "finite",      "profiled_rows",
     "verified_rows", "predicted_error", "measured_error", "error_limit", "lse_error",
     "entropy",       "entropy_std",     "block_entropy",  "score_std"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
-    const double scalars[HEAD_SCALARS] = {head->choice.qk, head->choice.pv, head->retried, f->finite, f->rows,
-                                          head->verified_rows, head->predicted_error, head->measured_error,
-                                          head->error_limit, head->lse_error, f->entropy, f->entropy_std,
-                                          f->block_entropy, f->score_std};
+    const double scalars[HEAD_SCALARS] = {
+        head->choice.qk,     head->choice.pv,       head->retried,        f->finite,         f->rows,
+        head->verified_rows, head->predicted_error, head->measured_error, head->error_limit, head->lse_error,
+        f->entropy,          f->entropy_std,        f->block_entropy,     f->score_std};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
@@ -219,8 +219,7 @@ static PyObject *new_report(const ada_module_state *state, const ada_problem *p,
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report =
-            Py_BuildValue("(O(dddd)dN)", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p));
+        report = Py_BuildValue("(O(dddd)dN)", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p));
     }
     ada_view_release(&view);
     Py_XDECREF(table);
@@ -239,7 +238,8 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
     return same > 0;
 }
 
-/* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is checked. */
+/* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is
+ * checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_choice **given) {
     ada_view view = {0};
@@ -267,7 +267,8 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         return -1;
     const ada_array *a = &view.array;
     if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H) {
-        PyErr_Format(state->argument_error, "plan: expected choices for %lld heads", (long long)(p->B * p->H));
+        PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
+                     (long long)(p->B * p->H));
         goto done;
     }
     *given = PyMem_Malloc((size_t)(p->B * p->H) * sizeof **given);
@@ -394,12 +395,6 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    if (budget.cheapest != ADA_RUNG_AUTO && budget.dearest > budget.cheapest) {
-        PyErr_Format(state->argument_error,
-                     "min_precision: expected a rung that is not above max_precision '%s', got '%s'",
-                     ada_rung_name(budget.dearest), ada_rung_name(budget.cheapest));
-        goto done;
-    }
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.asked = p.precision;
