@@ -103,7 +103,8 @@ def attention(
         predictions.
     return_lse : bool
         Also return the logarithm of each row's sum of exponentials. Within a tolerance its entries are off by
-        at most the larger of the tolerance (absolute) and the rounding of fp32.
+        at most the larger of the tolerance (absolute) and the rounding of fp32; heads may need a more exact
+        rung for that.
     return_report : bool
         Also return what each head was computed with, and the errors that were predicted and measured.
     out : array of shape (B, H, T, E), optional
@@ -173,7 +174,9 @@ def attention(
     the tolerance is computed again, in fp32 and then in fp64. The limit is built for misses with a
     probability of 1e-3 per head; where a few rows carry most of a head's error it holds less often. With
     fewer than 64 query rows checking would cost as much as computing: the error is predicted, not verified
-    (``verified_rows`` is 0). A head with NaN or infinities cannot be verified. For float16 and bfloat16
+    (``verified_rows`` is 0), and may reach a third of the tolerance. Up to 8 queries, and those on a
+    `KVCache`, wait for memory, not for arithmetic: they are computed in fp32, or in fp64 where statistics of
+    some keys and the output's size say that fp32 would not do. A head with NaN or infinities cannot be verified. For float16 and bfloat16
     arrays the rounding of the output itself comes on top. What a head is computed with depends on that head,
     its options and the machine's rates (`cpu_info`, `calibrate`) alone, never on threads or other heads.
 

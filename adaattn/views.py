@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
-    """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone; from exact
-    rows 1.25 and the reach of as many rows as may verify the head."""
-    if not plan.profiled_rows[at]:
-        return 3.0
+    """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone or that is
+    not verified; from exact rows 1.25 and the reach of as many rows as may verify the head."""
     T = plan.sizes["T"]
+    if T < 64 or not plan.profiled_rows[at]:
+        return 3.0
     rows = next((n for n, most in ((8, 1024), (12, 2048), (16, 4096), (24, 8192)) if most > T), 32)
     return float(1.25 * math.sqrt(1 + 3.8 * math.sqrt(1.2 / rows)))
 
@@ -232,7 +232,8 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         return says
     margin = margin_of(plan, at)
     plain = "fp64" if plan.sizes["dtype"] == "float64" else "fp32"
-    own = min(margin, 1.25) if name == plain else margin
+    offered = ~np.isnan(plan.candidate_error[at])
+    own = min(margin, 1.25) if name == plain and offered[2:].any() else margin  # not where it alone is offered
     limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {own:.2g}"
     lse_limit = max(limit, 1e-6)
     lse_of = plan.candidate_lse_error[at]
@@ -245,7 +246,7 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         says += f", lse {_error(lse_of[c])}"
     others = []
     for i in np.argsort(plan.candidate_seconds[at], kind="stable")[::-1]:
-        if not plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]:  # less would be scatter
+        if not offered[i] or not plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]:  # less would be scatter
             continue
         would = f"{plan.candidates[i]} would be {_time(plan.candidate_seconds[at][i])}"
         if not _allowed(plan, plan.candidates[i]):

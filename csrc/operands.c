@@ -224,6 +224,17 @@ static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b,
     return seen & all;
 }
 
+bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, float *rows) {
+    const ada_span span = ada_visible_span(p, b, i);
+    if (span.end <= span.first || !p->attn_mask.data) return span.end > span.first;
+    uint64_t seen = 0;
+    for (int64_t j = span.first; j < span.end && !seen; j += ADA_BLOCK) {
+        const int nk = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
+        seen = keys_seen(p, k, b, h, i, 1, j, nk, rows);
+    }
+    return seen != 0;
+}
+
 uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                         int64_t block, float *rows) {
     const int64_t j = block * ADA_BLOCK, T = p->T;

@@ -21,6 +21,10 @@ enum { PARTS = 8 }; /* of a sum, so that it vectorises */
 #define MOST_SPREAD 16
 /* Rows that spread so much more than the mean are so few that a sample may miss them. */
 #define OUTLIER 8
+/* Values whose squared norm is so far above the mean decide the error of rows that attend to them. */
+#define HEAVY 32
+
+static double square(double x) { return x * x; }
 
 static double total_of(const float *parts) {
     double sum = 0;
@@ -60,6 +64,7 @@ typedef struct {
     float *sum;    /* [max(D, E)] */
     float *out;    /* [ADA_ROW_GROUP][E] */
     float *dots;   /* [ADA_ROW_GROUP][ADA_STRIP] */
+    float *heavy;  /* [1 + ADA_HEAVY][D] */
     char *exact;
 } probe_scratch;
 
@@ -71,6 +76,7 @@ static probe_scratch scratch_of(const ada_problem *p, ada_carver *c) {
     s.sum = ada_carve(c, width * real);
     s.out = ada_carve(c, ADA_ROW_GROUP * p->E * real);
     s.dots = ada_carve(c, ADA_ROW_GROUP * ADA_STRIP * real);
+    s.heavy = ada_carve(c, (1 + ADA_HEAVY) * p->D * real);
     s.exact = ada_carve(c, ada_exact_scratch_bytes(p));
     return s;
 }
@@ -81,8 +87,20 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p) {
     return size.used;
 }
 
+/* The keys whose values are far larger than the mean; of more than ADA_HEAVY the largest. */
+static void find_heavy(ada_key_probe *keys, int64_t all) {
+    keys->heavies = 0;
+    for (int64_t j = 0; j < all; j++) {
+        if (!((double)keys->value2[j] > HEAVY * keys->value2_mean)) continue;
+        int at = keys->heavies < ADA_HEAVY ? keys->heavies++ : ADA_HEAVY;
+        for (; at > 0 && keys->value2[keys->heavy[at - 1]] < keys->value2[j]; at--)
+            if (at < ADA_HEAVY) keys->heavy[at] = keys->heavy[at - 1];
+        if (at < ADA_HEAVY) keys->heavy[at] = j;
+    }
+}
+
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
-                    ada_key_probe *keys, char *scratch) {
+                    int64_t step, ada_key_probe *keys, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const int D = (int)p->D, E = (int)p->E;
@@ -93,7 +111,8 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     memset(keys->variance, 0, (size_t)D * sizeof(float));
     keys->count = keys->largest2 = 0;
     for (int64_t block = 0; block < blocks; block++) {
-        const uint64_t seen = keys->seen[block] = ada_block_seen(p, k, b, h, heads, block, s.rows);
+        const uint64_t seen = keys->seen[block] =
+            block % step ? 0 : ada_block_seen(p, k, b, h, heads, block, s.rows);
         if (!seen) continue;
         const float *x =
             rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, ada_keys_of_block(p, block), s.rows, &ld);
@@ -140,6 +159,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     keys->center2 = fmin((double)center2 / (count * count), keys->value2_mean);
     keys->step8 = (double)most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
     keys->step16 = (double)most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
+    find_heavy(keys, blocks * ADA_BLOCK);
 }
 
 /* ---- queries ---- */
@@ -159,6 +179,27 @@ static void profile_query(const ada_problem *p, const ada_kernels *k, const ada_
     x->qmax2 = scale2 * most * most;
 }
 
+/* Adds what rows may owe to keys with heavy values: the squares of their weights, were other scores normal,
+ * in units of a mean value's squared norm. x: n rows of queries, spread: of their scores. */
+static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
+                      const probe_scratch *s, const float *x, ptrdiff_t ld, int n, const float *spread,
+                      const double *keys_seen, double *crowd) {
+    float dots[(ADA_HEAVY / ADA_ROW_GROUP + 1) * ADA_ROW_GROUP * ADA_BLOCK];
+    for (int first = 0; first <= keys->heavies; first += ADA_ROW_GROUP) {
+        const int rows =
+            keys->heavies + 1 - first < ADA_ROW_GROUP ? keys->heavies + 1 - first : ADA_ROW_GROUP;
+        k->row_scores_f32(dots + first * ADA_BLOCK, s->heavy + first * p->D, rows, x, ld, n, (int)p->D);
+    }
+    for (int c = 1; c <= keys->heavies; c++) {
+        const double share = (double)keys->value2[keys->heavy[c - 1]] / keys->value2_mean;
+        for (int i = 0; i < n; i++) {
+            const double above = p->scale * (double)(dots[c * ADA_BLOCK + i] - dots[i]);
+            const double weight = exp(fmin(above - (double)spread[i] / 2, 700)) / keys_seen[i];
+            crowd[i] += share * square(fmin(weight, 1));
+        }
+    }
+}
+
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch) {
     ada_carver carver = {scratch, 0};
@@ -173,21 +214,38 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         k->squares(size + i, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
     }
     for (int64_t i = 0; i < p->T; i++) { /* sizes are spreads so far */
-        const ada_span span = ada_visible_span(p, b, i);
-        size[i] = span.end > span.first ? size[i] * scale2 : -1;
+        size[i] = ada_row_sees(p, k, b, h, i, s.rows) ? size[i] * scale2 : -1;
         if (size[i] == -1) continue;
         spreads.finite &= isfinite(size[i]) != 0;
         sum += (double)size[i], live++;
     }
-    for (int64_t i = 0; i < p->T; i++) {
-        const ada_span span = ada_visible_span(p, b, i);
-        const double spread = (double)size[i];
-        /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-        const double crowd = (double)expf(fminf(size[i], 30)) / (double)(span.end - span.first);
-        if (spread > spreads.largest) spreads.largest = spread;
-        if (spread > MOST_SPREAD && spread > OUTLIER * sum / live) spreads.outliers += spread;
-        size[i] =
-            spread >= 0 && isfinite(spread) ? (float)((fmin(spread, MOST_SPREAD) + 1) * fmin(1, crowd)) : 0;
+    if (keys->heavies) {
+        memcpy(s.heavy, keys->mean, (size_t)p->D * sizeof(float));
+        for (int c = 0; c < keys->heavies; c++)
+            ada_load_rows_f32(k, s.heavy + (c + 1) * p->D, p->D, &p->key, b, h / (p->H / p->G),
+                              keys->heavy[c], 1, (int)p->D);
+    }
+    for (int64_t first = 0; first < p->T; first += ADA_BLOCK) {
+        const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
+        double crowd[ADA_BLOCK], count[ADA_BLOCK];
+        float *spread = size + first;
+        for (int i = 0; i < n; i++) {
+            const ada_span span = ada_visible_span(p, b, first + i);
+            count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
+            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
+            crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
+        }
+        if (keys->heavies) {
+            ptrdiff_t ld;
+            const float *q = rows_at_f32(k, &p->query, b, h, first, n, s.rows, &ld);
+            add_heavy(p, k, keys, &s, q, ld, n, spread, count, crowd);
+        }
+        for (int i = 0; i < n; i++) {
+            const double x = (double)spread[i];
+            if (x > spreads.largest) spreads.largest = x;
+            if (x > MOST_SPREAD && x > OUTLIER * sum / live) spreads.outliers += x;
+            size[first + i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
+        }
     }
     return spreads;
 }
@@ -209,7 +267,14 @@ void ada_add_shares(float *share, const float *size, const float *live, int64_t 
 
 int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
     double rest = 0, bound = INFINITY;
-    for (int64_t i = 0; i < T; i++) rest += (double)shares[i];
+    for (int64_t i = 0; i < T; i++) {
+        union {
+            float f;
+            uint32_t bits;
+        } u = {shares[i]};
+        rest += (double)shares[i];
+        stream = (stream ^ u.bits) * 0x100000001B3u; /* FNV-1a by words: other heads draw other rows */
+    }
     if (!(rest > 0) || n == 0) return 0;
     /* Those of at least 1 / left of what is not certain become certain, until none is left. */
     int left = n;
@@ -399,6 +464,7 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
     double n = 0;
     *x = (ada_row_profile){.weight = (double)p->T};
     for (int64_t i = start; i < end; i += step) {
+        if (!ada_row_sees(p, k, b, h, i, s.rows)) continue;
         ada_row_profile one;
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, i, 1, s.rows, &ld);
@@ -411,7 +477,8 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
         n++;
     }
     n = n > 0 ? n : 1;
-    x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n, x->p2 /= n;
+    x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n;
+    x->p2 /= n * (1 - p->dropout_p);
     x->visible /= (int64_t)n;
     /* Independent values around their mean. */
     x->p2_norm = x->p2 * keys->total, x->p2_step = x->p2 * keys->largest2;

@@ -8,6 +8,7 @@
 #include "memory.h"
 
 /* Keys and values of one key head that some query may attend to; others count nowhere. Keys are centred. */
+#define ADA_HEAVY 7
 typedef struct {
     float *mean, *variance; /* [D] of the keys */
     float *square;          /* [D] of the mean */
@@ -20,6 +21,8 @@ typedef struct {
     double step8, step16;   /* what rounding values to int8 and int16 does to the squared norm of one, mean */
     double count;
     double value2_mean, center2; /* mean squared norm of a value; squared norm of their mean */
+    int64_t heavy[ADA_HEAVY];    /* keys whose values are far larger than others, the largest of them */
+    int heavies;
 } ada_key_probe;
 
 /* What one row has to do with the error of its head. Sums run over its keys; d is the squared distance of a
@@ -44,9 +47,10 @@ typedef struct {
 int64_t ada_key_probe_bytes(const ada_problem *p);
 ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory);
 int64_t ada_probe_scratch_bytes(const ada_problem *p);
-/* The keys of query heads h ... h + heads - 1 of sequence b, which share them. */
+/* The keys of query heads h ... h + heads - 1 of sequence b, which share them: every step-th block of them.
+ */
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
-                    ada_key_probe *keys, char *scratch);
+                    int64_t step, ada_key_probe *keys, char *scratch);
 /* Spreads of a head's rows. */
 typedef struct {
     double largest;
@@ -62,7 +66,8 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
  * whose size in live is above 0. */
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T);
 /* Up to n rows, ascending, drawn with probabilities like their shares; weight[i] is the inverse of a row's
- * probability, exactly 1 for one that is certain. Depends on the shares, n and the stream alone. */
+ * probability, exactly 1 for one that is certain. Depends on the shares, n and the stream alone; other shares
+ * are other draws. */
 int ada_sample_rows(const float *share, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight);
 /* n <= ADA_ROW_GROUP of them; weight is left to the caller. */
 void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,

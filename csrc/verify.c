@@ -1,4 +1,6 @@
-/* Horvitz-Thompson estimation with limits by Student's t.
+/* From the outputs of heads to what is known of their errors, and back to their choices.
+ *
+ * Horvitz-Thompson estimation with limits by Student's t.
  *
  * A few rows say little about how much rows differ, and heads are alike in that: the variance of a draw is
  * averaged with what heads show in general, as if that came from PRIOR_FREEDOM draws more (moderated t,
@@ -6,10 +8,28 @@
  */
 #include "verify.h"
 
+#include <float.h>
 #include <math.h>
+#include <string.h>
+
+#include "attending.h"
+#include "exact.h"
+#include "operands.h"
+#include "rows.h"
+
+#define REAL float
+#define KIND(name) name##_f32
+#include "read_tpl.h"
+
+#define VERIFY_STREAM 2
+#define DOUBT_STREAM 3
+/* An fp32 sum of weights and values is off by this share of their root mean square norm. */
+#define SUM_ERROR 3e-8
 
 #define PRIOR_FREEDOM 6
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
+
+/* ---- estimates ---- */
 
 int ada_rows_for_reach(double reach, int most) {
     /* Rows n at which the upper limit is about `reach` times the estimate where rows differ as the prior
@@ -47,4 +67,266 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
      * shows in the reach. */
     const double over = 1 + (drawn > 0 ? reach / drawn : 0), lower = drawn / (over * over);
     return (ada_error_limits){certain + drawn, certain + lower, certain + drawn + reach};
+}
+
+/* ---- rows of heads ---- */
+
+int ada_most_rows_to_verify(int64_t T) {
+    return T < 1024 ? 8 : T < 2048 ? 12 : T < 4096 ? 16 : T < 8192 ? 24 : ADA_MOST_ROWS;
+}
+
+/* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is
+ * for the default. */
+static int rows_to_verify(const ada_attending *a, int64_t index) {
+    const ada_head *head = &a->budget->heads[index];
+    const ada_head_state *s = &a->states[index];
+    const int64_t T = a->p->T;
+    if (s->probed && !head->forecast.finite) return 0;
+    if (head->predicted_error * ADA_FINER <= a->budget->tolerance) {
+        const int64_t rows = T / 128;
+        return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
+    }
+    const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
+    const int most = ada_most_rows_to_verify(T),
+              rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
+    return rows < 8 ? 8 : rows;
+}
+
+/* Squared norm of a head's output, in norms those of its rows. */
+static double measure_output(const ada_attending *a, int64_t head, float *norms, char *scratch) {
+    const ada_problem *p = a->p;
+    const int E = (int)p->E;
+    ada_carver carver = {scratch, 0};
+    float *copy = ada_carve(&carver, ADA_BLOCK * p->E * (int64_t)sizeof *copy);
+    double sum = 0;
+    for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
+        const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
+        ptrdiff_t ld;
+        const float *x = rows_at_f32(a->k, &p->out, head / p->H, head % p->H, i, n, copy, &ld);
+        float *norm2 = norms + i;
+        double block = 0;
+        a->k->squares(norm2, NULL, x, ld, n, E, NULL, NULL);
+        for (int r = 0; r < n; r++) block += (double)norm2[r];
+        if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
+            block = 0;
+            for (int r = 0; r < n; r++)
+                for (int e = 0; e < E; e++) block += (double)x[r * ld + e] * (double)x[r * ld + e];
+        }
+        sum += block;
+    }
+    return sum;
+}
+
+static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
+    ada_attending *a = context;
+    const ada_problem *p = a->p;
+    ada_head_state *s = &a->states[head];
+    if (!s->open || ada_job_cancelled(job, worker)) return;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    float *norms = a->norms + head * p->T;
+    s->out2 = measure_output(a, head, norms, scratch);
+    const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
+    const double tolerance = a->budget->tolerance;
+    for (int64_t i = 0; !s->probed && !s->known && i < p->T; i++)
+        a->sizes[head * p->T + i] = ada_row_sees(p, a->k, head / p->H, head % p->H, i, (float *)scratch);
+    if (!s->known) ada_draw_rows(a, head, s->n, norms, s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
+    const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
+    const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
+    s->exact_f64 = tolerance <= (s->probed ? 1e-4 : 1e-3) ||
+                   ADA_FINER * fmax(cancelled, in_fp32) > tolerance || p->query.dtype == ADA_F64;
+}
+
+/* Of a number that is rounded to the dtype, relative. */
+static double rounding_of(ada_dtype dtype) {
+    return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
+}
+
+/* Whether rows in fp32 are as fine as verification wants them: a score is off by its last digit. */
+static bool floats_suffice(const ada_exact *exact, int n, double tolerance) {
+    bool suffice = true;
+    for (int i = 0; i < n; i++)
+        suffice &=
+            exact->good[i] && ADA_FINER * rounding_of(ADA_F32) * fabs(exact->reference[i]) <= tolerance;
+    return suffice;
+}
+
+static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
+    ada_attending *a = context;
+    const ada_problem *p = a->p;
+    int64_t head;
+    int first;
+    const int n = ada_rows_of_task(a, task, &head, &first), E = (int)p->E;
+    const ada_head_state *s = &a->states[head];
+    ada_exact exact;
+    if (n <= 0 || !s->open || s->known || ada_job_cancelled(job, worker)) return;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n, scratch,
+                   &exact);
+    if (!s->exact_f64 && !floats_suffice(&exact, n, a->budget->tolerance))
+        ada_exact_rows(p, a->k, true, false, head / p->H, head % p->H, s->rows + first, n, scratch, &exact);
+    for (int i = 0; i < n; i++) {
+        const int64_t at = head * ADA_MOST_ROWS + first + i;
+        a->exact_lse[at] = exact.good[i] ? exact.lse[i] : NAN;
+        memcpy(a->exact_o + at * E, exact.o + i * E, (size_t)E * sizeof(double));
+    }
+}
+
+static double lse_at(const ada_problem *p, int64_t at) {
+    return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
+}
+
+/* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
+ * doubt. */
+static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
+    const ada_problem *p = a->p;
+    ada_head *head = &a->budget->heads[index];
+    const ada_head_state *s = &a->states[index];
+    const double tolerance = a->budget->tolerance, allowed = tolerance + rounding_of(p->query.dtype);
+    const int E = (int)p->E;
+    double *error2 = a->error2 + index * ADA_MOST_ROWS, out[64];
+    *misses = false;
+    head->lse_error = 0;
+    bool nothing_seen = true;
+    for (int i = 0; i < s->n; i++) {
+        const int64_t at = index * ADA_MOST_ROWS + i;
+        error2[i] = 0;
+        for (int e = 0; e < E; e += 64) {
+            const int width = E - e < 64 ? E - e : 64;
+            ada_array part = p->out;
+            part.data = (char *)part.data + e * part.stride[3];
+            ada_load_rows_f64(a->k, out, width, &part, index / p->H, index % p->H, s->rows[i], 1, width);
+            for (int c = 0; c < width; c++) {
+                const double exact = a->exact_o[at * E + e + c], difference = out[c] - exact;
+                error2[i] += difference * difference;
+                nothing_seen &= exact == 0 && out[c] == 0;
+            }
+        }
+        const double lse = a->exact_lse[at];
+        if (isnan(lse) || !isfinite(error2[i])) return true; /* unverifiable: plain arithmetic's own NaN */
+        if (!p->lse || lse == -INFINITY) continue;
+        const double off = fabs(lse_at(p, index * p->T + s->rows[i]) - lse);
+        head->lse_error = fmax(head->lse_error, off - 4 * rounding_of(ADA_F32) * fabs(lse));
+    }
+    if (nothing_seen && s->out2 > 0) return true; /* only rows of zeros were drawn: they tell nothing */
+    const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
+    /* The exact norm is not known, but that the output's is off by the error at most. */
+    const double error = s->out2 > 0 ? sqrt(limits.estimate2 / s->out2) : limits.estimate2 > 0 ? INFINITY : 0;
+    const double slack = 1 + fmin(error, 1);
+    head->verified_rows = s->n;
+    head->measured_error = error;
+    head->error_limit = limits.upper2 > 0 ? sqrt(limits.upper2 / s->out2) * slack : 0;
+    /* Rows without an error say nothing of the others: predictions are seldom so far off. */
+    if (s->probed) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
+    *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
+    return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7);
+}
+
+/* The rung that a head goes up to; false where there is none, or where it may not. */
+static bool go_up(const ada_attending *a, int64_t index) {
+    ada_head *head = &a->budget->heads[index];
+    const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
+    const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
+    const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
+    const int now = ada_candidate_of(head->choice);
+    const bool probed = a->states[index].probed;
+    if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
+    int c = ada_candidate_of((ada_choice){next, next});
+    if (probed && !ada_is_fixed(a->p) && !head->retried && now > c && isfinite(head->error_limit)) {
+        /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit
+         * is. */
+        ada_forecast worse = head->forecast;
+        const double off = fmax(head->error_limit / head->predicted_error, 1);
+        for (int i = 0; i < ADA_CANDIDATES; i++) worse.error[i] = i < now ? off * worse.error[i] : INFINITY;
+        const ada_task task = ada_task_of(a, index, ADA_MARGIN);
+        c = ada_plan_head(&worse, &task, a->budget->rates);
+    }
+    head->choice = ada_candidates[c];
+    head->predicted_error = probed ? head->forecast.error[c] : ada_unseen_error(a->p, c);
+    head->retried = true;
+    return true;
+}
+
+/* Calls that are not verified were predicted by statistics that know nothing of the output, whose norm may be
+ * far smaller where values cancel. */
+static void confirm_guess(ada_attending *a, int64_t index) {
+    ada_head *head = &a->budget->heads[index];
+    const int c = ada_candidate_of(head->choice);
+    const double out2 = measure_output(a, index, a->norms + index * a->p->T, a->scratch);
+    ada_row_profile guess = a->profiles[index * ADA_MOST_ROWS];
+    guess.out2 = out2 / guess.weight;
+    ada_forecast after;
+    ada_forecast_head(&guess, 1, &a->keys[index / a->per_head], a->p->query.dtype, a->p->D, &after);
+    for (int i = 0; i < ADA_CANDIDATES; i++)
+        if (!isnan(head->forecast.error[i])) head->forecast.error[i] = after.error[i];
+    head->predicted_error = head->forecast.error[c];
+}
+
+/* Heads that are predicted only: those whose outputs say that they miss the tolerance go up. */
+static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < ada_head_count(a); i++) {
+        const ada_head *head = &a->budget->heads[i];
+        if (!a->states[i].probed || !head->forecast.finite) continue;
+        confirm_guess(a, i);
+        if (head->predicted_error * ADA_MARGIN_GUESSED > a->budget->tolerance && go_up(a, i))
+            a->list[n++] = i;
+    }
+    return n ? ada_execute_heads(a, a->list, n, error) : ADA_OK;
+}
+
+/* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
+ * again, and where the estimate is within the tolerance they often suffice. */
+static bool doubts(const ada_attending *a, int64_t index) {
+    const ada_head *head = &a->budget->heads[index];
+    const ada_head_state *s = &a->states[index];
+    return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 16 &&
+           head->error_limit > a->budget->tolerance && head->measured_error < a->budget->tolerance;
+}
+
+ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
+    const ada_problem *p = a->p;
+    int64_t open = 0;
+    if (p->T < ADA_LEAST_QUERIES) return ada_is_fixed(p) ? confirm_guesses(a, error) : ADA_OK;
+    for (int64_t i = 0; i < ada_head_count(a); i++) {
+        ada_head_state *s = &a->states[i];
+        s->n = rows_to_verify(a, i);
+        s->open = s->n > 0;
+        open += s->open;
+    }
+    const double reading = (double)(ada_head_count(a) * p->T) * (double)p->E;
+    while (open > 0) {
+        if (!ada_run_tasks(a, norm_task, ada_head_count(a), reading) ||
+            !ada_run_tasks(a, exact_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a)))
+            return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+        int64_t again = 0;
+        open = 0;
+        for (int64_t i = 0; i < ada_head_count(a); i++) {
+            ada_head *head = &a->budget->heads[i];
+            ada_head_state *s = &a->states[i];
+            if (!s->open) continue;
+            s->known = true;
+            /* Where all inputs are known to be finite, an output that is not is wrong. */
+            bool misses = !isfinite(s->out2);
+            s->open = s->probed || !misses;
+            if (!s->open) continue;
+            s->open = misses || !compare_head(a, i, &misses);
+            if (!s->open) continue;
+            if (ada_is_forced(a->budget) && misses)
+                return ada_fail(error, ADA_ERR_NUMERICAL,
+                                "precision: expected a relative error of at most %g in every head, got about "
+                                "%.3g in head (%lld, %lld) from ('%s', '%s')",
+                                a->budget->tolerance, head->measured_error, (long long)(i / p->H),
+                                (long long)(i % p->H), ada_rung_name(head->choice.qk),
+                                ada_rung_name(head->choice.pv));
+            if (!misses && doubts(a, i)) {
+                s->n = 2 * s->n, s->doubted = true, s->known = false;
+            } else {
+                s->open = go_up(a, i);
+                if (s->open) a->list[again++] = i;
+            }
+            open += s->open;
+        }
+        if (again && ada_execute_heads(a, a->list, again, error)) return error->status;
+    }
+    return ADA_OK;
 }

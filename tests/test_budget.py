@@ -148,3 +148,130 @@ def test_dropout_of_scores_that_grow(precision: Any) -> None:
     options = {"alibi_slopes": np.full(2, 1.0), "dropout_p": 0.1, "seed": 1}
     out = adaattn.attention(*arrays, precision=precision, **options)
     assert errors(out, arrays, **options).max() <= 3e-2
+
+
+@pytest.mark.parametrize(("T", "share", "gain"), [(512, 0.05, 100), (1024, 0.02, 1000)])
+def test_values_that_cancel_in_few_rows(T: int, share: float, gain: float) -> None:
+    """Neither their queries nor their outputs tell these rows from others; the two keys' values do."""
+    rng = np.random.default_rng(3)
+    query, key, value = rng.standard_normal((3, 1, 24, T, 64), np.float32)
+    axis = np.eye(64, dtype=np.float32)[0]
+    key[:, :, 0], key[:, :, 1] = 12 * axis, 12 * axis + 0.3 * key[:, :, 1]
+    value[:, :, 0], value[:, :, 1] = gain, -gain
+    few = rng.random((1, 24, T)) < share
+    query *= np.where(few, 0.25, 0.5)[..., None].astype(np.float32)
+    query[..., 0] = np.where(few, 8, -2)
+    arrays = [query, key, value]
+    exact = adaattn.reference.attention(*arrays)
+    for tolerance in (1e-2, 5e-2):
+        out = adaattn.attention(*arrays, tolerance=tolerance)
+        error = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+        assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("T", [1, 8])
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-3])
+def test_few_queries_that_fp32_cannot_serve(T: int, tolerance: float) -> None:
+    query, key, value = heads(4, T, 400, 64)
+    signs = np.where(np.arange(400) % 2, 1, -1)[:, None]
+    for arrays in (
+        [query, key + np.float32(1e5), value],
+        [query * np.float32(1e-3), key, (1e-3 * value + 1e3 * signs).astype(np.float32)],
+    ):
+        out, report = adaattn.attention(*arrays, tolerance=tolerance, return_report=True)
+        error = errors(out, arrays)
+        assert error.max() <= tolerance
+        assert (error <= 3 * report.predicted_error + 2.0**-24).all()  # of the output itself
+    plain = adaattn.attention(query, key, value, tolerance=tolerance, return_report=True)[1]
+    assert (plain.precision_qk == "fp32").all() and (plain.predicted_error < 1e-6).all()
+
+
+def test_a_few_queries_bits_are_their_heads_own() -> None:
+    """Where others of the call need fp64, or do not."""
+    query, key, value = heads(4, 3, 200, 32)
+    key[:, 1:3] += 1e5
+    together = adaattn.attention(query, key, value, tolerance=1e-4)
+    for h in range(4):
+        alone = adaattn.attention(*(x[:, h : h + 1] for x in (query, key, value)), tolerance=1e-4)
+        assert np.array_equal(alone[:, 0], together[:, h])
+    plan = adaattn.plan(query, key, value, tolerance=1e-4)
+    assert set(plan.precision_qk[0]) == {"fp32", "fp64"}
+    assert np.array_equal(adaattn.attention(query, key, value, plan=plan), together)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ALiBi": {"alibi_slopes": np.linspace(0.1, 0.5, 8)},
+    "a float mask": {"attn_mask": np.random.default_rng(1).standard_normal((32, 400)).astype(np.float32) * 3},
+    "one key in ten": {"attn_mask": np.random.default_rng(1).random((32, 400)) < 0.1},
+    "dropout": {"dropout_p": 0.5, "seed": 3},
+    "sinks": {"sinks": np.full(8, 4.0)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("T", [12, 32])
+def test_predictions_of_queries_that_are_not_verified(name: str, T: int) -> None:
+    query, key, value = heads(8, 32, 400, 8)
+    options = {k: v[:T] if k == "attn_mask" else v for k, v in OPTIONS[name].items()}
+    for scale in (0.3, 1, 2):
+        arrays = [np.ascontiguousarray(query[:, :, :T]) * np.float32(scale), key, value]
+        for tolerance in (1e-3, 3e-3, 1e-2, 5e-2):
+            out = adaattn.attention(*arrays, tolerance=tolerance, **options)
+            assert errors(out, arrays, **options).max() <= tolerance
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("how", [{"precision": "int8"}, {"precision": "bf16"}, {"tolerance": 1e-2}], ids=str)
+def test_queries_that_a_mask_hides_change_nothing(garbage: float, how: dict[str, Any]) -> None:
+    query, key, value = heads(2, 128, 128, 64)
+    hidden = np.arange(128) >= 100
+    other = query.copy()
+    other[:, :, hidden] = garbage
+    for mask in (~hidden[:, None], np.where(hidden, -np.inf, 0.0).astype(np.float32)[:, None]):
+        expected = adaattn.attention(query, key, value, attn_mask=mask, **how)
+        assert np.array_equal(adaattn.attention(other, key, value, attn_mask=mask, **how), expected)
+
+
+def test_a_plan_is_the_heads_own() -> None:
+    """Whoever shares its keys, and however short the other sequences are."""
+    query, key, value = heads(8, 32, 300, 64)
+    grouped = adaattn.plan(query, key[:, ::8], value[:, ::8], tolerance=1e-2)
+    alone = adaattn.plan(query[:, :1], key[:, :1], value[:, :1], tolerance=1e-2)
+    assert np.array_equal(grouped.candidate_seconds[0, 0], alone.candidate_seconds[0, 0])
+    assert grouped.precision_qk[0, 0] == alone.precision_qk[0, 0]
+    pair = [np.concatenate([x, x]) for x in heads(1, 64, 600, 64)]
+    ragged = adaattn.attention(*pair, kv_lengths=np.array([1, 600]), tolerance=1e-2)
+    single = adaattn.attention(*(x[1:] for x in pair), kv_lengths=np.array([600]), tolerance=1e-2)
+    assert np.array_equal(ragged[1], single[0])
+
+
+def test_rows_that_see_no_key_are_not_profiled() -> None:
+    arrays = heads(8, 200, 200, 64)
+    mask = np.arange(200)[:, None] >= 196
+    out, report = adaattn.attention(*arrays, attn_mask=mask, tolerance=1.2e-2, return_report=True)
+    error = errors(out, arrays, attn_mask=mask)
+    assert (error <= 1.25 * report.predicted_error).all() and (report.plan.profiled_rows == 4).all()
+
+
+def test_rows_are_drawn_for_every_head() -> None:
+    """Not the same positions in all of them."""
+    rng = np.random.default_rng(0)
+    drawn = {tuple(r for r, _ in adaattn._adaattn._sample_rows(rng.random(500), 4, 1)) for _ in range(20)}
+    assert len(drawn) == 20
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_long_queries_on_a_cache_are_verified(dtype: str) -> None:
+    query, key, value = heads(2, 128, 300, 32)
+    cache = adaattn.KVCache(1, 2, 32, dtype=dtype)
+    cache.append(key, value)
+    _, report = cache.attention(query, tolerance=1e-3, return_report=True)
+    assert (report.verified_rows > 0).all() and (report.measured_error < 1e-6).all()
+
+
+def test_some_heads_are_given_more_rows_before_they_go_up() -> None:
+    """They would fail by the limits of the first ones, and hold by those of all."""
+    query, key, value = heads(64, 600, 400, 8)
+    _, report = adaattn.attention(query * np.float32(2), key, value, tolerance=1e-2, return_report=True)
+    more = report.verified_rows > 8
+    assert more.any() and not (report.retried & more).all()

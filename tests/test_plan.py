@@ -269,7 +269,7 @@ def test_fields_of_a_plan(rng: np.random.Generator) -> None:
             margin=margin_of(plan, at),
             lse=True,
             operations=2.0 * SHAPE.T * SHAPE.S * (SHAPE.D + SHAPE.E),
-            elements=SHAPE.S * (SHAPE.D + SHAPE.E) / 2,
+            elements=SHAPE.S * (SHAPE.D + SHAPE.E),  # whoever else shares them
         )
         assert head.choice() == name
         seconds = 1e-9 * (head.operations / SPEED[name] + head.elements * PACK[name])
@@ -454,9 +454,11 @@ def test_a_plan_gives_the_bits_of_the_call_that_made_it(
         *again, other = adaattn.attention(
             *arrays, plan=report.plan, verify=verify, **options, return_report=True
         )
-        assert same_bits(tuple(again), tuple(expected))
-        assert other.plan is report.plan
-        assert (other.precision_qk == report.precision_qk).all()
+        once = ~other.retried  # other rows are drawn where nobody looked: they may doubt what these did not
+        assert once.all() or (verify and once.any())
+        assert same_bits(tuple(x[once] for x in again), tuple(x[once] for x in expected))
+        assert other.plan is report.plan or not once.all()
+        assert (other.precision_qk == report.precision_qk)[once].all()
     made = adaattn.plan(
         *arrays, tolerance=tolerance, return_lse="return_lse" in options, causal="causal" in options
     )

@@ -1,0 +1,86 @@
+/* One call under a budget, in progress: what attend.c and verify.c share. */
+#ifndef ADA_ATTENDING_H
+#define ADA_ATTENDING_H
+
+#include "attend.h"
+#include "execute.h"
+#include "probe.h"
+
+#define ADA_MOST_ROWS 32
+/* Groups of rows of all heads are tasks. */
+#define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_ROW_GROUP)
+/* Fewer queries are not verified: that would cost as much as computing them. */
+#define ADA_LEAST_QUERIES 64
+/* Between a prediction that is not verified and the tolerance. */
+#define ADA_MARGIN_GUESSED 3
+/* Exact rows are this much finer than the tolerance. */
+#define ADA_FINER 20
+
+/* One head on its way through the phases. */
+typedef struct {
+    int64_t rows[ADA_MOST_ROWS]; /* of the choice, later those to verify */
+    double weight[ADA_MOST_ROWS];
+    int n;
+    bool probed; /* sizes and forecast are known */
+    bool exact_f64;
+    double out2;       /* squared norm of the output; NaN or infinite: not to be verified */
+    double value2;     /* mean squared norm of the values */
+    bool open;         /* to be verified */
+    bool known;        /* rows are those to verify, and their exact ones are known */
+    bool doubted;      /* these are its second rows */
+    double outliers;   /* rows like the one with the largest spread, so few that a sample may miss them */
+    ada_forecast peak; /* of the row whose lse errs most */
+} ada_head_state;
+
+typedef struct {
+    const ada_problem *p;
+    const ada_kernels *k;
+    ada_budget *budget;
+    bool (*interrupt)(void *);
+    void *context;
+    int64_t per_head; /* query heads that share a key probe */
+    int64_t key_heads;
+    char *probes; /* [key_heads] */
+    int64_t probe_bytes;
+    ada_key_probe *keys;       /* [key_heads] */
+    ada_head_state *states;    /* [B * H] */
+    float *sizes;              /* [B * H][T] of the rows, ada_probe_queries */
+    float *norms;              /* [B * H][T] squared, of the output's rows */
+    float *shares;             /* [B * H][T] */
+    ada_row_profile *profiles; /* [B * H][ADA_MOST_ROWS] */
+    double *exact_lse;         /* [B * H][ADA_MOST_ROWS] */
+    double *error2;            /* [B * H][ADA_MOST_ROWS] */
+    double *exact_o;           /* [B * H][ADA_MOST_ROWS][E] */
+    ada_choice *ran;           /* [B * H] */
+    int64_t *list;             /* [B * H] */
+    char *scratch;
+    int64_t scratch_bytes;
+} ada_attending;
+
+static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * a->p->H; }
+
+static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
+
+/* Few queries and stored keys are computed in fp32, or fp64, whatever the budget: memory is what they wait
+ * for. */
+static inline bool ada_is_fixed(const ada_problem *p) { return p->stored || p->T <= ADA_ROWS_MAX; }
+
+/* Of a candidate that is chosen for a head which nobody looked at. */
+double ada_unseen_error(const ada_problem *p, int candidate);
+bool ada_run_tasks(ada_attending *a, ada_task_fn *task, int64_t tasks, double multiply_adds);
+/* Rows that a task of ADA_ROW_GROUPS per head has to do with. */
+int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first);
+double ada_row_work(const ada_attending *a); /* multiply-adds of the rows that are chosen */
+ada_task ada_task_of(const ada_attending *a, int64_t head, double margin);
+/* Draws up to n rows of a head: by equal shares, by what they may contribute to the error and, where they are
+ * known, by the norms of the output's rows, in equal parts. */
+void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, uint64_t stream);
+/* The heads on the list, by their choices. */
+ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
+
+/* Compares heads with exact rows, and computes those that may miss the tolerance again, higher up. */
+ada_status ada_verify_heads(ada_attending *a, ada_error *error);
+/* So many rows cost a few percent of a call. */
+int ada_most_rows_to_verify(int64_t T);
+
+#endif
