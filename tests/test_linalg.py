@@ -523,6 +523,7 @@ def test_rounding_error_of_formats(name: str, dtype: Any, rng: Any) -> None:
             rng.standard_normal((1, 20, 30)),
             1 + rng.integers(-512, 512, (1, 20, 30)) / 512,
             1e-7 * rng.standard_normal((1, 20, 30)),
+            1e-39 * rng.standard_normal((1, 20, 30)),
             1e-42 * rng.standard_normal((1, 20, 30)),
         ]
     ).astype(dtype)
@@ -533,7 +534,7 @@ def test_rounding_error_of_formats(name: str, dtype: Any, rng: Any) -> None:
     norm = np.linalg.norm(wide * 2.0**100, axis=(-2, -1))
     exact = np.linalg.norm((rounded - wide) * 2.0**100, axis=(-2, -1)) / np.where(norm == 0, 1, norm)
     error = linalg.rounding_error(x, name)
-    assert error.shape == (4,) and error.dtype == np.result_type(dtype, F32)
+    assert error.shape == (5,) and error.dtype == np.result_type(dtype, F32)
     np.testing.assert_allclose(error, exact, rtol=1e-5)
 
 
