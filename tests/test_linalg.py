@@ -137,6 +137,10 @@ def test_power_iteration_counts_and_tolerances(rng: Any) -> None:
     a = with_spectrum(rng, 30, 20, np.array([1.0, 0.9, 0.8, 0.1]))
     sigmas = [linalg.power_iteration(a, n_iter=n, tol=0, seed=0)[0] for n in range(0, 60, 6)]
     assert (np.diff(sigmas) > 0).all() and 0.5 > 1 - sigmas[1] > 1 - sigmas[-1] > 0
+    start = np.random.default_rng(0).standard_normal(20)
+    for n, direction in ((0, start), (1, a.T @ (a @ start))):
+        v = linalg.power_iteration(a, n_iter=n, seed=0)[2]
+        np.testing.assert_allclose(v, direction / np.linalg.norm(direction), rtol=1e-12)
     exact = linalg.power_iteration(a, n_iter=500, tol=0, seed=0)
     for tol in (1e-2, 1e-6):
         sigma, u, v = linalg.power_iteration(a, n_iter=500, tol=tol, seed=0)
