@@ -1,6 +1,6 @@
 """Attention with an error budget: the cheapest way to keep it, planned, verified and reported per head."""
 
-from . import _adaattn, errors, reference
+from . import _adaattn, errors, linalg, reference
 from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads
 from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
@@ -25,6 +25,7 @@ __all__ = [
     "cpu_info",
     "errors",
     "get_num_threads",
+    "linalg",
     "merge",
     "plan",
     "reference",

@@ -36,6 +36,8 @@ out, lse = adaattn.merge(out, lse, out, lse)
 adaattn.set_num_threads(adaattn.get_num_threads())
 kernels: dict[str, str] = adaattn.cpu_info()["kernels"]
 oracle = adaattn.reference.attention(x, x, x)
+out = adaattn.attention(x, x, x, attn_mask=adaattn.linalg.causal_mask(3, 3))
+rank = adaattn.linalg.effective_rank(oracle, "energy", threshold=0.9)
 try:
     adaattn.attention(x, x, x, scale=-1.0)
 except adaattn.ArgumentError as error:
