@@ -233,7 +233,7 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     margin = margin_of(plan, at)
     plain = "fp64" if plan.sizes["dtype"] == "float64" else "fp32"
     offered = ~np.isnan(plan.candidate_error[at])
-    own = min(margin, 1.25) if name == plain and offered[2:].any() else margin  # not where it alone is offered
+    own = min(margin, 1.25) if name == plain and offered[2:].any() else margin  # is a choice
     limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {own:.2g}"
     lse_limit = max(limit, 1e-6)
     lse_of = plan.candidate_lse_error[at]
@@ -246,7 +246,8 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         says += f", lse {_error(lse_of[c])}"
     others = []
     for i in np.argsort(plan.candidate_seconds[at], kind="stable")[::-1]:
-        if not offered[i] or not plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]:  # less would be scatter
+        saves = plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]  # less would be scatter
+        if not (saves and offered[i]):
             continue
         would = f"{plan.candidates[i]} would be {_time(plan.candidate_seconds[at][i])}"
         if not _allowed(plan, plan.candidates[i]):
