@@ -73,7 +73,7 @@ def test_a_wrong_kernel_is_caught(factor: float) -> None:
     _adaattn._narrow_fault(factor)
     try:
         out, report = heads.attend(tolerance=1e-2, return_report=True)
-        with pytest.raises(adaattn.NumericalError, match="of at most 0.01 in every head"):
+        with pytest.raises(adaattn.NumericalError, match=r"of at most 0\.01 in every head"):
             heads.attend(tolerance=1e-2, precision="bf16")
     finally:
         _adaattn._narrow_fault(1.0)
