@@ -29,6 +29,8 @@
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
+/* Scores of some heads are off by more than this in fp32, and so may their lse be. */
+#define LSE_TOLERANCE 2e-4
 
 static double seconds_now(void) {
     struct timespec t;
@@ -162,6 +164,7 @@ static bool probes(const ada_attending *a, int64_t head) {
     const ada_budget *b = a->budget;
     if (p->only_f64 || b->given || ada_is_forced(b)) return false;
     if (ada_is_fixed(p) || b->tolerance < ADA_FINER * PLAIN_ERROR) return true;
+    if (p->lse && b->tolerance < LSE_TOLERANCE) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     return ada_may_pay(&task, b->rates, 2 * LOOK_SECONDS * looked_at);

@@ -472,13 +472,13 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
         profile_query(p, k, keys, q, &one);
         x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
         x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));
-        x->reference = fmax(x->reference, 3 * sqrt(one.size));
         x->visible += span.end - span.first;
         n++;
     }
     n = n > 0 ? n : 1;
     x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n;
     x->p2 /= n * (1 - p->dropout_p);
+    x->reference = 3 * sqrt(x->size); /* its square counts */
     x->visible /= (int64_t)n;
     /* Independent values around their mean. */
     x->p2_norm = x->p2 * keys->total, x->p2_step = x->p2 * keys->largest2;
@@ -495,5 +495,6 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
 void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *x) {
     const double ratio = x->spread > 0 ? fmax(spread / x->spread, 1) : 1;
     x->spread *= ratio, x->size *= ratio, x->q2 *= ratio, x->qmax2 *= ratio;
+    x->reference = 3 * sqrt(x->size);
     x->p2 = 1, x->p2_norm = keys->total, x->p2_step = keys->largest2;
 }
