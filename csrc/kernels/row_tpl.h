@@ -1,7 +1,8 @@
 /* Scores and values of a few queries, rows of K and V read along the head. Memory-bound: elements are
  * converted in registers, once for up to ROW_GROUP queries, and rows are read one after the other as one
- * stream with each line asking for the one 4 KB ahead. On Zen 4 two or four rows at a time, or partial loads,
- * halve the rate: the hardware's prefetcher loses the stream. The including file defines ROW(op), the symbol
+ * stream with each line asking for the one 4 KB ahead. Two or four rows at a time, or partial loads, halve
+ * the rate: the hardware's prefetcher loses the stream. Values that take several passes ask in the order of
+ * memory all the same. The including file defines ROW(op), the symbol
  * of an op, ELEMENT, the dtype of K and V, and LOAD(p) / LOAD_N(p, n). A query's bits do not depend on n or
  * on the other queries.
  */
@@ -13,84 +14,56 @@
 #define PREFETCH_VECTOR(p, i)                                                                                \
     if ((i)*VL * (int)sizeof(ELEMENT) % 64 == 0) PREFETCH((p) + (i)*VL)
 
-INLINE REAL ROW(dot)(const REAL *q, const ELEMENT *k, int D) {
-    vec acc[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    int d = 0;
-    for (; d + 4 * VL <= D; d += 4 * VL) UNROLL for (int i = 0; i < 4; i++) {
-            PREFETCH_VECTOR(k + d, i);
-            acc[i] = v_fma(v_loadu(q + d + i * VL), LOAD(k + d + i * VL), acc[i]);
-        }
-    for (; d + VL <= D; d += VL) {
-        PREFETCH(k + d);
-        acc[0] = v_fma(v_loadu(q + d), LOAD(k + d), acc[0]);
-    }
-    if (d < D) acc[0] = v_fma(v_load_n(q + d, D - d), LOAD_N(k + d, D - d), acc[0]);
-    return v_sum(v_add(v_add(acc[0], acc[1]), v_add(acc[2], acc[3])));
-}
-
-/* One query against the next four keys, for a head of NV whole vectors; sums are formed four at a time. */
-INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int NV) {
-    vec acc[4], x[8]; /* loads of q would cost as much as those of K */
-    UNROLL for (int i = 0; i < NV; i++) x[i] = v_loadu(q + i * VL);
-    UNROLL for (int j = 0; j < 4; j++, k += ldk) {
-        acc[j] = v_zero();
-        UNROLL for (int i = 0; i < NV; i++) {
-            PREFETCH_VECTOR(k, i);
-            acc[j] = v_fma(x[i], LOAD(k + i * VL), acc[j]);
-        }
-    }
-    v_sum4(s, acc);
-}
-
-/* Several queries against the next two keys: chains enough to keep the FMA pipes busy. */
-INLINE void ROW(dots_of)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int R, const int NV) {
-    vec acc[8];
-    REAL sums[8];
+/* R queries against the next 4 / R keys, four sums at a time: two chains for each. */
+INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int D, const int R) {
+    vec acc[8], sums[4];
+    REAL to[4];
     UNROLL for (int a = 0; a < 8; a++) acc[a] = v_zero();
-    UNROLL for (int i = 0; i < NV; i++) {
-        vec x[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-            PREFETCH_VECTOR(k + j * ldk, i);
-            x[j] = LOAD(k + j * ldk + i * VL);
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            vec y = v_loadu(q + (r * NV + i) * VL);
-            UNROLL for (int j = 0; j < 2; j++) acc[2 * r + j] = v_fma(y, x[j], acc[2 * r + j]);
+    UNROLL for (int j = 0; j < 4; j += R, k += ldk) {
+        int d = 0;
+        for (; d + 4 * VL <= D; d += 4 * VL) UNROLL for (int i = 0; i < 4; i++) {
+                PREFETCH_VECTOR(k + d, i);
+                vec x = LOAD(k + d + i * VL), *to_add = acc + 2 * j + i % 2;
+                UNROLL for (int r = 0; r < R; r++) to_add[2 * r] =
+                    v_fma(v_loadu(q + r * D + d + i * VL), x, to_add[2 * r]);
+            }
+        for (; d < D; d += VL) {
+            const int left = D - d;
+            PREFETCH(k + d);
+            vec x = left < VL ? LOAD_N(k + d, left) : LOAD(k + d);
+            UNROLL for (int r = 0; r < R; r++) {
+                vec y = left < VL ? v_load_n(q + r * D + d, left) : v_loadu(q + r * D + d);
+                acc[2 * (j + r)] = v_fma(y, x, acc[2 * (j + r)]);
+            }
         }
     }
-    v_sum4(sums, acc);
-    if (R > 2) v_sum4(sums + 4, acc + 4);
-    UNROLL for (int r = 0; r < R; r++) memcpy(s + r * ADA_BLOCK, sums + 2 * r, 2 * sizeof *s);
+    UNROLL for (int a = 0; a < 4; a++) sums[a] = v_add(acc[2 * a], acc[2 * a + 1]);
+    v_sum4(to, sums);
+    UNROLL for (int a = 0; a < 4; a++) s[a % R * ADA_BLOCK + a / R] = to[a];
 }
 
-INLINE void ROW(whole_rows)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, int n, const int R,
-                            const int NV) {
-    const int keys = R == 1 ? 4 : 2;
+INLINE void ROW(score_heads)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, int n, const int D,
+                             const int R) {
     int j = 0;
-    for (; j + keys <= n; j += keys, k += keys * ldk) {
-        if (R == 1)
-            ROW(dots)(s + j, q, k, ldk, NV);
-        else
-            ROW(dots_of)(s + j, q, k, ldk, R, NV);
+    for (; j + 4 / R <= n; j += 4 / R, k += 4 / R * ldk) ROW(dots)(s + j, q, k, ldk, D, R);
+    for (; j < n; j++, k += ldk) {
+        REAL same[ADA_ROW_GROUP * ADA_BLOCK];
+        ROW(dots)(same, q, k, 0, D, R);
+        for (int r = 0; r < R; r++) s[r * ADA_BLOCK + j] = same[r * ADA_BLOCK];
     }
-    for (; j < n; j++, k += ldk)
-        for (int r = 0; r < R; r++) {
-            REAL same[4];
-            ROW(dots)(same, q + r * NV * VL, k, 0, NV);
-            s[r * ADA_BLOCK + j] = same[0];
-        }
 }
 
+/* Unrolled for the usual sizes of heads. */
 INLINE void ROW(score_rows)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, int n, int D,
                             const int R) {
-    if (D == 8 * VL) {
-        ROW(whole_rows)(s, q, k, ldk, n, R, 8);
-    } else if (D == 4 * VL) {
-        ROW(whole_rows)(s, q, k, ldk, n, R, 4);
-    } else {
-        for (int j = 0; j < n; j++, k += ldk)
-            for (int r = 0; r < R; r++) s[r * ADA_BLOCK + j] = ROW(dot)(q + r * D, k, D);
-    }
+    if (D == 16 * VL)
+        ROW(score_heads)(s, q, k, ldk, n, 16 * VL, R);
+    else if (D == 8 * VL)
+        ROW(score_heads)(s, q, k, ldk, n, 8 * VL, R);
+    else if (D == 4 * VL)
+        ROW(score_heads)(s, q, k, ldk, n, 4 * VL, R);
+    else
+        ROW(score_heads)(s, q, k, ldk, n, D, R);
 }
 
 void ROW(row_scores)(REAL *s, const REAL *q, int rows, const void *keys, ptrdiff_t ldk, int n, int D) {
@@ -102,16 +75,16 @@ void ROW(row_scores)(REAL *s, const REAL *q, int rows, const void *keys, ptrdiff
     if (rows & 1) ROW(score_rows)(s + (rows & 2) * ADA_BLOCK, q + (rows & 2) * D, keys, ldk, n, D, 1);
 }
 
-/* NV vectors of coordinates of R queries in registers over all n rows. */
+/* NV vectors of coordinates of R queries in registers over all n rows; ask steps over what is prefetched. */
 INLINE void ROW(columns)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n,
-                         const int R, const int NV) {
+                         const ELEMENT *ask, ptrdiff_t step, const int R, const int NV) {
     vec acc[TILE_ACC];
     UNROLL for (int a = 0; a < R * NV; a++) acc[a] = v_zero();
-    for (int j = 0; j < n; j++, v += ldv) {
+    for (int j = 0; j < n; j++, v += ldv, ask += step) {
         vec w[4];
         UNROLL for (int r = 0; r < R; r++) w[r] = v_set1(p[r * ADA_BLOCK + j]);
         UNROLL for (int i = 0; i < NV; i++) {
-            PREFETCH_VECTOR(v, i);
+            PREFETCH_VECTOR(ask, i);
             vec x = LOAD(v + i * VL);
             UNROLL for (int r = 0; r < R; r++) acc[r * NV + i] = v_fma(w[r], x, acc[r * NV + i]);
         }
@@ -129,15 +102,20 @@ INLINE void ROW(last_columns)(REAL *o, const REAL *p, const ELEMENT *v, ptrdiff_
     v_store_n(o, v_add(v_load_n(o, width), acc), width);
 }
 
+/* As many passes over the n rows as the registers need. Each asks for its share of as many bytes, one after
+ * the other, of rows that touch: passes that ask for the lines below their own read fp32 at 55 % of the rate.
+ */
 INLINE void ROW(value_rows)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n,
                             int E, const int R) {
     const int most = TILE_ACC / R < 8 ? TILE_ACC / R : 8;
     int e = 0;
     while (E - e >= VL) {
         const int left = (E - e) / VL, vectors = left < most ? left : most;
+        const ELEMENT *ask = v + (ldv == E ? n * e : e);
+        const ptrdiff_t step = ldv == E ? vectors * VL : ldv;
 #define COLUMNS(NV)                                                                                          \
     case NV:                                                                                                 \
-        if (NV <= most) ROW(columns)(o + e, ldo, p, v + e, ldv, n, R, NV);                                   \
+        if (NV <= most) ROW(columns)(o + e, ldo, p, v + e, ldv, n, ask, step, R, NV);                        \
         break;
         switch (vectors) {
             COLUMNS(1) COLUMNS(2) COLUMNS(3) COLUMNS(4) COLUMNS(5) COLUMNS(6) COLUMNS(7) COLUMNS(8)
@@ -149,15 +127,26 @@ INLINE void ROW(value_rows)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT
         ROW(last_columns)(o + r * ldo + e, p + r * ADA_BLOCK, v + e, ldv, n, E - e);
 }
 
+/* Blocks of AHEAD_BYTES, so that passes find all their lines asked for: twice as many bytes cost a quarter
+ * of the rate. They are the same for any number of queries, since sums are formed by block. */
+INLINE void ROW(value_blocks)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n,
+                              int E, const int R) {
+    int block = AHEAD_BYTES / (E * (int)sizeof(ELEMENT));
+    if (block < 8) block = 8;
+    if (E <= TILE_ACC / ADA_ROW_GROUP * VL) block = n;
+    for (int j = 0; j < n; j += block)
+        ROW(value_rows)(o, ldo, p + j, v + j * ldv, ldv, n - j < block ? n - j : block, E, R);
+}
+
 void ROW(row_values)(REAL *o, ptrdiff_t ldo, const REAL *p, int rows, const void *values, ptrdiff_t ldv,
                      int n, int E) {
     if (rows & 4) {
-        ROW(value_rows)(o, ldo, p, values, ldv, n, E, 4);
+        ROW(value_blocks)(o, ldo, p, values, ldv, n, E, 4);
         return;
     }
-    if (rows & 2) ROW(value_rows)(o, ldo, p, values, ldv, n, E, 2);
+    if (rows & 2) ROW(value_blocks)(o, ldo, p, values, ldv, n, E, 2);
     if (rows & 1)
-        ROW(value_rows)(o + (rows & 2) * ldo, ldo, p + (rows & 2) * ADA_BLOCK, values, ldv, n, E, 1);
+        ROW(value_blocks)(o + (rows & 2) * ldo, ldo, p + (rows & 2) * ADA_BLOCK, values, ldv, n, E, 1);
 }
 #undef ROW
 #undef ELEMENT

@@ -69,8 +69,8 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
     return finite;
 }
 
-/* Longer sums over a head are made of parts: one chain of 96 additions has outliers that a plain product has not.
- * Kernels that weigh scores in registers take heads up to MOST_FUSED in one chain. */
+/* Longer sums over a head are made of parts: one chain of 96 additions has outliers that a plain product has
+ * not. Kernels that weigh scores in registers take heads up to MOST_FUSED in one chain. */
 #define CHAIN 64
 #define MOST_FUSED 128
 
@@ -223,21 +223,25 @@ bool KERNEL(softcap)(REAL *s, int n, REAL cap) {
     return finite;
 }
 
-bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REAL *bias, uint64_t keep) {
+/* plain: whole vectors of keys that are seen and kept, nothing added; to the same bits. */
+INLINE bool row_weights(row_t *row, REAL *s, int n, uint64_t visible, const REAL *bias, uint64_t keep,
+                        const bool plain) {
     vec largest = v_set1(-INFINITY);
     mask bad = m_first(0);
     for (int j = 0; j < n; j += VL) {
-        vec x = v_load_n(s + j, n - j);
-        mask see = m_and(m_bits(visible, j), m_first(n - j));
+        vec x = plain ? v_loadu(s + j) : v_load_n(s + j, n - j);
+        mask see = plain ? m_first(VL) : m_and(m_bits(visible, j), m_first(n - j));
         if (bias) {
             vec add = v_load_n(bias + j, n - j);
             x = v_add(x, add);
             see = m_and(see, m_differ(add, v_set1(-INFINITY)));
         }
         bad = m_or(bad, m_and(see, m_outside(x, v_set1(-LARGEST), v_set1(LARGEST))));
-        x = v_select(see, x, v_set1(-INFINITY));
+        if (!plain) {
+            x = v_select(see, x, v_set1(-INFINITY));
+            v_store_n(s + j, x, n - j);
+        }
         largest = v_max(x, largest);
-        v_store_n(s + j, x, n - j);
     }
     if (m_any(bad)) return false;
     REAL m = v_largest(largest);
@@ -250,6 +254,12 @@ bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REA
     }
     vec sum = v_zero(), reference = v_set1(row->m);
     for (int j = 0; j < n; j += VL) {
+        if (plain) {
+            vec p = v_exp2(v_sub(v_loadu(s + j), reference));
+            sum = v_add(sum, p);
+            v_storeu(s + j, p);
+            continue;
+        }
         vec x = v_load_n(s + j, n - j);
         mask see = m_and(m_greater(x, v_set1(-INFINITY)), m_first(n - j));
         vec p = v_exp2(v_select(see, v_sub(x, reference), v_set1(-LARGEST)));
@@ -258,4 +268,9 @@ bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REA
     }
     row->l += v_sum(sum);
     return true;
+}
+
+bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REAL *bias, uint64_t keep) {
+    return !bias && n % VL == 0 && !(~visible | ~keep) ? row_weights(row, s, n, visible, NULL, keep, true)
+                                                       : row_weights(row, s, n, visible, bias, keep, false);
 }
