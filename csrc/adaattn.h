@@ -105,6 +105,7 @@ typedef struct {
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */
+    double most_bias;    /* octaves of a biased score that fp32 may hold */
     bool only_f64;       /* fp32 cannot hold the scale */
     uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
 } ada_problem;

@@ -66,12 +66,16 @@ double ada_unseen_error(const ada_problem *p, int candidate) {
 static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
-    const int64_t per_batch = p->H / a->per_head, half = (ada_block_count(p) + 1) / 2;
-    const int64_t step = ada_is_fixed(p) ? (half < LOOK_STEP ? half : LOOK_STEP) : 1;
-    if (!a->states[task * a->per_head].probed || ada_job_cancelled(job, worker)) return;
-    a->keys[task] = ada_key_probe_of(p, a->probes + task * a->probe_bytes);
-    ada_probe_keys(p, a->k, task / per_batch, task % per_batch * a->per_head, a->per_head, step,
-                   &a->keys[task], a->scratch + worker * a->scratch_bytes);
+    const int64_t per_batch = p->H / a->per_head, b = task / per_batch;
+    const int64_t h = task % per_batch * a->per_head;
+    const ada_look look = a->states[b * p->H + h].look;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    if (!look || ada_job_cancelled(job, worker)) return;
+    ada_key_probe *keys = &a->keys[task];
+    *keys = ada_key_probe_of(p, a->probes + task * a->probe_bytes);
+    ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? LOOK_STEP : 1, keys, scratch);
+    if (keys->count == 0)
+        ada_probe_keys(p, a->k, b, h, a->per_head, 1, keys, scratch); /* a mask hides those */
 }
 
 /* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the
@@ -116,7 +120,7 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     const ada_rate *rates = a->budget->rates;
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
     const int best = ada_plan_head(guess, &task, rates);
-    if (ada_is_fixed(p) || !guess->finite || best <= task.plain) return 0;
+    if (a->states[head].look != ADA_LOOK_ALL || !guess->finite || best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
@@ -129,7 +133,7 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, ui
     ada_head_state *s = &a->states[head];
     memset(share, 0, (size_t)T * sizeof *share);
     ada_add_shares(share, NULL, live, T);
-    if (s->probed) ada_add_shares(share, live, live, T);
+    if (s->look) ada_add_shares(share, live, live, T);
     if (norms) ada_add_shares(share, norms, live, T);
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
 }
@@ -142,7 +146,7 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     float *size = a->sizes + head * p->T;
     char *scratch = a->scratch + worker * a->scratch_bytes;
     ada_row_profile *guess = &a->profiles[head * ADA_MOST_ROWS];
-    if (!s->probed || ada_job_cancelled(job, worker)) return;
+    if (!s->look || ada_job_cancelled(job, worker)) return;
     ada_guess_profile(p, a->k, head / p->H, head % p->H, keys, guess, scratch);
     ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
     a->budget->heads[head].forecast.rows = 0;
@@ -157,17 +161,26 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     if (s->n) ada_draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
 }
 
-/* Whether a head is looked at before it is computed: where the choice is open, and a cheaper rung than the
- * plain one may save more than looking costs. */
-static bool probes(const ada_attending *a, int64_t head) {
+/* Whether looking at all keys of a head does: where a cheaper rung than the plain one may save more than that
+ * costs, or the plain one may not do. */
+static bool pays(const ada_attending *a, int64_t head) {
     const ada_problem *p = a->p;
-    const ada_budget *b = a->budget;
-    if (p->only_f64 || b->given || ada_is_forced(b)) return false;
-    if (ada_is_fixed(p) || b->tolerance < ADA_FINER * PLAIN_ERROR) return true;
-    if (p->lse && b->tolerance < LSE_TOLERANCE) return true;
+    if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
-    return ada_may_pay(&task, b->rates, 2 * LOOK_SECONDS * looked_at);
+    return ada_may_pay(&task, a->budget->rates, 2 * LOOK_SECONDS * looked_at);
+}
+
+/* What of a head's keys is looked at before it is computed. Calls that are not verified are predicted,
+ * however they were planned. */
+static ada_look look_at(const ada_attending *a, int64_t head) {
+    const ada_problem *p = a->p;
+    const ada_budget *b = a->budget;
+    const bool predicted = p->T < ADA_LEAST_QUERIES;
+    if (p->only_f64 || ada_is_forced(b)) return ADA_LOOK_NONE;
+    if (b->given) return predicted && b->verify ? ADA_LOOK_SOME : ADA_LOOK_NONE;
+    if (ada_is_fixed(p)) return ADA_LOOK_SOME;
+    return pays(a, head) ? ADA_LOOK_ALL : predicted ? ADA_LOOK_SOME : ADA_LOOK_NONE;
 }
 
 int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first) {
@@ -236,12 +249,18 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const ada_forecast *f = &b->heads[i].forecast;
     if (a->p->only_f64) return 0;
     if (ada_is_fixed(a->p)) {
-        const bool in_f64 = f->finite && f->error[task->plain] * ADA_MARGIN_GUESSED > b->tolerance;
+        const bool lse_off = task->lse && f->lse_error[task->plain] > fmax(b->tolerance / ADA_MARGIN, 1e-6);
+        const bool in_f64 =
+            f->finite && (f->error[task->plain] * ADA_MARGIN_GUESSED > b->tolerance || lse_off);
         return (in_f64 || b->cheapest == ADA_RUNG_FP64) && b->dearest <= ADA_RUNG_FP64 ? 0 : task->plain;
     }
-    const bool blind = a->states[i].n == 0 && a->p->T < ADA_LEAST_QUERIES && !guesses_are_fair(a->p);
-    const ada_forecast unknown = {.finite = false};
-    return ada_plan_head(a->states[i].probed && !blind ? f : &unknown, task, b->rates);
+    const ada_head_state *s = &a->states[i];
+    const bool fair = s->n || a->p->T >= ADA_LEAST_QUERIES || guesses_are_fair(a->p);
+    ada_forecast known = {.finite = false};
+    if (s->look) known = *f;
+    for (int c = task->plain + 1; !(s->look == ADA_LOOK_ALL && fair) && c < ADA_CANDIDATES; c++)
+        known.error[c] = INFINITY; /* what is more exact than the plain rung may be chosen still */
+    return ada_plan_head(&known, task, b->rates);
 }
 
 static void plan_heads(ada_attending *a) {
@@ -260,7 +279,7 @@ static void plan_heads(ada_attending *a) {
                 head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
             head->forecast.finite &= guess.finite;
         }
-        if (s->probed) bound_outliers(a, i);
+        if (s->look) bound_outliers(a, i);
         const bool verified = s->n && p->T >= ADA_LEAST_QUERIES;
         const ada_task task = ada_task_of(a, i, verified ? reach : ADA_MARGIN_GUESSED);
         for (int c = 0; c < ADA_CANDIDATES; c++)
@@ -271,10 +290,10 @@ static void plan_heads(ada_attending *a) {
             head->choice = p->precision;
         else
             head->choice = ada_candidates[choose(a, i, &task)];
-        for (int c = 2; c < ADA_CANDIDATES && ada_is_fixed(p); c++) head->forecast.error[c] = NAN;
+        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++) head->forecast.error[c] = NAN;
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
-        if (!s->probed && c >= 0 && c <= 1) head->predicted_error = ada_unseen_error(p, c);
+        if (!s->look && c >= 0 && c <= 1) head->predicted_error = ada_unseen_error(p, c);
     }
 }
 
@@ -292,10 +311,12 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     ada_head *heads = a->budget->heads;
     int64_t *launch = a->list + ada_head_count(a);
     int64_t done = 0;
-    for (int pair = ADA_RUNG_COUNT * ADA_RUNG_COUNT - 1; pair >= 0 && done < n;
-         pair--) { /* fp64 comes last */
+    const int pairs = ADA_RUNG_COUNT * ADA_RUNG_COUNT;
+    for (int turn = 0; turn < 2 * pairs && done < n; turn++) { /* what takes all comes first */
+        const int pair = turn % pairs;
         const ada_choice choice = {(ada_rung)(pair / ADA_RUNG_COUNT), (ada_rung)(pair % ADA_RUNG_COUNT)};
         int64_t count = 0;
+        if (takes_all(a, choice) != (turn < pairs)) continue;
         for (int64_t i = 0; i < n; i++) {
             const ada_choice own = heads[list[i]].choice;
             if (own.qk == choice.qk && own.pv == choice.pv) launch[count++] = list[i];
@@ -304,6 +325,8 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
         ada_problem problem = *a->p;
         problem.precision = choice;
         problem.compute_f64 = choice.qk == ADA_RUNG_FP64;
+        problem.most_bias =
+            fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
         if (ada_execute(&problem, takes_all(a, choice) ? NULL : launch, count, a->interrupt, a->context,
                         error))
@@ -350,8 +373,8 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     bool probed = false;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         budget->heads[i] = unknown_head();
-        a->states[i] = (ada_head_state){.probed = probes(a, i)};
-        probed |= a->states[i].probed;
+        a->states[i] = (ada_head_state){.look = look_at(a, i)};
+        probed |= a->states[i].look != ADA_LOOK_NONE;
         a->list[i] = i;
     }
     if (probed && !probe(a)) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");

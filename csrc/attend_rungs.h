@@ -67,13 +67,13 @@ static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch, in
     s->head = ada_head_store_at(s->store, slot);
     const float *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, s->base.rows, &ld);
     if (ada_pack_queries(s->store, &s->head, &s->t, q, ld, patch->n, s->copy, s->words)) return true;
-    if (!p->attn_mask.data) return false;
     /* What it cannot hold may be in rows that see no key. */
     if (q != s->base.rows)
         ada_load_rows_f32(r->k, s->base.rows, p->D, &p->query, patch->b, patch->h, patch->i, patch->n,
                           (int)p->D);
+    int64_t block = 0;
     for (int i = 0; i < patch->n; i++)
-        if (!ada_row_sees(p, r->k, patch->b, patch->h, patch->i + i, s->copy))
+        if (!ada_row_sees(p, r->k, patch->b, patch->h, patch->i + i, &block, s->copy))
             memset(s->base.rows + i * p->D, 0, (size_t)p->D * sizeof(float));
     return ada_pack_queries(s->store, &s->head, &s->t, s->base.rows, p->D, patch->n, s->copy, s->words);
 }

@@ -16,12 +16,16 @@
 /* Exact rows are this much finer than the tolerance. */
 #define ADA_FINER 20
 
+/* At the keys of a head: at none, at some blocks, which tell whether the plain rung will do and no more, at
+ * all. */
+typedef enum { ADA_LOOK_NONE, ADA_LOOK_SOME, ADA_LOOK_ALL } ada_look;
+
 /* One head on its way through the phases. */
 typedef struct {
     int64_t rows[ADA_MOST_ROWS]; /* of the choice, later those to verify */
     double weight[ADA_MOST_ROWS];
     int n;
-    bool probed; /* sizes and forecast are known */
+    ada_look look; /* none: sizes and forecast are not known */
     bool exact_f64;
     double out2;       /* squared norm of the output; NaN or infinite: not to be verified */
     double value2;     /* mean squared norm of the values */

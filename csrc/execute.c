@@ -38,7 +38,7 @@ static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, 
  * of more than 2^10 octaves, whose last digit is worth 2^-13 and more. */
 static bool row_needs_double(const ada_problem *p, double factor, double m) {
     const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
-    return (factor != 0 && factor < FLT_MIN) || (biased && isfinite(m) && fabs(m) > 1024);
+    return (factor != 0 && factor < FLT_MIN) || (biased && isfinite(m) && fabs(m) > p->most_bias);
 }
 
 static uint64_t lanes_of(const ada_patch *patch) {

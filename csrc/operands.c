@@ -224,15 +224,19 @@ static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b,
     return seen & all;
 }
 
-bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, float *rows) {
+bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int64_t *block,
+                  float *rows) {
     const ada_span span = ada_visible_span(p, b, i);
     if (span.end <= span.first || !p->attn_mask.data) return span.end > span.first;
-    uint64_t seen = 0;
-    for (int64_t j = span.first; j < span.end && !seen; j += ADA_BLOCK) {
-        const int nk = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
-        seen = keys_seen(p, k, b, h, i, 1, j, nk, rows);
+    const int64_t first = span.first / ADA_BLOCK, count = (span.end + ADA_BLOCK - 1) / ADA_BLOCK - first;
+    for (int64_t n = 0, at = *block - first; n < count; n++, at++) {
+        if (at < 0 || at >= count) at = 0;
+        const int64_t j = (first + at) * ADA_BLOCK;
+        if (!keys_seen(p, k, b, h, i, 1, j, ada_keys_of_block(p, first + at), rows)) continue;
+        *block = first + at;
+        return true;
     }
-    return seen != 0;
+    return false;
 }
 
 uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,

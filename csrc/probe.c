@@ -105,6 +105,10 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     const probe_scratch s = scratch_of(p, &carver);
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p);
+    const int64_t start = ada_visible_span(p, b, 0).first / ADA_BLOCK;
+    const int64_t end = (ada_visible_span(p, b, p->T - 1).end + ADA_BLOCK - 1) / ADA_BLOCK;
+    const int64_t half = (end - start + 1) / 2; /* two blocks at least */
+    if (step > half) step = half > 1 ? half : 1;
     ptrdiff_t ld;
     memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
     memset(keys->mean, 0, (size_t)D * sizeof(float));
@@ -112,7 +116,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     keys->count = keys->largest2 = 0;
     for (int64_t block = 0; block < blocks; block++) {
         const uint64_t seen = keys->seen[block] =
-            block % step ? 0 : ada_block_seen(p, k, b, h, heads, block, s.rows);
+            (block - start) % step ? 0 : ada_block_seen(p, k, b, h, heads, block, s.rows);
         if (!seen) continue;
         const float *x =
             rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, ada_keys_of_block(p, block), s.rows, &ld);
@@ -207,6 +211,7 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
     const float scale2 = (float)(p->scale * p->scale);
     ada_spreads spreads = {.finite = true};
     double sum = 0, live = 0;
+    int64_t block = 0;
     for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
         const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
         ptrdiff_t ld;
@@ -214,7 +219,7 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         k->squares(size + i, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
     }
     for (int64_t i = 0; i < p->T; i++) { /* sizes are spreads so far */
-        size[i] = ada_row_sees(p, k, b, h, i, s.rows) ? size[i] * scale2 : -1;
+        size[i] = ada_row_sees(p, k, b, h, i, &block, s.rows) ? size[i] * scale2 : -1;
         if (size[i] == -1) continue;
         spreads.finite &= isfinite(size[i]) != 0;
         sum += (double)size[i], live++;
@@ -462,9 +467,10 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
     const int64_t step = (end - start + GUESS_ROWS - 1) / GUESS_ROWS;
     const double value2 = keys->value2_mean, own2 = value2 - keys->center2;
     double n = 0;
+    int64_t block = 0;
     *x = (ada_row_profile){.weight = (double)p->T};
     for (int64_t i = start; i < end; i += step) {
-        if (!ada_row_sees(p, k, b, h, i, s.rows)) continue;
+        if (!ada_row_sees(p, k, b, h, i, &block, s.rows)) continue;
         ada_row_profile one;
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, i, 1, s.rows, &ld);

@@ -240,6 +240,7 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     p->only_f64 = !fp32_scale;
     if (!fp32_scale) p->precision.qk = p->precision.pv = ADA_RUNG_FP64;
     p->compute_f64 = p->precision.qk == ADA_RUNG_FP64;
+    p->most_bias = 1024;
     p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);
     return ADA_OK;
 }

@@ -81,10 +81,12 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head *head = &a->budget->heads[index];
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
-    if (s->probed && !head->forecast.finite) return 0;
+    if (s->look && !head->forecast.finite) return 0;
     if (head->predicted_error * ADA_FINER <= a->budget->tolerance) {
-        const int64_t rows = T / 128;
-        return rows < 1 ? 1 : rows > 8 ? 8 : (int)rows;
+        /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
+         * plain rung may not do. */
+        const int64_t rows = T / 128, least = s->look || a->budget->tolerance > 1e-4 ? 1 : 4;
+        return rows < least ? (int)least : rows > 8 ? 8 : (int)rows;
     }
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
@@ -110,7 +112,13 @@ static double measure_output(const ada_attending *a, int64_t head, float *norms,
         if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
             block = 0;
             for (int r = 0; r < n; r++)
-                for (int e = 0; e < E; e++) block += (double)x[r * ld + e] * (double)x[r * ld + e];
+                for (int e = 0; e < E; e++) {
+                    double y = (double)x[r * ld + e];
+                    if (p->out.dtype == ADA_F64)
+                        y = *(const double *)(ada_row_at(&p->out, head / p->H, head % p->H, i + r) +
+                                              e * p->out.stride[3]);
+                    block += y * y;
+                }
         }
         sum += block;
     }
@@ -127,13 +135,15 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     s->out2 = measure_output(a, head, norms, scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
-    for (int64_t i = 0; !s->probed && !s->known && i < p->T; i++)
-        a->sizes[head * p->T + i] = ada_row_sees(p, a->k, head / p->H, head % p->H, i, (float *)scratch);
+    int64_t block = 0;
+    for (int64_t i = 0; !s->look && !s->known && i < p->T; i++)
+        a->sizes[head * p->T + i] =
+            ada_row_sees(p, a->k, head / p->H, head % p->H, i, &block, (float *)scratch);
     if (!s->known) ada_draw_rows(a, head, s->n, norms, s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
-    s->exact_f64 = tolerance <= (s->probed ? 1e-4 : 1e-3) ||
-                   ADA_FINER * fmax(cancelled, in_fp32) > tolerance || p->query.dtype == ADA_F64;
+    s->exact_f64 = tolerance <= (s->look ? 1e-4 : 1e-3) || ADA_FINER * fmax(cancelled, in_fp32) > tolerance ||
+                   p->query.dtype == ADA_F64;
 }
 
 /* Of a number that is rounded to the dtype, relative. */
@@ -173,6 +183,17 @@ static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
 
 static double lse_at(const ada_problem *p, int64_t at) {
     return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
+}
+
+/* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
+ * again, and where the estimate is within the tolerance they often suffice. */
+static bool doubts(const ada_attending *a, int64_t index) {
+    const ada_head *head = &a->budget->heads[index];
+    const ada_head_state *s = &a->states[index];
+    return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
+           head->measured_error < a->budget->tolerance &&
+           (head->error_limit > a->budget->tolerance ||
+            (!s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error));
 }
 
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
@@ -216,9 +237,11 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     head->measured_error = error;
     head->error_limit = limits.upper2 > 0 ? sqrt(limits.upper2 / s->out2) * slack : 0;
     /* Rows without an error say nothing of the others: predictions are seldom so far off. */
-    if (s->probed) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
+    if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
     *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
-    return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7);
+    const bool refuted = !s->look && !s->doubted && error > ADA_MARGIN_GUESSED * head->predicted_error;
+    return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7) &&
+           !(refuted && doubts(a, index));
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
@@ -228,10 +251,10 @@ static bool go_up(const ada_attending *a, int64_t index) {
     const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
-    const bool probed = a->states[index].probed;
+    const bool probed = a->states[index].look;
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
-    if (probed && !ada_is_fixed(a->p) && !head->retried && now > c && isfinite(head->error_limit)) {
+    if (a->states[index].look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {
         /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit
          * is. */
         ada_forecast worse = head->forecast;
@@ -266,27 +289,19 @@ static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
     int64_t n = 0;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         const ada_head *head = &a->budget->heads[i];
-        if (!a->states[i].probed || !head->forecast.finite) continue;
+        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->choice.qk > ADA_RUNG_FP32)
+            continue;
         confirm_guess(a, i);
-        if (head->predicted_error * ADA_MARGIN_GUESSED > a->budget->tolerance && go_up(a, i))
-            a->list[n++] = i;
+        const bool keeps = head->predicted_error * ADA_MARGIN_GUESSED <= a->budget->tolerance;
+        if (!keeps && go_up(a, i)) a->list[n++] = i;
     }
     return n ? ada_execute_heads(a, a->list, n, error) : ADA_OK;
-}
-
-/* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
- * again, and where the estimate is within the tolerance they often suffice. */
-static bool doubts(const ada_attending *a, int64_t index) {
-    const ada_head *head = &a->budget->heads[index];
-    const ada_head_state *s = &a->states[index];
-    return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 16 &&
-           head->error_limit > a->budget->tolerance && head->measured_error < a->budget->tolerance;
 }
 
 ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     int64_t open = 0;
-    if (p->T < ADA_LEAST_QUERIES) return ada_is_fixed(p) ? confirm_guesses(a, error) : ADA_OK;
+    if (p->T < ADA_LEAST_QUERIES) return confirm_guesses(a, error);
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         ada_head_state *s = &a->states[i];
         s->n = rows_to_verify(a, i);
@@ -307,7 +322,7 @@ ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
             s->known = true;
             /* Where all inputs are known to be finite, an output that is not is wrong. */
             bool misses = !isfinite(s->out2);
-            s->open = s->probed || !misses;
+            s->open = s->look || !misses;
             if (!s->open) continue;
             s->open = misses || !compare_head(a, i, &misses);
             if (!s->open) continue;
@@ -319,7 +334,7 @@ ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
                                 (long long)(i % p->H), ada_rung_name(head->choice.qk),
                                 ada_rung_name(head->choice.pv));
             if (!misses && doubts(a, i)) {
-                s->n = 2 * s->n, s->doubted = true, s->known = false;
+                s->n = s->n < 8 ? 8 : 2 * s->n, s->doubted = true, s->known = false;
             } else {
                 s->open = go_up(a, i);
                 if (s->open) a->list[again++] = i;

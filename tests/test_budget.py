@@ -275,3 +275,116 @@ def test_some_heads_are_given_more_rows_before_they_go_up() -> None:
     _, report = adaattn.attention(query * np.float32(2), key, value, tolerance=1e-2, return_report=True)
     more = report.verified_rows > 8
     assert more.any() and not (report.retried & more).all()
+
+
+def test_options_do_not_take_fp64_away() -> None:
+    """Between 9 and 63 queries a mask leaves nothing to guess by but that fp32 will not do."""
+    query, key, value = heads(1, 32, 256, 64)
+    arrays = [query * np.float32(8), key * np.float32(8), value * np.float32(0.3) + value[:, :, :1]]
+    for options in ({}, {"attn_mask": np.ones((32, 256), bool)}, {"alibi_slopes": np.zeros(1)}):
+        out, report = adaattn.attention(*arrays, tolerance=2e-6, return_report=True, **options)
+        assert errors(out, arrays, **options).max() <= 2e-6
+        assert (report.precision_qk == "fp64").all()
+
+
+def test_keys_with_a_bias_at_quality() -> None:
+    """fp32 misses on half of these heads, which nobody looks at before they are computed."""
+    rng = np.random.default_rng(100)
+    query, key, value = rng.standard_normal((3, 1, 64, 128, 64), np.float32)
+    key[..., :4] += (150 * rng.standard_normal((1, 64, 1, 4))).astype(np.float32)
+    arrays = [2 * query, key, value]
+    missed = errors(adaattn.attention(*arrays), arrays) > 1e-5
+    assert missed.sum() > 20
+    out, report = adaattn.attention(*arrays, policy="quality", return_report=True)
+    assert (errors(out, arrays) > 1e-5).sum() <= 2
+    assert (report.verified_rows > 0).all()
+
+
+def pairs_that_cancel(T: int, S: int) -> list[np.ndarray]:
+    """Keys in pairs almost alike, whose values are opposite."""
+    query, key, value = heads(1, T, S, 64)
+    half = key[:, :, 1::2].shape[2]
+    key[:, :, 1::2] = key[:, :, ::2][:, :, :half] * (1 + 1e-4 * key[:, :, 1::2])
+    value[:, :, 1::2] = -value[:, :, ::2][:, :, :half]
+    return [query, key, value]
+
+
+@pytest.mark.parametrize("T", [4, 32, 64])
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-3])
+def test_outputs_smaller_than_statistics_say(T: int, tolerance: float) -> None:
+    arrays = pairs_that_cancel(T, 256)
+    exact = errors(adaattn.attention(*arrays, tolerance=tolerance), arrays)
+    planned = adaattn.attention(*arrays, plan=adaattn.plan(*arrays, tolerance=tolerance))
+    assert exact.max() <= tolerance and errors(planned, arrays).max() <= tolerance
+
+
+def test_a_plan_for_few_queries_on_other_data() -> None:
+    query, key, value = heads(2, 4, 200, 64)
+    plan = adaattn.plan(query, key, value, tolerance=1e-5)
+    arrays = [query, key + np.float32(3e4), value]
+    assert errors(adaattn.attention(*arrays, plan=plan), arrays).max() <= 1e-5
+
+
+def test_what_a_window_leaves_is_looked_at() -> None:
+    query, key, value = pairs_that_cancel(1, 8192)
+    arrays = [query * np.float32(0.1), key, value]
+    options = {"causal": True, "window": (127, 0)}
+    out = adaattn.attention(*arrays, tolerance=1e-5, **options)
+    assert errors(out, arrays, **options).max() <= 1e-5
+
+
+def test_a_cached_sequence_beside_a_longer_one() -> None:
+    query, key, value = heads(2, 1, 200, 64)
+    key[:, :, 128:] += 3e4
+    alone, both = adaattn.KVCache(1, 2, 64), adaattn.KVCache(2, 2, 64)
+    alone.append(key, value)
+    long = np.random.default_rng(1).standard_normal((2, 2, 2, 8000, 64)).astype(np.float32)
+    long[0, 0, :, :200], long[1, 0, :, :200] = key[0], value[0]
+    both.append(*long, [200, 8000])
+    expected = alone.attention(query, tolerance=1e-5)
+    assert np.array_equal(both.attention(np.concatenate([query] * 2), tolerance=1e-5)[:1], expected)
+
+
+@pytest.mark.parametrize("T", [1, 32])
+def test_biases_that_take_the_digits_of_scores(T: int) -> None:
+    arrays = heads(1, T, 256, 64)
+    mask = (np.random.default_rng(1).standard_normal((T, 256)) - 600).astype(np.float32)
+    for options in ({"attn_mask": mask}, {"alibi_slopes": np.ones(1), "query_offset": 656}):
+        out = adaattn.attention(*arrays, tolerance=1e-5, **options)
+        assert errors(out, arrays, **options).max() <= 1e-5
+
+
+def test_lse_of_few_queries_that_see_one_key() -> None:
+    """There is nothing to miss in the output."""
+    query, key, value = heads(1, 4, 1, 64)
+    query[..., 32:] = query[..., :32]
+    key += np.where(np.arange(64) < 32, 1000, -1000).astype(np.float32)
+    _, lse = adaattn.attention(query, key, value, tolerance=1e-5, return_lse=True)
+    arrays = [x.astype(np.float64) for x in (query, key, value)]
+    exact = adaattn.reference.attention(*arrays, return_lse=True)[1]
+    assert (np.abs(lse - exact) <= np.maximum(1e-5, 4 * 2.0**-24 * np.abs(exact))).all()
+
+
+def test_tiny_doubles_that_are_right() -> None:
+    query, key, value = heads(1, 128, 128, 64, np.float64)
+    arrays = [query, key, value * 1e-60]
+    out, report = adaattn.attention(*arrays, precision="fp64", tolerance=1e-3, return_report=True)
+    assert errors(out, arrays).max() <= 1e-14 and report.measured_error.max() <= 1e-14
+
+
+def test_a_mixed_plan_of_few_queries() -> None:
+    """What takes all heads in one pass does not write over those of another rung."""
+    query, key, value = heads(2, 4, 200, 64)
+    key[:, 1] *= 1e37
+    out, report = adaattn.attention(query, key, value, precision="bf16", tolerance=1e-1, return_report=True)
+    assert report.precision_qk.tolist() == [["bf16", "fp32"]]
+    assert np.array_equal(adaattn.attention(query, key, value, plan=report.plan), out)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+def test_few_queries_of_half_arrays_wherever_they_lie(dtype: Any) -> None:
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    arrays = [x.astype(dtype) for x in heads(4, 5, 130, 128)]
+    strided = [np.ascontiguousarray(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0) for x in arrays]
+    assert np.array_equal(adaattn.attention(*strided), adaattn.attention(*arrays))

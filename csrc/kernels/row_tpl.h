@@ -127,11 +127,12 @@ INLINE void ROW(value_rows)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT
         ROW(last_columns)(o + r * ldo + e, p + r * ADA_BLOCK, v + e, ldv, n, E - e);
 }
 
-/* Blocks of AHEAD_BYTES, so that passes find all their lines asked for: twice as many bytes cost a quarter
- * of the rate. They are the same for any number of queries, since sums are formed by block. */
+/* Blocks of AHEAD_BYTES, so that passes find all their lines asked for: twice as many cost a quarter of the
+ * rate. Sums are formed by block, so blocks are the same for any number of queries, and for half formats as
+ * for the REAL that those become where they are not read in place; 8-bit codes always are. */
 INLINE void ROW(value_blocks)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n,
                               int E, const int R) {
-    int block = AHEAD_BYTES / (E * (int)sizeof(ELEMENT));
+    int block = AHEAD_BYTES / (E * (int)(sizeof(ELEMENT) == 1 ? 1 : sizeof(REAL)));
     if (block < 8) block = 8;
     if (E <= TILE_ACC / ADA_ROW_GROUP * VL) block = n;
     for (int j = 0; j < n; j += block)
