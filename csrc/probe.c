@@ -88,9 +88,13 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p) {
 }
 
 /* The keys whose values are far larger than the mean; of more than ADA_HEAVY the largest. */
-static void find_heavy(ada_key_probe *keys, int64_t all) {
+static void find_heavy(ada_key_probe *keys, int64_t blocks) {
     keys->heavies = 0;
-    for (int64_t j = 0; j < all; j++) {
+    for (int64_t j = 0; j < blocks * ADA_BLOCK; j++) {
+        if (!keys->seen[j / ADA_BLOCK]) {
+            j += ADA_BLOCK - 1;
+            continue;
+        }
         if (!((double)keys->value2[j] > HEAVY * keys->value2_mean)) continue;
         int at = keys->heavies < ADA_HEAVY ? keys->heavies++ : ADA_HEAVY;
         for (; at > 0 && keys->value2[keys->heavy[at - 1]] < keys->value2[j]; at--)
@@ -163,7 +167,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     keys->center2 = fmin((double)center2 / (count * count), keys->value2_mean);
     keys->step8 = (double)most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
     keys->step16 = (double)most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
-    find_heavy(keys, blocks * ADA_BLOCK);
+    find_heavy(keys, blocks);
 }
 
 /* ---- queries ---- */
