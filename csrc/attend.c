@@ -24,8 +24,8 @@
 #define ROW_SPEED 0.6
 /* Of keys that only tell whether fp32 will do: at most one block in so many, but two. */
 #define LOOK_STEP 64
-/* To look at one element of a key, value or query, in seconds. */
-#define LOOK_SECONDS 4e-10
+/* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung. */
+#define LOOK_OPERATIONS 150
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
@@ -168,7 +168,8 @@ static bool pays(const ada_attending *a, int64_t head) {
     if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
-    return ada_may_pay(&task, a->budget->rates, 2 * LOOK_SECONDS * looked_at);
+    const ada_rate *rates = a->budget->rates;
+    return ada_may_pay(&task, rates, 1e-9 * LOOK_OPERATIONS * looked_at / rates[task.plain].gflops[0]);
 }
 
 /* What of a head's keys is looked at before it is computed. Calls that are not verified are predicted,

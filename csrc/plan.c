@@ -164,8 +164,8 @@ bool ada_may_pay(const ada_task *t, const ada_rate rates[ADA_CANDIDATES], double
     const double plain = ada_predicted_seconds(t, &rates[t->plain]);
     for (int c = t->plain + 1; c < ADA_CANDIDATES; c++) {
         const double saved = plain - ada_predicted_seconds(t, &rates[c]);
-        if (allowed(t, ada_candidates[c]) && least_error[c] <= t->tolerance && saved > (1 - PAYS) * plain &&
-            saved > cost)
+        if (allowed(t, ada_candidates[c]) && ADA_MARGIN * least_error[c] <= t->tolerance &&
+            saved > (1 - PAYS) * plain && saved > cost)
             return true;
     }
     return !allowed(t, ada_candidates[t->plain]);

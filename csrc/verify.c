@@ -85,7 +85,8 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     if (head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
-        const int64_t rows = T / 128, least = s->look || a->budget->tolerance > 1e-4 ? 1 : 4;
+        const bool far = 16 * ADA_FINER * head->predicted_error <= a->budget->tolerance;
+        const int64_t rows = T / (far ? 256 : 128), least = s->look || a->budget->tolerance > 1e-4 ? 1 : 4;
         return rows < least ? (int)least : rows > 8 ? 8 : (int)rows;
     }
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
