@@ -103,8 +103,8 @@ def attention(
         predictions.
     return_lse : bool
         Also return the logarithm of each row's sum of exponentials. Within a tolerance its entries are off by
-        at most the larger of the tolerance (absolute) and the rounding of fp32; heads may need a more exact
-        rung for that.
+        at most the larger of the tolerance (absolute) and the rounding of fp32, which is checked for the rows
+        that verify the head; heads may need a more exact rung for that.
     return_report : bool
         Also return what each head was computed with, and the errors that were predicted and measured.
     out : array of shape (B, H, T, E), optional
