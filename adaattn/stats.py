@@ -139,11 +139,13 @@ class Plan:
             candidate_seconds=column["candidate_seconds"],
         )
 
-    def choices(self) -> tuple[tuple[Any, ...], list[int]]:
-        """Sizes, and indices of the rungs, (scores, values) of head after head, as the engine takes them."""
+    def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
+        """Sizes, indices of the rungs, (scores, values) of head after head, and predicted errors, as the
+        engine takes them."""
         index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
         pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
-        return tuple(self.sizes.values()), [index[rung] for pair in pairs for rung in pair]
+        rungs = [index[rung] for pair in pairs for rung in pair]
+        return tuple(self.sizes.values()), rungs, self.predicted_error.reshape(-1)
 
     def explain(self) -> str:
         """For each head the choice and why it won; then the candidates with predicted time and error."""

@@ -24,7 +24,8 @@
 #define ROW_SPEED 0.6
 /* Of keys that only tell whether fp32 will do: at most one block in so many, but two. */
 #define LOOK_STEP 64
-/* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung. */
+/* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung.
+ */
 #define LOOK_OPERATIONS 150
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
@@ -286,7 +287,7 @@ static void plan_heads(ada_attending *a) {
         for (int c = 0; c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
-            head->choice = a->budget->given[i];
+            head->choice = a->budget->given[i].choice;
         else if (ada_is_forced(a->budget))
             head->choice = p->precision;
         else
@@ -294,7 +295,9 @@ static void plan_heads(ada_attending *a) {
         for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++) head->forecast.error[c] = NAN;
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
-        if (!s->look && c >= 0 && c <= 1) head->predicted_error = ada_unseen_error(p, c);
+        if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
+        if (isnan(head->predicted_error) && !s->look && c >= 0 && c <= 1)
+            head->predicted_error = ada_unseen_error(p, c);
     }
 }
 

@@ -15,10 +15,16 @@ typedef struct {
     bool retried; /* the first choice failed, or could not hold the head's numbers */
 } ada_head;
 
+/* A head of a plan made earlier. */
 typedef struct {
-    double tolerance;        /* 0: no budget, the problem's precision is computed as it is */
-    ada_choice asked;        /* AUTO, or the precision that was forced: it is verified and never changed */
-    const ada_choice *given; /* (B, H) of a plan made earlier, or NULL */
+    ada_choice choice;
+    double predicted_error; /* NaN: not known */
+} ada_planned;
+
+typedef struct {
+    double tolerance;         /* 0: no budget, the problem's precision is computed as it is */
+    ada_choice asked;         /* AUTO, or the precision that was forced: it is verified and never changed */
+    const ada_planned *given; /* (B, H), or NULL */
     bool verify;
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */

@@ -388,3 +388,13 @@ def test_few_queries_of_half_arrays_wherever_they_lie(dtype: Any) -> None:
     arrays = [x.astype(dtype) for x in heads(4, 5, 130, 128)]
     strided = [np.ascontiguousarray(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0) for x in arrays]
     assert np.array_equal(adaattn.attention(*strided), adaattn.attention(*arrays))
+
+
+def test_a_plan_knows_how_far_its_heads_are_from_the_tolerance() -> None:
+    arrays = heads(4, 2048, 256, 64)
+    plan = adaattn.plan(*arrays, tolerance=1e-2, min_precision="int16")
+    _, report = adaattn.attention(*arrays, plan=plan, return_report=True)
+    assert (report.precision_qk == "int16").all() and (report.verified_rows == 8).all()
+    unknown = dataclasses.replace(plan, predicted_error=np.full((1, 4), np.nan))
+    _, report = adaattn.attention(*arrays, plan=unknown, return_report=True)
+    assert (report.verified_rows == 16).all()

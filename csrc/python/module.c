@@ -241,8 +241,8 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
 /* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is
  * checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
-                     ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_choice **given) {
-    ada_view view = {0};
+                     ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
+    ada_view view = {0}, predicted = {0};
     int failed = -1;
     if (rates != Py_None) {
         if (ada_view_of(state, rates, "rates", false, &view)) return -1;
@@ -261,12 +261,13 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         ada_view_release(&view);
     }
     if (choices == Py_None) return 0;
-    PyObject *planned, *rungs;
-    if (!PyArg_ParseTuple(choices, "OO", &planned, &rungs) || !fits(state, p, planned) ||
+    PyObject *planned, *rungs, *errors;
+    if (!PyArg_ParseTuple(choices, "OOO", &planned, &rungs, &errors) || !fits(state, p, planned) ||
         ada_view_of_numbers(state, rungs, "plan", ADA_I64, &view))
         return -1;
-    const ada_array *a = &view.array;
-    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H) {
+    if (ada_view_of_numbers(state, errors, "plan", ADA_F64, &predicted)) goto done;
+    const ada_array *a = &view.array, *e = &predicted.array;
+    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != p->B * p->H) {
         PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
                      (long long)(p->B * p->H));
         goto done;
@@ -284,11 +285,13 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
-        (*given)[i] = (ada_choice){(ada_rung)qk, (ada_rung)pv};
+        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv},
+                                    *(const double *)((const char *)e->data + i * e->stride[0])};
     }
     budget->given = *given;
     failed = 0;
 done:
+    ada_view_release(&predicted);
     ada_view_release(&view);
     return failed;
 }
@@ -340,7 +343,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_view lse_view = {0};
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
-    ada_choice *given = NULL;
+    ada_planned *given = NULL;
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
         PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
