@@ -111,7 +111,7 @@ engine = Extension(
     sorted(map(str, sources)),
     include_dirs=[numpy.get_include()],
     define_macros=[("_GNU_SOURCE", "1"), ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION")],
-    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread"],
+    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-g1"],
     extra_link_args=["-pthread", "-lm"],
     depends=sorted(map(str, depends)),
 )
