@@ -257,7 +257,9 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
         return (in_f64 || b->cheapest == ADA_RUNG_FP64) && b->dearest <= ADA_RUNG_FP64 ? 0 : task->plain;
     }
     const ada_head_state *s = &a->states[i];
-    const bool fair = s->n || a->p->T >= ADA_LEAST_QUERIES || guesses_are_fair(a->p);
+    /* Dropout makes rows differ too much for two of them to tell. */
+    const bool told = s->n && !a->p->drop_below;
+    const bool fair = told || a->p->T >= ADA_LEAST_QUERIES || guesses_are_fair(a->p);
     ada_forecast known = {.finite = false};
     if (s->look) known = *f;
     for (int c = task->plain + 1; !(s->look == ADA_LOOK_ALL && fair) && c < ADA_CANDIDATES; c++)
