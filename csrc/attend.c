@@ -110,7 +110,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .operations = operations_of_head(p, head / p->H),
                       .elements = (double)p->S * width,
                       .D = p->D,
-                      .plain = p->query.dtype == ADA_F64 ? 0 : 1};
+                      .plain = ada_plain_candidate(p)};
 }
 
 /* Rows that are profiled before the choice: none where no cheaper candidate is in sight, or where looking
@@ -308,7 +308,7 @@ static void plan_heads(ada_attending *a) {
 /* Few queries take the way that reads K and V once, for all heads together or none: what is of another mind
  * is computed again after that, so that a head's bits depend on it alone. */
 static bool takes_all(const ada_attending *a, ada_choice choice) {
-    const ada_choice plain = ada_candidates[ada_task_of(a, 0, 1).plain];
+    const ada_choice plain = ada_candidates[ada_plain_candidate(a->p)];
     const bool is_plain = choice.qk == plain.qk && choice.pv == plain.pv;
     return a->p->T <= ADA_ROWS_MAX && (is_plain || ada_is_forced(a->budget) || a->p->only_f64);
 }
@@ -321,8 +321,9 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     for (int turn = 0; turn < 2 * pairs && done < n; turn++) { /* what takes all comes first */
         const int pair = turn % pairs;
         const ada_choice choice = {(ada_rung)(pair / ADA_RUNG_COUNT), (ada_rung)(pair % ADA_RUNG_COUNT)};
+        const bool all = takes_all(a, choice);
         int64_t count = 0;
-        if (takes_all(a, choice) != (turn < pairs)) continue;
+        if (all != (turn < pairs)) continue;
         for (int64_t i = 0; i < n; i++) {
             const ada_choice own = heads[list[i]].choice;
             if (own.qk == choice.qk && own.pv == choice.pv) launch[count++] = list[i];
@@ -334,8 +335,7 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
-        if (ada_execute(&problem, takes_all(a, choice) ? NULL : launch, count, a->interrupt, a->context,
-                        error))
+        if (ada_execute(&problem, all ? NULL : launch, count, a->interrupt, a->context, error))
             return error->status;
         done += count;
     }

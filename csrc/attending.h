@@ -65,6 +65,9 @@ static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * 
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
 
+/* The candidate that is exact for the arrays' dtype. */
+static inline int ada_plain_candidate(const ada_problem *p) { return p->query.dtype == ADA_F64 ? 0 : 1; }
+
 /* Few queries and stored keys are computed in fp32, or fp64, whatever the budget: memory is what they wait
  * for. */
 static inline bool ada_is_fixed(const ada_problem *p) { return p->stored || p->T <= ADA_ROWS_MAX; }

@@ -95,6 +95,17 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     return rows < 8 ? 8 : rows;
 }
 
+/* Numbers of an output's row from e on; returns how many. */
+enum { PIECE = 64 };
+static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[PIECE]) {
+    const ada_problem *p = a->p;
+    const int left = (int)p->E - e, width = left < PIECE ? left : PIECE;
+    ada_array part = p->out;
+    part.data = (char *)part.data + e * part.stride[3];
+    ada_load_rows_f64(a->k, x, width, &part, head / p->H, head % p->H, row, 1, width);
+    return width;
+}
+
 /* Squared norm of a head's output, in norms those of its rows. */
 static double measure_output(const ada_attending *a, int64_t head, float *norms, char *scratch) {
     const ada_problem *p = a->p;
@@ -113,12 +124,10 @@ static double measure_output(const ada_attending *a, int64_t head, float *norms,
         if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
             block = 0;
             for (int r = 0; r < n; r++)
-                for (int e = 0; e < E; e++) {
-                    double y = (double)x[r * ld + e];
-                    if (p->out.dtype == ADA_F64)
-                        y = *(const double *)(ada_row_at(&p->out, head / p->H, head % p->H, i + r) +
-                                              e * p->out.stride[3]);
-                    block += y * y;
+                for (int e = 0; e < E; e += PIECE) {
+                    double piece[PIECE];
+                    const int width = load_output(a, head, i + r, e, piece);
+                    for (int c = 0; c < width; c++) block += piece[c] * piece[c];
                 }
         }
         sum += block;
@@ -186,6 +195,11 @@ static double lse_at(const ada_problem *p, int64_t at) {
     return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
 }
 
+/* Whether rows say otherwise than what was assumed of a head that nobody looked at. */
+static bool refuted(const ada_head *head, const ada_head_state *s) {
+    return !s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error;
+}
+
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
  * again, and where the estimate is within the tolerance they often suffice. */
 static bool doubts(const ada_attending *a, int64_t index) {
@@ -193,8 +207,7 @@ static bool doubts(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
            head->measured_error < a->budget->tolerance &&
-           (head->error_limit > a->budget->tolerance ||
-            (!s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error));
+           (head->error_limit > a->budget->tolerance || refuted(head, s));
 }
 
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
@@ -205,18 +218,15 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     const ada_head_state *s = &a->states[index];
     const double tolerance = a->budget->tolerance, allowed = tolerance + rounding_of(p->query.dtype);
     const int E = (int)p->E;
-    double *error2 = a->error2 + index * ADA_MOST_ROWS, out[64];
+    double *error2 = a->error2 + index * ADA_MOST_ROWS, out[PIECE];
     *misses = false;
     head->lse_error = 0;
     bool nothing_seen = true;
     for (int i = 0; i < s->n; i++) {
         const int64_t at = index * ADA_MOST_ROWS + i;
         error2[i] = 0;
-        for (int e = 0; e < E; e += 64) {
-            const int width = E - e < 64 ? E - e : 64;
-            ada_array part = p->out;
-            part.data = (char *)part.data + e * part.stride[3];
-            ada_load_rows_f64(a->k, out, width, &part, index / p->H, index % p->H, s->rows[i], 1, width);
+        for (int e = 0; e < E; e += PIECE) {
+            const int width = load_output(a, index, s->rows[i], e, out);
             for (int c = 0; c < width; c++) {
                 const double exact = a->exact_o[at * E + e + c], difference = out[c] - exact;
                 error2[i] += difference * difference;
@@ -240,9 +250,8 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     /* Rows without an error say nothing of the others: predictions are seldom so far off. */
     if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
     *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
-    const bool refuted = !s->look && !s->doubted && error > ADA_MARGIN_GUESSED * head->predicted_error;
     return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7) &&
-           !(refuted && doubts(a, index));
+           !(refuted(head, s) && doubts(a, index));
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
@@ -252,10 +261,10 @@ static bool go_up(const ada_attending *a, int64_t index) {
     const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
-    const bool probed = a->states[index].look;
+    const ada_look look = a->states[index].look;
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
-    if (a->states[index].look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {
+    if (look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {
         /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit
          * is. */
         ada_forecast worse = head->forecast;
@@ -265,7 +274,7 @@ static bool go_up(const ada_attending *a, int64_t index) {
         c = ada_plan_head(&worse, &task, a->budget->rates);
     }
     head->choice = ada_candidates[c];
-    head->predicted_error = probed ? head->forecast.error[c] : ada_unseen_error(a->p, c);
+    head->predicted_error = look ? head->forecast.error[c] : ada_unseen_error(a->p, c);
     head->retried = true;
     return true;
 }
