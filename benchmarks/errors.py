@@ -7,17 +7,15 @@ The error is relative, ‖out − exact‖_F / ‖exact‖_F, on Gaussian heads 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from heads import SIGMAS, Array, Heads, bundled, errors, gaussian, minilm
+from instruments import draw, save, write_json
 from report import show_table
 
 import adaattn
@@ -106,13 +104,7 @@ def weights(heads: Heads, b: int, h: int) -> tuple[Array, Array]:
 
 def plot(folder: Path, found: list[Errors]) -> None:
     """A mark for each head: rungs side by side, sets by colour and marker."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    rcParams["svg.hashsalt"] = "adaattn"  # the same drawing gives the same file
-    figure = Figure(figsize=(8, 4.6), layout="constrained", facecolor="white", dpi=100)
-    axis = figure.subplots()
+    figure, (axis,) = draw(8, 4.6)
     names = list(dict.fromkeys(one.set for one in found))
     width = 0.8 / len(names)
     for name, limit in LIMITS.items():
@@ -132,9 +124,7 @@ def plot(folder: Path, found: list[Errors]) -> None:
     axis.set_ylabel("relative error of a head's output")
     figure.suptitle("Error of each rung against float64, a mark for each head", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, markerscale=2, fontsize=10)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "errors.png")
-    figure.savefig(folder / "errors.svg", metadata={"Date": None})
+    save(figure, folder, "errors")
 
 
 def show_sigmas(found: list[Errors]) -> None:
@@ -142,19 +132,6 @@ def show_sigmas(found: list[Errors]) -> None:
     medians = {one.rung: np.median(one.error.reshape(len(SIGMAS), -1), axis=1) for one in found}
     rows = [[rung, *(f"{x:.1e}" for x in row)] for rung, row in medians.items()]
     show_table("Gaussian: median by the scores' standard deviation", ["rung", *map(str, SIGMAS)], rows)
-
-
-def write_json(path: Path, found: list[Errors], notes: list[str], left_out: dict[str, str]) -> None:
-    document = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "cpu": adaattn.cpu_info(),
-        "left_out": left_out,
-        "notes": notes,
-        "measurements": [vars(one) for one in found],
-    }
-    path.write_text(json.dumps(document, indent=1, default=lambda x: x.tolist()) + "\n")
 
 
 def main() -> None:
@@ -185,7 +162,8 @@ def main() -> None:
     for name, reason in left_out.items():
         print(f"left out: {name} ({reason})")
     if args.json:
-        write_json(args.json, found, notes, left_out)
+        measurements = [vars(one) for one in found]
+        write_json(args.json, left_out=left_out, notes=notes, measurements=measurements)
     if args.plot and found:
         plot(args.plot, found)
 

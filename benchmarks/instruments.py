@@ -85,15 +85,15 @@ def write_json(path: Path, **parts: Any) -> None:
     path.write_text(json.dumps(document, indent=1, default=lambda x: x.tolist()) + "\n")
 
 
-def draw(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
-    """An empty figure and its axes in a row."""
+def draw(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Sequence[Any]]:
+    """An empty figure and its axes in a row, which `Figure.subplots` makes with these options."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     rcParams["svg.hashsalt"] = "adaattn"  # the same drawing gives the same file
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=100)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 def save(figure: Any, folder: Path, name: str) -> None:

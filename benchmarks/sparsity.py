@@ -13,17 +13,15 @@ Sources: SpargeAttn (arXiv:2502.18137), XAttention (2503.16428), FlexPrefill (25
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from heads import Array, Heads, bundled, gaussian
+from instruments import draw, save, write_json
 from report import show_table
 
 BLOCK = 64  # keys
@@ -514,8 +512,8 @@ def proposed(head: Head, t: float) -> Run:
     pairs = head.visible.sum()
     run = Run(head.name, t, float(kept.sum() / pairs), float(np.sqrt(e2.sum() / head.norm2)) / t)
     n, rows = SAMPLED[0] * SAMPLED[1], head.queries // SAMPLED[1]
-    for draw in range(DRAWS):
-        rng = np.random.default_rng(draw)
+    for seed in range(DRAWS):
+        rng = np.random.default_rng(seed)
         blocks = ((np.arange(SAMPLED[0]) + rng.random(SAMPLED[0])) * head.A / SAMPLED[0]).astype(int)
         a = blocks.repeat(SAMPLED[1])
         r = np.tile(np.arange(SAMPLED[1]) * rows, SAMPLED[0]) + rng.integers(0, rows, n)
@@ -752,13 +750,7 @@ def show(found: Measured) -> None:
 
 def plot(folder: Path, sets: list[Measured]) -> None:
     """Median error of the heads against the share that is computed, a panel for each set."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    rcParams["svg.hashsalt"] = "adaattn"  # the same drawing gives the same file
-    figure = Figure(figsize=(max(8, 4.2 * len(sets)), 5), layout="constrained", facecolor="white", dpi=100)
-    axes = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    figure, axes = draw(max(8, 4.2 * len(sets)), 5, len(sets), sharey=True)
     for axis, one in zip(axes, sets, strict=True):
         for label, (color, style) in DRAWN.items():
             if label in one.errors:
@@ -774,9 +766,7 @@ def plot(folder: Path, sets: list[Measured]) -> None:
         axis.set_xlabel("share of pairs computed")
     axes[0].set_ylabel("relative error, median of the heads")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "sparsity.png")
-    figure.savefig(folder / "sparsity.svg", metadata={"Date": None})
+    save(figure, folder, "sparsity")
 
 
 DRAWN = {
@@ -789,18 +779,6 @@ DRAWN = {
     "int8 + same": ("#009E73", "-"),
     "int8, half of D + same": ("#56B4E9", "-"),
 }
-
-
-def write_json(path: Path, sets: list[Measured], queries: int) -> None:
-    document = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "queries": queries,
-        "shares": SHARES.tolist(),
-        "measurements": [vars(one) | {"runs": [vars(run) for run in one.runs]} for one in sets],
-    }
-    path.write_text(json.dumps(document, indent=1, default=lambda x: x.item()) + "\n")
 
 
 def main() -> None:
@@ -819,7 +797,8 @@ def main() -> None:
         sets.append(measure(name, args.queries, methods, args.bounds))
         show(sets[-1])
     if args.json:
-        write_json(args.json, sets, args.queries)
+        measurements = [vars(one) | {"runs": [vars(run) for run in one.runs]} for one in sets]
+        write_json(args.json, queries=args.queries, shares=SHARES, measurements=measurements)
     if args.plot:
         plot(args.plot, sets)
 
