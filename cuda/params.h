@@ -10,7 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include <cuda_runtime_api.h>
+#ifndef ADA_CUDA_MODEL
+#    include <cuda_runtime_api.h>
+#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,0 +1,422 @@
+/* K1: tiles of queries against tiles of keys on mma.sync, with an online softmax in registers.
+ *
+ * A block has MW x NW warps. Warps along M have 16 MR rows of queries each; warps along N share those rows
+ * and take each their part of a tile's keys, which is merged at the end. Scores stay in registers and become,
+ * packed, the left operand of the second product. Keys and values come by cp.async into two stages each, one
+ * iteration ahead.
+ *
+ * Few queries: the rows of a tile are all heads that share keys (row r is query r / pack of head r % pack),
+ * blocks take a part of the keys each and leave sums to combine.
+ */
+#ifndef ADA_CUDA_K1_CUH
+#define ADA_CUDA_K1_CUH
+
+#include "common.cuh"
+
+typedef struct {
+    const char *data; /* 16-bit elements, contiguous in a row, rows aligned to 16 bytes */
+    int64_t stride[3];
+} ada_rows16;
+
+typedef struct {
+    ada_cu_params p;
+    ada_rows16 q, k, v;
+    int32_t *again;
+    float *partials; /* [row][split][E], then of each m, l and whether it saw a key */
+    int64_t rows;    /* B * H * T */
+    int32_t tiles, splits, pack;
+    int32_t pairs; /* two neighbours of out can be written at once */
+} ada_k1_args;
+
+enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
+
+template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool SPLIT_,
+          int RESIDENT_>
+struct ada_tiling {
+    static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, SPLIT = SPLIT_;
+    static constexpr int WIDTH = WIDTH_; /* D and E, padded */
+    static constexpr int MW = MW_, MR = MR_, NW = NW_;
+    static constexpr int BM = 16 * MW * MR, BN = BN_; /* rows of queries and of keys in a tile */
+    static constexpr int KEYS = BN / NW;              /* of a tile, for one warp */
+    static constexpr int THREADS = 32 * MW * NW, RESIDENT = RESIDENT_;
+    static constexpr int CHUNKS = WIDTH / 8, ROW_BYTES = WIDTH * 2; /* chunks of 16 bytes */
+    /* The chunks of eight rows that ldmatrix reads lie in different banks: their number is xored with the
+     * row's. */
+    static constexpr int MASK = CHUNKS % 8 == 0 ? 7 : CHUNKS % 4 == 0 ? 3 : 1;
+    static constexpr int SHIFT = CHUNKS % 8 == 0 ? 0 : CHUNKS % 4 == 0 ? 1 : 2;
+    static constexpr int Q_BYTES = BM * ROW_BYTES, STAGE = BN * ROW_BYTES;
+    static constexpr int K_AT = Q_BYTES, V_AT = K_AT + 2 * STAGE, LOOP_BYTES = V_AT + 2 * STAGE;
+    static constexpr int MERGE_BYTES = SPLIT ? NW * BM * (WIDTH + 3) * 4 : 0;
+    static constexpr int SHARED = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES;
+    static_assert(KEYS % 16 == 0 && (NW == 1 || (SPLIT && MW == 1)), "");
+};
+
+template <typename X> ADA_DEVICE uint32_t ada_place(int row, int chunk) {
+    return (uint32_t)(row * X::ROW_BYTES + ((chunk ^ (row >> X::SHIFT & X::MASK)) * 16));
+}
+/* From a place with an even chunk, or one behind it, so many bytes on in the row: a multiple of 32. */
+template <typename X> ADA_DEVICE uint32_t ada_along(uint32_t place, int bytes) {
+    return (place ^ (uint32_t)(bytes & X::MASK * 16)) + (uint32_t)(bytes & ~(X::MASK * 16));
+}
+
+template <typename X>
+ADA_DEVICE void ada_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if (X::BF16)
+        ada_multiply_bf16(c, a, b0, b1);
+    else
+        ada_multiply_f16(c, a, b0, b1);
+}
+template <typename X> ADA_DEVICE uint32_t ada_pack(float x, float y) {
+    return X::BF16 ? ada_pack_bf16(x, y) : ada_pack_f16(x, y);
+}
+
+/* A chunk of a row; zeros where it is not there or behind its width. */
+ADA_DEVICE void ada_copy_chunk(uint32_t to, const char *row, bool there, int chunk, int width) {
+    const int left = width * 2 - chunk * 16;
+    const int bytes = !there || left < 0 ? 0 : left < 16 ? left : 16;
+    ada_copy(to, bytes ? row + chunk * 16 : row, bytes);
+}
+
+/* Rows first ... first + BN - 1 of keys or values. Those outside the span are zeros: they may hold anything.
+ */
+template <typename X>
+ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int first, ada_span span,
+                              int width) {
+    ADA_UNROLL for (int i = 0; i < X::BN * X::CHUNKS; i += X::THREADS) {
+        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
+        if (X::BN * X::CHUNKS % X::THREADS && at >= X::BN * X::CHUNKS) break;
+        const bool there = j >= span.first && j < span.end;
+        ada_copy_chunk(to + ada_place<X>(row, chunk), there ? from + j * stride : from, there, chunk, width);
+    }
+}
+
+/* Heads that share a tile's rows. */
+template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return X::SPLIT ? a.pack : 1; }
+
+template <typename X> struct ada_rows {
+    float o[X::MR][X::WIDTH / 8][4];
+    float m[X::MR][2], l[X::MR][2]; /* the reference, in raw scores; this lane's part of the sum */
+    uint32_t saw;                   /* bit 2 mr + half */
+};
+
+/* What a tile's options need to know of its block. */
+typedef struct {
+    ada_sequence sequence;
+    int b, h0, row0; /* first head of the pack, this lane's first row */
+    int rows;        /* of the unit */
+    float scale;     /* of a raw score, to octaves */
+} ada_where;
+
+/* Makes octaves of raw scores, caps, biases and hides; what is hidden becomes -inf. Notes which rows saw a
+ * key. */
+template <typename X>
+ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4],
+                                  int first, bool plain, uint32_t &saw) {
+    const ada_cu_params &p = a.p;
+    const float cap = (float)(p.softcap * ADA_LOG2E),
+                inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        int r = w.row0 + 16 * mr + 8 * half;
+        r = r < w.rows ? r : w.rows - 1;
+        const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
+        const ada_span span = plain ? ada_span{0, p.S} : ada_visible(p, w.sequence, t);
+        const char *mask = X::OPTIONS && p.mask.data ? ada_mask_row(p, w.b, h, t) : NULL;
+        const float slope =
+            X::OPTIONS && p.alibi_slopes
+                ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
+                : 0;
+        const int64_t position = w.sequence.offset + t;
+        bool any = false;
+        ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+            const int j = first + 8 * n + c;
+            float &x = s[mr][n][2 * half + c];
+            bool visible = j >= span.first && j < span.end;
+            if (X::OPTIONS) {
+                x *= w.scale;
+                if (p.softcap != 0) x = cap - 2 * cap / (ada_exp2(x * inverse) + 1);
+                if (slope != 0) {
+                    const int64_t distance = position - j;
+                    x -= slope * (float)(distance < 0 ? -distance : distance);
+                }
+                if (mask && visible) {
+                    const char *at = mask + j * p.mask.stride[3];
+                    if (p.mask_dtype == ADA_CU_BOOL) {
+                        visible = *at != 0;
+                    } else {
+                        const float add = ada_mask_value<float>(p, at), octaves = add * (float)ADA_LOG2E;
+                        visible = !(add == -ADA_INF);
+                        x += octaves < -3.4028234e38f ? -3.4028234e38f : octaves;
+                    }
+                }
+            }
+            any |= visible;
+            x = visible ? x : -ADA_INF;
+        }
+        saw |= (uint32_t)any << (2 * mr + half);
+    }
+}
+
+/* Raises references where scores exceed them, and turns scores into weights. factor: of a score, to octaves.
+ */
+template <typename X>
+ADA_DEVICE void ada_weigh(float (&s)[X::MR][X::KEYS / 8][4], ada_rows<X> &rows, float factor, float lazy) {
+    float top[X::MR][2];
+    bool rise = false;
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        float x = fmaxf(s[mr][0][2 * half], s[mr][0][2 * half + 1]);
+        ADA_UNROLL for (int n = 1; n < X::KEYS / 8; n++) x =
+            fmaxf(x, fmaxf(s[mr][n][2 * half], s[mr][n][2 * half + 1]));
+        x = fmaxf(x, ada_shuffle_xor(x, 1));
+        x = fmaxf(x, ada_shuffle_xor(x, 2));
+        top[mr][half] = x;
+        rise |= x > rows.m[mr][half] + lazy;
+    }
+    if (ada_any(rise)) {
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+            const bool higher = top[mr][half] > rows.m[mr][half];
+            const float by = higher ? ada_exp2((rows.m[mr][half] - top[mr][half]) * factor) : 1;
+            rows.m[mr][half] = higher ? top[mr][half] : rows.m[mr][half];
+            rows.l[mr][half] *= by;
+            ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) {
+                rows.o[mr][n][2 * half] *= by;
+                rows.o[mr][n][2 * half + 1] *= by;
+            }
+        }
+    }
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        const float m = rows.m[mr][half] == -ADA_INF ? 0 : rows.m[mr][half] * factor;
+        float sum = 0;
+        ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+            float &x = s[mr][n][2 * half + c];
+            x = ada_exp2(x * factor - m);
+            sum += x;
+        }
+        rows.l[mr][half] += sum;
+    }
+}
+
+template <typename X>
+ADA_DEVICE void ada_drop(const ada_k1_args &a, const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4],
+                         int first) {
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        const int r = w.row0 + 16 * mr + 8 * half;
+        const uint64_t random =
+            ada_dropout_row(a.p, w.b, w.h0 + r % ada_pack_of<X>(a), r / ada_pack_of<X>(a));
+        ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+            float &x = s[mr][n][2 * half + c];
+            x = ada_dropped(a.p, random, first + 8 * n + c) ? 0 : x;
+        }
+    }
+}
+
+/* Writes rows out, each by the four lanes that hold it. */
+template <typename X>
+ADA_DEVICE void ada_finish(const ada_k1_args &a, const ada_where &w, ada_rows<X> &rows, float factor) {
+    const ada_cu_params &p = a.p;
+    const int lane = ada_thread() % 32;
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        const int r = w.row0 + 16 * mr + 8 * half, t = r / ada_pack_of<X>(a),
+                  h = w.h0 + r % ada_pack_of<X>(a);
+        const bool there = r < w.rows;
+        const ada_row_end end = ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half],
+                                            rows.saw >> (2 * mr + half) & 1);
+        float good = 0; /* NaN where an output is not finite */
+        ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+            float &x = rows.o[mr][n][2 * half + c];
+            x = end.factor == 0 ? 0 : x * end.factor;
+            good += x * 0;
+        }
+        good += ada_shuffle_xor(good, 1);
+        good += ada_shuffle_xor(good, 2);
+        if (!there) continue;
+        const int64_t row = ((int64_t)w.b * p.H + h) * p.T + t;
+        if (lane % 4 == 0) {
+            ada_store_lse(p, row, end.lse);
+            if (!end.good || !(good == 0)) ada_again(a.again, row);
+        }
+        char *to = ada_out_row(p, w.b, h, t);
+        ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) {
+            const int e = 8 * n + lane % 4 * 2;
+            const float x = rows.o[mr][n][2 * half], y = rows.o[mr][n][2 * half + 1];
+            if (a.pairs && e + 1 < p.E) {
+                if (p.dtype == ADA_CU_F32)
+                    *(ada_vector<float, 2> *)(to + 4 * e) = {{x, y}};
+                else
+                    *(uint32_t *)(to + 2 * e) =
+                        p.dtype == ADA_CU_BF16 ? ada_pack_bf16(x, y) : ada_pack_f16(x, y);
+            } else {
+                if (e < p.E) ada_store_element(to + e * p.out.stride[3], p.dtype, x);
+                if (e + 1 < p.E) ada_store_element(to + (e + 1) * p.out.stride[3], p.dtype, y);
+            }
+        }
+    }
+}
+
+/* Merges the warps that share rows and leaves their sums to ada_combine. */
+template <typename X>
+ADA_DEVICE void ada_leave(const ada_k1_args &a, const ada_where &w, ada_rows<X> &rows, float factor,
+                          int split, int tile) {
+    const ada_cu_params &p = a.p;
+    const int lane = ada_thread() % 32, warp = ada_thread() / 32, wn = warp / X::MW;
+    float *const o = ada_shared_at<float>(0);         /* [NW][BM][WIDTH] */
+    float *const ends = o + X::NW * X::BM * X::WIDTH; /* [NW][BM][3] */
+    ada_sync();                                       /* keys and values have been read */
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        const int at = wn * X::BM + warp % X::MW * 16 * X::MR + 16 * mr + 8 * half + lane / 4;
+        ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++)
+            o[at * X::WIDTH + 8 * n + lane % 4 * 2 + c] = rows.o[mr][n][2 * half + c];
+        if (lane % 4 == 0) {
+            ends[3 * at] = rows.m[mr][half] * factor;
+            ends[3 * at + 1] = rows.l[mr][half];
+            ends[3 * at + 2] = (float)(rows.saw >> (2 * mr + half) & 1);
+        }
+    }
+    ada_sync();
+    float *const heads = a.partials + a.rows * a.splits * p.E;
+    for (int i = ada_thread(); i < X::BM * X::WIDTH; i += X::THREADS) {
+        const int row = i / X::WIDTH, e = i % X::WIDTH, r = tile * X::BM + row;
+        if (r >= w.rows || e >= p.E) continue;
+        float m = -ADA_INF, l = 0, sum = 0, saw = 0;
+        for (int n = 0; n < X::NW; n++) m = fmaxf(m, ends[3 * (n * X::BM + row)]);
+        for (int n = 0; n < X::NW; n++) {
+            const float *end = ends + 3 * (n * X::BM + row);
+            const float by = end[0] == m ? 1 : ada_exp2(end[0] - m);
+            l += end[1] * by, saw = fmaxf(saw, end[2]);
+            sum += o[(n * X::BM + row) * X::WIDTH + e] * by;
+        }
+        const int64_t at =
+            (((int64_t)w.b * p.H + w.h0 + r % ada_pack_of<X>(a)) * p.T + r / ada_pack_of<X>(a)) * a.splits +
+            split;
+        a.partials[at * p.E + e] = sum;
+        if (e == 0) heads[3 * at] = m, heads[3 * at + 1] = l, heads[3 * at + 2] = saw;
+    }
+}
+
+template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1_args) a) {
+    const ada_cu_params &p = a.p;
+    const int lane = ada_thread() % 32, warp = ada_thread() / 32, wm = warp % X::MW, wn = warp / X::MW;
+    const uint32_t shared = ada_shared();
+    int index = ada_block(), split = 0;
+    if (X::SPLIT) split = index % a.splits, index /= a.splits;
+    const int unit = index / a.tiles,
+              tile = a.tiles - 1 - index % a.tiles; /* the longest causal ones first */
+    const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
+
+    ada_where w;
+    w.b = head / p.H, w.h0 = head % p.H;
+    w.sequence = ada_sequence_of(p, w.b);
+    w.rows = ada_pack_of<X>(a) * p.T;
+    w.row0 = tile * X::BM + wm * 16 * X::MR + lane / 4;
+    w.scale = (float)(p.scale * ADA_LOG2E);
+    const int g = w.h0 / (p.H / p.G);
+    const int last = tile * X::BM + X::BM < w.rows ? tile * X::BM + X::BM - 1 : w.rows - 1;
+    const ada_span low = ada_visible(p, w.sequence, tile * X::BM / ada_pack_of<X>(a));
+    const ada_span high = ada_visible(p, w.sequence, last / ada_pack_of<X>(a));
+    const ada_span span = {low.first, high.end};
+    int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
+    if (X::SPLIT) {
+        const int all = (p.S + X::BN - 1) / X::BN, each = (all + a.splits - 1) / a.splits;
+        begin = begin > split * each ? begin : split * each;
+        end = end < (split + 1) * each ? end : (split + 1) * each;
+    }
+
+    const char *const keys = a.k.data + w.b * a.k.stride[0] + g * a.k.stride[1];
+    const char *const values = a.v.data + w.b * a.v.stride[0] + g * a.v.stride[1];
+    ADA_UNROLL for (int i = 0; i < X::BM * X::CHUNKS; i += X::THREADS) {
+        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = tile * X::BM + row;
+        if (X::BM * X::CHUNKS % X::THREADS && at >= X::BM * X::CHUNKS) break;
+        const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
+        const bool there = r < w.rows;
+        const char *from = a.q.data + w.b * a.q.stride[0];
+        if (there) from += h * a.q.stride[1] + t * a.q.stride[2];
+        ada_copy_chunk(shared + ada_place<X>(row, chunk), from, there, chunk, p.D);
+    }
+    if (begin < end) {
+        ada_copy_keys<X>(shared + X::K_AT, keys, a.k.stride[2], begin * X::BN, span, p.D);
+        ada_copy_keys<X>(shared + X::V_AT, values, a.v.stride[2], begin * X::BN, span, p.E);
+    }
+    ada_copy_commit();
+
+    ada_rows<X> rows;
+    rows.saw = 0;
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+        ADA_UNROLL for (int half = 0; half < 2; half++) rows.m[mr][half] = -ADA_INF, rows.l[mr][half] = 0;
+        ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 4; c++)
+            rows.o[mr][n][c] = 0;
+    }
+    const float factor = X::OPTIONS ? 1 : w.scale, lazy = ADA_LAZY_OCTAVES / factor;
+    /* Lanes 0 ... 15 address sixteen rows, lanes 16 ... 31 the same rows 16 bytes on. Keys: eight rows, the
+     * same 16 bytes on, then eight rows more. */
+    const uint32_t q_at = shared + ada_place<X>(wm * 16 * X::MR + lane % 16, lane / 16);
+    const uint32_t k_at =
+        shared + X::K_AT + ada_place<X>(wn * X::KEYS + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t v_at = shared + X::V_AT + ada_place<X>(wn * X::KEYS + lane % 16, lane / 16);
+
+    ADA_UNROLL_NOT for (int n = begin; n < end; n++) {
+        const uint32_t stage = (uint32_t)((n - begin) % 2 * X::STAGE), next = X::STAGE - stage;
+        ada_copy_wait<0>();
+        ada_sync(); /* all have this tile's keys and values, and have read those before */
+        if (n + 1 < end) {
+            ada_copy_keys<X>(shared + X::K_AT + next, keys, a.k.stride[2], (n + 1) * X::BN, span, p.D);
+            ada_copy_keys<X>(shared + X::V_AT + next, values, a.v.stride[2], (n + 1) * X::BN, span, p.E);
+        }
+        ada_copy_commit();
+
+        float s[X::MR][X::KEYS / 8][4];
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+            ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] = 0;
+        ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 16) {
+            uint32_t q[X::MR][4];
+            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
+                ada_load_matrices(q[mr], ada_along<X>(q_at + (uint32_t)(16 * mr * X::ROW_BYTES), 2 * d));
+            ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
+                uint32_t k[4];
+                ada_load_matrices(k, ada_along<X>(k_at + stage + (uint32_t)(j * X::ROW_BYTES), 2 * d));
+                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+                    ada_multiply<X>(s[mr][j / 8], q[mr], k[0], k[1]);
+                    ada_multiply<X>(s[mr][j / 8 + 1], q[mr], k[2], k[3]);
+                }
+            }
+        }
+
+        const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
+        const bool plain = n * X::BN >= high.first && (n + 1) * X::BN <= low.end;
+        if (X::OPTIONS || !plain) ada_apply_options<X>(a, w, s, first, plain, rows.saw);
+        if (!X::OPTIONS && plain) rows.saw = ~0u;
+        ada_weigh<X>(s, rows, factor, lazy);
+        if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
+
+        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
+            uint32_t weights[X::MR][4];
+            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < 4; i++) {
+                const float *pair = &s[mr][j / 8 + i / 2][i % 2 * 2];
+                weights[mr][i] = ada_pack<X>(pair[0], pair[1]);
+            }
+            ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
+                uint32_t v[4];
+                ada_load_transposed(v, ada_along<X>(v_at + stage + (uint32_t)(j * X::ROW_BYTES), 2 * e));
+                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+                    ada_multiply<X>(rows.o[mr][e / 8], weights[mr], v[0], v[1]);
+                    ada_multiply<X>(rows.o[mr][e / 8 + 1], weights[mr], v[2], v[3]);
+                }
+            }
+        }
+    }
+
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        float &l = rows.l[mr][half];
+        l += ada_shuffle_xor(l, 1);
+        l += ada_shuffle_xor(l, 2);
+        uint32_t &saw = rows.saw;
+        if (half == 0 && mr == 0) {
+            saw |= ada_shuffle_xor(saw, 1);
+            saw |= ada_shuffle_xor(saw, 2);
+        }
+    }
+    if (X::SPLIT)
+        ada_leave<X>(a, w, rows, factor, split, tile);
+    else
+        ada_finish<X>(a, w, rows, factor);
+}
+
+#endif

@@ -1,0 +1,33 @@
+/* The instances of K1 of one format; the including file defines ADA_BF16 and ADA_RUN. */
+#include "launch.h"
+
+template <typename X> static cudaError_t run(ada_k1_args &a, cudaStream_t stream) {
+    const ada_cu_params &p = a.p;
+    const int64_t units = (p.heads ? p.n_heads : p.B * p.H) / a.pack;
+    a.tiles = (a.pack * p.T + X::BM - 1) / X::BM;
+    return ada_launch(ada_k1<X>, units * a.tiles * (X::SPLIT ? a.splits : 1), X::THREADS, X::SHARED, stream,
+                      a);
+}
+
+template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cudaStream_t stream) {
+    constexpr bool wide = W > 128;
+    constexpr int keys = wide ? 32 : 64;
+    if (a.splits)
+        return run<ada_tiling<ADA_BF16, W, 1, 1, wide ? 2 : 4, keys, true, true, wide ? 2 : 3>>(a, stream);
+    if (options) return run<ada_tiling<ADA_BF16, W, 4, 1, 1, keys, true, false, 2>>(a, stream);
+    return run<ada_tiling<ADA_BF16, W, 4, wide ? 1 : 2, 1, keys, false, false, 2>>(a, stream);
+}
+
+cudaError_t ADA_RUN(ada_k1_args a, cudaStream_t stream) {
+    const ada_cu_params &p = a.p;
+    const bool options = p.mask.data || p.alibi_slopes || p.softcap != 0 || p.drop_below;
+    switch (ada_k1_width(&p)) {
+#define ADA_CASE(W)                                                                                          \
+    case W:                                                                                                  \
+        return run_width<W>(a, options, stream);
+        ADA_K1_WIDTHS(ADA_CASE)
+#undef ADA_CASE
+    default:
+        return cudaErrorNotSupported;
+    }
+}

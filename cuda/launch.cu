@@ -1,0 +1,162 @@
+/* The functions of params.h: workspace, operands in the layout of K1, and the order of launches. */
+#include "combine.cuh"
+#include "launch.h"
+#include "pack.cuh"
+
+/* Where the parts of the workspace begin. */
+typedef struct {
+    size_t again, q, k, v, partials, bytes;
+    bool packs_q, packs_k, packs_v;
+    int splits, pack;
+} layout;
+
+static int64_t head_count(const ada_cu_params *p) { return p->heads ? p->n_heads : (int64_t)p->B * p->H; }
+static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+static bool is_dense(const ada_cu_params *p) { return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16; }
+static int format_of(const ada_cu_params *p) { return p->rung == ADA_CU_FP16 ? ADA_CU_F16 : ADA_CU_BF16; }
+
+static bool as_k1_reads(const ada_cu_params *p, const ada_cu_array *a) {
+    const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
+    return p->dtype == format_of(p) && a->stride[3] == 2 && together % 16 == 0;
+}
+
+/* So many that all multiprocessors have work, and every split some hundred keys at least. */
+static int splits_of(const ada_cu_params *p, int pack) {
+    const int64_t tiles = head_count(p) / pack * divide_up((int64_t)pack * p->T, ada_split_rows());
+    const int64_t most = divide_up(p->S, 256), wanted = 3 * (int64_t)p->multiprocessors / tiles;
+    if (p->splits) return p->splits;
+    return (int)(wanted < 1 ? 1 : wanted > most ? most : wanted);
+}
+
+static size_t take(size_t *used, int64_t bytes) {
+    const size_t at = *used;
+    *used += (size_t)divide_up(bytes, 256) * 256;
+    return at;
+}
+
+static layout layout_of(const ada_cu_params *p) {
+    layout at = {};
+    size_t used = 0;
+    at.pack = 1;
+    if (p->rung == ADA_CU_SIMT_F64) return at;
+    const int64_t rows = (int64_t)p->B * p->H * p->T;
+    at.again = take(&used, 4 * (ADA_AGAIN_LIST + rows));
+    if (is_dense(p)) {
+        const int64_t d = divide_up(p->D, 8) * 16, e = divide_up(p->E, 8) * 16,
+                      keys = (int64_t)p->B * p->G * p->S;
+        at.packs_q = !as_k1_reads(p, &p->query);
+        at.packs_k = !as_k1_reads(p, &p->key);
+        at.packs_v = !as_k1_reads(p, &p->value);
+        if (at.packs_q) at.q = take(&used, rows * d);
+        if (at.packs_k) at.k = take(&used, keys * d);
+        if (at.packs_v) at.v = take(&used, keys * e);
+        if (ada_few_queries(p)) {
+            at.pack = p->heads ? 1 : p->H / p->G;
+            at.splits = splits_of(p, at.pack);
+            at.partials = take(&used, rows * at.splits * (p->E + 3) * 4);
+        }
+    }
+    at.bytes = used;
+    return at;
+}
+
+size_t ada_cu_workspace(const ada_cu_params *p) { return layout_of(p).bytes; }
+
+static bool in_fours(const ada_cu_params *p) {
+    const ada_cu_array *arrays[3] = {&p->query, &p->key, &p->value};
+    const int64_t size = p->dtype == ADA_CU_F32 ? 4 : p->dtype == ADA_CU_F64 ? 8 : 2;
+    bool good = true;
+    for (const ada_cu_array *a : arrays) {
+        const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
+        good &= a->stride[3] == size && together % (4 * size) == 0;
+    }
+    return good;
+}
+
+static ada_k0_args k0_args(const ada_cu_params *p) {
+    ada_k0_args a = {};
+    a.p = *p;
+    a.rows = head_count(p) * p->T;
+    a.fours = in_fours(p);
+    return a;
+}
+
+static int64_t k0_blocks(const ada_cu_params *p, int64_t rows) {
+    const int64_t most = 32 * (int64_t)p->multiprocessors;
+    return rows < most ? rows : most;
+}
+
+/* The rows on the list, in double. */
+static cudaError_t run_again(const ada_cu_params *p, const int32_t *again, cudaStream_t stream) {
+    ada_k0_args a = k0_args(p);
+    a.list = again;
+    return ada_k0_run(a, true, k0_blocks(p, a.rows), stream);
+}
+
+static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int heads, int rows, int width,
+                        bool needed, size_t at, ada_rows16 *to, cudaStream_t stream) {
+    to->data = (const char *)from->data;
+    for (int i = 0; i < 3; i++) to->stride[i] = from->stride[i];
+    if (!needed) return cudaSuccess;
+    ada_pack_args a = {};
+    a.from = *from, a.dtype = p->dtype, a.heads = heads, a.rows = rows, a.width = width;
+    a.chunks = (int)divide_up(width, 8);
+    a.bf16 = format_of(p) == ADA_CU_BF16;
+    a.items = (int64_t)p->B * heads * rows * a.chunks;
+    a.to = (uint16_t *)((char *)p->workspace + at);
+    to->data = (const char *)a.to;
+    to->stride[2] = 16 * a.chunks, to->stride[1] = to->stride[2] * rows,
+    to->stride[0] = to->stride[1] * heads;
+    return ada_launch(ada_pack_rows, divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0, stream, a);
+}
+
+static bool in_pairs(const ada_cu_params *p) {
+    const ada_cu_array *out = &p->out;
+    const int64_t size = p->dtype == ADA_CU_F32 ? 4 : 2;
+    const int64_t together = out->stride[0] | out->stride[1] | out->stride[2] | (int64_t)(uintptr_t)out->data;
+    return p->dtype != ADA_CU_F64 && out->stride[3] == size && together % (2 * size) == 0;
+}
+
+static cudaError_t run_dense(const ada_cu_params *p, const layout *at, int32_t *again, cudaStream_t stream) {
+    ada_k1_args a = {};
+    a.p = *p;
+    a.again = again;
+    a.rows = (int64_t)p->B * p->H * p->T;
+    a.splits = at->splits, a.pack = at->pack;
+    a.partials = (float *)((char *)p->workspace + at->partials);
+    a.pairs = in_pairs(p);
+    if (p->capability < 80 || !ada_k1_width(p)) return cudaErrorNotSupported;
+    cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, &a.q, stream);
+    if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, &a.k, stream);
+    if (!error) error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, &a.v, stream);
+    if (!error) error = p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream) : ada_k1_run_bf16(a, stream);
+    if (error || !a.splits) return error;
+    const int64_t blocks = divide_up(head_count(p) * p->T, ADA_COMBINE_THREADS / 32);
+    return ada_launch(ada_combine, blocks, ADA_COMBINE_THREADS, 0, stream, a);
+}
+
+cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream) {
+    if (p->heads && p->n_heads == 0) return cudaSuccess;
+    ada_k0_args simt = k0_args(p);
+    if (p->rung == ADA_CU_SIMT_F64) return ada_k0_run(simt, true, simt.rows, stream);
+    const layout at = layout_of(p);
+    int32_t *const again = (int32_t *)((char *)p->workspace + at.again);
+    cudaError_t error = cudaMemsetAsync(again, 0, 4, stream);
+    if (error) return error;
+    if (p->rung == ADA_CU_SIMT_F32) {
+        simt.again = again;
+        error = ada_k0_run(simt, false, simt.rows, stream);
+    } else {
+        error = is_dense(p) ? run_dense(p, &at, again, stream) : cudaErrorNotSupported;
+    }
+    return error ? error : run_again(p, again, stream);
+}
+
+cudaError_t ada_cu_exact_rows(const ada_cu_params *p, const int32_t *pairs, int32_t n, double *o, double *lse,
+                              cudaStream_t stream) {
+    if (n == 0) return cudaSuccess;
+    ada_k0_args a = k0_args(p);
+    a.pairs = pairs, a.rows = n, a.o = o, a.lse = lse;
+    return ada_k0_run(a, true, k0_blocks(p, n), stream);
+}

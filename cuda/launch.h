@@ -1,0 +1,33 @@
+/* Between the translation units: what launches the instances of each kernel. */
+#ifndef ADA_CUDA_LAUNCH_H
+#define ADA_CUDA_LAUNCH_H
+
+#include "k0.cuh"
+#include "k1.cuh"
+
+/* Widths that K1 has instances of. */
+#ifndef ADA_K1_WIDTHS
+#    define ADA_K1_WIDTHS(X) X(32) X(64) X(128) X(256)
+#endif
+
+static inline int ada_k1_width(const ada_cu_params *p) {
+    const int most = p->D > p->E ? p->D : p->E;
+#define ADA_FITS(W)                                                                                          \
+    if (most <= W) return W;
+    ADA_K1_WIDTHS(ADA_FITS)
+#undef ADA_FITS
+    return 0;
+}
+
+/* Whether K1 takes the rows of all heads that share keys together, and splits the keys. */
+static inline bool ada_few_queries(const ada_cu_params *p) { return p->T <= 16; }
+
+/* Few queries: rows and keys of a tile. */
+static inline int ada_split_rows() { return 16; }
+static inline int ada_split_keys(int width) { return width <= 128 ? 64 : 32; }
+
+cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStream_t stream);
+cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
+
+#endif

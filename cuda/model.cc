@@ -1,0 +1,40 @@
+/* The machine of model.h. */
+#include "ptx.cuh"
+
+uint64_t ada_model_seed = 1;
+
+namespace ada_model {
+machine m;
+
+static void start() {
+    m.kernel();
+    m.fibers[(size_t)m.current].is = DONE;
+    give_way();
+    fail("a thread goes on after its end");
+}
+} // namespace ada_model
+
+void ada_model_run(int64_t blocks, int threads, int bytes) {
+    using namespace ada_model;
+    const size_t stack = 128 * 1024;
+    m.threads = threads, m.blocks = (int)blocks, m.shared_bytes = bytes;
+    m.random = ada_model_seed * 0x9E3779B97F4A7C15u | 1;
+    m.fibers.resize((size_t)threads);
+    for (m.block = 0; m.block < m.blocks; m.block++) {
+        m.shared.assign((size_t)bytes / 4 + 4, 0xffffffffu);
+        for (fiber &f : m.fibers) {
+            f.stack.resize(stack);
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack.data();
+            f.context.uc_stack.ss_size = stack;
+            f.context.uc_link = nullptr;
+            makecontext(&f.context, start, 0);
+            f.started = false, f.is = READY, f.committed = 0;
+            f.copies.clear();
+        }
+        if (_setjmp(m.home)) continue;
+        m.current = (int)(draw() % (uint32_t)threads);
+        m.fibers[(size_t)m.current].started = true;
+        setcontext(&m.fibers[(size_t)m.current].context);
+    }
+}

@@ -1,0 +1,161 @@
+"""The CUDA kernels compiled for the CPU by cuda/model.h, called like `adaattn.attention` with NumPy arrays."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+CUDA = Path(__file__).parent.parent / "cuda"
+SOURCES = ["model.cc", "launch.cu", "k0.cu", "k1_f16.cu", "k1_bf16.cu"]
+DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
+RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "fp8"]
+UNBOUNDED = 2**63 - 1
+Array = np.ndarray[Any, Any]
+
+
+class _Array(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
+
+
+class _Params(ctypes.Structure):
+    """ada_cu_params of cuda/params.h."""
+
+    _fields_ = [
+        *((name, _Array) for name in ("query", "key", "value", "out")),
+        *((name, ctypes.c_int32) for name in "dtype rung B H G T S D E mask_dtype".split()),
+        ("mask", _Array),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("window_left", "window_right", "offset")),
+        ("query_offset", ctypes.c_void_p),
+        ("kv_lengths", ctypes.c_void_p),
+        ("query_offset_stride", ctypes.c_int64),
+        ("kv_lengths_stride", ctypes.c_int64),
+        ("alibi_slopes", ctypes.c_void_p),
+        ("alibi_stride", ctypes.c_int64 * 2),
+        ("sinks", ctypes.c_void_p),
+        ("sinks_stride", ctypes.c_int64),
+        ("dropout_p", ctypes.c_double),
+        ("drop_below", ctypes.c_uint64),
+        ("seed", ctypes.c_void_p),
+        ("seed_stride", ctypes.c_int64),
+        ("one_seed", ctypes.c_int32),
+        ("n_heads", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
+        *((name, ctypes.c_int32) for name in ("multiprocessors", "capability", "tiling", "splits")),
+    ]
+
+
+def build(folder: Path, *flags: str, cuda: Path = CUDA) -> ctypes.CDLL:
+    """Compiles the kernels into a library in the folder."""
+    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", *flags]
+
+    def object_of(name: str) -> str:
+        to = str(folder / f"{name}.o")
+        subprocess.run([*compiler, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
+        return to
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(object_of, SOURCES))
+    subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "model.so")], check=True)
+    library = ctypes.CDLL(str(folder / "model.so"))
+    library.ada_cu_workspace.restype = ctypes.c_size_t
+    return library
+
+
+def attention(
+    library: ctypes.CDLL,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    rung: str,
+    order: int = 1,
+    heads: Array | None = None,
+    pairs: Array | None = None,
+    splits: int = 0,
+    tiling: int = 0,
+    multiprocessors: int = 3,
+    attn_mask: Array | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    kv_lengths: Array | None = None,
+    query_offset: Array | int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+) -> tuple[Array, Array, int]:
+    """out, lse and the number of rows that the rung could not hold; of pairs: their rows in float64.
+
+    order draws the order of the threads and the delays of copies.
+    """
+    (B, H, T, D), (_, G, S, E) = query.shape, value.shape
+    wide = query.dtype == np.float64
+    p = _Params(B=B, H=H, G=G, T=T, S=S, D=D, E=E, dtype=DTYPES.index(query.dtype), rung=RUNGS.index(rung))
+    alive: list[Array] = []
+
+    def at(x: Any) -> int:
+        alive.append(x)
+        return int(x.ctypes.data)
+
+    def array(x: Array) -> _Array:
+        return _Array(at(x), (ctypes.c_int64 * 4)(*x.strides))
+
+    out = np.full((B, H, T, E), 77, query.dtype)
+    lse = np.full((B, H, T), 77, np.float64 if wide else np.float32)
+    p.query, p.key, p.value, p.out, p.lse = array(query), array(key), array(value), array(out), at(lse)
+    if attn_mask is not None:
+        p.mask = array(np.broadcast_to(attn_mask, (B, H, T, S)))
+        p.mask_dtype = DTYPES.index(attn_mask.dtype)
+    p.scale, p.softcap = D**-0.5 if scale is None else scale, softcap or 0
+    left, right = window or (None, None)
+    p.window_left = UNBOUNDED if left is None else left
+    p.window_right = 0 if causal else UNBOUNDED if right is None else right
+    p.offset = 0 if causal == "upper_left" else S - T
+    if query_offset is not None:
+        p.query_offset = at(np.broadcast_to(np.asarray(query_offset, np.int64), B).copy())
+        p.query_offset_stride = 1
+    if kv_lengths is not None:
+        p.kv_lengths, p.kv_lengths_stride = at(np.asarray(kv_lengths, np.int64).copy()), 1
+    if alibi_slopes is not None:
+        p.alibi_slopes = at(np.broadcast_to(alibi_slopes, (B, H)).astype(np.float64))
+        p.alibi_stride[0], p.alibi_stride[1] = H, 1
+    if sinks is not None:
+        p.sinks, p.sinks_stride = at(np.asarray(sinks, np.float64).copy()), 1
+    if dropout_p:
+        many = np.ndim(seed) > 0
+        p.seed = at(np.array([int(x) % 2**64 for x in (seed if many else [seed])], np.uint64))
+        p.seed_stride, p.one_seed = int(many), int(not many)
+        p.dropout_p, p.drop_below = dropout_p, int(dropout_p * 2**32)
+    if heads is not None:
+        p.heads, p.n_heads = at(np.asarray(heads, np.int32).copy()), len(heads)
+    p.multiprocessors, p.capability, p.splits, p.tiling = multiprocessors, 90, splits, tiling
+    ctypes.c_uint64.in_dll(library, "ada_model_seed").value = order
+
+    if pairs is not None:
+        o, exact_lse = np.full((len(pairs), E), 77.0), np.full(len(pairs), 77.0)
+        error = library.ada_cu_exact_rows(
+            ctypes.byref(p),
+            ctypes.c_void_p(at(np.asarray(pairs, np.int32).copy())),
+            len(pairs),
+            ctypes.c_void_p(at(o)),
+            ctypes.c_void_p(at(exact_lse)),
+            None,
+        )
+        assert error == 0, error
+        return o, exact_lse, 0
+    workspace = np.full(library.ada_cu_workspace(ctypes.byref(p)) + 256, 255, np.uint8)
+    p.workspace = at(workspace) + -workspace.ctypes.data % 256
+    error = library.ada_cu_attend(ctypes.byref(p), None)
+    assert error == 0, error
+    again = 0 if rung == "fp64" else ctypes.c_int32.from_address(p.workspace).value
+    return out, lse, again
