@@ -47,7 +47,8 @@ struct ada_tiling {
     static constexpr int Q_BYTES = BM * ROW_BYTES, STAGE = BN * ROW_BYTES;
     static constexpr int K_AT = Q_BYTES, V_AT = K_AT + 2 * STAGE, LOOP_BYTES = V_AT + 2 * STAGE;
     static constexpr int MERGE_BYTES = SPLIT ? NW * BM * (WIDTH + 3) * 4 : 0;
-    static constexpr int SHARED = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES;
+    static constexpr int SPANS_AT = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES; /* of the rows */
+    static constexpr int SHARED = SPANS_AT + BM * (int)sizeof(ada_span);
     static_assert(KEYS % 16 == 0 && (NW == 1 || (SPLIT && MW == 1)), "");
 };
 
@@ -82,11 +83,28 @@ ADA_DEVICE void ada_copy_chunk(uint32_t to, const char *row, bool there, int chu
 template <typename X>
 ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int first, ada_span span,
                               int width) {
-    ADA_UNROLL for (int i = 0; i < X::BN * X::CHUNKS; i += X::THREADS) {
-        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
-        if (X::BN * X::CHUNKS % X::THREADS && at >= X::BN * X::CHUNKS) break;
-        const bool there = j >= span.first && j < span.end;
-        ada_copy_chunk(to + ada_place<X>(row, chunk), there ? from + j * stride : from, there, chunk, width);
+    if constexpr (X::THREADS % X::CHUNKS == 0 && X::THREADS / X::CHUNKS % 8 == 0) {
+        /* This thread's chunks are one behind the other. */
+        constexpr int STEP = X::THREADS / X::CHUNKS;
+        const int row = ada_thread() / X::CHUNKS, chunk = ada_thread() % X::CHUNKS,
+                  left = width * 2 - chunk * 16;
+        const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+        const char *at = from + (first + row) * stride + chunk * 16;
+        const int lowest = span.first - first - row, end = span.end - first - row;
+        to += ada_place<X>(row, chunk);
+        ADA_UNROLL for (int i = 0; i < X::BN; i += STEP) {
+            if (X::BN % STEP && row + i >= X::BN) break;
+            ada_copy(to + (uint32_t)(i * X::ROW_BYTES), at, i >= lowest && i < end ? bytes : 0);
+            at += STEP * stride;
+        }
+    } else {
+        ADA_UNROLL for (int i = 0; i < X::BN * X::CHUNKS; i += X::THREADS) {
+            const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
+            if (X::BN * X::CHUNKS % X::THREADS && at >= X::BN * X::CHUNKS) break;
+            const bool there = j >= span.first && j < span.end;
+            ada_copy_chunk(to + ada_place<X>(row, chunk), there ? from + j * stride : from, there, chunk,
+                           width);
+        }
     }
 }
 
@@ -96,16 +114,30 @@ template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return 
 template <typename X> struct ada_rows {
     float o[X::MR][X::WIDTH / 8][4];
     float m[X::MR][2], l[X::MR][2]; /* the reference, in raw scores; this lane's part of the sum */
-    uint32_t saw;                   /* bit 2 mr + half */
+    uint32_t saw;                   /* bit 2 mr + half: a key; of options only */
 };
 
 /* What a tile's options need to know of its block. */
 typedef struct {
-    ada_sequence sequence;
-    int b, h0, row0; /* first head of the pack, this lane's first row */
-    int rows;        /* of the unit */
-    float scale;     /* of a raw score, to octaves */
+    const ada_span *spans; /* of this lane's rows, from the first one on */
+    int64_t offset;        /* of query 0 on the keys' axis */
+    int b, h0, row0;       /* first head of the pack, this lane's first row */
+    int rows;              /* of the unit */
+    float scale;           /* of a raw score, to octaves */
 } ada_where;
+
+/* Hides keys by the spans of their rows: -inf. */
+template <typename X>
+ADA_DEVICE void ada_hide(const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4], int first) {
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+        const ada_span span = w.spans[16 * mr + 8 * half];
+        const int lowest = span.first - first, end = span.end - first;
+        ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+            float &x = s[mr][n][2 * half + c];
+            x = 8 * n + c >= lowest && 8 * n + c < end ? x : -ADA_INF;
+        }
+    }
+}
 
 /* Makes octaves of raw scores, caps, biases and hides; what is hidden becomes -inf. Notes which rows saw a
  * key. */
@@ -119,34 +151,32 @@ ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, floa
         int r = w.row0 + 16 * mr + 8 * half;
         r = r < w.rows ? r : w.rows - 1;
         const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
-        const ada_span span = plain ? ada_span{0, p.S} : ada_visible(p, w.sequence, t);
-        const char *mask = X::OPTIONS && p.mask.data ? ada_mask_row(p, w.b, h, t) : NULL;
+        const ada_span span = plain ? ada_span{0, p.S} : w.spans[16 * mr + 8 * half];
+        const char *mask = p.mask.data ? ada_mask_row(p, w.b, h, t) : NULL;
         const float slope =
-            X::OPTIONS && p.alibi_slopes
+            p.alibi_slopes
                 ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
                 : 0;
-        const int64_t position = w.sequence.offset + t;
+        const int64_t position = w.offset + t;
         bool any = false;
         ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             const int j = first + 8 * n + c;
             float &x = s[mr][n][2 * half + c];
             bool visible = j >= span.first && j < span.end;
-            if (X::OPTIONS) {
-                x *= w.scale;
-                if (p.softcap != 0) x = cap - 2 * cap / (ada_exp2(x * inverse) + 1);
-                if (slope != 0) {
-                    const int64_t distance = position - j;
-                    x -= slope * (float)(distance < 0 ? -distance : distance);
-                }
-                if (mask && visible) {
-                    const char *at = mask + j * p.mask.stride[3];
-                    if (p.mask_dtype == ADA_CU_BOOL) {
-                        visible = *at != 0;
-                    } else {
-                        const float add = ada_mask_value<float>(p, at), octaves = add * (float)ADA_LOG2E;
-                        visible = !(add == -ADA_INF);
-                        x += octaves < -3.4028234e38f ? -3.4028234e38f : octaves;
-                    }
+            x *= w.scale;
+            if (p.softcap != 0) x = cap - 2 * cap / (ada_exp2(x * inverse) + 1);
+            if (slope != 0) {
+                const int64_t distance = position - j;
+                x -= slope * (float)(distance < 0 ? -distance : distance);
+            }
+            if (mask && visible) {
+                const char *at = mask + j * p.mask.stride[3];
+                if (p.mask_dtype == ADA_CU_BOOL) {
+                    visible = *at != 0;
+                } else {
+                    const float add = ada_mask_value<float>(p, at), octaves = add * (float)ADA_LOG2E;
+                    visible = !(add == -ADA_INF);
+                    x += octaves < -3.4028234e38f ? -3.4028234e38f : octaves;
                 }
             }
             any |= visible;
@@ -218,8 +248,10 @@ ADA_DEVICE void ada_finish(const ada_k1_args &a, const ada_where &w, ada_rows<X>
         const int r = w.row0 + 16 * mr + 8 * half, t = r / ada_pack_of<X>(a),
                   h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
-        const ada_row_end end = ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half],
-                                            rows.saw >> (2 * mr + half) & 1);
+        const ada_span span = w.spans[16 * mr + 8 * half];
+        const bool saw = X::OPTIONS ? rows.saw >> (2 * mr + half) & 1 : span.first < span.end;
+        const ada_row_end end =
+            ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half], saw);
         float good = 0; /* NaN where an output is not finite */
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             float &x = rows.o[mr][n][2 * half + c];
@@ -304,14 +336,21 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
 
     ada_where w;
     w.b = head / p.H, w.h0 = head % p.H;
-    w.sequence = ada_sequence_of(p, w.b);
     w.rows = ada_pack_of<X>(a) * p.T;
     w.row0 = tile * X::BM + wm * 16 * X::MR + lane / 4;
     w.scale = (float)(p.scale * ADA_LOG2E);
     const int g = w.h0 / (p.H / p.G);
-    const int last = tile * X::BM + X::BM < w.rows ? tile * X::BM + X::BM - 1 : w.rows - 1;
-    const ada_span low = ada_visible(p, w.sequence, tile * X::BM / ada_pack_of<X>(a));
-    const ada_span high = ada_visible(p, w.sequence, last / ada_pack_of<X>(a));
+    const int row_first = tile * X::BM,
+              row_last = row_first + X::BM < w.rows ? row_first + X::BM - 1 : w.rows - 1;
+    const ada_sequence sequence = ada_sequence_of(p, w.b);
+    const ada_span low = ada_visible(p, sequence, row_first / ada_pack_of<X>(a));
+    const ada_span high = ada_visible(p, sequence, row_last / ada_pack_of<X>(a));
+    for (int row = ada_thread(); row < X::BM; row += X::THREADS)
+        ada_shared_at<ada_span>(X::SPANS_AT)[row] =
+            ada_visible(p, sequence, (row_first + row) / ada_pack_of<X>(a));
+    ada_sync();
+    w.offset = sequence.offset;
+    w.spans = ada_shared_at<ada_span>(X::SPANS_AT) + wm * 16 * X::MR + lane / 4;
     const ada_span span = {low.first, high.end};
     int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
     if (X::SPLIT) {
@@ -323,7 +362,7 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
     const char *const keys = a.k.data + w.b * a.k.stride[0] + g * a.k.stride[1];
     const char *const values = a.v.data + w.b * a.v.stride[0] + g * a.v.stride[1];
     ADA_UNROLL for (int i = 0; i < X::BM * X::CHUNKS; i += X::THREADS) {
-        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = tile * X::BM + row;
+        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = row_first + row;
         if (X::BM * X::CHUNKS % X::THREADS && at >= X::BM * X::CHUNKS) break;
         const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
@@ -381,8 +420,10 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
         const bool plain = n * X::BN >= high.first && (n + 1) * X::BN <= low.end;
-        if (X::OPTIONS || !plain) ada_apply_options<X>(a, w, s, first, plain, rows.saw);
-        if (!X::OPTIONS && plain) rows.saw = ~0u;
+        if constexpr (X::OPTIONS)
+            ada_apply_options<X>(a, w, s, first, plain, rows.saw);
+        else if (!plain)
+            ada_hide<X>(w, s, first);
         ada_weigh<X>(s, rows, factor, lazy);
         if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
 
@@ -407,11 +448,10 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
         float &l = rows.l[mr][half];
         l += ada_shuffle_xor(l, 1);
         l += ada_shuffle_xor(l, 2);
-        uint32_t &saw = rows.saw;
-        if (half == 0 && mr == 0) {
-            saw |= ada_shuffle_xor(saw, 1);
-            saw |= ada_shuffle_xor(saw, 2);
-        }
+    }
+    if (X::OPTIONS) {
+        rows.saw |= ada_shuffle_xor(rows.saw, 1);
+        rows.saw |= ada_shuffle_xor(rows.saw, 2);
     }
     if (X::SPLIT)
         ada_leave<X>(a, w, rows, factor, split, tile);
