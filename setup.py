@@ -3,9 +3,12 @@ everywhere.
 
 Environment: ADAATTN_WERROR=1 makes warnings errors, ADAATTN_COVERAGE=1 instruments for gcov,
 ADAATTN_SANITIZE=address,undefined builds with sanitizers, ADAATTN_EMULATE=amx,bf16 builds, for tests, kernels
-whose instructions the machine lacks with those of AVX-512.
+whose instructions the machine lacks with those of AVX-512. ADAATTN_CUDA=1 builds the CUDA backend as well and
+fails where it cannot, "auto" does so if there is an nvcc; the default is 0, because its kernels take minutes
+to compile, of which most who install the package would have nothing. cuda/build.py has more.
 """
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -98,6 +101,27 @@ class BuildEngine(build_ext):
             )
         ext.define_macros.append(("ADA_BUILD_LEFT_OUT", '"' + "; ".join(left_out) + '"'))
         super().build_extension(ext)
+        self.build_backend(ext)
+
+    def build_backend(self, ext: Extension) -> None:
+        """Builds libadaattn_cuda.so beside the extension, as far as ADAATTN_CUDA asks for it."""
+        wanted = os.environ.get("ADAATTN_CUDA", "0")
+        if wanted not in ("0", "1", "auto"):
+            raise SystemExit(f"ADAATTN_CUDA: expected 0, 1 or auto, got {wanted}")
+        if wanted == "0":
+            return
+        spec = importlib.util.spec_from_file_location("cuda_build", "cuda/build.py")
+        cuda = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(cuda)
+        if wanted == "auto" and cuda.find_nvcc() is None:
+            print("the CUDA backend is left out: there is no nvcc")
+            return
+        try:
+            print("built", cuda.build(Path(self.get_ext_fullpath(ext.name)).parent, Path(self.build_temp)))
+        except cuda.CudaBuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"ADAATTN_CUDA=1: {error}") from None
+            print(f"the CUDA backend is left out: {error}")
 
 
 sources = [
@@ -105,14 +129,15 @@ sources = [
     *Path("csrc/python").glob("*.c"),
     *Path("csrc/kernels").glob("*_scalar.c"),
 ]
-depends = [Path("setup.py"), *(path for suffix in ("*.[ch]", "*.def") for path in Path("csrc").rglob(suffix))]
+depends = [Path("setup.py"), Path("cuda/ada_cuda.h")]
+depends += [path for suffix in ("*.[ch]", "*.def") for path in Path("csrc").rglob(suffix)]
 engine = Extension(
     "adaattn._adaattn",
     sorted(map(str, sources)),
     include_dirs=[numpy.get_include()],
     define_macros=[("_GNU_SOURCE", "1"), ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION")],
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-g1"],
-    extra_link_args=["-pthread", "-lm"],
+    extra_link_args=["-pthread", "-lm", "-ldl"],
     depends=sorted(map(str, depends)),
 )
 

@@ -4,6 +4,7 @@ from . import _adaattn, errors, linalg, reference
 from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads
 from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
+from .gpu import gpu_info
 from .rates import calibrate
 from .stats import Plan, Report
 
@@ -25,6 +26,7 @@ __all__ = [
     "cpu_info",
     "errors",
     "get_num_threads",
+    "gpu_info",
     "linalg",
     "merge",
     "plan",

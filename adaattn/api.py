@@ -41,6 +41,7 @@ def attention(
     return_report: bool = False,
     out: Any = None,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> Any:
     """Scaled dot-product attention, softmax(scale * query @ key.T) @ value, exact or within an error budget.
 
@@ -197,7 +198,7 @@ def attention(
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
         scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices,
-        False, return_lse, return_report, out, num_threads, _allocate,
+        False, return_lse, return_report, out, num_threads, _allocate, device,
     )  # fmt: skip
     if return_report:
         *arrays, (heads, seconds, operations, sizes) = result
@@ -239,6 +240,7 @@ def plan(
     max_precision: str = "auto",
     return_lse: bool = False,
     num_threads: int | None = None,
+    device: str | None = None,
 ) -> Plan:
     """What `attention` would choose for these arguments: looks at the arrays and computes no attention.
 
@@ -280,7 +282,7 @@ def plan(
     heads, _, _, sizes = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
         scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False, rate_table(), None,
-        True, return_lse, False, None, num_threads, _allocate,
+        True, return_lse, False, None, num_threads, _allocate, device,
     )  # fmt: skip
     return Plan.of(
         heads,
@@ -408,6 +410,10 @@ def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(like, cupy.ndarray):
+        with like.device:
+            return cupy.empty(shape, like.dtype if dtype == "bfloat16" else dtype)
     if dtype == "bfloat16":
         import ml_dtypes
 

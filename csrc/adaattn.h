@@ -29,6 +29,7 @@ typedef enum {
     ADA_ERR_DTYPE,
     ADA_ERR_MEMORY,
     ADA_ERR_NUMERICAL, /* a stated tolerance is missed */
+    ADA_ERR_DEVICE,    /* a device is missing, or failed */
     ADA_INTERRUPTED
 } ada_status;
 
@@ -100,8 +101,12 @@ typedef struct {
     ada_choice precision; /* both AUTO or none */
     bool has_tolerance;
     double tolerance; /* relative error of a head that the caller can bear */
-    ada_choice *ran;      /* (B, H): what each head was computed with in the end; NULL: not wanted */
-    bool stored; /* key and value come from a cache, each of a dtype of its own */
+    ada_choice *ran;  /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored;      /* key and value come from a cache, each of a dtype of its own */
+    bool on_gpu;      /* it is computed on this device; its vectors are memory of the CPU all the same */
+    int device;
+    uintptr_t stream; /* a cudaStream_t, on which the arrays are there and wanted */
+    bool staged;      /* the arrays are memory of the CPU, to be copied there and back */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */
@@ -118,8 +123,8 @@ ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
 /* Refuses what a float mask must not hold. */
 ada_status ada_check_mask(const ada_problem *problem, bool (*interrupt)(void *), void *context,
                           ada_error *error);
-/* Computes out and lse of the listed heads (ascending indices b * H + h; NULL: of all) on the problem's rungs.
- * Interrupted: interrupt(context) was true; out is then undefined. */
+/* Computes out and lse of the listed heads (ascending indices b * H + h; NULL: of all) on the problem's
+ * rungs. Interrupted: interrupt(context) was true; out is then undefined. */
 ada_status ada_execute(const ada_problem *problem, const int64_t *heads, int64_t n_heads,
                        bool (*interrupt)(void *), void *context, ada_error *error);
 
@@ -131,6 +136,9 @@ typedef struct {
 ada_status ada_merge_init(const ada_merge_problem *merge, ada_error *error);
 ada_status ada_merge(const ada_merge_problem *merge, bool (*interrupt)(void *), void *context,
                      ada_error *error);
+
+/* The bytes that an array covers, from its lowest to behind its highest element. */
+void ada_array_extent(const ada_array *array, uintptr_t *low, uintptr_t *high);
 
 const char *ada_dtype_name(ada_dtype dtype);
 int ada_dtype_bytes(ada_dtype dtype);

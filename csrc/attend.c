@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "attending.h"
+#include "gpu.h"
 #include "memory.h"
 #include "operands.h"
 #include "verify.h"
@@ -39,7 +40,7 @@ static double seconds_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static ada_head unknown_head(void) {
+ada_head ada_unknown_head(void) {
     ada_head head = {.forecast = {.entropy = NAN,
                                   .entropy_std = NAN,
                                   .block_entropy = NAN,
@@ -378,7 +379,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     double start = seconds_now();
     bool probed = false;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
-        budget->heads[i] = unknown_head();
+        budget->heads[i] = ada_unknown_head();
         a->states[i] = (ada_head_state){.look = look_at(a, i)};
         probed |= a->states[i].look != ADA_LOOK_NONE;
         a->list[i] = i;
@@ -401,7 +402,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
 /* Without a budget: what each head was computed with. */
 static void record_exact(const ada_problem *p, ada_budget *budget, double seconds) {
     for (int64_t i = 0; i < p->B * p->H; i++) {
-        budget->heads[i] = unknown_head();
+        budget->heads[i] = ada_unknown_head();
         budget->heads[i].choice = p->ran[i];
         budget->heads[i].retried =
             ada_is_forced(budget) && (p->ran[i].qk != budget->asked.qk || p->ran[i].pv != budget->asked.pv);
@@ -412,6 +413,7 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
                       ada_error *error) {
     memset(budget->seconds, 0, sizeof budget->seconds);
+    if (p->on_gpu) return ada_gpu_attend(p, budget, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     if (budget->tolerance == 0) {
         const double start = budget->heads ? seconds_now() : 0;

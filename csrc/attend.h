@@ -36,6 +36,9 @@ typedef struct {
 ada_status ada_attend(const ada_problem *problem, ada_budget *budget, bool (*interrupt)(void *),
                       void *context, ada_error *error);
 
+/* One of which nothing is known yet. */
+ada_head ada_unknown_head(void);
+
 /* Floating-point operations of both products of a call, over the keys that spans leave. */
 double ada_operations(const ada_problem *problem);
 

@@ -245,8 +245,7 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     return ADA_OK;
 }
 
-/* The bytes that an array covers, from its lowest to behind its highest element. */
-static void extent(const ada_array *a, uintptr_t *low, uintptr_t *high) {
+void ada_array_extent(const ada_array *a, uintptr_t *low, uintptr_t *high) {
     *low = *high = (uintptr_t)a->data;
     for (int i = 0; i < a->ndim; i++) {
         int64_t reach = (a->shape[i] - 1) * a->stride[i];
@@ -293,10 +292,10 @@ ada_status ada_problem_check_out(const ada_problem *p, ada_error *error) {
         const char *name;
     } inputs[] = {{&p->query, "query"}, {&p->key, "key"}, {&p->value, "value"}, {&p->attn_mask, "attn_mask"}};
     uintptr_t low, high, input_low, input_high;
-    extent(out, &low, &high);
+    ada_array_extent(out, &low, &high);
     for (int i = 0; i < 4; i++) {
         if (!inputs[i].array->data) continue;
-        extent(inputs[i].array, &input_low, &input_high);
+        ada_array_extent(inputs[i].array, &input_low, &input_high);
         if (low < input_high && input_low < high)
             return ada_fail(error, ADA_ERR_ARGUMENT,
                             "out: expected memory apart from the inputs, got a range of "

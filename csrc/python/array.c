@@ -124,14 +124,25 @@ static bool dlpack_dtype_of(const dlpack_tensor *t, ada_dtype *dtype) {
     }
 }
 
-static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, const char *name,
-                       ada_array *a) {
-    if (t->device.type != DLPACK_CPU && t->device.type != DLPACK_CUDA_HOST) {
+/* Whether a tensor lies where it is expected; raises where it does not. */
+static int check_place(const ada_module_state *state, const ada_place *place, int type, int id,
+                       const char *name) {
+    const bool on_cpu = type == DLPACK_CPU || type == DLPACK_CUDA_HOST;
+    if (place->on_gpu ? ada_is_cuda(type) && id == place->device : on_cpu) return 0;
+    if (place->on_gpu)
+        PyErr_Format(
+            state->device_error,
+            "%s: expected memory of CUDA device %d like query's, got a tensor on DLPack device %d:%d", name,
+            place->device, type, id);
+    else
         PyErr_Format(state->device_error,
-                     "%s: expected memory of the CPU, got a tensor on DLPack device %d:%d", name,
-                     (int)t->device.type, (int)t->device.id);
-        return -1;
-    }
+                     "%s: expected memory of the CPU, got a tensor on DLPack device %d:%d", name, type, id);
+    return -1;
+}
+
+static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, const char *name,
+                       const ada_place *place, ada_array *a) {
+    if (check_place(state, place, t->device.type, t->device.id, name)) return -1;
     if (!dlpack_dtype_of(t, &a->dtype)) {
         static const char *const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
         PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16%s, got %s%d",
@@ -155,14 +166,15 @@ static int view_tensor(const ada_module_state *state, const dlpack_tensor *t, co
 }
 
 /* Replaces a tensor that is not aligned by a contiguous copy. */
-static int align_view(const ada_module_state *state, const char *name, bool writable, ada_view *view) {
+static int align_view(const ada_module_state *state, const char *name, bool writable, const ada_place *place,
+                      ada_view *view) {
     ada_array *a = &view->array;
     const int64_t itemsize = ada_dtype_bytes(a->dtype);
     int64_t strides[4], bytes = itemsize;
     if ((uintptr_t)a->data % (uintptr_t)itemsize == 0) return 0;
-    if (writable) {
-        PyErr_Format(state->argument_error, "%s: expected writable, aligned memory, got an unaligned tensor",
-                     name);
+    if (writable || place->on_gpu) {
+        PyErr_Format(state->argument_error, "%s: expected %saligned memory, got an unaligned tensor", name,
+                     writable ? "writable, " : "");
         return -1;
     }
     for (int i = a->ndim - 1; i >= 0; i--) {
@@ -184,20 +196,33 @@ static int align_view(const ada_module_state *state, const char *name, bool writ
     return 0;
 }
 
+/* What __dlpack__ is told: the newest version we know and, of a GPU, the stream that will use the tensor. */
+static PyObject *export_options(const ada_place *place, bool versioned) {
+    PyObject *options = PyDict_New();
+    PyObject *version = versioned && options ? Py_BuildValue("(ii)", 1, 0) : NULL;
+    PyObject *stream = place->on_gpu && options ? PyLong_FromUnsignedLongLong(place->stream) : NULL;
+    if ((version && PyDict_SetItemString(options, "max_version", version)) ||
+        (stream && PyDict_SetItemString(options, "stream", stream)) || PyErr_Occurred())
+        Py_CLEAR(options);
+    Py_XDECREF(version);
+    Py_XDECREF(stream);
+    return options;
+}
+
 /* The capsule of a tensor; its own destructor gives the tensor back, as its name is never changed. */
-static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, const char *name) {
+static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, const char *name,
+                               const ada_place *place) {
     PyObject *capsule = NULL, *method = PyObject_GetAttrString(object, "__dlpack__");
-    if (method) {
-        PyObject *options = Py_BuildValue("{s:(ii)}", "max_version", 1, 0), *none = PyTuple_New(0);
-        capsule = options && none ? PyObject_Call(method, none, options) : NULL;
-        if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* an exporter from before version 1 */
-            PyErr_Clear();
-            capsule = PyObject_CallNoArgs(method);
-        }
+    PyObject *none = method ? PyTuple_New(0) : NULL;
+    for (int versioned = 1; none && !capsule && versioned >= 0; versioned--) {
+        PyObject *options = export_options(place, versioned);
+        capsule = options ? PyObject_Call(method, none, options) : NULL;
         Py_XDECREF(options);
-        Py_XDECREF(none);
-        Py_DECREF(method);
+        if (capsule || !versioned || !PyErr_ExceptionMatches(PyExc_TypeError)) break;
+        PyErr_Clear(); /* an exporter from before version 1 */
     }
+    Py_XDECREF(none);
+    Py_XDECREF(method);
     if (capsule || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
         return capsule;
     PyObject *type, *value, *traceback;
@@ -218,8 +243,11 @@ static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, 
 }
 
 static int view_dlpack(const ada_module_state *state, PyObject *object, const char *name, bool writable,
-                       ada_view *view) {
-    view->owner = export_dlpack(state, object, name);
+                       const ada_place *place, ada_view *view) {
+    int type, id; /* an exporter on the CPU knows no stream */
+    if (place->on_gpu && (ada_dlpack_device(object, &type, &id) || check_place(state, place, type, id, name)))
+        return -1;
+    view->owner = export_dlpack(state, object, name, place);
     if (!view->owner) return -1;
     const dlpack_tensor *tensor = NULL;
     bool read_only = false;
@@ -236,19 +264,33 @@ static int view_dlpack(const ada_module_state *state, PyObject *object, const ch
                      type_name(object));
     } else if (writable && read_only) {
         PyErr_Format(state->argument_error, "%s: expected writable memory, got a read-only tensor", name);
-    } else if (view_tensor(state, tensor, name, &view->array) == 0 &&
-               align_view(state, name, writable, view) == 0) {
+    } else if (view_tensor(state, tensor, name, place, &view->array) == 0 &&
+               align_view(state, name, writable, place, view) == 0) {
         return 0;
     }
     ada_view_release(view);
     return -1;
 }
 
+int ada_dlpack_device(PyObject *object, int *type, int *id) {
+    PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    const int failed =
+        !pair || !PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", type, id); /* enumerators are ints */
+    if (failed && !PyErr_Occurred())
+        PyErr_Format(PyExc_TypeError, "__dlpack_device__ of %s: expected a pair of ints", type_name(object));
+    Py_XDECREF(pair);
+    return failed ? -1 : 0;
+}
+
+bool ada_is_cuda(int dlpack_type) { return dlpack_type == DLPACK_CUDA || dlpack_type == DLPACK_CUDA_MANAGED; }
+
 int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable,
-                ada_view *view) {
-    if (PyArray_Check(object)) return view_numpy(state, object, name, writable, view);
+                const ada_place *place, ada_view *view) {
+    if (PyArray_Check(object))
+        return place->on_gpu ? check_place(state, place, DLPACK_CPU, 0, name)
+                             : view_numpy(state, object, name, writable, view);
     if (PyObject_HasAttrString(object, "__dlpack__") && !PyType_Check(object))
-        return view_dlpack(state, object, name, writable, view);
+        return view_dlpack(state, object, name, writable, place, view);
     PyErr_Format(state->dtype_error, "%s: expected an array (NumPy's or one with __dlpack__), got %s", name,
                  type_name(object));
     return -1;
@@ -306,9 +348,12 @@ int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const c
     const bool integers = dtype != ADA_F64;
     view->array.data = NULL;
     if (object == Py_None) return 0;
-    PyObject *array = integers && PyLong_Check(object) && !PyBool_Check(object)
-                          ? array_of_int(state, object, name, dtype)
-                          : array_of_numbers(state, object, name, dtype);
+    const bool is_int = integers && PyLong_Check(object) && !PyBool_Check(object);
+    PyObject *here = is_int ? Py_NewRef(object) : ada_on_host(object);
+    if (!here) return -1;
+    PyObject *array =
+        is_int ? array_of_int(state, here, name, dtype) : array_of_numbers(state, here, name, dtype);
+    Py_DECREF(here);
     if (!array) return -1;
     PyArrayObject *contiguous = (PyArrayObject *)array;
     if (PyArray_NDIM(contiguous) > 2) {

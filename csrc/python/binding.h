@@ -21,8 +21,21 @@ void ada_errors_clear(ada_module_state *state);
  */
 PyObject *ada_raise(const ada_module_state *state, const ada_error *error);
 
+/* Where the arrays of a call are expected. Zeros: in the CPU's memory. */
+typedef struct {
+    bool on_gpu;
+    int device;
+    uintptr_t stream; /* that the call works on */
+    bool wait;        /* the owner does not know that stream: the call waits for it */
+    bool staged;      /* NumPy arrays, to be copied there and back */
+} ada_place;
+extern const ada_place ada_on_cpu;
+
 /* array.c */
 int ada_array_import_numpy(void);
+/* What __dlpack_device__ says. */
+int ada_dlpack_device(PyObject *object, int *type, int *id);
+bool ada_is_cuda(int dlpack_type);
 
 /* An array and what keeps its memory alive. */
 typedef struct {
@@ -31,22 +44,30 @@ typedef struct {
 } ada_view;
 
 void ada_view_release(ada_view *view);
-/* A NumPy array or anything with __dlpack__ on the CPU, read where it lies (copied once if it is not aligned
- * or of foreign byte order). writable: it will be written, so neither read-only nor copied. 0, or -1 with an
- * exception. */
+/* A NumPy array or anything with __dlpack__ at this place, read where it lies (on the CPU copied once if it
+ * is not aligned or of foreign byte order). writable: it will be written, so neither read-only nor copied. 0,
+ * or -1 with an exception. */
 int ada_view_of(const ada_module_state *state, PyObject *object, const char *name, bool writable,
-                ada_view *view);
+                const ada_place *place, ada_view *view);
 /* A small vector that may be any sequence of numbers: converted to F64, I64 or U64. None gives data == NULL.
  */
 int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype,
                         ada_view *view);
-/* One side of a cache, adaattn.cache.Stored: a tuple (dtype name, data, scale, mean, open, open_page), the last
- * four None but for int8. It is made by adaattn.cache alone, so only what would crash is checked. */
+/* One side of a cache, adaattn.cache.Stored: a tuple (dtype name, data, scale, mean, open, open_page), the
+ * last four None but for int8. It is made by adaattn.cache alone, so only what would crash is checked. */
 bool ada_is_stored(PyObject *object);
 int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view);
 /* A new NumPy array, C-contiguous; bfloat16 takes its NumPy dtype from like. */
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like);
 bool ada_is_numpy(PyObject *object);
+
+/* device.c */
+/* Where a call with this query and this device argument works. Opens the CUDA backend if it is on a GPU. */
+int ada_place_of(PyObject *query, PyObject *device, ada_place *place);
+/* A new reference to the object, or to its copy on the CPU if it is an array of a GPU. */
+PyObject *ada_on_host(PyObject *object);
+PyObject *ada_py_gpu_load(PyObject *module, PyObject *path);
+PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);

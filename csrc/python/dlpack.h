@@ -1,10 +1,10 @@
-/* The DLPack structures of a CPU tensor, as its specification (version 1.x) lays them out in memory. */
+/* The DLPack structures of a tensor, as its specification (version 1.x) lays them out in memory. */
 #ifndef ADA_DLPACK_H
 #define ADA_DLPACK_H
 
 #include <stdint.h>
 
-enum { DLPACK_CPU = 1, DLPACK_CUDA_HOST = 3 };
+enum { DLPACK_CPU = 1, DLPACK_CUDA = 2, DLPACK_CUDA_HOST = 3, DLPACK_CUDA_MANAGED = 13 };
 enum { DLPACK_INT = 0, DLPACK_UINT = 1, DLPACK_FLOAT = 2, DLPACK_BFLOAT = 4, DLPACK_BOOL = 6 };
 enum { DLPACK_READ_ONLY = 1 };
 

@@ -42,6 +42,9 @@ PyObject *ada_raise(const ada_module_state *state, const ada_error *error) {
     case ADA_ERR_NUMERICAL:
         type = state->numerical_error;
         break;
+    case ADA_ERR_DEVICE:
+        type = state->device_error;
+        break;
     case ADA_INTERRUPTED:
     case ADA_OK:
         return NULL;

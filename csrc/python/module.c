@@ -7,6 +7,7 @@
 #include "../attend.h"
 #include "../cache.h"
 #include "../cpu.h"
+#include "../gpu.h"
 #include "../kernels.h"
 #include "../parallel.h"
 
@@ -180,7 +181,7 @@ PyDoc_STRVAR(attention_doc,
              "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
              "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, tolerance, min_precision, "
              "max_precision, verify, rates, choices, plan_only, return_lse, return_report, out, num_threads, "
-             "allocate, /)\n--\n\n"
+             "allocate, device, /)\n--\n\n"
              "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3); "
              "choices: None, or of a plan (sizes, indices into RUNGS, scores and values of head after head). "
              "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
@@ -215,7 +216,7 @@ static PyObject *new_report(const ada_module_state *state, const ada_problem *p,
     const int64_t shape[3] = {p->B, p->H, HEAD_COLUMNS};
     ada_view view = {0};
     PyObject *table = ada_new_array(ADA_F64, 3, shape, NULL), *report = NULL;
-    if (table && ada_view_of(state, table, "report", true, &view) == 0) {
+    if (table && ada_view_of(state, table, "report", true, &ada_on_cpu, &view) == 0) {
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
@@ -245,7 +246,7 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
     ada_view view = {0}, predicted = {0};
     int failed = -1;
     if (rates != Py_None) {
-        if (ada_view_of(state, rates, "rates", false, &view)) return -1;
+        if (ada_view_of(state, rates, "rates", false, &ada_on_cpu, &view)) return -1;
         const ada_array *a = &view.array;
         if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] != 3) {
             PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3)", ADA_CANDIDATES);
@@ -332,6 +333,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         OUT,
         NUM_THREADS,
         ALLOCATE,
+        DEVICE,
         N_ARGS
     };
     enum { N_VIEWS = 10 };
@@ -344,12 +346,18 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
     ada_planned *given = NULL;
+    ada_place place = ada_on_cpu;
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
         PyErr_Format(PyExc_TypeError, "attention: expected %d positional arguments, got %zd", N_ARGS, nargs);
         return NULL;
     }
 
+    if ((args[DEVICE] != Py_None || !ada_is_numpy(args[QUERY])) &&
+        ada_place_of(args[QUERY], args[DEVICE], &place))
+        return NULL;
+    p.on_gpu = place.on_gpu, p.staged = place.staged;
+    p.device = place.device, p.stream = place.stream;
     ada_view *view = views;
     const struct {
         int arg;
@@ -364,8 +372,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         PyObject *array = args[arrays[i].arg];
         const bool stored = (i == 1 || i == 2) && ada_is_stored(array);
         if (stored ? ada_view_of_stored(array, &pages[i - 1], view)
-                   : ada_view_of(state, array, arrays[i].name, false, view))
+                   : ada_view_of(state, array, arrays[i].name, false, &place, view))
             goto done;
+        if (stored && p.on_gpu) {
+            PyErr_Format(state->device_error, "%s: expected an array on the GPU, got a cache of the CPU",
+                         arrays[i].name);
+            goto done;
+        }
         p.stored |= stored;
         *arrays[i].array = view->array;
     }
@@ -423,7 +436,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     }
     out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
                                : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
-    if (!out || ada_view_of(state, out, "out", true, view)) goto done;
+    if (!out || ada_view_of(state, out, "out", true, &place, view)) goto done;
     p.out = view->array;
     if (ada_problem_check_out(&p, &error)) {
         ada_raise(state, &error);
@@ -432,13 +445,14 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (return_lse) {
         lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3,
                          out_shape);
-        if (!lse || ada_view_of(state, lse, "lse", true, &lse_view)) goto done;
+        if (!lse || ada_view_of(state, lse, "lse", true, &place, &lse_view)) goto done;
         p.lse = lse_view.array.data;
     }
 
 run:;
     released_gil gil = {PyEval_SaveThread()};
     ada_status status = ada_attend(&p, &budget, interrupted, &gil, &error);
+    if (!status && place.wait) status = ada_gpu_wait(&p, &error);
     PyEval_RestoreThread(gil.thread);
     if (status) {
         ada_raise(state, &error);
@@ -475,7 +489,7 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         return NULL;
     }
     for (int i = 0; i < 4; i++) {
-        if (ada_view_of(state, args[i], names[i], false, &views[i])) goto done;
+        if (ada_view_of(state, args[i], names[i], false, &ada_on_cpu, &views[i])) goto done;
         *arrays[i] = views[i].array;
     }
     if (ada_merge_init(&m, &error)) {
@@ -484,8 +498,8 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     }
     out = new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
     lse = out ? new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
-    if (!lse || ada_view_of(state, out, "out", true, &views[4]) ||
-        ada_view_of(state, lse, "lse", true, &views[5]))
+    if (!lse || ada_view_of(state, out, "out", true, &ada_on_cpu, &views[4]) ||
+        ada_view_of(state, lse, "lse", true, &ada_on_cpu, &views[5]))
         goto done;
     m.out = views[4].array, m.lse = views[5].array;
     released_gil gil = {PyEval_SaveThread()};
@@ -507,7 +521,7 @@ static int views_of_tokens(const ada_module_state *state, PyObject *const *args,
     static const char *const names[] = {"key", "value"};
     for (int i = 0; i < 2; i++)
         if (ada_view_of_stored(args[i], &pages[i], &views[i]) ||
-            ada_view_of(state, args[i + 2], names[i], false, &views[i + 2]))
+            ada_view_of(state, args[i + 2], names[i], false, &ada_on_cpu, &views[i + 2]))
             return -1;
     for (int i = 0; i < 2; i++) {
         const ada_array *store = &views[i].array, *tokens = &views[i + 2].array;
@@ -657,6 +671,12 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
+                           "Opens the CUDA backend at this path, once for the process.");
+PyDoc_STRVAR(gpu_describe_doc,
+             "_gpu_describe($module, /)\n--\n\n"
+             "Of the backend that is open: versions of its own, of driver and runtime, and for each device "
+             "(name, major, minor, multiprocessors, bytes of memory, mask of rungs).");
 PyDoc_STRVAR(plan_head_doc,
              "_plan_head($module, errors, lse_errors, rates, finite, tolerance, margin, lse, dearest, "
              "cheapest, operations, elements, D, plain, /)\n--\n\n"
@@ -687,6 +707,8 @@ static PyMethodDef methods[] = {
     {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
     {"_cache_reopen", cache_reopen, METH_VARARGS, cache_reopen_doc},
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
+    {"_gpu_load", ada_py_gpu_load, METH_O, gpu_load_doc},
+    {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"_alloc_fail_after", alloc_fail_after, METH_O, fail_doc},

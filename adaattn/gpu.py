@@ -1,0 +1,154 @@
+"""GPUs: where the CUDA backend lies, what it finds, and on which stream the owner of an array works."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _adaattn
+from .errors import ArgumentError, DeviceError, DTypeError
+
+_LIBRARY = "libadaattn_cuda.so"
+_LEGACY, _PER_THREAD = 1, 2  # streams that every process has, as DLPack and the runtime number them
+
+
+def backend() -> Path | None:
+    """The file of the CUDA backend: ADAATTN_CUDA_PLUGIN, or beside the engine, or of the wheel for it."""
+    if path := os.environ.get("ADAATTN_CUDA_PLUGIN"):
+        return Path(path)
+    folders = [Path(_adaattn.__file__).parent]
+    if (spec := importlib.util.find_spec("adaattn_cuda")) is not None:
+        folders += map(Path, spec.submodule_search_locations or ())
+    return next((folder / _LIBRARY for folder in folders if (folder / _LIBRARY).exists()), None)
+
+
+def _describe() -> tuple[str, int, int, list[tuple[str, int, int, int, int, int]]]:
+    """What the backend says; DeviceError where there is none or it does not work."""
+    path = backend()
+    if path is None:
+        raise DeviceError(
+            "no CUDA backend is installed (build adaattn with ADAATTN_CUDA=1, or install adaattn-cuda)"
+        )
+    _adaattn._gpu_load(path)
+    return _adaattn._gpu_describe()
+
+
+def _version(number: int) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _nothing(driver: int) -> str:
+    return "the CUDA runtime finds no device" if driver else "there is no NVIDIA driver"
+
+
+def gpu_info() -> dict[str, Any]:
+    """The GPUs that calls may run on, or why there are none.
+
+    Returns
+    -------
+    dict
+        ``available`` (bool), ``reason`` (why not, else None), ``backend`` (file of the CUDA backend),
+        ``version`` (its own), ``driver`` and ``runtime`` (CUDA versions that the driver supports and the
+        backend was built with) and ``devices``: for each ``name``, ``capability`` (such as "9.0"),
+        ``multiprocessors``, ``memory_bytes`` and ``rungs`` that it computes, dear to cheap. Values that are
+        not known are None.
+    """
+    info: dict[str, Any] = dict.fromkeys(("available", "reason", "backend", "version", "driver", "runtime"))
+    info |= {"available": False, "devices": []}
+    path = backend()
+    info["backend"] = None if path is None else str(path)
+    try:
+        info["version"], driver, runtime, devices = _describe()
+    except DeviceError as error:
+        return info | {"reason": str(error)}
+    info |= {"driver": _version(driver), "runtime": _version(runtime)}
+    for name, major, minor, multiprocessors, memory, rungs in devices:
+        info["devices"].append(
+            {
+                "name": name,
+                "capability": f"{major}.{minor}",
+                "multiprocessors": multiprocessors,
+                "memory_bytes": memory,
+                "rungs": [rung for i, rung in enumerate(_adaattn.RUNGS) if rungs >> i & 1],
+            }
+        )
+    return info | ({"available": True} if devices else {"reason": _nothing(driver)})
+
+
+def _ordinal_of(device: Any) -> int:
+    """The device that an argument names."""
+    expected = "None, 'cuda' or 'cuda:N'"
+    if not isinstance(device, str):
+        raise DTypeError(f"device: expected {expected}, got {type(device).__name__}")
+    name, _, ordinal = device.partition(":")
+    if name != "cuda" or not (ordinal.isdecimal() or device == name):
+        raise ArgumentError(f"device: expected {expected}, got {device!r}")
+    return int(ordinal or 0)
+
+
+def _stream_of(array: Any, ordinal: int) -> tuple[int, bool]:
+    """The stream on which the owner of an array works now, and whether it must be waited for, because the
+    owner orders nothing behind it."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return torch.cuda.current_stream(ordinal).cuda_stream or _LEGACY, False
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return cupy.cuda.get_current_stream().ptr or _LEGACY, False
+    return _LEGACY, True
+
+
+def to_host(array: Any) -> Any:
+    """A copy on the CPU of a small array of a GPU."""
+    for method in ("cpu", "get"):  # torch's and CuPy's
+        if hasattr(array, method):
+            return getattr(array, method)()
+    return np.asarray(array)
+
+
+_devices = 0  # as many as were found once
+
+
+def _count() -> int:
+    """Devices; DeviceError where there are none."""
+    global _devices
+    if not _devices:
+        _, driver, _, devices = _describe()
+        if not devices:
+            raise DeviceError(_nothing(driver))
+        _devices = len(devices)
+    return _devices
+
+
+def place(query: Any, ordinal: int | None, device: Any) -> tuple[int, int, bool]:
+    """Device, stream and whether to wait, for a query on device `ordinal` or, where that is None, of the CPU.
+
+    Raises
+    ------
+    DeviceError
+        There is no such device, or no usable GPU at all.
+    """
+    asked = None if device is None else _ordinal_of(device)
+    if ordinal is not None and asked not in (None, ordinal):
+        raise DeviceError(f"device: expected 'cuda:{ordinal}', where query lies, or None, got {device!r}")
+    if ordinal is None and not isinstance(query, np.ndarray):
+        raise DeviceError(
+            f"device: expected None for arrays that are not NumPy's, got {device!r}: move them there first"
+        )
+    at = ordinal if ordinal is not None else asked
+    assert at is not None
+    try:
+        if not at < _count():
+            raise DeviceError(f"the CUDA runtime finds {_count()}")
+    except DeviceError as error:
+        name, got = "device", repr(device)
+        if ordinal is not None:
+            name, got = "query", "a tensor on DLPack device {}:{}".format(*query.__dlpack_device__())
+        raise DeviceError(
+            f"{name}: expected memory of the CPU, since no such GPU can be used ({error}), got {got}"
+        ) from None
+    return (at, *((_PER_THREAD, False) if ordinal is None else _stream_of(query, at)))

@@ -1,0 +1,344 @@
+"""The CUDA backend on this machine's GPU: every kernel against float64, the tests, then times beside torch's.
+
+    python benchmarks/gpu.py FOLDER [--quick] [--no-tests] [--sanitize]
+
+Times are of events on one stream, contenders taking turns, medians; inputs are normal: zeros run faster.
+FOLDER gets gpu.json and the tests' log; a short table comes last. Needs torch with CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import adaattn
+
+ROOT = Path(__file__).parents[1]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+Run = Callable[[], Any]
+
+
+# ---- errors
+
+
+def exact(query: Any, key: Any, value: Any, causal: bool) -> Any:
+    """In float64 on the GPU, 512 rows at a time."""
+    q, k, v = (x.double() for x in (query, key, value))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    T, S = q.shape[2], k.shape[2]
+    parts = []
+    for i in range(0, T, 512):
+        scores = q[:, :, i : i + 512] @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if causal:
+            rows = torch.arange(i, min(i + 512, T), device="cuda")[:, None] + S - T
+            scores.masked_fill_(torch.arange(S, device="cuda") > rows, -torch.inf)
+        parts.append(scores.softmax(-1) @ v)
+    return torch.cat(parts, 2)
+
+
+def relative(out: Any, right: Any) -> float:
+    return float(((out.double() - right).norm(dim=(2, 3)) / right.norm(dim=(2, 3))).max())
+
+
+RUNGS: dict[str, str | tuple[str, str]] = {
+    "auto": "auto",
+    "fp64": "fp64",
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8/bf16": ("int8", "bf16"),
+    "int8/fp16": ("int8", "fp16"),
+}
+
+
+def errors(quick: bool) -> list[dict[str, Any]]:
+    """Relative error of every rung on every dtype and some shapes, beside torch's own in that dtype."""
+    shapes = [(2048, 2048, 64), (1024, 2048, 128), (1, 16384, 128), (300, 333, 80), (130, 500, 256)]
+    rows = []
+    for T, S, D in shapes[:2] if quick else shapes:
+        for name, dtype in DTYPES.items():
+            torch.manual_seed(0)
+            arrays = [torch.randn(2, h, n, D, device="cuda").to(dtype) for h, n in ((4, T), (2, S), (2, S))]
+            for causal in (False, True):
+                right = exact(*arrays, causal)
+                row: dict[str, Any] = {"dtype": name, "T": T, "S": S, "D": D, "causal": causal}
+                for rung, precision in RUNGS.items():
+                    try:
+                        out = adaattn.attention(*arrays, causal=causal, precision=precision)
+                        row[rung] = relative(out, right)
+                    except adaattn.ArgumentError:
+                        continue  # no kernel for this dtype
+                    except adaattn.Error as error:
+                        row[rung] = str(error)
+                bias = torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T) if causal else None
+                row["torch"] = relative(scaled_dot_product_attention(*arrays, bias, enable_gqa=True), right)
+                rows.append(row)
+    return rows
+
+
+# ---- times
+
+
+def race(contenders: dict[str, Run], seconds: float = 0.25) -> dict[str, float]:
+    """Median milliseconds of each, in turns, for about so long each; those that do not run are left out."""
+    found: dict[str, Run] = {}
+    for name, run in contenders.items():
+        try:
+            for _ in range(2):
+                run()
+            torch.cuda.synchronize()
+            found[name] = run
+        except (RuntimeError, adaattn.Error) as error:
+            print(f"  {name}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    start = time.perf_counter()
+    while found and (time.perf_counter() - start < seconds * len(found) or len(times[next(iter(found))]) < 3):
+        for name, run in found.items():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            for _ in range(4):
+                run()
+            after.record()
+            torch.cuda.synchronize()
+            times[name].append(before.elapsed_time(after) / 4)
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def torch_run(backend: SDPBackend, arrays: list[Any], **options: Any) -> Run:
+    def run() -> Any:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(*arrays, **options)
+
+    return run
+
+
+def prefill(quick: bool) -> list[dict[str, Any]]:
+    """16k tokens and 2048 channels in all, as papers have it."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        for D in (128,) if quick else (64, 128):
+            for S in (4096,) if quick else (4096, 16384):
+                for causal in (False, True):
+                    B, H = 16384 // S, 2048 // D // (4 if name == "fp32" else 1)
+                    arrays = [torch.randn(B, H, S, D, device="cuda").to(dtype) for _ in range(3)]
+                    out = torch.empty_like(arrays[0])
+                    rungs = {"ours": "auto"} | ({} if name != "fp32" else {"fp16": "fp16", "bf16": "bf16"})
+                    contenders: dict[str, Run] = {
+                        label: lambda a=arrays, o=out, c=causal, r=rung: adaattn.attention(
+                            *a, causal=c, precision=r, out=o, verify=False
+                        )
+                        for label, rung in rungs.items()
+                    }
+                    contenders |= {
+                        label: torch_run(backend, arrays, is_causal=causal)
+                        for label, backend in BACKENDS.items()
+                        if name != "fp32" or label == "efficient"
+                    }
+                    work = 4e-9 * B * H * S * S * D / (2 if causal else 1)
+                    times = race(contenders)
+                    row: dict[str, Any] = {"dtype": name, "B": B, "H": H, "S": S, "D": D, "causal": causal}
+                    rows.append(row | {"tflops": {label: work / ms for label, ms in times.items()}})
+    return rows
+
+
+def decode(quick: bool) -> list[dict[str, Any]]:
+    """One query per sequence and head; the bandwidth of its keys and values beside that of a copy."""
+    rows = []
+    for B, H, G, S in [(8, 32, 8, 16384), (1, 32, 8, 65536), (64, 32, 8, 2048)][: 1 if quick else 3]:
+        D, dtype = 128, torch.bfloat16
+        query = torch.randn(B, H, 1, D, device="cuda").to(dtype)
+        key, value = (torch.randn(B, G, S, D, device="cuda").to(dtype) for _ in range(2))
+        arrays, to, out = [query, key, value], torch.empty_like(key), torch.empty_like(query)
+        gigabytes = 2e-9 * key.nbytes
+        contenders: dict[str, Run] = {
+            "ours": lambda a=arrays, o=out: adaattn.attention(*a, out=o, verify=False),
+            "copy": lambda t=to, k=key: t.copy_(k),
+        }
+        contenders |= {
+            label: torch_run(BACKENDS[label], arrays, enable_gqa=True) for label in ("flash", "cudnn")
+        }
+        times = race(contenders)
+        row: dict[str, Any] = {"dtype": "bf16", "B": B, "H": H, "G": G, "S": S, "D": D}
+        rows.append(row | {"gb_per_s": {label: 1e3 * gigabytes / ms for label, ms in times.items()}})
+    return rows
+
+
+def budget(quick: bool) -> list[dict[str, Any]]:
+    """Calls within a tolerance: the error that is promised and kept, and the time beside the plain call's."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        arrays = [
+            torch.randn(1, 16, 4096 if quick else 16384, 128, device="cuda").to(dtype) for _ in range(3)
+        ]
+        for tolerance in (1e-5, 1e-3, 1e-2, 5e-2):
+            try:
+                out, report = adaattn.attention(*arrays, tolerance=tolerance, return_report=True)
+                contenders: dict[str, Run] = {
+                    "plain": lambda a=arrays: adaattn.attention(*a, verify=False),
+                    "within": lambda a=arrays, t=tolerance: adaattn.attention(*a, tolerance=t),
+                    "planned": lambda a=arrays, p=report.plan: adaattn.attention(*a, plan=p, verify=False),
+                }
+                times = race(contenders, 0.1)
+            except adaattn.Error as error:
+                print(f"  budget {tolerance}: {error}", file=sys.stderr)
+                continue
+            right = exact(*(x[:, :2] for x in arrays), False)
+            rows.append(
+                {
+                    "dtype": name,
+                    "S": arrays[0].shape[2],
+                    "tolerance": tolerance,
+                    "rungs": sorted(
+                        set(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
+                    ),
+                    "error": relative(out[:, :2], right),
+                    "measured": float(report.measured_error.max()),
+                    "ms": times,
+                    "phases_ms": {phase: 1e3 * seconds for phase, seconds in report.seconds.items()},
+                }
+            )
+    return rows
+
+
+def overhead() -> dict[str, float]:
+    """Microseconds of the host per call of a small problem, the GPU keeping up."""
+    x = torch.randn(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    found = {}
+    for name, run in {
+        "ours": lambda: adaattn.attention(x, x, x, out=out, verify=False),
+        "torch": lambda: scaled_dot_product_attention(x, x, x),
+    }.items():
+        for _ in range(20):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(300):
+            run()
+        torch.cuda.synchronize()
+        found[name] = (time.perf_counter() - start) / 300 * 1e6
+    return found
+
+
+# ---- the rest
+
+
+def run_tests(folder: Path, sanitize: bool) -> str:
+    """The closing line of the GPU's tests; with compute-sanitizer, those of shapes alone."""
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=40", "--durations=5", "tests/test_gpu.py"]
+    name = "tests.log"
+    if sanitize:
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        command = [tool, "--error-exitcode", "9", *command, "-k", "test_shapes"]
+        name = "sanitizer.log"
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        text = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        text = str(error.stdout or "") + "\nout of time"
+    except OSError as error:
+        text = str(error)
+    (folder / name).write_text(text)
+    return text.strip().splitlines()[-1]
+
+
+def short(x: Any) -> str:
+    return f"{x:.1e}" if isinstance(x, float) else "-" if x is None else "error"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, no tests")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--sanitize", action="store_true", help="run kernels under compute-sanitizer as well")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"gpu": adaattn.gpu_info(), "torch": torch.__version__, "date": time.ctime()}
+    if not result["gpu"]["available"]:
+        raise SystemExit(f"no GPU: {result['gpu']['reason']}")
+
+    def step(name: str, work: Callable[[], Any]) -> Any:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            result[name] = work()
+        except Exception as error:  # what was measured so far is kept
+            result[name] = None
+            print(f"  {type(error).__name__}: {error}", file=sys.stderr)
+        result.setdefault("seconds", {})[name] = time.perf_counter() - start
+        (folder / "gpu.json").write_text(json.dumps(result, indent=1))
+        return result[name]
+
+    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    step("errors", lambda: errors(arguments.quick))
+    step("prefill", lambda: prefill(arguments.quick))
+    step("decode", lambda: decode(arguments.quick))
+    step("overhead", overhead)
+    step("budget", lambda: budget(arguments.quick))
+    if not (arguments.quick or arguments.no_tests):
+        step("tests", lambda: run_tests(folder, False))
+    if arguments.sanitize:
+        step("sanitizer", lambda: run_tests(folder, True))
+    print_tables(result)
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    device = result["gpu"]["devices"][0]
+    print(f"\n{device['name']} ({device['capability']}), torch {result['torch']}")
+    print(
+        "\nrelative errors\ndtype     T     S    D causal " + "".join(f"{r:>10}" for r in (*RUNGS, "torch"))
+    )
+    for r in result["errors"] or []:
+        cells = "".join(f"{short(r.get(rung)):>10}" for rung in (*RUNGS, "torch"))
+        print(f"{r['dtype']:5} {r['T']:5} {r['S']:5} {r['D']:4} {r['causal']!s:6} {cells}")
+    print("\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16   ours/flash ours/cudnn")
+    for r in result["prefill"] or []:
+        t = r["tflops"]
+        cells = "".join(
+            f"{t.get(x, 0):6.0f}" for x in ("ours", "flash", "cudnn", "efficient", "fp16", "bf16")
+        )
+        ratios = [t["ours"] / t[x] if "ours" in t and x in t else float("nan") for x in ("flash", "cudnn")]
+        if "flash" not in t and "efficient" in t and "ours" in t:
+            ratios[0] = t["ours"] / t["efficient"]
+        print(f"{r['dtype']:5} {r['S']:6} {r['D']:4} {r['causal']!s:6}{cells}  ", end="")
+        print(f" {ratios[0]:8.2f} {ratios[1]:8.2f}")
+    print("\ndecode, GB/s\n  B   H  G     S    ours    copy   flash   cudnn   ours/copy")
+    for r in result["decode"] or []:
+        g = r["gb_per_s"]
+        cells = "".join(f"{g.get(x, 0):8.0f}" for x in ("ours", "copy", "flash", "cudnn"))
+        print(f"{r['B']:3} {r['H']:3} {r['G']:2} {r['S']:6}{cells}   {g.get('ours', 0) / g['copy']:8.2f}")
+    print("\nbudget\ndtype  tolerance     error  measured   plain  within planned, ms   rungs")
+    for r in result["budget"] or []:
+        times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))
+        rungs = ", ".join(sorted("/".join(pair) for pair in r["rungs"]))
+        print(f"{r['dtype']:5} {r['tolerance']:10.0e} {r['error']:9.1e} {r['measured']:9.1e}", end="")
+        print(f" {times}      {rungs}")
+    print(f"\nhost, µs per call: {result['overhead']}")
+    print(f"seconds: { {name: round(x, 1) for name, x in result['seconds'].items()} }")
+    print(f"tests: {result.get('tests')}; sanitizer: {result.get('sanitizer')}")
+
+
+if __name__ == "__main__":
+    main()

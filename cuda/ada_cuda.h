@@ -1,0 +1,84 @@
+/* The C ABI between the engine (csrc/gpu.c) and libadaattn_cuda.so: a table of functions behind the one
+ * symbol that the library exports. Plain C, no CUDA header.
+ *
+ * Every function returns 0, or another number and what failed. None throws, exits or keeps memory of the
+ * host that it was given. Where "in order" is said, work is put on the problem's stream and not waited for;
+ * functions that fill host memory wait for it.
+ */
+#ifndef ADA_CUDA_H
+#define ADA_CUDA_H
+
+#include "../csrc/adaattn.h"
+
+/* Goes up with every change of this file or of ada_problem. */
+#define ADA_CUDA_ABI 1
+#define ADA_CUDA_SYMBOL "ada_cuda_plugin"
+
+typedef struct {
+    int code;       /* of the runtime; ADA_CUDA_NO_MEMORY: out of memory */
+    char call[64];  /* what was called */
+    char text[192]; /* the runtime's words */
+} ada_cuda_failure;
+#define ADA_CUDA_NO_MEMORY 2
+
+typedef struct {
+    char name[128];
+    int major, minor; /* compute capability */
+    int multiprocessors;
+    int64_t memory_bytes;
+    uint32_t rungs; /* bit per ada_rung: computed by a kernel of its own; fp64 and fp32 always are */
+} ada_cuda_device;
+
+/* A row of a problem: head = b * H + h. */
+typedef struct {
+    int32_t head, row;
+} ada_cuda_row;
+
+/* A problem on its way: its vectors on the device and what the probe leaves there. */
+typedef struct ada_cuda_call ada_cuda_call;
+
+typedef struct {
+    uint32_t abi, problem_bytes;
+    const char *version;
+
+    /* driver 0: there is none, and then no device */
+    int (*count)(int *devices, int *driver, int *runtime, ada_cuda_failure *failure);
+    int (*describe)(int device, ada_cuda_device *about, ada_cuda_failure *failure);
+
+    /* Memory of a device, in order. */
+    int (*allocate)(int device, uintptr_t stream, int64_t bytes, void **memory, ada_cuda_failure *failure);
+    int (*release)(int device, uintptr_t stream, void *memory, ada_cuda_failure *failure);
+    /* Through pinned memory. upload: from may be reused afterwards. */
+    int (*upload)(int device, uintptr_t stream, void *to, const void *from, int64_t bytes,
+                  ada_cuda_failure *failure);
+    int (*download)(int device, uintptr_t stream, void *to, const void *from, int64_t bytes,
+                    ada_cuda_failure *failure);
+    int (*synchronize)(int device, uintptr_t stream, ada_cuda_failure *failure);
+    /* What comes on `later` waits for what stands on `earlier` by now. */
+    int (*order)(int device, uintptr_t earlier, uintptr_t later, ada_cuda_failure *failure);
+
+    /* The problem is copied; its arrays lie on its device. close frees everything, in order, also after
+     * failures; call may be NULL. */
+    int (*open)(const ada_problem *problem, ada_cuda_call **call, ada_cuda_failure *failure);
+    void (*close)(ada_cuda_call *call);
+    /* Whether a kernel of the device computes this choice for this problem. */
+    bool (*computes)(const ada_cuda_call *call, ada_choice choice);
+    /* Whether no element of a float mask is NaN or +inf. */
+    int (*check_mask)(ada_cuda_call *call, bool *good, ada_cuda_failure *failure);
+    /* Out and lse of the listed heads (ascending; NULL: all), in order. Rows that the choice cannot hold are
+     * computed in fp64. */
+    int (*execute)(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
+                   ada_cuda_failure *failure);
+
+    /* Rows in fp64: o [n][E], lse [n]; and the same rows of what was executed (lse 0 where there is none). */
+    int (*exact_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
+                      ada_cuda_failure *failure);
+    int (*output_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
+                       ada_cuda_failure *failure);
+    /* [B * H][T] squared norms of the output's rows. */
+    int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+} ada_cuda_table;
+
+typedef const ada_cuda_table *ada_cuda_plugin_fn(void);
+
+#endif

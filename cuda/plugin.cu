@@ -1,0 +1,521 @@
+/* libadaattn_cuda.so: the table of ada_cuda.h over the launches of params.h.
+ *
+ * Every call of the runtime goes through TRY, which says what failed. Vectors of a problem are few: they
+ * reach the device as parameters of a kernel, so that a captured graph keeps them and no host memory is read
+ * later.
+ */
+#include "ada_cuda.h"
+#include "params.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mutex>
+
+namespace {
+
+int failed(cudaError_t status, const char *call, ada_cuda_failure *failure) {
+    cudaGetLastError(); /* a launch's error is not reported twice */
+    failure->code = status;
+    const char *open = strchr(call, '(');
+    snprintf(failure->call, sizeof failure->call, "%.*s", open ? (int)(open - call) : (int)strlen(call),
+             call);
+    snprintf(failure->text, sizeof failure->text, "%s", cudaGetErrorString(status));
+    return status;
+}
+
+#define TRY(call)                                                                                            \
+    do {                                                                                                     \
+        const cudaError_t try_status = (call);                                                               \
+        if (try_status != cudaSuccess) return failed(try_status, #call, failure);                            \
+    } while (0)
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+/* Makes a device current, and the thread's own one again in the end. */
+class Device {
+  public:
+    explicit Device(int device) {
+        status = cudaGetDevice(&before);
+        if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
+    }
+    ~Device() { cudaSetDevice(before); }
+    Device(const Device &) = delete;
+    cudaError_t status;
+
+  private:
+    int before = 0;
+};
+
+#define ON_DEVICE(device)                                                                                    \
+    Device guard(device);                                                                                    \
+    if (guard.status != cudaSuccess) return failed(guard.status, "cudaSetDevice", failure)
+
+/* Memory in the order of a stream. */
+class Memory {
+  public:
+    explicit Memory(cudaStream_t on) : stream(on) {}
+    ~Memory() {
+        if (data) cudaFreeAsync(data, stream);
+    }
+    Memory(const Memory &) = delete;
+    cudaError_t allocate(size_t bytes) { return bytes ? cudaMallocAsync(&data, bytes, stream) : cudaSuccess; }
+    void *data = nullptr;
+
+  private:
+    cudaStream_t stream;
+};
+
+/* ---- the machine ---- */
+
+int count(int *devices, int *driver, int *runtime, ada_cuda_failure *failure) {
+    *devices = *driver = 0;
+    TRY(cudaRuntimeGetVersion(runtime));
+    TRY(cudaDriverGetVersion(driver));
+    if (*driver) TRY(cudaGetDeviceCount(devices));
+    return 0;
+}
+
+uint32_t bit(ada_rung rung) { return 1u << rung; }
+
+int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
+    cudaDeviceProp properties;
+    TRY(cudaGetDeviceProperties(&properties, device));
+    *about = {};
+    memcpy(about->name, properties.name, sizeof about->name - 1);
+    about->major = properties.major, about->minor = properties.minor;
+    about->multiprocessors = properties.multiProcessorCount;
+    about->memory_bytes = (int64_t)properties.totalGlobalMem;
+    about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
+    if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
+    return 0;
+}
+
+/* ---- memory ---- */
+
+int allocate(int device, uintptr_t stream, int64_t bytes, void **memory, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    TRY(cudaMallocAsync(memory, (size_t)bytes, stream_of(stream)));
+    return 0;
+}
+
+int release(int device, uintptr_t stream, void *memory, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    TRY(cudaFreeAsync(memory, stream_of(stream)));
+    return 0;
+}
+
+int synchronize(int device, uintptr_t stream, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    TRY(cudaStreamSynchronize(stream_of(stream)));
+    return 0;
+}
+
+/* An event of the current device. */
+class Event {
+  public:
+    ~Event() {
+        if (event) cudaEventDestroy(event);
+    }
+    cudaError_t create() { return cudaEventCreateWithFlags(&event, cudaEventDisableTiming); }
+    cudaEvent_t event = nullptr;
+};
+
+int order(int device, uintptr_t earlier, uintptr_t later, ada_cuda_failure *failure) {
+    if (earlier == later) return 0;
+    ON_DEVICE(device);
+    Event event;
+    TRY(event.create());
+    TRY(cudaEventRecord(event.event, stream_of(earlier)));
+    TRY(cudaStreamWaitEvent(stream_of(later), event.event, 0));
+    return 0;
+}
+
+/* Two pinned pieces of memory, kept for all calls: pinning takes longer than copying. One is copied by the
+ * host while the other is on its way. */
+const size_t PIECE = (size_t)4 << 20;
+std::mutex staging_lock;
+char *staging[2];
+
+int prepare_staging(Event events[2], ada_cuda_failure *failure) {
+    for (int i = 0; i < 2; i++) {
+        if (!staging[i]) TRY(cudaHostAlloc((void **)&staging[i], PIECE, cudaHostAllocPortable));
+        TRY(events[i].create());
+    }
+    return 0;
+}
+
+size_t piece_at(size_t at, size_t bytes) { return bytes - at < PIECE ? bytes - at : PIECE; }
+
+int upload(int device, uintptr_t stream, void *to, const void *from, int64_t n, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    const std::lock_guard<std::mutex> lock(staging_lock);
+    Event events[2];
+    const size_t bytes = (size_t)n;
+    if (prepare_staging(events, failure)) return failure->code;
+    int turn = 0;
+    for (size_t at = 0; at < bytes; at += PIECE, turn ^= 1) {
+        TRY(cudaEventSynchronize(events[turn].event)); /* at once for one that was never recorded */
+        memcpy(staging[turn], (const char *)from + at, piece_at(at, bytes));
+        TRY(cudaMemcpyAsync((char *)to + at, staging[turn], piece_at(at, bytes), cudaMemcpyHostToDevice,
+                            stream_of(stream)));
+        TRY(cudaEventRecord(events[turn].event, stream_of(stream)));
+    }
+    for (Event &event : events) TRY(cudaEventSynchronize(event.event));
+    return 0;
+}
+
+int download(int device, uintptr_t stream, void *to, const void *from, int64_t n, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    const std::lock_guard<std::mutex> lock(staging_lock);
+    Event events[2];
+    const size_t bytes = (size_t)n;
+    if (prepare_staging(events, failure)) return failure->code;
+    for (size_t at = 0, turn = 0; at < bytes + PIECE; at += PIECE, turn ^= 1) {
+        if (at < bytes) {
+            TRY(cudaMemcpyAsync(staging[turn], (const char *)from + at, piece_at(at, bytes),
+                                cudaMemcpyDeviceToHost, stream_of(stream)));
+            TRY(cudaEventRecord(events[turn].event, stream_of(stream)));
+        }
+        if (at >= PIECE) {
+            TRY(cudaEventSynchronize(events[turn ^ 1].event));
+            memcpy((char *)to + at - PIECE, staging[turn ^ 1], piece_at(at - PIECE, bytes));
+        }
+    }
+    return 0;
+}
+
+/* Words of 8 bytes as a parameter of a kernel: what a launch may carry. */
+struct Words {
+    enum { MOST = 480 };
+    uint64_t word[MOST];
+};
+
+__global__ void store_words(uint64_t *to, const __grid_constant__ Words words, int n) {
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) to[i] = words.word[i];
+}
+
+cudaError_t send_words(void *to, const void *from, int64_t bytes, cudaStream_t stream) {
+    for (int64_t at = 0; at < bytes; at += Words::MOST * 8) {
+        const int64_t left = bytes - at, now = left < Words::MOST * 8 ? left : Words::MOST * 8;
+        Words words;
+        memcpy(words.word, (const char *)from + at, (size_t)now);
+        store_words<<<1, 256, 0, stream>>>((uint64_t *)((char *)to + at), words, (int)((now + 7) / 8));
+        const cudaError_t status = cudaGetLastError();
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+}
+
+} // namespace
+
+/* ---- a call ---- */
+
+struct ada_cuda_call {
+    ada_problem problem;
+    ada_cu_params params; /* of a launch of all heads, but for the rung */
+    cudaStream_t stream;
+    void *vectors; /* on the device */
+};
+
+namespace {
+
+/* Vectors of a problem, one behind another; to == NULL: counts their words. */
+struct Packer {
+    uint64_t *to;
+    char *at_device;
+    int64_t used;
+
+    template <class T> const T *add(const ada_array *a, int64_t n0, int64_t n1) {
+        if (!a->data) return nullptr;
+        const T *here = (const T *)(at_device + 8 * used);
+        for (int64_t i = 0; i < n0; i++)
+            for (int64_t j = 0; j < n1; j++, used++)
+                if (to)
+                    memcpy(to + used,
+                           (const char *)a->data + i * a->stride[0] + (n1 > 1 ? j * a->stride[1] : 0), 8);
+        return here;
+    }
+};
+
+void pack_vectors(const ada_problem *p, ada_cu_params *c, Packer *packer) {
+    c->query_offset = packer->add<int64_t>(&p->query_offset, p->B, 1);
+    c->kv_lengths = packer->add<int64_t>(&p->kv_lengths, p->B, 1);
+    c->seed = packer->add<uint64_t>(&p->seed, p->B, 1);
+    c->sinks = packer->add<double>(&p->sinks, p->H, 1);
+    c->alibi_slopes = packer->add<double>(&p->alibi_slopes, p->B, p->H);
+    c->query_offset_stride = c->kv_lengths_stride = c->seed_stride = c->sinks_stride = 1;
+    c->alibi_stride[0] = p->H, c->alibi_stride[1] = 1;
+}
+
+ada_cu_array array_of(const ada_array *a) {
+    ada_cu_array x = {a->data, {0, 0, 0, 0}};
+    for (int i = 0; i < a->ndim; i++) x.stride[i] = a->stride[i];
+    return x;
+}
+
+/* The dtypes that both headers number alike. */
+static_assert((int)ADA_F32 == ADA_CU_F32 && (int)ADA_F64 == ADA_CU_F64 && (int)ADA_F16 == ADA_CU_F16 &&
+                  (int)ADA_BF16 == ADA_CU_BF16 && (int)ADA_BOOL == ADA_CU_BOOL,
+              "dtypes");
+
+void fill_params(const ada_problem *p, ada_cu_params *c) {
+    c->query = array_of(&p->query), c->key = array_of(&p->key), c->value = array_of(&p->value);
+    c->out = array_of(&p->out), c->mask = array_of(&p->attn_mask);
+    c->dtype = p->query.dtype, c->mask_dtype = p->attn_mask.dtype;
+    c->B = (int32_t)p->B, c->H = (int32_t)p->H, c->G = (int32_t)p->G, c->T = (int32_t)p->T;
+    c->S = (int32_t)p->S, c->D = (int32_t)p->D, c->E = (int32_t)p->E;
+    c->scale = p->scale, c->softcap = p->has_softcap ? p->softcap : 0;
+    c->window_left = p->window_left == ADA_UNBOUNDED ? ADA_CU_UNBOUNDED : p->window_left;
+    c->window_right = p->causal ? 0 : p->window_right == ADA_UNBOUNDED ? ADA_CU_UNBOUNDED : p->window_right;
+    c->offset = p->causal == ADA_UPPER_LEFT ? 0 : p->S - p->T;
+    c->dropout_p = p->dropout_p, c->drop_below = p->drop_below;
+    c->one_seed = p->seed.ndim == 0;
+    c->lse = p->lse;
+}
+
+/* How a choice is computed on this chip, in *rung; false: by no kernel. */
+bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
+    const bool tensor = call->params.capability >= 80 && call->problem.query.dtype != ADA_F64 &&
+                        call->problem.D <= ADA_CU_MAX_HEAD && call->problem.E <= ADA_CU_MAX_HEAD;
+    if (choice.qk == ADA_RUNG_INT8 && tensor && (choice.pv == ADA_RUNG_BF16 || choice.pv == ADA_RUNG_FP16)) {
+        *rung = ADA_CU_INT8; /* values in the arrays' own half format */
+        return (choice.pv == ADA_RUNG_FP16) == (call->problem.query.dtype == ADA_F16);
+    }
+    if (choice.qk != choice.pv) return false;
+    switch (choice.qk) {
+    case ADA_RUNG_FP64:
+        *rung = ADA_CU_SIMT_F64;
+        return true;
+    case ADA_RUNG_FP32:
+        *rung = tensor ? ADA_CU_SPLIT : ADA_CU_SIMT_F32;
+        return true;
+    case ADA_RUNG_FP16:
+        *rung = ADA_CU_FP16;
+        return tensor;
+    case ADA_RUNG_BF16:
+        *rung = ADA_CU_BFLOAT16;
+        return tensor;
+    default:
+        return false;
+    }
+}
+
+bool computes(const ada_cuda_call *call, ada_choice choice) {
+    int32_t rung;
+    return rung_of(call, choice, &rung);
+}
+
+void close_call(ada_cuda_call *call) {
+    if (!call) return;
+    const Device guard(call->problem.device);
+    if (call->vectors) cudaFreeAsync(call->vectors, call->stream);
+    free(call);
+}
+
+int prepare(ada_cuda_call *call, ada_cuda_failure *failure) {
+    const ada_problem *p = &call->problem;
+    ON_DEVICE(p->device);
+    int major, minor;
+    TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device));
+    TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, p->device));
+    TRY(cudaDeviceGetAttribute(&call->params.multiprocessors, cudaDevAttrMultiProcessorCount, p->device));
+    call->params.capability = 10 * major + minor;
+    fill_params(p, &call->params);
+    Packer packer = {nullptr, nullptr, 0};
+    pack_vectors(p, &call->params, &packer);
+    if (!packer.used) return 0;
+    TRY(cudaMallocAsync(&call->vectors, (size_t)packer.used * 8, call->stream));
+    packer.to = (uint64_t *)malloc((size_t)packer.used * 8);
+    if (!packer.to) return failed(cudaErrorMemoryAllocation, "malloc", failure);
+    packer.at_device = (char *)call->vectors, packer.used = 0;
+    pack_vectors(p, &call->params, &packer);
+    const cudaError_t status = send_words(call->vectors, packer.to, packer.used * 8, call->stream);
+    free(packer.to);
+    TRY(status);
+    return 0;
+}
+
+int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failure *failure) {
+    *made = nullptr;
+    ada_cuda_call *call = (ada_cuda_call *)calloc(1, sizeof *call);
+    if (!call) return failed(cudaErrorMemoryAllocation, "calloc", failure);
+    call->problem = *p;
+    call->stream = stream_of(p->stream);
+    const int status = prepare(call, failure);
+    if (status)
+        close_call(call);
+    else
+        *made = call;
+    return status;
+}
+
+int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
+            ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    ada_cu_params c = call->params;
+    if (!rung_of(call, choice, &c.rung)) return failed(cudaErrorNotSupported, "execute", failure);
+    Memory list(call->stream), workspace(call->stream);
+    if (heads && n < call->problem.B * call->problem.H) {
+        const size_t bytes = ((size_t)n * sizeof(int32_t) + 7) / 8 * 8;
+        TRY(list.allocate(bytes));
+        int32_t *narrow = (int32_t *)calloc(1, bytes);
+        if (!narrow) return failed(cudaErrorMemoryAllocation, "calloc", failure);
+        for (int64_t i = 0; i < n; i++) narrow[i] = (int32_t)heads[i];
+        const cudaError_t status = send_words(list.data, narrow, (int64_t)bytes, call->stream);
+        free(narrow);
+        TRY(status);
+        c.heads = (const int32_t *)list.data;
+        c.n_heads = (int32_t)n;
+    } else {
+        c.n_heads = (int32_t)(call->problem.B * call->problem.H);
+    }
+    TRY(workspace.allocate(ada_cu_workspace(&c)));
+    c.workspace = workspace.data;
+    TRY(ada_cu_attend(&c, call->stream));
+    return 0;
+}
+
+/* ---- masks and rows ---- */
+
+__device__ double element(const char *at, int dtype) {
+    switch (dtype) {
+    case ADA_CU_F32:
+        return *(const float *)at;
+    case ADA_CU_F64:
+        return *(const double *)at;
+    case ADA_CU_F16:
+        return __half2float(*(const __half *)at);
+    default:
+        return __bfloat162float(*(const __nv_bfloat16 *)at);
+    }
+}
+
+struct Extent {
+    int64_t n[4];
+};
+
+__global__ void find_bad(ada_cu_array mask, int dtype, Extent size, int64_t total, uint32_t *bad) {
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < total;
+         i += (int64_t)gridDim.x * blockDim.x) {
+        int64_t rest = i, at = 0;
+        for (int d = 3; d >= 0; d--) {
+            at += rest % size.n[d] * mask.stride[d];
+            rest /= size.n[d];
+        }
+        if (!(element((const char *)mask.data + at, dtype) < INFINITY)) *bad = 1;
+    }
+}
+
+int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure) {
+    const ada_array *mask = &call->problem.attn_mask;
+    *good = true;
+    if (!mask->data || mask->dtype == ADA_BOOL) return 0;
+    ON_DEVICE(call->problem.device);
+    Extent size;
+    int64_t total = 1;
+    for (int d = 0; d < 4; d++) total *= size.n[d] = mask->stride[d] ? mask->shape[d] : 1;
+    Memory flag(call->stream);
+    uint32_t bad;
+    TRY(flag.allocate(sizeof bad));
+    TRY(cudaMemsetAsync(flag.data, 0, sizeof bad, call->stream));
+    const int64_t blocks = (total + 1023) / 1024;
+    find_bad<<<(unsigned)(blocks < 4096 ? blocks : 4096), 256, 0, call->stream>>>(
+        call->params.mask, call->params.mask_dtype, size, total, (uint32_t *)flag.data);
+    TRY(cudaGetLastError());
+    TRY(cudaMemcpyAsync(&bad, flag.data, sizeof bad, cudaMemcpyDeviceToHost, call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    *good = !bad;
+    return 0;
+}
+
+/* Rows [n][E] of the output and their lse. */
+__global__ void gather_rows(const __grid_constant__ ada_cu_params c, const int32_t *pairs, double *o,
+                            double *lse) {
+    const int head = pairs[2 * blockIdx.x], row = pairs[2 * blockIdx.x + 1];
+    const char *from = (const char *)c.out.data + head / c.H * c.out.stride[0] +
+                       head % c.H * c.out.stride[1] + row * c.out.stride[2];
+    for (int e = (int)threadIdx.x; e < c.E; e += (int)blockDim.x)
+        o[blockIdx.x * (int64_t)c.E + e] = element(from + e * c.out.stride[3], c.dtype);
+    if (threadIdx.x) return;
+    const int64_t at = (int64_t)head * c.T + row;
+    lse[blockIdx.x] = !c.lse                  ? 0
+                      : c.dtype == ADA_CU_F64 ? ((const double *)c.lse)[at]
+                                              : ((const float *)c.lse)[at];
+}
+
+int rows_of(ada_cuda_call *call, bool exact, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
+            ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    const size_t row_bytes = (size_t)call->problem.E * sizeof(double);
+    Memory pairs(call->stream), found(call->stream);
+    if (n == 0) return 0;
+    TRY(pairs.allocate((size_t)n * sizeof *rows));
+    TRY(found.allocate((size_t)n * (row_bytes + sizeof(double))));
+    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
+    double *lse_at = (double *)found.data, *o_at = lse_at + n;
+    if (exact) {
+        TRY(ada_cu_exact_rows(&call->params, (const int32_t *)pairs.data, (int32_t)n, o_at, lse_at,
+                              call->stream));
+    } else {
+        gather_rows<<<(unsigned)n, 64, 0, call->stream>>>(call->params, (const int32_t *)pairs.data, o_at,
+                                                          lse_at);
+        TRY(cudaGetLastError());
+    }
+    TRY(cudaMemcpyAsync(lse, lse_at, (size_t)n * sizeof *lse, cudaMemcpyDeviceToHost, call->stream));
+    TRY(cudaMemcpyAsync(o, o_at, (size_t)n * row_bytes, cudaMemcpyDeviceToHost, call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    return 0;
+}
+
+int exact_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
+               ada_cuda_failure *failure) {
+    return rows_of(call, true, rows, n, o, lse, failure);
+}
+
+int output_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
+                ada_cuda_failure *failure) {
+    return rows_of(call, false, rows, n, o, lse, failure);
+}
+
+/* A warp per row of the output. */
+__global__ void square_rows(const __grid_constant__ ada_cu_params c, float *norms) {
+    const int64_t row = blockIdx.x * (int64_t)(blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= (int64_t)c.B * c.H * c.T) return;
+    const int64_t head = row / c.T;
+    const char *from = (const char *)c.out.data + head / c.H * c.out.stride[0] +
+                       head % c.H * c.out.stride[1] + row % c.T * c.out.stride[2];
+    double sum = 0;
+    for (int e = (int)(threadIdx.x % 32); e < c.E; e += 32) {
+        const double x = element(from + e * c.out.stride[3], c.dtype);
+        sum += x * x;
+    }
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (threadIdx.x % 32 == 0) norms[row] = (float)sum;
+}
+
+int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    const int64_t rows = call->problem.B * call->problem.H * call->problem.T;
+    Memory found(call->stream);
+    TRY(found.allocate((size_t)rows * sizeof *norms));
+    square_rows<<<(unsigned)((rows + 7) / 8), 256, 0, call->stream>>>(call->params, (float *)found.data);
+    TRY(cudaGetLastError());
+    TRY(cudaMemcpyAsync(norms, found.data, (size_t)rows * sizeof *norms, cudaMemcpyDeviceToHost,
+                        call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    return 0;
+}
+
+const ada_cuda_table table = {
+    ADA_CUDA_ABI, sizeof(ada_problem), ADA_VERSION, count,     describe,   allocate, release,    upload,
+    download,     synchronize,         order,       open_call, close_call, computes, check_mask, execute,
+    exact_rows,   output_rows,         row_norms};
+
+} // namespace
+
+extern "C" __attribute__((visibility("default"))) const ada_cuda_table *ada_cuda_plugin(void) {
+    return &table;
+}

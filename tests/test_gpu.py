@@ -1,0 +1,358 @@
+"""The CUDA backend on a real GPU, against float64. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import BF16, CASES, DTYPES, F16, F32, F64, Array, Shape, inputs, largest, score_size
+
+import adaattn
+from adaattn import reference
+
+INFO = adaattn.gpu_info()
+if not INFO["available"]:
+    pytest.skip(f"no GPU: {INFO['reason']}", allow_module_level=True)
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("torch without CUDA", allow_module_level=True)
+
+RUNGS = INFO["devices"][0]["rungs"]
+TORCH = {F64: torch.float64, F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+ROUNDING = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}
+
+SMALL = [Shape(2, 4, 2, 5, 7, 8, 8), Shape(2, 2, 1, 65, 130, 17, 33), Shape(1, 2, 2, 130, 65, 40, 8)]
+SHAPES = [
+    *SMALL,
+    Shape(1, 1, 1, 1, 1, 1, 1),
+    Shape(1, 2, 1, 1, 300, 64, 64),
+    Shape(2, 3, 3, 2, 1030, 16, 24),
+    Shape(1, 3, 3, 64, 64, 16, 16),
+    Shape(1, 4, 1, 3, 257, 32, 31),
+    Shape(1, 1, 1, 200, 193, 111, 5),
+    Shape(1, 1, 1, 33, 129, 256, 256),
+    Shape(1, 2, 1, 300, 500, 128, 128),
+    Shape(1, 2, 1, 257, 640, 64, 64),
+    Shape(1, 8, 1, 1, 5000, 128, 128),
+    Shape(2, 8, 2, 4, 1111, 64, 64),
+]
+
+
+def to_gpu(x: Any) -> Any:
+    """A tensor on the GPU; other things, and small vectors, as they are."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind in "iu":
+        return x
+    return torch.from_numpy(x.astype(F32) if x.dtype == BF16 else x).cuda().to(TORCH.get(x.dtype))
+
+
+def to_cpu(x: Any) -> Array:
+    """As float64; exact for every dtype."""
+    found: Array = x.double().cpu().numpy()
+    return found
+
+
+def relative(out: Any, exact: Array) -> float:
+    """Largest relative Frobenius error of a head."""
+    error = np.linalg.norm(to_cpu(out) - exact, axis=(2, 3))
+    return float((error / np.maximum(np.linalg.norm(exact, axis=(2, 3)), 1e-300)).max())
+
+
+def exact_on_gpu(query: Any, key: Any, value: Any, causal: bool = False) -> Any:
+    """Attention in float64 by torch, for sizes that take NumPy too long."""
+    q, k, v = (x.double() for x in (query, key, value))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64, device=q.device)
+    T, S = q.shape[2], k.shape[2]
+    for i in range(0, T, 1024):
+        scores = q[:, :, i : i + 1024] @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        if causal:
+            rows = torch.arange(i, min(i + 1024, T), device=q.device)[:, None] + S - T
+            scores.masked_fill_(torch.arange(S, device=q.device) > rows, -torch.inf)
+        out[:, :, i : i + 1024] = scores.softmax(-1) @ v
+    return out
+
+
+# ---- options, shapes, dtypes
+
+
+def check(arrays: list[Array], **options: Any) -> None:
+    """out and lse against the oracle: scores err by the rounding of fp32, weights by that of the format that
+    multiplies them, out by its own."""
+    dtype = arrays[0].dtype
+    exact, exact_lse = reference.attention(*arrays, return_lse=True, **options)
+    there = {name: to_gpu(x) for name, x in options.items() if name != "num_threads"}
+    out, lse = adaattn.attention(*map(to_gpu, arrays), return_lse=True, **there)
+    assert out.is_cuda and out.dtype == TORCH[dtype]
+    double = options.get("precision") == "fp64" or (dtype == F64 and "precision" not in options)
+    single = options.get("precision") == "fp32" or dtype in (F32, F64)
+    score = (2.0**-53 if double else 2.0**-22) * (16 + 4 * score_size(arrays[0], arrays[1], options))
+    weight = 0 if double or single else 2 * ROUNDING[dtype]
+    kept = 1 - options.get("dropout_p", 0.0)
+    absolute = (score + weight) * largest(arrays[2]) / kept + 1e-7 * (dtype == F16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_allclose(to_cpu(out), exact, rtol=ROUNDING[dtype], atol=absolute)
+        np.testing.assert_allclose(to_cpu(lse), exact_lse, rtol=2.0**-22, atol=score)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_options(case: str, dtype: Any, rng: np.random.Generator) -> None:
+    for shape in SMALL:
+        check(inputs(rng, shape, dtype), **CASES[case](rng, shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: Shape, dtype: Any, rng: np.random.Generator) -> None:
+    for case in ("plain", "causal", "window", "lengths", "bias (T, S)"):
+        check(inputs(rng, shape, dtype), **CASES[case](rng, shape))
+
+
+@pytest.mark.parametrize(
+    "D", [1, 2, 3, 7, 8, 15, 16, 24, 31, 32, 33, 48, 63, 72, 80, 96, 100, 127, 160, 192, 255]
+)
+def test_head_sizes(D: int, rng: np.random.Generator) -> None:
+    for dtype in DTYPES:
+        check(inputs(rng, Shape(1, 2, 1, 70, 90, D, D), dtype), causal=True)
+        check(inputs(rng, Shape(1, 2, 1, 70, 90, D, 257 - D if D > 1 else 3), dtype))
+
+
+# Relative Frobenius errors of normal entries, with room for luck.
+CLASSES = {
+    ("fp64", "fp64"): 1e-14,
+    ("fp32", "fp32"): 1e-6,
+    ("fp16", "fp16"): 1e-3,
+    ("bf16", "bf16"): 8e-3,
+    ("int8", "bf16"): 3e-2,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rungs", CLASSES, ids="/".join)
+def test_rungs(rungs: tuple[str, str], dtype: Any, rng: np.random.Generator) -> None:
+    if rungs[0] not in RUNGS:
+        pytest.skip(f"this device computes {RUNGS}")
+    for shape in (Shape(2, 4, 2, 130, 300, 64, 64), Shape(1, 2, 1, 260, 515, 128, 96)):
+        arrays = inputs(rng, shape, dtype)
+        exact = reference.attention(*arrays, causal=True)
+        try:
+            out, report = adaattn.attention(
+                *map(to_gpu, arrays), causal=True, precision=rungs, return_report=True
+            )
+        except adaattn.ArgumentError as error:
+            assert "rungs that the GPU computes" in str(error) and (dtype == F64 or rungs[0] == "int8")
+            continue
+        assert (report.precision_qk == rungs[0]).all() and (report.precision_pv == rungs[1]).all()
+        assert relative(out, exact) < CLASSES[rungs] + ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_long(dtype: Any, D: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, 4096, D, device="cuda").to(TORCH[dtype]) for h in (4, 2, 2))
+    exact = exact_on_gpu(query, key, value, causal).cpu().numpy()
+    limit = {F32: 1e-6, F16: 4e-4, BF16: 4e-3}[dtype]
+    assert relative(adaattn.attention(query, key, value, causal=causal), exact) < limit
+    assert relative(adaattn.attention(query[:, :, -1:], key, value), exact[:, :, -1:]) < limit
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinities(dtype: Any, rng: np.random.Generator) -> None:
+    """They go where float64 has them, and nowhere else."""
+    shape = Shape(1, 2, 1, 100, 150, 32, 32)
+    for which in range(3):
+        for x in (np.nan, np.inf, -np.inf):
+            arrays = inputs(rng, shape, dtype)
+            arrays[which][0, 0, 20, 3] = x
+            with np.errstate(invalid="ignore"):
+                exact = reference.attention(*arrays, causal=True)
+            out = to_cpu(adaattn.attention(*map(to_gpu, arrays), causal=True))
+            assert (np.isnan(out) == np.isnan(exact)).all() and (np.isinf(out) == np.isinf(exact)).all()
+            good = np.isfinite(exact)
+            np.testing.assert_allclose(out[good], exact[good], atol=8 * ROUNDING[dtype] * largest(arrays[2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_hidden_changes_no_bit(dtype: Any, rng: np.random.Generator) -> None:
+    shape = Shape(1, 2, 1, 100, 150, 64, 64)
+    arrays = inputs(rng, shape, dtype)
+    expected = adaattn.attention(*map(to_gpu, arrays), kv_lengths=np.array([90]))
+    arrays[1][:, :, 90:] = np.nan
+    arrays[2][:, :, 90:] = np.inf
+    assert torch.equal(adaattn.attention(*map(to_gpu, arrays), kv_lengths=np.array([90])), expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_scores_beyond_fp32(dtype: Any, rng: np.random.Generator) -> None:
+    arrays = inputs(rng, Shape(1, 1, 1, 70, 80, 16, 16), dtype)
+    arrays[0] *= np.asarray(1e25, dtype)
+    arrays[1] *= np.asarray(1e25, dtype)
+    exact = reference.attention(*arrays)
+    assert np.isfinite(exact).all()
+    assert relative(adaattn.attention(*map(to_gpu, arrays)), exact) < 1e-6 + ROUNDING[dtype]
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("T", [1, 200])
+def test_a_head_depends_on_itself_alone(dtype: Any, T: int, rng: np.random.Generator) -> None:
+    arrays = [to_gpu(x) for x in inputs(rng, Shape(3, 4, 2, T, 700, 64, 64), dtype)]
+    whole = adaattn.attention(*arrays)
+    assert torch.equal(whole, adaattn.attention(*arrays))
+    assert torch.equal(whole[1:2], adaattn.attention(*(x[1:2] for x in arrays)))
+    alone = adaattn.attention(arrays[0][:, 3:], arrays[1][:, 1:], arrays[2][:, 1:])
+    assert torch.equal(whole[:, 3:], alone)
+
+
+# ---- arrays and streams
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views(dtype: Any, rng: np.random.Generator) -> None:
+    arrays = [to_gpu(x) for x in inputs(rng, Shape(2, 4, 4, 70, 130, 32, 32), dtype)]
+    plain = adaattn.attention(*arrays)
+    wide = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arrays]
+    assert torch.equal(adaattn.attention(*wide), plain)
+    kind = {"dtype": arrays[0].dtype, "device": "cuda"}
+    gapped = [torch.zeros(*x.shape[:3], 2 * x.shape[3], **kind)[..., ::2] for x in arrays]
+    for to, x in zip(gapped, arrays, strict=True):
+        to.copy_(x)
+    assert torch.equal(adaattn.attention(*gapped), plain)
+    shifted = [torch.zeros(x.numel() + 1, **kind)[1:].view(x.shape) for x in arrays]
+    for to, x in zip(shifted, arrays, strict=True):
+        to.copy_(x)
+    assert torch.equal(adaattn.attention(*shifted), plain)
+    one = arrays[1][:, :1].expand(-1, 4, -1, -1), arrays[2][:, :1].expand(-1, 4, -1, -1)
+    assert torch.equal(
+        adaattn.attention(arrays[0], *one), adaattn.attention(arrays[0], *(x.contiguous() for x in one))
+    )
+    for out in (
+        torch.zeros_like(plain),
+        torch.zeros(2, 4, 70, 64, **kind)[..., ::2],
+    ):
+        assert adaattn.attention(*arrays, out=out) is out and torch.equal(out, plain)
+
+
+def test_work_is_ordered_on_the_owners_stream() -> None:
+    """Inputs that are written late on a stream are read after that, and the call does not wait for them."""
+    torch.manual_seed(0)
+    made = [torch.randn(1, 4, 512, 64, device="cuda") for _ in range(3)]
+    expected = adaattn.attention(*made)
+    late = [torch.zeros_like(x) for x in made]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for to, x in zip(late, made, strict=True):
+            to.copy_(x)
+        out = adaattn.attention(*late)
+        assert not stream.query()
+        copy = out.clone()
+    stream.synchronize()
+    assert torch.equal(copy, expected)
+
+
+def test_graph_capture() -> None:
+    torch.manual_seed(0)
+    arrays = [torch.randn(1, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    slopes = [0.1, 0.2, 0.3, 0.4]
+    out = torch.empty_like(arrays[0])
+    adaattn.attention(*arrays, alibi_slopes=slopes, kv_lengths=[200], out=out, verify=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        adaattn.attention(*arrays, alibi_slopes=slopes, kv_lengths=[200], out=out, verify=False)
+    for x in arrays:
+        x.copy_(torch.randn_like(x))
+    expected = adaattn.attention(*arrays, alibi_slopes=slopes, kv_lengths=[200])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numpy_on_request(dtype: Any, rng: np.random.Generator) -> None:
+    shape = Shape(2, 4, 2, 70, 130, 32, 24)
+    arrays = inputs(rng, shape, dtype)
+    mask = rng.random((2, 1, 70, 130)) < 0.7
+    out, lse = adaattn.attention(*arrays, attn_mask=mask, return_lse=True, device="cuda")
+    there = adaattn.attention(*map(to_gpu, arrays), attn_mask=to_gpu(mask), return_lse=True)
+    assert isinstance(out, np.ndarray) and out.dtype == dtype
+    assert (out.astype(F64) == to_cpu(there[0])).all() and (lse == to_cpu(there[1])).all()
+    turned = [x[:, :, ::-1] for x in arrays]
+    wide = np.zeros((2, 4, 70, 48), dtype)
+    result = adaattn.attention(*turned, device="cuda:0", out=wide[..., ::2])
+    expected = adaattn.attention(*(to_gpu(np.ascontiguousarray(x)) for x in turned))
+    assert (result.astype(F64) == to_cpu(expected)).all() and not wide[..., 1::2].any()
+
+
+def test_cupy(rng: np.random.Generator) -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = [cupy.asarray(x) for x in inputs(rng, SMALL[1])]
+    exact = reference.attention(*(cupy.asnumpy(x) for x in arrays))
+    with cupy.cuda.Stream():
+        out, lse = adaattn.attention(*arrays, return_lse=True)
+        assert isinstance(out, cupy.ndarray) and isinstance(lse, cupy.ndarray)
+        np.testing.assert_allclose(cupy.asnumpy(out), exact, atol=1e-5)
+
+
+def test_jax(rng: np.random.Generator) -> None:
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("jax without CUDA")
+    arrays = [jax.numpy.asarray(x) for x in inputs(rng, SMALL[1])]
+    exact = reference.attention(*map(np.asarray, arrays))
+    out, lse = adaattn.attention(*arrays, return_lse=True)
+    assert isinstance(out, jax.Array) and isinstance(lse, jax.Array)
+    np.testing.assert_allclose(np.asarray(out), exact, atol=1e-5)
+
+
+# ---- errors
+
+
+def test_arrays_on_other_devices(rng: np.random.Generator) -> None:
+    arrays = inputs(rng, SMALL[0])
+    query, key, value = map(to_gpu, arrays)
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected memory of CUDA device 0 .*, got .* 1:0"):
+        adaattn.attention(query, key.cpu(), value)
+    with pytest.raises(adaattn.DeviceError, match=r"^value: expected memory of CUDA device 0 .*, got .* 1:0"):
+        adaattn.attention(query, key, arrays[2])
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected memory of the CPU, got .* 2:0"):
+        adaattn.attention(query.cpu(), key, value)
+    with pytest.raises(adaattn.DeviceError, match=r"^out: expected memory of CUDA device 0 .*, got .* 1:0"):
+        adaattn.attention(query, key, value, out=torch.zeros(query.shape))
+    with pytest.raises(adaattn.DeviceError, match=r"^device: expected memory of the CPU, .*, got 'cuda:99'"):
+        adaattn.attention(*arrays, device="cuda:99")
+
+
+def test_masks_that_hold_no_numbers(rng: np.random.Generator) -> None:
+    query, key, value = (to_gpu(x) for x in inputs(rng, SMALL[1]))
+    mask = torch.zeros(65, 130, device="cuda")
+    mask[3, 4] = torch.nan
+    with pytest.raises(adaattn.ArgumentError, match=r"^attn_mask: expected finite numbers or -inf"):
+        adaattn.attention(query, key, value, attn_mask=mask)
+
+
+def test_repeated_elements_are_sent_once() -> None:
+    x = np.broadcast_to(np.float32(1), (1, 1, 1, 64))
+    long = np.broadcast_to(np.float32(1), (1, 1, 1 << 20, 64))
+    assert (adaattn.attention(x, long, long, device="cuda") == 1).all()
+
+
+def test_vectors_may_lie_on_the_gpu(rng: np.random.Generator) -> None:
+    arrays = [to_gpu(x) for x in inputs(rng, SMALL[1])]
+    vectors = {
+        "kv_lengths": np.array([70, 90]),
+        "sinks": np.array([0.5, -1.0]),
+        "query_offset": np.array([3, 80]),
+    }
+    expected = adaattn.attention(*arrays, **vectors)
+    there = {name: torch.from_numpy(x).cuda() for name, x in vectors.items()}
+    assert torch.equal(adaattn.attention(*arrays, **there), expected)
