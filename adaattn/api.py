@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _adaattn
 from .errors import ArgumentError, DTypeError
+from .gpu import DeviceArray, device_of
 from .rates import rates
 from .rates import table as rate_table
 from .stats import Plan, Report, tolerance_of
@@ -405,8 +406,8 @@ def set_num_threads(n: int | None) -> None:
 
 
 def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """An uninitialised array of like's kind: torch makes its own, others get NumPy's and convert it in the
-    end."""
+    """An uninitialised array of the kind of like: torch and CuPy make it, others get one of NumPy, or memory
+    of their GPU, and convert it in the end."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
@@ -414,6 +415,9 @@ def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     if cupy is not None and isinstance(like, cupy.ndarray):
         with like.device:
             return cupy.empty(shape, like.dtype if dtype == "bfloat16" else dtype)
+    device = device_of(like)
+    if device is not None:
+        return DeviceArray(shape, dtype, device)
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -422,10 +426,12 @@ def _allocate(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _as_kind_of(like: Any, result: Any, out: Any = None) -> Any:
-    """NumPy results (but for the caller's out) as arrays of like's library, if that follows the array API
-    standard."""
+    """Results that like's library did not make (but for the caller's out) as its own, if it follows the array
+    API standard."""
     if isinstance(result, tuple):
         return tuple(_as_kind_of(like, array, out) for array in result)
-    if result is out or not isinstance(result, np.ndarray) or not hasattr(like, "__array_namespace__"):
+    ours = isinstance(result, (np.ndarray, DeviceArray))
+    if result is out or not ours or not hasattr(like, "__array_namespace__"):
         return result
-    return like.__array_namespace__().asarray(result)
+    namespace = like.__array_namespace__()
+    return namespace.asarray(result) if isinstance(result, np.ndarray) else namespace.from_dlpack(result)

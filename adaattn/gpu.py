@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from . import _adaattn
 from .errors import ArgumentError, DeviceError, DTypeError
 
 _LIBRARY = "libadaattn_cuda.so"
+_CUDA, _MANAGED = 2, 13  # DLPack's types of device
 _LEGACY, _PER_THREAD = 1, 2  # streams that every process has, as DLPack and the runtime number them
 
 
@@ -100,6 +102,31 @@ def _stream_of(array: Any, ordinal: int) -> tuple[int, bool]:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.cuda.get_current_stream().ptr or _LEGACY, False
     return _LEGACY, True
+
+
+class DeviceArray:
+    """A result on a GPU for a library that makes no memory for others: it takes this through DLPack."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: int) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        nbytes = math.prod(shape) * {"float64": 8, "float32": 4}.get(dtype, 2)
+        self._memory = _adaattn._gpu_allocate(device, _LEGACY, nbytes)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CUDA, self.device
+
+    def __dlpack__(
+        self, *, stream: int | None = None, max_version: Any = None, dl_device: Any = None, copy: Any = None
+    ) -> Any:
+        if stream != -1:
+            _adaattn._gpu_order(self.device, _LEGACY, stream or _LEGACY)
+        return _adaattn._gpu_export(self._memory, self.device, self.shape, self.dtype)
+
+
+def device_of(array: Any) -> int | None:
+    """The GPU that an array lies on; None for one that does not."""
+    kind, device = array.__dlpack_device__() if hasattr(array, "__dlpack_device__") else (None, None)
+    return device if kind in (_CUDA, _MANAGED) else None
 
 
 def to_host(array: Any) -> Any:

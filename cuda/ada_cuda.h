@@ -20,6 +20,7 @@ typedef struct {
     char text[192]; /* the runtime's words */
 } ada_cuda_failure;
 #define ADA_CUDA_NO_MEMORY 2
+#define ADA_CUDA_ANY_STREAM UINTPTR_MAX
 
 typedef struct {
     char name[128];
@@ -45,7 +46,7 @@ typedef struct {
     int (*count)(int *devices, int *driver, int *runtime, ada_cuda_failure *failure);
     int (*describe)(int device, ada_cuda_device *about, ada_cuda_failure *failure);
 
-    /* Memory of a device, in order. */
+    /* Memory of a device, in order; release on ADA_CUDA_ANY_STREAM waits for all that the device does. */
     int (*allocate)(int device, uintptr_t stream, int64_t bytes, void **memory, ada_cuda_failure *failure);
     int (*release)(int device, uintptr_t stream, void *memory, ada_cuda_failure *failure);
     /* Through pinned memory. upload: from may be reused afterwards. */

@@ -103,7 +103,9 @@ int allocate(int device, uintptr_t stream, int64_t bytes, void **memory, ada_cud
 
 int release(int device, uintptr_t stream, void *memory, ada_cuda_failure *failure) {
     ON_DEVICE(device);
-    TRY(cudaFreeAsync(memory, stream_of(stream)));
+    const bool any = stream == ADA_CUDA_ANY_STREAM;
+    if (any) TRY(cudaDeviceSynchronize());
+    TRY(cudaFreeAsync(memory, any ? cudaStreamLegacy : stream_of(stream)));
     return 0;
 }
 

@@ -223,7 +223,8 @@ static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, 
     }
     Py_XDECREF(none);
     Py_XDECREF(method);
-    if (capsule || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+    if (capsule || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError) ||
+        PyErr_ExceptionMatches(state->device_error))
         return capsule;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);

@@ -23,11 +23,11 @@ PyObject *ada_raise(const ada_module_state *state, const ada_error *error);
 
 /* Where the arrays of a call are expected. Zeros: in the CPU's memory. */
 typedef struct {
-    bool on_gpu;
+    bool on_gpu; /* they lie there */
     int device;
     uintptr_t stream; /* that the call works on */
     bool wait;        /* the owner does not know that stream: the call waits for it */
-    bool staged;      /* NumPy arrays, to be copied there and back */
+    bool staged;      /* they are NumPy's, to be copied there and back */
 } ada_place;
 extern const ada_place ada_on_cpu;
 
@@ -68,6 +68,9 @@ int ada_place_of(PyObject *query, PyObject *device, ada_place *place);
 PyObject *ada_on_host(PyObject *object);
 PyObject *ada_py_gpu_load(PyObject *module, PyObject *path);
 PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none);
+PyObject *ada_py_gpu_allocate(PyObject *module, PyObject *args);
+PyObject *ada_py_gpu_export(PyObject *module, PyObject *args);
+PyObject *ada_py_gpu_order(PyObject *module, PyObject *args);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);

@@ -2,7 +2,10 @@
  * lies and which stream an array's owner works on. */
 #include "binding.h"
 
+#include <string.h>
+
 #include "../gpu.h"
+#include "dlpack.h"
 
 const ada_place ada_on_cpu = {0};
 
@@ -44,6 +47,117 @@ PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none) {
     }
     return list ? Py_BuildValue("(siiN)", t->version, driver, runtime, list) : NULL;
 }
+
+/* ---- memory for libraries that make none for others ---- */
+
+#define MEMORY "adaattn_gpu_memory"
+
+typedef struct {
+    int device;
+    void *data;
+} gpu_memory;
+
+static void free_memory(PyObject *capsule) {
+    gpu_memory *memory = PyCapsule_GetPointer(capsule, MEMORY);
+    ada_cuda_failure failure; /* there is nobody to tell */
+    ada_gpu_table()->release(memory->device, ADA_CUDA_ANY_STREAM, memory->data, &failure);
+    PyMem_Free(memory);
+}
+
+PyObject *ada_py_gpu_allocate(PyObject *module, PyObject *args) {
+    const ada_module_state *state = PyModule_GetState(module);
+    const ada_cuda_table *t = ada_gpu_table();
+    ada_cuda_failure failure;
+    ada_error error;
+    int device;
+    unsigned long long stream;
+    long long bytes;
+    void *data;
+    if (!PyArg_ParseTuple(args, "iKL", &device, &stream, &bytes)) return NULL;
+    gpu_memory *memory = PyMem_Malloc(sizeof *memory);
+    if (!memory) return PyErr_NoMemory();
+    if (t->allocate(device, (uintptr_t)stream, bytes, &data, &failure)) {
+        PyMem_Free(memory);
+        ada_gpu_fail(&failure, &error);
+        return ada_raise(state, &error);
+    }
+    *memory = (gpu_memory){device, data};
+    PyObject *capsule = PyCapsule_New(memory, MEMORY, free_memory);
+    if (!capsule) {
+        t->release(device, (uintptr_t)stream, data, &failure);
+        PyMem_Free(memory);
+    }
+    return capsule;
+}
+
+/* A tensor over memory that a capsule holds. */
+typedef struct {
+    dlpack_managed managed;
+    int64_t shape[4];
+    PyObject *memory;
+} exported_tensor;
+
+static void delete_tensor(dlpack_managed *managed) {
+    exported_tensor *tensor = managed->manager;
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    Py_DECREF(tensor->memory);
+    PyMem_Free(tensor);
+    PyGILState_Release(gil);
+}
+
+static void drop_capsule(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return; /* it was taken over */
+    dlpack_managed *managed = PyCapsule_GetPointer(capsule, "dltensor");
+    managed->deleter(managed);
+}
+
+PyObject *ada_py_gpu_export(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *memory, *shape;
+    int device;
+    const char *dtype;
+    if (!PyArg_ParseTuple(args, "OiO!s", &memory, &device, &PyTuple_Type, &shape, &dtype)) return NULL;
+    gpu_memory *from = PyCapsule_GetPointer(memory, MEMORY);
+    exported_tensor *tensor = from ? PyMem_Calloc(1, sizeof *tensor) : NULL;
+    if (!tensor) return from ? PyErr_NoMemory() : NULL;
+    int kind = 0;
+    while (kind < ADA_BOOL && strcmp(ada_dtype_name((ada_dtype)kind), dtype) != 0) kind++;
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
+    for (Py_ssize_t i = 0; i < ndim && i < 4; i++)
+        tensor->shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+    if (ndim > 4 || kind == ADA_BOOL || PyErr_Occurred()) {
+        PyMem_Free(tensor);
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "_gpu_export: got %s", dtype);
+    }
+    dlpack_tensor *t = &tensor->managed.tensor;
+    t->data = from->data;
+    t->device.type = DLPACK_CUDA, t->device.id = device;
+    t->ndim = (int32_t)ndim;
+    t->dtype.code = kind == ADA_BF16 ? DLPACK_BFLOAT : DLPACK_FLOAT;
+    t->dtype.bits = (uint8_t)(8 * ada_dtype_bytes((ada_dtype)kind)), t->dtype.lanes = 1;
+    t->shape = tensor->shape;
+    tensor->managed.manager = tensor, tensor->managed.deleter = delete_tensor;
+    tensor->memory = Py_NewRef(memory);
+    PyObject *capsule = PyCapsule_New(&tensor->managed, "dltensor", drop_capsule);
+    if (!capsule) delete_tensor(&tensor->managed);
+    return capsule;
+}
+
+PyObject *ada_py_gpu_order(PyObject *module, PyObject *args) {
+    const ada_module_state *state = PyModule_GetState(module);
+    ada_cuda_failure failure;
+    ada_error error;
+    int device;
+    unsigned long long earlier, later;
+    if (!PyArg_ParseTuple(args, "iKK", &device, &earlier, &later)) return NULL;
+    if (ada_gpu_table()->order(device, (uintptr_t)earlier, (uintptr_t)later, &failure)) {
+        ada_gpu_fail(&failure, &error);
+        return ada_raise(state, &error);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- the place of a call ---- */
 
 /* adaattn.gpu.place(query, ordinal or None, device) opens the backend and returns (ordinal, stream, wait). */
 static int ask_python(PyObject *query, PyObject *ordinal, PyObject *device, ada_place *place) {
@@ -89,7 +203,7 @@ int ada_place_of(PyObject *query, PyObject *device, ada_place *place) {
     if (!there && device == Py_None) return 0;
     PyObject *ordinal = there ? PyLong_FromLong(id) : Py_NewRef(Py_None);
     if (!ordinal) return -1;
-    place->on_gpu = true, place->staged = !there;
+    place->on_gpu = there, place->staged = !there;
     const int failed = ask_python(query, ordinal, device, place);
     Py_DECREF(ordinal);
     return failed;

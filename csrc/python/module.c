@@ -356,7 +356,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     if ((args[DEVICE] != Py_None || !ada_is_numpy(args[QUERY])) &&
         ada_place_of(args[QUERY], args[DEVICE], &place))
         return NULL;
-    p.on_gpu = place.on_gpu, p.staged = place.staged;
+    p.on_gpu = place.on_gpu || place.staged, p.staged = place.staged;
     p.device = place.device, p.stream = place.stream;
     ada_view *view = views;
     const struct {
@@ -673,6 +673,12 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
 
 PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
                            "Opens the CUDA backend at this path, once for the process.");
+PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /)\n--\n\n"
+                               "Memory of a device that is freed with the capsule that holds it.");
+PyDoc_STRVAR(gpu_export_doc, "_gpu_export($module, memory, device, shape, dtype, /)\n--\n\n"
+                             "A DLPack capsule over such memory, which it keeps.");
+PyDoc_STRVAR(gpu_order_doc, "_gpu_order($module, device, earlier, later, /)\n--\n\n"
+                            "What comes on the later stream waits for what stands on the earlier one.");
 PyDoc_STRVAR(gpu_describe_doc,
              "_gpu_describe($module, /)\n--\n\n"
              "Of the backend that is open: versions of its own, of driver and runtime, and for each device "
@@ -708,6 +714,9 @@ static PyMethodDef methods[] = {
     {"_cache_reopen", cache_reopen, METH_VARARGS, cache_reopen_doc},
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
     {"_gpu_load", ada_py_gpu_load, METH_O, gpu_load_doc},
+    {"_gpu_allocate", ada_py_gpu_allocate, METH_VARARGS, gpu_allocate_doc},
+    {"_gpu_export", ada_py_gpu_export, METH_VARARGS, gpu_export_doc},
+    {"_gpu_order", ada_py_gpu_order, METH_VARARGS, gpu_order_doc},
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},

@@ -1,0 +1,329 @@
+"""The way of a call to the CUDA backend and back, without a GPU: a backend of the CPU's memory
+(gpu_mock.c) in a process of its own, and tensors that say that they lie on CUDA device 0."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import ROOT
+from support import BF16, CASES, DTYPES, F32, F64, Array, Shape, in_new_process, inputs, same_bits
+
+import adaattn
+from adaattn import reference
+
+SHAPE = Shape(2, 4, 2, 70, 130, 32, 24)
+
+
+def build_mock(cc: str, to: Path, *flags: str) -> Path:
+    sources = [
+        ROOT / "tests/gpu_mock.c",
+        *(ROOT / "csrc").glob("*.c"),
+        *(ROOT / "csrc/kernels").glob("*_scalar.c"),
+    ]
+    command = [
+        cc,
+        "-std=c11",
+        "-O1",
+        "-D_GNU_SOURCE",
+        "-shared",
+        "-fPIC",
+        "-Wl,-Bsymbolic",
+        "-pthread",
+        *flags,
+    ]
+    subprocess.run([*command, "-o", to, *sources, "-lm", "-ldl"], check=True)
+    return to
+
+
+@pytest.fixture(scope="session")
+def mock(cc: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_mock(cc, tmp_path_factory.mktemp("mock") / "mock.so"))
+
+
+class Fake:
+    """A tensor of NumPy's memory that says it lies on a GPU."""
+
+    device = 0
+
+    def __init__(self, array: Array, device: int = 0) -> None:
+        self.array, self.device, self.streams = array, device, []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        self.streams.append(stream)
+        bits = self.array.view(np.int16) if self.array.dtype == BF16 else self.array
+        capsule = bits.__dlpack__()
+        get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        get_pointer.argtypes, get_pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+        at = get_pointer(capsule, b"dltensor")
+        ctypes.c_int32.from_address(at + 8).value = 2
+        ctypes.c_int32.from_address(at + 12).value = self.device
+        if self.array.dtype == BF16:
+            ctypes.c_uint8.from_address(at + 20).value = 4
+        return capsule
+
+    def __array_namespace__(self) -> Any:
+        return types.SimpleNamespace(from_dlpack=Fake.taken)
+
+    @staticmethod
+    def taken(array: Any) -> Fake:
+        """A copy of what the capsule of another object holds."""
+        assert array.__dlpack_device__() == (2, 0)
+        capsule = array.__dlpack__(stream=7)
+        get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        get_pointer.argtypes, get_pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
+        data = ctypes.c_void_p.from_address(get_pointer(capsule, b"dltensor")).value
+        dtype = np.dtype(getattr(ml_dtypes, array.dtype, array.dtype))
+        size = dtype.itemsize * int(np.prod(array.shape))
+        return Fake(np.frombuffer(ctypes.string_at(data, size), dtype).reshape(array.shape))
+
+
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(os.environ["ADAATTN_CUDA_PLUGIN"])
+
+
+def value(name: str) -> int:
+    return ctypes.c_int.in_dll(library(), f"mock_{name}").value
+
+
+def set_value(name: str, x: int) -> None:
+    ctypes.c_int.in_dll(library(), f"mock_{name}").value = x
+
+
+def arguments(dtype: Any = F32, shape: Shape = SHAPE) -> list[Array]:
+    return inputs(np.random.default_rng(0), shape, dtype)
+
+
+def fakes(arrays: list[Array]) -> list[Any]:
+    return [Fake(x) for x in arrays]
+
+
+def run(function: Callable[..., Any], mock: str, *more: Any) -> Any:
+    return in_new_process(function, *more, ADAATTN_CUDA_PLUGIN=mock)
+
+
+# ---- arrays
+
+
+def _arrays() -> None:
+    for dtype in DTYPES:
+        arrays = arguments(dtype)
+        precision = {F64: "fp64", F32: "fp32"}.get(dtype, "fp16" if dtype == np.float16 else "bf16")
+        for case in ("plain", "causal", "bias (T, S)", "mask (B, 1, T, S)", "lengths", "all"):
+            options = CASES[case](np.random.default_rng(1), SHAPE)
+            expected = adaattn.attention(*arrays, return_lse=True, precision=precision, **options)
+            there = dict(options)
+            if isinstance(there.get("attn_mask"), np.ndarray):
+                there["attn_mask"] = Fake(there["attn_mask"])
+            got = adaattn.attention(*fakes(arrays), return_lse=True, **there)
+            assert all(isinstance(x, Fake) for x in got)
+            exact = reference.attention(*arrays, return_lse=True, **options)
+            for x, on_cpu, right in zip(got, expected, exact, strict=True):
+                assert x.array.dtype == on_cpu.dtype and x.array.shape == on_cpu.shape
+                np.testing.assert_allclose(x.array.astype(F64), right, atol=0.05)
+            staged = adaattn.attention(*arrays, return_lse=True, device="cuda", **options)
+            assert same_bits(staged, tuple(x.array for x in got))
+    assert value("live") == 0
+
+
+def test_arrays(mock: str) -> None:
+    run(_arrays, mock)
+
+
+def _layouts() -> None:
+    arrays = arguments()
+    expected = adaattn.attention(*fakes(arrays)).array
+    turned = [x[:, :, ::-1, ::-1].copy()[:, :, ::-1, ::-1] for x in arrays]
+    assert same_bits(adaattn.attention(*turned, device="cuda:1"), expected)
+    wide = np.full((2, 4, 70, 48), 77, F32)
+    back = wide[:, :, ::-1, ::2]
+    assert adaattn.attention(*arrays, out=back, device="cuda") is back
+    assert same_bits(back.copy(), expected) and (wide[..., 1::2] == 77).all()
+    out = Fake(np.zeros_like(expected))
+    assert adaattn.attention(*fakes(arrays), out=out) is out and same_bits(out.array, expected)
+    one = np.broadcast_to(arrays[1][:, :1], arrays[1].shape)
+    assert same_bits(
+        adaattn.attention(arrays[0], one, arrays[2], device="cuda"),
+        adaattn.attention(*fakes([arrays[0], one.copy(), arrays[2]])).array,
+    )
+    lengths, offset = Host(np.array([7, 99])), Host(np.array([1, 2]))
+    assert same_bits(
+        adaattn.attention(*fakes(arrays), kv_lengths=lengths, query_offset=offset).array,
+        adaattn.attention(*fakes(arrays), kv_lengths=[7, 99], query_offset=[1, 2]).array,
+    )
+
+
+class Host(Fake):
+    """A vector of the GPU as torch has it."""
+
+    def cpu(self) -> Array:
+        return self.array
+
+
+def test_layouts(mock: str) -> None:
+    run(_layouts, mock)
+
+
+def _streams() -> None:
+    """A library that says nothing of its streams is worked for on the legacy stream, and waited for."""
+    arrays = fakes(arguments())
+    adaattn.attention(*arrays)
+    assert [x.streams for x in arrays] == [[1], [1], [1]]
+    assert ctypes.c_size_t.in_dll(library(), "mock_stream").value == 1 and value("waits") == 1
+    adaattn.attention(*arguments(), device="cuda")
+    assert ctypes.c_size_t.in_dll(library(), "mock_stream").value == 2
+
+
+def test_streams(mock: str) -> None:
+    run(_streams, mock)
+
+
+def _places() -> None:
+    query, key, values = arguments()
+    for name, arrays in {
+        "key": (Fake(query), key, Fake(values)),
+        "value": (Fake(query), Fake(key), Fake(values, 1)),
+    }.items():
+        with pytest.raises(
+            adaattn.DeviceError, match=rf"^{name}: expected memory of CUDA device 0 like query's"
+        ):
+            adaattn.attention(*arrays)
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected memory of the CPU, got .* 2:0"):
+        adaattn.attention(query, Fake(key), values)
+    with pytest.raises(
+        adaattn.DeviceError, match=r"^query: expected memory of the CPU.* finds 2\), got .* 2:5"
+    ):
+        adaattn.attention(Fake(query, 5), Fake(key, 5), Fake(values, 5))
+    with pytest.raises(adaattn.DeviceError, match=r"^device: expected 'cuda:0', where query lies"):
+        adaattn.attention(*fakes([query, key, values]), device="cuda:1")
+    with pytest.raises(adaattn.DeviceError, match=r"^out: expected memory of CUDA device 0"):
+        adaattn.attention(*fakes([query, key, values]), out=np.zeros((2, 4, 70, 24), F32))
+    with pytest.raises(adaattn.ArgumentError, match=r"^precision: expected rungs that the GPU computes"):
+        adaattn.attention(*fakes([query, key, values]), precision="int16")
+    with pytest.raises(adaattn.ArgumentError, match=r"^attn_mask: expected finite numbers or -inf"):
+        adaattn.attention(*fakes([query, key, values]), attn_mask=Fake(np.full((70, 130), np.nan, F32)))
+    cache = adaattn.KVCache(2, 2, 32, 24, capacity=8)
+    cache.append(key[:, :, :3], values[:, :, :3])
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected an array on the GPU, got a cache"):
+        cache.attention(Fake(query))
+    assert value("live") == 0
+
+
+def test_places(mock: str) -> None:
+    run(_places, mock)
+
+
+# ---- errors of the runtime
+
+
+def _each_failure(options: dict[str, Any], staged: bool) -> int:
+    """Lets each call of a backend's function fail once; returns how many there are."""
+    arrays = arguments()
+    attend = adaattn.attention
+    there = {"device": "cuda"} if staged else {}
+    attend(*(arrays if staged else fakes(arrays)), **there, **options)  # finds the devices
+    set_value("calls", 0)
+    attend(*(arrays if staged else fakes(arrays)), **there, **options)
+    total = value("calls")
+    for n in range(total):
+        for code, kind in ((700, adaattn.DeviceError), (2, MemoryError)):
+            set_value("code", code)
+            set_value("fail_after", n)
+            try:
+                attend(*(arrays if staged else fakes(arrays)), **there, **options)
+            except kind as error:
+                assert f"error {code} of the CUDA runtime: injected" in str(error)
+            else:  # what is freed in the end has nobody to tell
+                assert n >= total - 8 and value("fail_after") == -1
+            assert value("fail_after") == -1 and value("live") == 0
+    return total
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("options", [{}, {"return_lse": True, "return_report": True}], ids=str)
+def test_every_failure_surfaces_once_and_nothing_leaks(
+    options: dict[str, Any], staged: bool, mock: str
+) -> None:
+    assert run(_each_failure, mock, options, staged) > 4
+
+
+# ---- backends that cannot be used
+
+
+def _info() -> dict[str, Any]:
+    return adaattn.gpu_info()
+
+
+def _refused(pattern: str) -> None:
+    for _ in range(2):
+        info = adaattn.gpu_info()
+        assert not info["available"] and info["devices"] == []
+        import re
+
+        assert re.search(pattern, info["reason"]), info["reason"]
+        with pytest.raises(adaattn.DeviceError, match=rf"^device: expected memory of the CPU, .*{pattern}"):
+            adaattn.attention(*arguments(), device="cuda")
+        with pytest.raises(adaattn.DeviceError, match=rf"^query: expected memory of the CPU, .*{pattern}"):
+            adaattn.attention(*fakes(arguments()))
+
+
+def test_info(mock: str) -> None:
+    info = run(_info, mock)
+    assert info["available"] and info["reason"] is None and info["backend"] == mock
+    assert (info["driver"], info["runtime"], info["version"]) == ("13.1", "13.0", "mock")
+    assert info["devices"][1] == {
+        "name": "mock 1",
+        "capability": "9.0",
+        "multiprocessors": 1,
+        "memory_bytes": 1 << 20,
+        "rungs": ["fp64", "fp32", "fp16", "bf16"],
+    }
+
+
+def test_wrong_abi(cc: str, tmp_path: Path) -> None:
+    run(_refused, str(build_mock(cc, tmp_path / "old.so", "-DMOCK_ABI=999")), "expected ABI .* got ABI 999")
+
+
+def test_missing_symbol(cc: str, tmp_path: Path) -> None:
+    other = build_mock(cc, tmp_path / "other.so", "-DMOCK_WITHOUT_SYMBOL")
+    run(_refused, str(other), "expected a CUDA backend, got a library without the symbol ada_cuda_plugin")
+
+
+def test_corrupt_file(tmp_path: Path) -> None:
+    (tmp_path / "corrupt.so").write_bytes(b"\x7fELF" + bytes(100))
+    run(_refused, str(tmp_path / "corrupt.so"), "the CUDA backend cannot be opened: .*corrupt.so")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    run(_refused, str(tmp_path / "missing.so"), "the CUDA backend cannot be opened: .*missing.so")
+
+
+def _no_devices() -> None:
+    set_value("devices", 0)
+    _refused("the CUDA runtime finds no device")
+
+
+def test_no_device(mock: str) -> None:
+    run(_no_devices, mock)
+
+
+def test_import_opens_nothing(tmp_path: Path) -> None:
+    """Nor do calls on the CPU."""
+    run(_cpu_only, str(tmp_path / "missing.so"))
+
+
+def _cpu_only() -> None:
+    adaattn.attention(*arguments())
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        assert "libcuda" not in maps.read()
