@@ -89,7 +89,7 @@ int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     about->multiprocessors = properties.multiProcessorCount;
     about->memory_bytes = (int64_t)properties.totalGlobalMem;
     about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
-    if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
+    if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16);
     return 0;
 }
 
@@ -282,17 +282,13 @@ void fill_params(const ada_problem *p, ada_cu_params *c) {
 bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
     const bool tensor = call->params.capability >= 80 && call->problem.query.dtype != ADA_F64 &&
                         call->problem.D <= ADA_CU_MAX_HEAD && call->problem.E <= ADA_CU_MAX_HEAD;
-    if (choice.qk == ADA_RUNG_INT8 && tensor && (choice.pv == ADA_RUNG_BF16 || choice.pv == ADA_RUNG_FP16)) {
-        *rung = ADA_CU_INT8; /* values in the arrays' own half format */
-        return (choice.pv == ADA_RUNG_FP16) == (call->problem.query.dtype == ADA_F16);
-    }
     if (choice.qk != choice.pv) return false;
     switch (choice.qk) {
     case ADA_RUNG_FP64:
         *rung = ADA_CU_SIMT_F64;
         return true;
     case ADA_RUNG_FP32:
-        *rung = tensor ? ADA_CU_SPLIT : ADA_CU_SIMT_F32;
+        *rung = ADA_CU_SIMT_F32;
         return true;
     case ADA_RUNG_FP16:
         *rung = ADA_CU_FP16;
