@@ -1,15 +1,15 @@
 /* K0: one row of queries by one block, on plain arithmetic of REAL: any chip, any dtype, any layout. In
  * double it is the oracle, and computes the rows that other kernels could not hold.
  *
- * Eight lanes share a key; each holds PER of the head's elements, in groups of four. A block's sixteen groups
- * of lanes take every sixteenth key and are merged in order.
+ * LANES lanes share a key; each holds PER of the head's elements, in fours. A block's groups of lanes take
+ * keys in turn and are merged in order.
  */
 #ifndef ADA_CUDA_K0_CUH
 #define ADA_CUDA_K0_CUH
 
 #include "common.cuh"
 
-enum { ADA_K0_THREADS = 128, ADA_K0_GROUPS = ADA_K0_THREADS / 8 };
+enum { ADA_K0_THREADS = 128 };
 
 typedef struct {
     ada_cu_params p;
@@ -58,17 +58,18 @@ template <typename REAL> struct ada_k0_part {
     int saw, bad; /* bad: a score was NaN or +inf */
 };
 
-template <typename REAL, int PER> ADA_DEVICE constexpr int ada_k0_shared() {
-    return ADA_K0_GROUPS * (int)(8 * PER * (sizeof(REAL) + 1) + sizeof(ada_k0_part<REAL>));
+template <typename REAL, int PER, int LANES> ADA_DEVICE constexpr int ada_k0_shared() {
+    return ADA_K0_THREADS / LANES * (int)(LANES * PER * (sizeof(REAL) + 1) + sizeof(ada_k0_part<REAL>));
 }
 
 enum { ADA_SPECIAL_NAN = 1, ADA_SPECIAL_UP = 2, ADA_SPECIAL_DOWN = 4 };
 
-template <typename REAL, int PER>
+template <typename REAL, int PER, int LANES>
 ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, double *lse_to) {
+    constexpr int GROUPS = ADA_K0_THREADS / LANES, WIDTH = LANES * PER;
     const ada_cu_params &p = a.p;
     const int b = head / p.H, h = head % p.H, g = h / (p.H / p.G);
-    const int group = ada_thread() / 8, c = ada_thread() % 8;
+    const int group = ada_thread() / LANES, c = ada_thread() % LANES;
     const ada_sequence sequence = ada_sequence_of(p, b);
     const ada_span span = ada_visible(p, sequence, t);
     const char *query =
@@ -82,13 +83,14 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
     const REAL scale = (REAL)p.scale, cap = (REAL)p.softcap;
 
     REAL q[PER / 4][4], o[PER / 4][4], m = (REAL)-ADA_INF, l = 0;
-    uint32_t nan[4] = {0}, up[4] = {0}, down[4] = {0}; /* bit i: element (8 i + c) * 4 + x of some value */
+    uint32_t nan[4] = {0}, up[4] = {0},
+             down[4] = {0}; /* bit i: element (LANES i + c) * 4 + x of some value */
     bool saw = false, bad = false;
     ADA_UNROLL for (int i = 0; i < PER / 4; i++) {
-        ada_load_four(q[i], query, p.query.stride[3], p.dtype, (8 * i + c) * 4, p.D, a.fours);
+        ada_load_four(q[i], query, p.query.stride[3], p.dtype, (LANES * i + c) * 4, p.D, a.fours);
         ADA_UNROLL for (int x = 0; x < 4; x++) o[i][x] = 0;
     }
-    ADA_UNROLL_NOT for (int first = span.first; first < span.end; first += ADA_K0_GROUPS) {
+    ADA_UNROLL_NOT for (int first = span.first; first < span.end; first += GROUPS) {
         const int j = first + group;
         bool visible = j < span.end;
         REAL add = 0, s = 0;
@@ -103,11 +105,11 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
             const char *row = key + j * p.key.stride[2];
             ADA_UNROLL for (int i = 0; i < PER / 4; i++) {
                 REAL k[4];
-                ada_load_four(k, row, p.key.stride[3], p.dtype, (8 * i + c) * 4, p.D, a.fours);
+                ada_load_four(k, row, p.key.stride[3], p.dtype, (LANES * i + c) * 4, p.D, a.fours);
                 ADA_UNROLL for (int x = 0; x < 4; x++) s += q[i][x] * k[x];
             }
         }
-        ADA_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) s += ada_shuffle_xor(s, lanes);
+        ADA_UNROLL for (int lanes = 1; lanes < LANES; lanes *= 2) s += ada_shuffle_xor(s, lanes);
         if (!visible) continue;
         s *= scale;
         if (cap != 0) s = cap * ada_tanh(s / cap);
@@ -133,7 +135,7 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
         const char *row = value + j * p.value.stride[2];
         ADA_UNROLL for (int i = 0; i < PER / 4; i++) {
             REAL v[4];
-            ada_load_four(v, row, p.value.stride[3], p.dtype, (8 * i + c) * 4, p.E, a.fours);
+            ada_load_four(v, row, p.value.stride[3], p.dtype, (LANES * i + c) * 4, p.E, a.fours);
             ADA_UNROLL for (int x = 0; x < 4; x++) {
                 if (ada_is_finite(v[x])) {
                     o[i][x] += w * v[x];
@@ -147,13 +149,12 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
     }
 
     REAL *const outputs = ada_shared_at<REAL>(0);
-    const uint32_t behind = ADA_K0_GROUPS * 8 * PER * (uint32_t)sizeof(REAL);
+    const uint32_t behind = GROUPS * WIDTH * (uint32_t)sizeof(REAL);
     ada_k0_part<REAL> *const parts = ada_shared_at<ada_k0_part<REAL>>(behind);
-    uint8_t *const special =
-        ada_shared_at<uint8_t>(behind + ADA_K0_GROUPS * (uint32_t)sizeof(ada_k0_part<REAL>));
+    uint8_t *const special = ada_shared_at<uint8_t>(behind + GROUPS * (uint32_t)sizeof(ada_k0_part<REAL>));
     ada_sync(); /* the row before has been read */
     ADA_UNROLL for (int i = 0; i < PER / 4; i++) ADA_UNROLL for (int x = 0; x < 4; x++) {
-        const int at = group * 8 * PER + (8 * i + c) * 4 + x;
+        const int at = group * WIDTH + (LANES * i + c) * 4 + x;
         outputs[at] = o[i][x];
         special[at] = (uint8_t)((nan[x] >> i & 1) | (up[x] >> i & 1) << 1 | (down[x] >> i & 1) << 2);
     }
@@ -167,14 +168,14 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
     const REAL sink = (REAL)ada_sink(p, h);
     REAL top = sink, total = 0;
     saw = bad = false;
-    for (int i = 0; i < ADA_K0_GROUPS; i++) {
+    for (int i = 0; i < GROUPS; i++) {
         saw |= parts[i].saw, bad |= parts[i].bad;
         if (parts[i].m > top) top = parts[i].m;
     }
     bad |= saw && top == (REAL)-ADA_INF;
     if (top > (REAL)-ADA_INF) {
         total = ada_exp(sink - top);
-        for (int i = 0; i < ADA_K0_GROUPS; i++) total += parts[i].l * ada_exp(parts[i].m - top);
+        for (int i = 0; i < GROUPS; i++) total += parts[i].l * ada_exp(parts[i].m - top);
     }
     bool good = !bad;
     const double lse = !saw ? (double)sink : bad ? (double)ADA_NAN : (double)top + log((double)total);
@@ -182,9 +183,9 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
     for (int e = ada_thread(); e < p.E; e += ADA_K0_THREADS) {
         REAL sum = 0;
         int kinds = 0;
-        for (int i = 0; saw && !bad && i < ADA_K0_GROUPS; i++) {
-            sum += outputs[i * 8 * PER + e] * ada_exp(parts[i].m - top);
-            kinds |= special[i * 8 * PER + e];
+        for (int i = 0; saw && !bad && i < GROUPS; i++) {
+            sum += outputs[i * WIDTH + e] * ada_exp(parts[i].m - top);
+            kinds |= special[i * WIDTH + e];
         }
         if (saw) sum = sum / total / (REAL)(1 - p.dropout_p);
         if (!ada_is_finite(sum)) good = false;
@@ -213,18 +214,18 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
     }
 }
 
-template <typename REAL, int PER> ADA_KERNEL(ADA_K0_THREADS, 1) ada_k0(ADA_ARGS(ada_k0_args) a) {
+template <typename REAL, int PER, int LANES> ADA_KERNEL(ADA_K0_THREADS, 1) ada_k0(ADA_ARGS(ada_k0_args) a) {
     const int64_t rows = a.list ? a.list[0] : a.rows;
     ADA_UNROLL_NOT for (int64_t i = ada_block(); i < rows; i += ada_blocks()) {
         if (a.pairs) {
-            ada_k0_row<REAL, PER>(a, a.pairs[2 * i], a.pairs[2 * i + 1], a.o ? a.o + i * a.p.E : NULL,
-                                  a.lse ? a.lse + i : NULL);
+            ada_k0_row<REAL, PER, LANES>(a, a.pairs[2 * i], a.pairs[2 * i + 1], a.o ? a.o + i * a.p.E : NULL,
+                                         a.lse ? a.lse + i : NULL);
             continue;
         }
         const int64_t row = a.list ? a.list[ADA_AGAIN_LIST + i] : i;
         int head = (int)(row / a.p.T);
         if (!a.list && a.p.heads) head = a.p.heads[head];
-        ada_k0_row<REAL, PER>(a, head, (int)(row % a.p.T), NULL, NULL);
+        ada_k0_row<REAL, PER, LANES>(a, head, (int)(row % a.p.T), NULL, NULL);
     }
 }
 

@@ -25,20 +25,21 @@ typedef struct {
     float *partials; /* [row][split][E], then of each m, l and whether it saw a key */
     int64_t rows;    /* B * H * T */
     int32_t tiles, splits, pack;
-    int32_t pairs; /* two neighbours of out can be written at once */
+    float octaves, lazy; /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
+    int32_t pairs;       /* two neighbours of out can be written at once */
 } ada_k1_args;
 
 enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
 
 template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool SPLIT_,
-          int RESIDENT_>
+          int RESIDENT_, int LEAST_CHIP_ = 80>
 struct ada_tiling {
     static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, SPLIT = SPLIT_;
     static constexpr int WIDTH = WIDTH_; /* D and E, padded */
     static constexpr int MW = MW_, MR = MR_, NW = NW_;
     static constexpr int BM = 16 * MW * MR, BN = BN_; /* rows of queries and of keys in a tile */
     static constexpr int KEYS = BN / NW;              /* of a tile, for one warp */
-    static constexpr int THREADS = 32 * MW * NW, RESIDENT = RESIDENT_;
+    static constexpr int THREADS = 32 * MW * NW, RESIDENT = RESIDENT_, LEAST_CHIP = LEAST_CHIP_;
     static constexpr int CHUNKS = WIDTH / 8, ROW_BYTES = WIDTH * 2; /* chunks of 16 bytes */
     /* The chunks of eight rows that ldmatrix reads lie in different banks: their number is xored with the
      * row's. */
@@ -86,8 +87,8 @@ ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int
     if constexpr (X::THREADS % X::CHUNKS == 0 && X::THREADS / X::CHUNKS % 8 == 0) {
         /* This thread's chunks are one behind the other. */
         constexpr int STEP = X::THREADS / X::CHUNKS;
-        const int row = ada_thread() / X::CHUNKS, chunk = ada_thread() % X::CHUNKS,
-                  left = width * 2 - chunk * 16;
+        const int thread = ada_thread(), row = thread / X::CHUNKS, chunk = thread % X::CHUNKS;
+        const int left = width * 2 - chunk * 16;
         const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
         const char *at = from + (first + row) * stride + chunk * 16;
         const int lowest = span.first - first - row, end = span.end - first - row;
@@ -98,8 +99,9 @@ ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int
             at += STEP * stride;
         }
     } else {
+        const int thread = ada_thread();
         ADA_UNROLL for (int i = 0; i < X::BN * X::CHUNKS; i += X::THREADS) {
-            const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
+            const int at = i + thread, row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
             if (X::BN * X::CHUNKS % X::THREADS && at >= X::BN * X::CHUNKS) break;
             const bool there = j >= span.first && j < span.end;
             ada_copy_chunk(to + ada_place<X>(row, chunk), there ? from + j * stride : from, there, chunk,
@@ -117,20 +119,42 @@ template <typename X> struct ada_rows {
     uint32_t saw;                   /* bit 2 mr + half: a key; of options only */
 };
 
-/* What a tile's options need to know of its block. */
+/* This lane's place in the launch. */
 typedef struct {
-    const ada_span *spans; /* of this lane's rows, from the first one on */
-    int64_t offset;        /* of query 0 on the keys' axis */
-    int b, h0, row0;       /* first head of the pack, this lane's first row */
-    int rows;              /* of the unit */
-    float scale;           /* of a raw score, to octaves */
+    int b, h0, g; /* the first head of the pack, its keys' head */
+    int tile, split;
+    int row0; /* this lane's first row */
+    int rows; /* of the unit */
 } ada_where;
 
+template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
+    const ada_cu_params &p = a.p;
+    const int warp = ada_thread() / 32 % X::MW, lane = ada_thread() % 32;
+    int index = ada_block();
+    ada_where w;
+    w.split = 0;
+    if (X::SPLIT) w.split = index % a.splits, index /= a.splits;
+    const int unit = index / a.tiles;
+    const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
+    w.tile = a.tiles - 1 - index % a.tiles; /* the longest causal ones first */
+    w.b = head / p.H, w.h0 = head % p.H;
+    w.g = w.h0 / (p.H / p.G);
+    w.rows = ada_pack_of<X>(a) * p.T;
+    w.row0 = w.tile * X::BM + warp * 16 * X::MR + lane / 4;
+    return w;
+}
+
+/* Spans of this lane's rows, from the first one on. */
+template <typename X> ADA_DEVICE const ada_span *ada_spans() {
+    const int row = ada_thread() / 32 % X::MW * 16 * X::MR + ada_thread() % 32 / 4;
+    return ada_shared_at<ada_span>(X::SPANS_AT) + row;
+}
+
 /* Hides keys by the spans of their rows: -inf. */
-template <typename X>
-ADA_DEVICE void ada_hide(const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4], int first) {
+template <typename X> ADA_DEVICE void ada_hide(float (&s)[X::MR][X::KEYS / 8][4], int first) {
+    const ada_span *const spans = ada_spans<X>();
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
-        const ada_span span = w.spans[16 * mr + 8 * half];
+        const ada_span span = spans[16 * mr + 8 * half];
         const int lowest = span.first - first, end = span.end - first;
         ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             float &x = s[mr][n][2 * half + c];
@@ -147,23 +171,25 @@ ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, floa
     const ada_cu_params &p = a.p;
     const float cap = (float)(p.softcap * ADA_LOG2E),
                 inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
+    const int64_t offset = p.alibi_slopes ? ada_sequence_of(p, w.b).offset : 0;
+    const ada_span *const spans = ada_spans<X>();
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
         int r = w.row0 + 16 * mr + 8 * half;
         r = r < w.rows ? r : w.rows - 1;
         const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
-        const ada_span span = plain ? ada_span{0, p.S} : w.spans[16 * mr + 8 * half];
+        const ada_span span = plain ? ada_span{0, p.S} : spans[16 * mr + 8 * half];
         const char *mask = p.mask.data ? ada_mask_row(p, w.b, h, t) : NULL;
         const float slope =
             p.alibi_slopes
                 ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
                 : 0;
-        const int64_t position = w.offset + t;
+        const int64_t position = offset + t;
         bool any = false;
         ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             const int j = first + 8 * n + c;
             float &x = s[mr][n][2 * half + c];
             bool visible = j >= span.first && j < span.end;
-            x *= w.scale;
+            x *= a.octaves;
             if (p.softcap != 0) x = cap - 2 * cap / (ada_exp2(x * inverse) + 1);
             if (slope != 0) {
                 const int64_t distance = position - j;
@@ -240,15 +266,16 @@ ADA_DEVICE void ada_drop(const ada_k1_args &a, const ada_where &w, float (&s)[X:
 }
 
 /* Writes rows out, each by the four lanes that hold it. */
-template <typename X>
-ADA_DEVICE void ada_finish(const ada_k1_args &a, const ada_where &w, ada_rows<X> &rows, float factor) {
+template <typename X> ADA_DEVICE void ada_finish(const ada_k1_args &a, ada_rows<X> &rows, float factor) {
     const ada_cu_params &p = a.p;
+    const ada_where w = ada_where_of<X>(a);
+    const ada_span *const spans = ada_spans<X>();
     const int lane = ada_thread() % 32;
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
         const int r = w.row0 + 16 * mr + 8 * half, t = r / ada_pack_of<X>(a),
                   h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
-        const ada_span span = w.spans[16 * mr + 8 * half];
+        const ada_span span = spans[16 * mr + 8 * half];
         const bool saw = X::OPTIONS ? rows.saw >> (2 * mr + half) & 1 : span.first < span.end;
         const ada_row_end end =
             ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half], saw);
@@ -285,10 +312,9 @@ ADA_DEVICE void ada_finish(const ada_k1_args &a, const ada_where &w, ada_rows<X>
 }
 
 /* Merges the warps that share rows and leaves their sums to ada_combine. */
-template <typename X>
-ADA_DEVICE void ada_leave(const ada_k1_args &a, const ada_where &w, ada_rows<X> &rows, float factor,
-                          int split, int tile) {
+template <typename X> ADA_DEVICE void ada_leave(const ada_k1_args &a, ada_rows<X> &rows, float factor) {
     const ada_cu_params &p = a.p;
+    const ada_where w = ada_where_of<X>(a);
     const int lane = ada_thread() % 32, warp = ada_thread() / 32, wn = warp / X::MW;
     float *const o = ada_shared_at<float>(0);         /* [NW][BM][WIDTH] */
     float *const ends = o + X::NW * X::BM * X::WIDTH; /* [NW][BM][3] */
@@ -306,7 +332,7 @@ ADA_DEVICE void ada_leave(const ada_k1_args &a, const ada_where &w, ada_rows<X> 
     ada_sync();
     float *const heads = a.partials + a.rows * a.splits * p.E;
     for (int i = ada_thread(); i < X::BM * X::WIDTH; i += X::THREADS) {
-        const int row = i / X::WIDTH, e = i % X::WIDTH, r = tile * X::BM + row;
+        const int row = i / X::WIDTH, e = i % X::WIDTH, r = w.tile * X::BM + row;
         if (r >= w.rows || e >= p.E) continue;
         float m = -ADA_INF, l = 0, sum = 0, saw = 0;
         for (int n = 0; n < X::NW; n++) m = fmaxf(m, ends[3 * (n * X::BM + row)]);
@@ -318,51 +344,41 @@ ADA_DEVICE void ada_leave(const ada_k1_args &a, const ada_where &w, ada_rows<X> 
         }
         const int64_t at =
             (((int64_t)w.b * p.H + w.h0 + r % ada_pack_of<X>(a)) * p.T + r / ada_pack_of<X>(a)) * a.splits +
-            split;
+            w.split;
         a.partials[at * p.E + e] = sum;
         if (e == 0) heads[3 * at] = m, heads[3 * at + 1] = l, heads[3 * at + 2] = saw;
     }
 }
 
-template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1_args) a) {
+template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     const ada_cu_params &p = a.p;
-    const int lane = ada_thread() % 32, warp = ada_thread() / 32, wm = warp % X::MW, wn = warp / X::MW;
+    const int thread = ada_thread(), lane = thread % 32, warp = thread / 32, wm = warp % X::MW,
+              wn = warp / X::MW;
     const uint32_t shared = ada_shared();
-    int index = ada_block(), split = 0;
-    if (X::SPLIT) split = index % a.splits, index /= a.splits;
-    const int unit = index / a.tiles,
-              tile = a.tiles - 1 - index % a.tiles; /* the longest causal ones first */
-    const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
-
-    ada_where w;
-    w.b = head / p.H, w.h0 = head % p.H;
-    w.rows = ada_pack_of<X>(a) * p.T;
-    w.row0 = tile * X::BM + wm * 16 * X::MR + lane / 4;
-    w.scale = (float)(p.scale * ADA_LOG2E);
-    const int g = w.h0 / (p.H / p.G);
-    const int row_first = tile * X::BM,
-              row_last = row_first + X::BM < w.rows ? row_first + X::BM - 1 : w.rows - 1;
+    const ada_where w = ada_where_of<X>(a);
+    const int row_first = w.tile * X::BM;
+    const int row_last = row_first + X::BM < w.rows ? row_first + X::BM - 1 : w.rows - 1;
     const ada_sequence sequence = ada_sequence_of(p, w.b);
     const ada_span low = ada_visible(p, sequence, row_first / ada_pack_of<X>(a));
     const ada_span high = ada_visible(p, sequence, row_last / ada_pack_of<X>(a));
-    for (int row = ada_thread(); row < X::BM; row += X::THREADS)
+    for (int row = thread; row < X::BM; row += X::THREADS)
         ada_shared_at<ada_span>(X::SPANS_AT)[row] =
             ada_visible(p, sequence, (row_first + row) / ada_pack_of<X>(a));
     ada_sync();
-    w.offset = sequence.offset;
-    w.spans = ada_shared_at<ada_span>(X::SPANS_AT) + wm * 16 * X::MR + lane / 4;
     const ada_span span = {low.first, high.end};
     int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
     if (X::SPLIT) {
         const int all = (p.S + X::BN - 1) / X::BN, each = (all + a.splits - 1) / a.splits;
-        begin = begin > split * each ? begin : split * each;
-        end = end < (split + 1) * each ? end : (split + 1) * each;
+        begin = begin > w.split * each ? begin : w.split * each;
+        end = end < (w.split + 1) * each ? end : (w.split + 1) * each;
     }
 
-    const char *const keys = a.k.data + w.b * a.k.stride[0] + g * a.k.stride[1];
-    const char *const values = a.v.data + w.b * a.v.stride[0] + g * a.v.stride[1];
+    const int plain_first = (high.first + X::BN - 1) / X::BN, plain_end = low.end / X::BN;
+
+    const char *const keys = a.k.data + w.b * a.k.stride[0] + w.g * a.k.stride[1];
+    const char *const values = a.v.data + w.b * a.v.stride[0] + w.g * a.v.stride[1];
     ADA_UNROLL for (int i = 0; i < X::BM * X::CHUNKS; i += X::THREADS) {
-        const int at = i + ada_thread(), row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = row_first + row;
+        const int at = i + thread, row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = row_first + row;
         if (X::BM * X::CHUNKS % X::THREADS && at >= X::BM * X::CHUNKS) break;
         const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
@@ -371,8 +387,9 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
         ada_copy_chunk(shared + ada_place<X>(row, chunk), from, there, chunk, p.D);
     }
     if (begin < end) {
-        ada_copy_keys<X>(shared + X::K_AT, keys, a.k.stride[2], begin * X::BN, span, p.D);
-        ada_copy_keys<X>(shared + X::V_AT, values, a.v.stride[2], begin * X::BN, span, p.E);
+        const uint32_t stage = (uint32_t)(begin % 2 * X::STAGE);
+        ada_copy_keys<X>(shared + X::K_AT + stage, keys, a.k.stride[2], begin * X::BN, span, p.D);
+        ada_copy_keys<X>(shared + X::V_AT + stage, values, a.v.stride[2], begin * X::BN, span, p.E);
     }
     ada_copy_commit();
 
@@ -383,16 +400,13 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 4; c++)
             rows.o[mr][n][c] = 0;
     }
-    const float factor = X::OPTIONS ? 1 : w.scale, lazy = ADA_LAZY_OCTAVES / factor;
-    /* Lanes 0 ... 15 address sixteen rows, lanes 16 ... 31 the same rows 16 bytes on. Keys: eight rows, the
-     * same 16 bytes on, then eight rows more. */
+    const float factor = X::OPTIONS ? 1 : a.octaves, lazy = X::OPTIONS ? (float)ADA_LAZY_OCTAVES : a.lazy;
+    /* Lanes 0 ... 15 address sixteen rows, lanes 16 ... 31 the same rows 16 bytes on. */
     const uint32_t q_at = shared + ada_place<X>(wm * 16 * X::MR + lane % 16, lane / 16);
-    const uint32_t k_at =
-        shared + X::K_AT + ada_place<X>(wn * X::KEYS + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-    const uint32_t v_at = shared + X::V_AT + ada_place<X>(wn * X::KEYS + lane % 16, lane / 16);
+    const uint32_t k_at = shared + X::K_AT + ada_place<X>(wn * X::KEYS + lane % 16, lane / 16);
 
     ADA_UNROLL_NOT for (int n = begin; n < end; n++) {
-        const uint32_t stage = (uint32_t)((n - begin) % 2 * X::STAGE), next = X::STAGE - stage;
+        const uint32_t stage = (uint32_t)(n % 2 * X::STAGE), next = X::STAGE - stage;
         ada_copy_wait<0>();
         ada_sync(); /* all have this tile's keys and values, and have read those before */
         if (n + 1 < end) {
@@ -407,23 +421,23 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
         ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 16) {
             uint32_t q[X::MR][4];
             ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
-                ada_load_matrices(q[mr], ada_along<X>(q_at + (uint32_t)(16 * mr * X::ROW_BYTES), 2 * d));
+                ada_load_matrices(q[mr], ada_along<X>(q_at, 2 * d) + (uint32_t)(16 * mr * X::ROW_BYTES));
             ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
                 uint32_t k[4];
-                ada_load_matrices(k, ada_along<X>(k_at + stage + (uint32_t)(j * X::ROW_BYTES), 2 * d));
+                ada_load_matrices(k, ada_along<X>(k_at + stage, 2 * d) + (uint32_t)(j * X::ROW_BYTES));
                 ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
-                    ada_multiply<X>(s[mr][j / 8], q[mr], k[0], k[1]);
-                    ada_multiply<X>(s[mr][j / 8 + 1], q[mr], k[2], k[3]);
+                    ada_multiply<X>(s[mr][j / 8], q[mr], k[0], k[2]);
+                    ada_multiply<X>(s[mr][j / 8 + 1], q[mr], k[1], k[3]);
                 }
             }
         }
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
-        const bool plain = n * X::BN >= high.first && (n + 1) * X::BN <= low.end;
+        const bool plain = n >= plain_first && n < plain_end;
         if constexpr (X::OPTIONS)
             ada_apply_options<X>(a, w, s, first, plain, rows.saw);
         else if (!plain)
-            ada_hide<X>(w, s, first);
+            ada_hide<X>(s, first);
         ada_weigh<X>(s, rows, factor, lazy);
         if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
 
@@ -435,7 +449,8 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
             }
             ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
                 uint32_t v[4];
-                ada_load_transposed(v, ada_along<X>(v_at + stage + (uint32_t)(j * X::ROW_BYTES), 2 * e));
+                ada_load_transposed(v, ada_along<X>(k_at + stage, 2 * e) +
+                                           (uint32_t)(X::V_AT - X::K_AT + j * X::ROW_BYTES));
                 ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
                     ada_multiply<X>(rows.o[mr][e / 8], weights[mr], v[0], v[1]);
                     ada_multiply<X>(rows.o[mr][e / 8 + 1], weights[mr], v[2], v[3]);
@@ -454,9 +469,13 @@ template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1
         rows.saw |= ada_shuffle_xor(rows.saw, 2);
     }
     if (X::SPLIT)
-        ada_leave<X>(a, w, rows, factor, split, tile);
+        ada_leave<X>(a, rows, factor);
     else
-        ada_finish<X>(a, w, rows, factor);
+        ada_finish<X>(a, rows, factor);
+}
+
+template <typename X> ADA_KERNEL(X::THREADS, X::RESIDENT) ada_k1(ADA_ARGS(ada_k1_args) a) {
+    if constexpr (ADA_CHIP >= X::LEAST_CHIP) ada_k1_block<X>(a);
 }
 
 #endif

@@ -126,6 +126,8 @@ static cudaError_t run_dense(const ada_cu_params *p, const layout *at, int32_t *
     a.splits = at->splits, a.pack = at->pack;
     a.partials = (float *)((char *)p->workspace + at->partials);
     a.pairs = in_pairs(p);
+    a.octaves = (float)(p->scale * ADA_LOG2E);
+    a.lazy = ADA_LAZY_OCTAVES / a.octaves;
     if (p->capability < 80 || !ada_k1_width(p)) return cudaErrorNotSupported;
     cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, &a.q, stream);
     if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, &a.k, stream);

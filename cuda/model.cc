@@ -12,10 +12,8 @@ static void start() {
     give_way();
     fail("a thread goes on after its end");
 }
-} // namespace ada_model
 
-void ada_model_run(int64_t blocks, int threads, int bytes) {
-    using namespace ada_model;
+bool run(int64_t blocks, int threads, int bytes) {
     const size_t stack = 128 * 1024;
     m.threads = threads, m.blocks = (int)blocks, m.shared_bytes = bytes;
     m.random = ada_model_seed * 0x9E3779B97F4A7C15u | 1;
@@ -32,9 +30,13 @@ void ada_model_run(int64_t blocks, int threads, int bytes) {
             f.started = false, f.is = READY, f.committed = 0;
             f.copies.clear();
         }
-        if (_setjmp(m.home)) continue;
+        const int end = _setjmp(m.home);
+        if (end == 1) continue;
+        if (end) return false;
         m.current = (int)(draw() % (uint32_t)threads);
         m.fibers[(size_t)m.current].started = true;
         setcontext(&m.fibers[(size_t)m.current].context);
     }
+    return true;
 }
+} // namespace ada_model

@@ -19,7 +19,12 @@
 
 typedef int cudaError_t;
 typedef struct CUstream_st *cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorNotSupported = 801
+};
 
 static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
     memset(to, value, bytes);
@@ -29,6 +34,7 @@ static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cud
 #define ADA_KERNEL(threads, blocks) void
 #define ADA_DEVICE static inline
 #define ADA_ARGS(type) const type
+#define ADA_CHIP 90
 #define ADA_UNROLL
 #define ADA_UNROLL_NOT
 
@@ -74,7 +80,7 @@ inline uint32_t draw() {
 
 [[noreturn]] inline void fail(const char *what) {
     fprintf(stderr, "model: %s (block %d, thread %d)\n", what, m.block, m.current);
-    abort();
+    _longjmp(m.home, 2);
 }
 
 inline char *shared(uint32_t offset, int bytes) {
@@ -95,8 +101,6 @@ inline void land(fiber &f, int newest) {
     }
     f.copies.resize(kept);
 }
-
-void run_fiber();
 
 /* To some fiber that can run: of the same warp where there is one, now and then another. */
 inline void give_way() {
@@ -152,19 +156,16 @@ template <typename T, typename F> inline void collective(int operation, T *argum
     if (draw() % 8 == 0) give_way();
 }
 
-template <typename ARGS>
-void launch(void (*kernel)(ARGS), int64_t blocks, int threads, int bytes, const ARGS &args);
+/* False where a thread failed. */
+bool run(int64_t blocks, int threads, int bytes);
 
 } // namespace ada_model
 
 template <typename ARGS>
 static cudaError_t ada_launch(void (*kernel)(ARGS), int64_t blocks, int threads, int bytes, cudaStream_t,
                               const ARGS &args) {
-    if (threads % 32) ada_model::fail("threads must fill warps");
     ada_model::m.kernel = [&] { kernel(args); };
-    void ada_model_run(int64_t, int, int);
-    ada_model_run(blocks, threads, bytes);
-    return cudaSuccess;
+    return ada_model::run(blocks, threads, bytes) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 ADA_DEVICE int ada_thread() { return ada_model::m.current; }

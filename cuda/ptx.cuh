@@ -20,6 +20,11 @@
 #    define ADA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #    define ADA_DEVICE __device__ __forceinline__
 #    define ADA_ARGS(type) const __grid_constant__ type
+#    ifdef __CUDA_ARCH__
+#        define ADA_CHIP (__CUDA_ARCH__ / 10) /* that is compiled for */
+#    else
+#        define ADA_CHIP 0
+#    endif
 #    define ADA_UNROLL _Pragma("unroll")
 #    define ADA_UNROLL_NOT _Pragma("unroll 1")
 
@@ -38,7 +43,13 @@ static cudaError_t ada_launch(void (*kernel)(ARGS), int64_t blocks, int threads,
 
 extern __shared__ char ada_shared_memory[];
 
-ADA_DEVICE int ada_thread() { return (int)threadIdx.x; }
+/* Read anew at every use, which costs less than a register that waits for it through a loop. */
+ADA_DEVICE int ada_thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 0 && x < 1024);
+    return x;
+}
 ADA_DEVICE int ada_block() { return (int)blockIdx.x; }
 ADA_DEVICE int ada_blocks() { return (int)gridDim.x; }
 ADA_DEVICE uint32_t ada_shared() { return (uint32_t)__cvta_generic_to_shared(ada_shared_memory); }

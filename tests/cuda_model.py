@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU by cuda/model.h, called like `adaattn.attention` with NumPy arrays."""
+"""The CUDA kernels compiled for the CPU by cuda/model.h, called like `adaattn.attention` on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, _Array) for name in ("query", "key", "value", "out")),
-        *((name, ctypes.c_int32) for name in "dtype rung B H G T S D E mask_dtype".split()),
+        *((name, ctypes.c_int32) for name in ("dtype", "rung", *"BHGTSDE", "mask_dtype")),
         ("mask", _Array),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
@@ -52,18 +52,22 @@ class _Params(ctypes.Structure):
     ]
 
 
-def build(folder: Path, *flags: str, cuda: Path = CUDA) -> ctypes.CDLL:
-    """Compiles the kernels into a library in the folder."""
+def build(
+    folder: Path, *flags: str, cuda: Path = CUDA, sources: list[str] = SOURCES, objects: Path | None = None
+) -> ctypes.CDLL:
+    """Compiles sources into a library in the folder; other objects are those of a folder built before."""
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", *flags]
 
     def object_of(name: str) -> str:
+        if name not in sources:
+            return str(objects / f"{name}.o") if objects else ""
         to = str(folder / f"{name}.o")
         subprocess.run([*compiler, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
         return to
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(object_of, SOURCES))
-    subprocess.run(["g++", "-shared", *objects, "-o", str(folder / "model.so")], check=True)
+        made = list(pool.map(object_of, SOURCES))
+    subprocess.run(["g++", "-shared", *made, "-o", str(folder / "model.so")], check=True)
     library = ctypes.CDLL(str(folder / "model.so"))
     library.ada_cu_workspace.restype = ctypes.c_size_t
     return library
@@ -127,7 +131,7 @@ def attention(
     if kv_lengths is not None:
         p.kv_lengths, p.kv_lengths_stride = at(np.asarray(kv_lengths, np.int64).copy()), 1
     if alibi_slopes is not None:
-        p.alibi_slopes = at(np.broadcast_to(alibi_slopes, (B, H)).astype(np.float64))
+        p.alibi_slopes = at(np.array(np.broadcast_to(alibi_slopes, (B, H)), np.float64, order="C"))
         p.alibi_stride[0], p.alibi_stride[1] = H, 1
     if sinks is not None:
         p.sinks, p.sinks_stride = at(np.asarray(sinks, np.float64).copy()), 1
