@@ -144,22 +144,30 @@ static void queries_task(void *context, ada_job *job, int64_t head, int worker) 
     ada_attending *a = context;
     const ada_problem *p = a->p;
     const ada_key_probe *keys = &a->keys[head / a->per_head];
-    ada_head_state *s = &a->states[head];
     float *size = a->sizes + head * p->T;
     char *scratch = a->scratch + worker * a->scratch_bytes;
     ada_row_profile *guess = &a->profiles[head * ADA_MOST_ROWS];
-    if (!s->look || ada_job_cancelled(job, worker)) return;
+    if (!a->states[head].look || ada_job_cancelled(job, worker)) return;
     ada_guess_profile(p, a->k, head / p->H, head % p->H, keys, guess, scratch);
-    ada_forecast_head(guess, 1, keys, p->query.dtype, p->D, &a->budget->heads[head].forecast);
-    a->budget->heads[head].forecast.rows = 0;
-    ada_row_profile peak = *guess;
     const ada_spreads spreads = ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
-    a->budget->heads[head].forecast.finite &= spreads.finite;
-    ada_peak_profile(keys, spreads.largest, &peak);
-    if (spreads.largest > 0) s->outliers = spreads.outliers / spreads.largest;
-    ada_forecast_head(&peak, 1, keys, p->query.dtype, p->D, &s->peak);
+    ada_consider_head(a, head, &spreads);
+}
+
+void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spreads) {
+    const ada_problem *p = a->p;
+    const ada_key_probe *keys = &a->keys[head / a->per_head];
+    ada_head_state *s = &a->states[head];
+    const ada_row_profile *guess = &a->profiles[head * ADA_MOST_ROWS];
+    ada_forecast *forecast = &a->budget->heads[head].forecast;
+    ada_row_profile peak = *guess;
+    ada_forecast_head(guess, 1, keys, p, forecast);
+    forecast->rows = 0;
+    forecast->finite &= spreads->finite;
+    ada_peak_profile(keys, spreads->largest, &peak);
+    if (spreads->largest > 0) s->outliers = spreads->outliers / spreads->largest;
+    ada_forecast_head(&peak, 1, keys, p, &s->peak);
     s->value2 = keys->value2_mean;
-    s->n = rows_to_profile(a, &a->budget->heads[head].forecast, head);
+    s->n = rows_to_profile(a, forecast, head);
     if (s->n) ada_draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
 }
 
@@ -171,7 +179,8 @@ static bool pays(const ada_attending *a, int64_t head) {
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
-    return ada_may_pay(&task, rates, 1e-9 * LOOK_OPERATIONS * looked_at / rates[task.plain].gflops[0]);
+    const double looking = 1e-9 * LOOK_OPERATIONS * looked_at / rates[task.plain].gflops[0];
+    return ada_may_pay(&task, rates, looking + a->backend->look_seconds);
 }
 
 /* What of a head's keys is looked at before it is computed. Calls that are not verified are predicted,
@@ -212,13 +221,14 @@ double ada_row_work(const ada_attending *a) {
     return rows * (double)a->p->S * (double)(a->p->D + a->p->E);
 }
 
-static bool probe(ada_attending *a) {
+static ada_status probe_on_cpu(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     const double width = (double)(p->D + p->E);
-    return ada_run_tasks(a, keys_task, a->key_heads, (double)a->key_heads * (double)p->S * width) &&
-           ada_run_tasks(a, queries_task, ada_head_count(a),
-                         (double)ada_head_count(a) * (double)p->T * width) &&
-           ada_run_tasks(a, profile_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a));
+    const bool done =
+        ada_run_tasks(a, keys_task, a->key_heads, (double)a->key_heads * (double)p->S * width) &&
+        ada_run_tasks(a, queries_task, ada_head_count(a), (double)ada_head_count(a) * (double)p->T * width) &&
+        ada_run_tasks(a, profile_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a));
+    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
 /* ---- plan ---- */
@@ -277,8 +287,7 @@ static void plan_heads(ada_attending *a) {
         const ada_forecast guess = head->forecast;
         const ada_row_profile *profiles = &a->profiles[i * ADA_MOST_ROWS];
         if (s->n) {
-            ada_forecast_head(profiles, s->n, &a->keys[i / a->per_head], p->query.dtype, p->D,
-                              &head->forecast);
+            ada_forecast_head(profiles, s->n, &a->keys[i / a->per_head], p, &head->forecast);
             head->forecast.rows = s->n;
             for (int c = 0; c < ADA_CANDIDATES; c++)
                 head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
@@ -314,6 +323,19 @@ static bool takes_all(const ada_attending *a, ada_choice choice) {
     return a->p->T <= ADA_ROWS_MAX && (is_plain || ada_is_forced(a->budget) || a->p->only_f64);
 }
 
+static ada_status execute_on_cpu(ada_attending *a, const ada_problem *problem, const int64_t *heads,
+                                 int64_t n, ada_error *error) {
+    return ada_execute(problem, heads, n, a->interrupt, a->context, error);
+}
+
+const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
+                                     .execute = execute_on_cpu,
+                                     .fetch_norms = ada_cpu_fetch_norms,
+                                     .output_norm = ada_cpu_output_norm,
+                                     .exact = ada_cpu_exact,
+                                     .output = ada_cpu_output,
+                                     .output_lse = ada_cpu_output_lse};
+
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
     ada_head *heads = a->budget->heads;
     int64_t *launch = a->list + ada_head_count(a);
@@ -336,8 +358,7 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
-        if (ada_execute(&problem, all ? NULL : launch, count, a->interrupt, a->context, error))
-            return error->status;
+        if (a->backend->execute(a, &problem, all ? NULL : launch, count, error)) return error->status;
         done += count;
     }
     for (int64_t i = 0; i < n; i++) {
@@ -384,7 +405,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
         probed |= a->states[i].look != ADA_LOOK_NONE;
         a->list[i] = i;
     }
-    if (probed && !probe(a)) return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    if (probed && a->backend->probe(a, error)) return error->status;
     double now = seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
@@ -421,13 +442,20 @@ ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt
         if (budget->heads) record_exact(p, budget, seconds_now() - start);
         return ADA_OK;
     }
+    return ada_attend_within(p, &ada_cpu_backend, NULL, budget, interrupt, context, error);
+}
+
+ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, void *device,
+                             ada_budget *budget, bool (*interrupt)(void *), void *context, ada_error *error) {
     const ada_array *mask = &p->attn_mask;
     ada_attending a = {.p = p,
                        .k = ada_kernels_get(),
+                       .backend = backend,
+                       .device = device,
                        .budget = budget,
                        .interrupt = interrupt,
                        .context = context,
-                       .per_head = mask->data && mask->stride[1] ? 1 : p->H / p->G};
+                       .per_head = mask->data && mask->stride[1] && !p->on_gpu ? 1 : p->H / p->G};
     a.key_heads = p->B * p->H / a.per_head;
     a.probe_bytes = ada_key_probe_bytes(p);
     a.scratch_bytes = ada_probe_scratch_bytes(p);

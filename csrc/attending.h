@@ -36,9 +36,33 @@ typedef struct {
     ada_forecast peak; /* of the row whose lse errs most */
 } ada_head_state;
 
+typedef struct ada_attending ada_attending;
+
+/* Who looks at a call's arrays and computes its heads. */
 typedef struct {
+    /* Statistics, guesses and profiles of the heads that are looked at. */
+    ada_status (*probe)(ada_attending *a, ada_error *error);
+    /* The listed heads (NULL: all) by the problem's precision; a->ran says by which in the end. */
+    ada_status (*execute)(ada_attending *a, const ada_problem *problem, const int64_t *heads, int64_t n,
+                          ada_error *error);
+    /* Makes outputs known to output_norm. */
+    ada_status (*fetch_norms)(ada_attending *a, ada_error *error);
+    /* Squared norm of a head's output, in norms those of its rows. */
+    double (*output_norm)(const ada_attending *a, int64_t head, float *norms, char *scratch);
+    /* Exact rows of open heads where they are not known, and makes the output's known to output. */
+    ada_status (*exact)(ada_attending *a, ada_error *error);
+    /* Numbers of the output's row rows[i] of a head from e on, at most ADA_PIECE; returns how many. */
+    int (*output)(const ada_attending *a, int64_t head, int i, int e, double *x);
+    double (*output_lse)(const ada_attending *a, int64_t head, int i);
+    double look_seconds; /* to look at a head, besides what its size takes */
+} ada_backend;
+enum { ADA_PIECE = 64 };
+
+struct ada_attending {
     const ada_problem *p;
     const ada_kernels *k;
+    const ada_backend *backend;
+    void *device; /* of a backend for GPUs */
     ada_budget *budget;
     bool (*interrupt)(void *);
     void *context;
@@ -59,11 +83,24 @@ typedef struct {
     int64_t *list;             /* [B * H] */
     char *scratch;
     int64_t scratch_bytes;
-} ada_attending;
+};
 
 static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * a->p->H; }
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
+
+extern const ada_backend ada_cpu_backend;
+/* ada_attend with a budget, by this backend. */
+ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, void *device,
+                             ada_budget *budget, bool (*interrupt)(void *), void *context, ada_error *error);
+/* Forecasts by a guess, which is the first profile of the head, and chooses rows to profile. */
+void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spreads);
+/* Backends' functions in verify.c for the CPU. */
+ada_status ada_cpu_fetch_norms(ada_attending *a, ada_error *error);
+double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, char *scratch);
+ada_status ada_cpu_exact(ada_attending *a, ada_error *error);
+int ada_cpu_output(const ada_attending *a, int64_t head, int i, int e, double *x);
+double ada_cpu_output_lse(const ada_attending *a, int64_t head, int i);
 
 /* The candidate that is exact for the arrays' dtype. */
 static inline int ada_plain_candidate(const ada_problem *p) { return p->query.dtype == ADA_F64 ? 0 : 1; }

@@ -97,8 +97,10 @@ static double exp_noise(ada_choice choice) {
     return fused ? square(ROUND_EXP) : 0;
 }
 
-void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,
-                       int64_t D, ada_forecast *f) {
+void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
+                       ada_forecast *f) {
+    const ada_dtype dtype = p->query.dtype;
+    const int64_t D = p->D;
     double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */

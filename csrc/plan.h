@@ -30,11 +30,10 @@ typedef struct {
 /* Standard deviations of noise that the largest of thousands of rows stays below. */
 #define ADA_LARGEST_OF_MANY 4.5
 
-/* From profiles of some rows of a head with these keys, of arrays of this dtype, whose own rung rounds
- * nothing.
- */
-void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, ada_dtype dtype,
-                       int64_t D, ada_forecast *forecast);
+/* From profiles of some rows of a head with these keys. Of the problem its dtype, whose own rung rounds
+ * nothing, its head size and whether it is computed on a GPU count. */
+void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
+                       ada_forecast *forecast);
 
 /* By how much predictions from profiles may be off. */
 #define ADA_MARGIN 1.25

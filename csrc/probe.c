@@ -16,7 +16,6 @@
 #include "read_tpl.h"
 
 enum { PARTS = 8 }; /* of a sum, so that it vectorises */
-#define GUESS_ROWS 32
 /* Rows whose scores spread more see one key, and rounding moves little. */
 #define MOST_SPREAD 16
 /* Rows that spread so much more than the mean are so few that a sample may miss them. */
@@ -103,21 +102,41 @@ static void find_heavy(ada_key_probe *keys, int64_t blocks) {
     }
 }
 
+void ada_finish_keys(const ada_problem *p, double largest2, double value2, double most2, double center2,
+                     ada_key_probe *keys) {
+    const double count = keys->count > 0 ? keys->count : 1;
+    keys->largest2 = largest2 / count;
+    keys->total = 0;
+    for (int64_t d = 0; d < p->D; d++) keys->total += (double)keys->variance[d];
+    for (int64_t d = 0; d < p->D; d++) keys->square[d] = keys->mean[d] * keys->mean[d];
+    keys->value2_mean = value2 / count;
+    keys->center2 = fmin(center2 / (count * count), keys->value2_mean);
+    keys->step8 = most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
+    keys->step16 = most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
+    find_heavy(keys, ada_block_count(p));
+}
+
+int64_t ada_step_of_keys(const ada_problem *p, int64_t b, int64_t step, int64_t *first, int64_t *end) {
+    *first = ada_visible_span(p, b, 0).first / ADA_BLOCK;
+    *end = (ada_visible_span(p, b, p->T - 1).end + ADA_BLOCK - 1) / ADA_BLOCK;
+    const int64_t half = (*end - *first + 1) / 2; /* two blocks at least */
+    return step <= half ? step : half > 1 ? half : 1;
+}
+
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     int64_t step, ada_key_probe *keys, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p);
-    const int64_t start = ada_visible_span(p, b, 0).first / ADA_BLOCK;
-    const int64_t end = (ada_visible_span(p, b, p->T - 1).end + ADA_BLOCK - 1) / ADA_BLOCK;
-    const int64_t half = (end - start + 1) / 2; /* two blocks at least */
-    if (step > half) step = half > 1 ? half : 1;
+    int64_t start, end;
+    step = ada_step_of_keys(p, b, step, &start, &end);
+    double largest2 = 0;
     ptrdiff_t ld;
     memset(s.column, 0, (size_t)(D > E ? D : E) * sizeof(float));
     memset(keys->mean, 0, (size_t)D * sizeof(float));
     memset(keys->variance, 0, (size_t)D * sizeof(float));
-    keys->count = keys->largest2 = 0;
+    keys->count = 0;
     for (int64_t block = 0; block < blocks; block++) {
         const uint64_t seen = keys->seen[block] =
             (block - start) % step ? 0 : ada_block_seen(p, k, b, h, heads, block, s.rows);
@@ -145,8 +164,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
             const float most = k->reach(x + first * ld, ld, n, D, keys->mean, NULL);
             keys->largest[block] = most > keys->largest[block] ? most : keys->largest[block];
         }
-        keys->largest2 +=
-            (double)keys->largest[block] * (double)keys->largest[block] * __builtin_popcountll(seen);
+        largest2 += (double)keys->largest[block] * (double)keys->largest[block] * __builtin_popcountll(seen);
         x = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, rows, s.rows, &ld);
         ADA_FOR_RUNS(seen, first, n) {
             k->squares(value2 + first, NULL, x + first * ld, ld, n, E, NULL, NULL);
@@ -154,36 +172,30 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
         }
         for (int r = 0; r < rows; r++) value2_sum += (double)value2[r];
     }
-    const double count = keys->count > 0 ? keys->count : 1;
-    keys->largest2 /= count;
-    keys->total = 0;
-    for (int d = 0; d < D; d++) keys->total += (double)(keys->variance[d] /= (float)count);
-    for (int d = 0; d < D; d++) keys->square[d] = keys->mean[d] * keys->mean[d];
-    float most2;
+    for (int d = 0; d < D; d++) keys->variance[d] /= (float)(keys->count > 0 ? keys->count : 1);
+    float most2, center2;
     k->squares(&most2, NULL, s.column, E, 1, E, NULL, NULL);
-    keys->value2_mean = value2_sum / count;
-    float center2;
     k->squares(&center2, NULL, s.sum, E, 1, E, NULL, NULL);
-    keys->center2 = fmin((double)center2 / (count * count), keys->value2_mean);
-    keys->step8 = (double)most2 / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
-    keys->step16 = (double)most2 / (12.0 * ADA_I16_VALUE_MAX * ADA_I16_VALUE_MAX);
-    find_heavy(keys, blocks);
+    ada_finish_keys(p, largest2, value2_sum, (double)most2, (double)center2, keys);
 }
 
 /* ---- queries ---- */
 
-/* The parts of a profile that the query alone decides. */
-static void profile_query(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
-                          const float *q, ada_row_profile *x) {
+static ada_query_figures figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
+                                    const float *q) {
     const int D = (int)p->D;
-    const double scale2 = p->scale * p->scale, most = (double)k->reach(q, D, 1, D, NULL, NULL);
-    float spread, by_mean, norm2;
-    k->squares(&spread, NULL, q, D, 1, D, NULL, keys->variance);
-    k->squares(&by_mean, NULL, q, D, 1, D, NULL, keys->square);
-    k->squares(&norm2, NULL, q, D, 1, D, NULL, NULL);
-    x->spread = scale2 * (double)spread;
-    x->size = x->spread + scale2 * (double)by_mean;
-    x->q2 = scale2 * (double)norm2;
+    ada_query_figures f = {.most = k->reach(q, D, 1, D, NULL, NULL)};
+    k->squares(&f.spread, NULL, q, D, 1, D, NULL, keys->variance);
+    k->squares(&f.by_mean, NULL, q, D, 1, D, NULL, keys->square);
+    k->squares(&f.norm2, NULL, q, D, 1, D, NULL, NULL);
+    return f;
+}
+
+void ada_profile_query(const ada_problem *p, const ada_query_figures *f, ada_row_profile *x) {
+    const double scale2 = p->scale * p->scale, most = (double)f->most;
+    x->spread = scale2 * (double)f->spread;
+    x->size = x->spread + scale2 * (double)f->by_mean;
+    x->q2 = scale2 * (double)f->norm2;
     x->qmax2 = scale2 * most * most;
 }
 
@@ -206,6 +218,47 @@ static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_
             crowd[i] += share * square(fmin(weight, 1));
         }
     }
+}
+
+/* Keys that each of n rows sees, and the sum of its squared weights, were its scores normal. */
+static void crowds_of(const ada_problem *p, int64_t b, int64_t first, int n, const float *spread,
+                      double *count, double *crowd) {
+    for (int i = 0; i < n; i++) {
+        const ada_span span = ada_visible_span(p, b, first + i);
+        count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
+        /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
+        crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
+    }
+}
+
+/* Spreads become sizes; mean: of the spreads of rows that see a key. */
+static void take_sizes(float *size, int n, const double *crowd, double mean, ada_spreads *spreads) {
+    for (int i = 0; i < n; i++) {
+        const double x = (double)size[i];
+        if (x > spreads->largest) spreads->largest = x;
+        if (x > MOST_SPREAD && x > OUTLIER * mean) spreads->outliers += x;
+        size[i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
+    }
+}
+
+ada_spreads ada_sizes_of_spreads(const ada_problem *p, int64_t b, const float *heavy, float *size) {
+    ada_spreads spreads = {.finite = true};
+    const float scale2 = (float)(p->scale * p->scale);
+    double sum = 0, live = 0;
+    for (int64_t i = 0; i < p->T; i++) {
+        size[i] = ada_sees_keys(p, b, i) ? size[i] * scale2 : -1;
+        if (size[i] == -1) continue;
+        spreads.finite &= isfinite(size[i]) != 0;
+        sum += (double)size[i], live++;
+    }
+    for (int64_t first = 0; first < p->T; first += ADA_BLOCK) {
+        const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
+        double crowd[ADA_BLOCK], count[ADA_BLOCK];
+        crowds_of(p, b, first, n, size + first, count, crowd);
+        for (int i = 0; heavy && i < n; i++) crowd[i] += (double)heavy[first + i];
+        take_sizes(size + first, n, crowd, sum / live, &spreads);
+    }
+    return spreads;
 }
 
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
@@ -238,23 +291,13 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
         double crowd[ADA_BLOCK], count[ADA_BLOCK];
         float *spread = size + first;
-        for (int i = 0; i < n; i++) {
-            const ada_span span = ada_visible_span(p, b, first + i);
-            count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
-            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-            crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
-        }
+        crowds_of(p, b, first, n, spread, count, crowd);
         if (keys->heavies) {
             ptrdiff_t ld;
             const float *q = rows_at_f32(k, &p->query, b, h, first, n, s.rows, &ld);
             add_heavy(p, k, keys, &s, q, ld, n, spread, count, crowd);
         }
-        for (int i = 0; i < n; i++) {
-            const double x = (double)spread[i];
-            if (x > spreads.largest) spreads.largest = x;
-            if (x > MOST_SPREAD && x > OUTLIER * sum / live) spreads.outliers += x;
-            size[first + i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
-        }
+        take_sizes(spread, n, crowd, sum / live, &spreads);
     }
     return spreads;
 }
@@ -414,7 +457,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         ada_row_profile *x = &profiles[r];
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, rows[r], 1, s.rows, &ld);
-        profile_query(p, k, keys, q, x);
+        const ada_query_figures figures = figures_of(p, k, keys, q);
+        ada_profile_query(p, &figures, x);
         x->out2 = 0;
         for (int e = 0; e < E; e++) {
             s.out[r * E + e] = (float)exact.o[r * E + e];
@@ -456,36 +500,45 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
     }
 }
 
-static bool sees_keys(const ada_problem *p, int64_t b, int64_t i) {
-    const ada_span span = ada_visible_span(p, b, i);
-    return span.end > span.first;
+int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS_ROWS]) {
+    int64_t start = 0, end = p->T; /* spans are monotonic: rows that see a key lie together */
+    while (start < end && !ada_sees_keys(p, b, start)) start++;
+    while (end > start && !ada_sees_keys(p, b, end - 1)) end--;
+    const int64_t step = (end - start + ADA_GUESS_ROWS - 1) / ADA_GUESS_ROWS;
+    int n = 0;
+    for (int64_t i = start; i < end; i += step) rows[n++] = i;
+    return n;
 }
 
 void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, ada_row_profile *x, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, &carver);
-    int64_t start = 0, end = p->T; /* spans are monotonic: rows that see a key lie together */
-    while (start < end && !sees_keys(p, b, start)) start++;
-    while (end > start && !sees_keys(p, b, end - 1)) end--;
-    const int64_t step = (end - start + GUESS_ROWS - 1) / GUESS_ROWS;
-    const double value2 = keys->value2_mean, own2 = value2 - keys->center2;
-    double n = 0;
-    int64_t block = 0;
-    *x = (ada_row_profile){.weight = (double)p->T};
-    for (int64_t i = start; i < end; i += step) {
-        if (!ada_row_sees(p, k, b, h, i, &block, s.rows)) continue;
-        ada_row_profile one;
+    int64_t rows[ADA_GUESS_ROWS], block = 0;
+    ada_query_figures figures[ADA_GUESS_ROWS];
+    const int most = ada_rows_to_guess_by(p, b, rows);
+    int n = 0;
+    for (int i = 0; i < most; i++) {
+        if (!ada_row_sees(p, k, b, h, rows[i], &block, s.rows)) continue;
         ptrdiff_t ld;
-        const float *q = rows_at_f32(k, &p->query, b, h, i, 1, s.rows, &ld);
-        const ada_span span = ada_visible_span(p, b, i);
-        profile_query(p, k, keys, q, &one);
+        figures[n] = figures_of(p, k, keys, rows_at_f32(k, &p->query, b, h, rows[i], 1, s.rows, &ld));
+        rows[n++] = rows[i];
+    }
+    ada_guess_by(p, b, keys, rows, figures, n, x);
+}
+
+void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, const int64_t *rows,
+                  const ada_query_figures *figures, int found, ada_row_profile *x) {
+    const double value2 = keys->value2_mean, own2 = value2 - keys->center2, n = found > 0 ? found : 1;
+    *x = (ada_row_profile){.weight = (double)p->T};
+    for (int i = 0; i < found; i++) {
+        ada_row_profile one;
+        const ada_span span = ada_visible_span(p, b, rows[i]);
+        ada_profile_query(p, &figures[i], &one);
         x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
         x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));
         x->visible += span.end - span.first;
-        n++;
     }
-    n = n > 0 ? n : 1;
     x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n;
     x->p2 /= n * (1 - p->dropout_p);
     x->reference = 3 * sqrt(x->size); /* its square counts */

@@ -51,6 +51,19 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p);
  */
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     int64_t step, ada_key_probe *keys, char *scratch);
+/* The blocks of keys that some query's span meets, and the step that looks at two of them at least. */
+int64_t ada_step_of_keys(const ada_problem *p, int64_t b, int64_t step, int64_t *first, int64_t *end);
+/* What follows from keys->count, mean, variance, value2 and seen, and from sums over the keys: of their
+ * block's largest squared, of value2; squared norms of the largest magnitudes and of the sum of values. */
+void ada_finish_keys(const ada_problem *p, double largest2, double value2, double most2, double center2,
+                     ada_key_probe *keys);
+/* Of a query: sums of its squares times the keys' variances and squared means, of its squares; its largest.
+ */
+typedef struct {
+    float spread, by_mean, norm2, most;
+} ada_query_figures;
+/* The parts of a profile that the query alone decides. */
+void ada_profile_query(const ada_problem *p, const ada_query_figures *figures, ada_row_profile *profile);
 /* Spreads of a head's rows. */
 typedef struct {
     double largest;
@@ -62,6 +75,9 @@ typedef struct {
  * where it sees no key or is not finite. */
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch);
+/* The same where sizes are the rows' figures' spreads so far; heavy[i]: what row i may owe to heavy values,
+ * NULL for nothing. Masks are not looked at. */
+ada_spreads ada_sizes_of_spreads(const ada_problem *p, int64_t b, const float *heavy, float *size);
 /* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
  * whose size in live is above 0. */
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T);
@@ -76,6 +92,11 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
 /* A profile for the whole head from the statistics alone, as if its values were independent of its keys. */
 void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, ada_row_profile *profile, char *scratch);
+/* The same from figures of n of the rows to guess by. */
+#define ADA_GUESS_ROWS 32
+int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS_ROWS]);
+void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, const int64_t *rows,
+                  const ada_query_figures *figures, int n, ada_row_profile *profile);
 
 /* Makes a guess that of a row with this spread and all its weight on one key: the one whose lse errs most. */
 void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *guess);

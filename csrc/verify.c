@@ -95,19 +95,26 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     return rows < 8 ? 8 : rows;
 }
 
-/* Numbers of an output's row from e on; returns how many. */
-enum { PIECE = 64 };
-static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[PIECE]) {
+static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[ADA_PIECE]) {
     const ada_problem *p = a->p;
-    const int left = (int)p->E - e, width = left < PIECE ? left : PIECE;
+    const int left = (int)p->E - e, width = left < ADA_PIECE ? left : ADA_PIECE;
     ada_array part = p->out;
     part.data = (char *)part.data + e * part.stride[3];
     ada_load_rows_f64(a->k, x, width, &part, head / p->H, head % p->H, row, 1, width);
     return width;
 }
 
-/* Squared norm of a head's output, in norms those of its rows. */
-static double measure_output(const ada_attending *a, int64_t head, float *norms, char *scratch) {
+int ada_cpu_output(const ada_attending *a, int64_t head, int i, int e, double *x) {
+    return load_output(a, head, a->states[head].rows[i], e, x);
+}
+
+double ada_cpu_output_lse(const ada_attending *a, int64_t head, int i) {
+    const ada_problem *p = a->p;
+    const int64_t at = head * p->T + a->states[head].rows[i];
+    return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
+}
+
+double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, char *scratch) {
     const ada_problem *p = a->p;
     const int E = (int)p->E;
     ada_carver carver = {scratch, 0};
@@ -124,8 +131,8 @@ static double measure_output(const ada_attending *a, int64_t head, float *norms,
         if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
             block = 0;
             for (int r = 0; r < n; r++)
-                for (int e = 0; e < E; e += PIECE) {
-                    double piece[PIECE];
+                for (int e = 0; e < E; e += ADA_PIECE) {
+                    double piece[ADA_PIECE];
                     const int width = load_output(a, head, i + r, e, piece);
                     for (int c = 0; c < width; c++) block += piece[c] * piece[c];
                 }
@@ -142,7 +149,7 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     if (!s->open || ada_job_cancelled(job, worker)) return;
     char *scratch = a->scratch + worker * a->scratch_bytes;
     float *norms = a->norms + head * p->T;
-    s->out2 = measure_output(a, head, norms, scratch);
+    s->out2 = a->backend->output_norm(a, head, norms, scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
     int64_t block = 0;
@@ -191,8 +198,15 @@ static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
     }
 }
 
-static double lse_at(const ada_problem *p, int64_t at) {
-    return p->query.dtype == ADA_F64 ? ((const double *)p->lse)[at] : (double)((const float *)p->lse)[at];
+ada_status ada_cpu_fetch_norms(ada_attending *a, ada_error *error) {
+    (void)a, (void)error;
+    return ADA_OK;
+}
+
+ada_status ada_cpu_exact(ada_attending *a, ada_error *error) {
+    return ada_run_tasks(a, exact_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a))
+               ? ADA_OK
+               : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
 /* Whether rows say otherwise than what was assumed of a head that nobody looked at. */
@@ -218,15 +232,15 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     const ada_head_state *s = &a->states[index];
     const double tolerance = a->budget->tolerance, allowed = tolerance + rounding_of(p->query.dtype);
     const int E = (int)p->E;
-    double *error2 = a->error2 + index * ADA_MOST_ROWS, out[PIECE];
+    double *error2 = a->error2 + index * ADA_MOST_ROWS, out[ADA_PIECE];
     *misses = false;
     head->lse_error = 0;
     bool nothing_seen = true;
     for (int i = 0; i < s->n; i++) {
         const int64_t at = index * ADA_MOST_ROWS + i;
         error2[i] = 0;
-        for (int e = 0; e < E; e += PIECE) {
-            const int width = load_output(a, index, s->rows[i], e, out);
+        for (int e = 0; e < E; e += ADA_PIECE) {
+            const int width = a->backend->output(a, index, i, e, out);
             for (int c = 0; c < width; c++) {
                 const double exact = a->exact_o[at * E + e + c], difference = out[c] - exact;
                 error2[i] += difference * difference;
@@ -236,7 +250,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
         const double lse = a->exact_lse[at];
         if (isnan(lse) || !isfinite(error2[i])) return true; /* unverifiable: plain arithmetic's own NaN */
         if (!p->lse || lse == -INFINITY) continue;
-        const double off = fabs(lse_at(p, index * p->T + s->rows[i]) - lse);
+        const double off = fabs(a->backend->output_lse(a, index, i) - lse);
         head->lse_error = fmax(head->lse_error, off - 4 * rounding_of(ADA_F32) * fabs(lse));
     }
     if (nothing_seen && s->out2 > 0) return true; /* only rows of zeros were drawn: they tell nothing */
@@ -284,11 +298,11 @@ static bool go_up(const ada_attending *a, int64_t index) {
 static void confirm_guess(ada_attending *a, int64_t index) {
     ada_head *head = &a->budget->heads[index];
     const int c = ada_candidate_of(head->choice);
-    const double out2 = measure_output(a, index, a->norms + index * a->p->T, a->scratch);
+    const double out2 = a->backend->output_norm(a, index, a->norms + index * a->p->T, a->scratch);
     ada_row_profile guess = a->profiles[index * ADA_MOST_ROWS];
     guess.out2 = out2 / guess.weight;
     ada_forecast after;
-    ada_forecast_head(&guess, 1, &a->keys[index / a->per_head], a->p->query.dtype, a->p->D, &after);
+    ada_forecast_head(&guess, 1, &a->keys[index / a->per_head], a->p, &after);
     for (int i = 0; i < ADA_CANDIDATES; i++)
         if (!isnan(head->forecast.error[i])) head->forecast.error[i] = after.error[i];
     head->predicted_error = head->forecast.error[c];
@@ -297,6 +311,7 @@ static void confirm_guess(ada_attending *a, int64_t index) {
 /* Heads that are predicted only: those whose outputs say that they miss the tolerance go up. */
 static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
     int64_t n = 0;
+    if (a->backend->fetch_norms(a, error)) return error->status;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         const ada_head *head = &a->budget->heads[i];
         if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->choice.qk > ADA_RUNG_FP32)
@@ -320,9 +335,10 @@ ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
     }
     const double reading = (double)(ada_head_count(a) * p->T) * (double)p->E;
     while (open > 0) {
-        if (!ada_run_tasks(a, norm_task, ada_head_count(a), reading) ||
-            !ada_run_tasks(a, exact_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a)))
+        if (a->backend->fetch_norms(a, error)) return error->status;
+        if (!ada_run_tasks(a, norm_task, ada_head_count(a), reading))
             return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+        if (a->backend->exact(a, error)) return error->status;
         int64_t again = 0;
         open = 0;
         for (int64_t i = 0; i < ada_head_count(a); i++) {

@@ -43,6 +43,10 @@ static inline int ada_next_run(uint64_t word, int *first) {
 
 /* What causal, window and kv_lengths leave to query i. Both ends never decrease with i. */
 ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i);
+static inline bool ada_sees_keys(const ada_problem *p, int64_t b, int64_t i) {
+    const ada_span span = ada_visible_span(p, b, i);
+    return span.end > span.first;
+}
 
 typedef enum { ADA_HIDDEN, ADA_MIXED, ADA_PLAIN } ada_sight;
 
