@@ -20,7 +20,13 @@ template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cuda
         if (a.p.tiling == 1 || a.p.capability < 90)
             return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 32, false, false, 2>>(a, stream);
         if (a.p.tiling == 2) return run<ada_tiling<ADA_BF16, W, 8, 1, 1, 64, false, false, 1>>(a, stream);
+        if (a.p.tiling == 3) return run<ada_tiling<ADA_BF16, W, 8, 2, 1, 64, false, false, 1, 90>>(a, stream);
         return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2, 90>>(a, stream);
+    } else if constexpr (W == 64) {
+        if (a.p.tiling == 1)
+            return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 128, false, false, 2, 90>>(a, stream);
+        if (a.p.tiling == 2) return run<ada_tiling<ADA_BF16, W, 8, 2, 1, 64, false, false, 1>>(a, stream);
+        return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2>>(a, stream);
     } else {
         return run<ada_tiling<ADA_BF16, W, 4, wide ? 1 : 2, 1, keys, false, false, 2>>(a, stream);
     }

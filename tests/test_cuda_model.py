@@ -106,7 +106,7 @@ def test_ragged_tiles_in_any_order(D: int, kernels: ctypes.CDLL, rng: np.random.
         window = (None, (70, 30))[seed % 2]
         options = {"causal": seed < 2, "window": window, "order": FIRST_SEED + seed}
         check(kernels, "bf16", *arrays, **options)
-        for tiling in (1, 2) if D == 128 else ():
+        for tiling in {128: (1, 2, 3), 64: (1, 2)}.get(D, ()):
             check(kernels, "bf16", *arrays, tiling=tiling, **options)
 
 
