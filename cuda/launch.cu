@@ -1,4 +1,6 @@
 /* The functions of params.h: workspace, operands in the layout of K1, and the order of launches. */
+#include <stdlib.h>
+
 #include "combine.cuh"
 #include "launch.h"
 #include "pack.cuh"
@@ -128,6 +130,7 @@ static cudaError_t run_dense(const ada_cu_params *p, const layout *at, int32_t *
     a.pairs = in_pairs(p);
     a.octaves = (float)(p->scale * ADA_LOG2E);
     a.lazy = ADA_LAZY_OCTAVES / a.octaves;
+    if (const char *tiling = getenv("ADAATTN_CUDA_TILING")) a.p.tiling = atoi(tiling); /* to be timed */
     if (p->capability < 80 || !ada_k1_width(p)) return cudaErrorNotSupported;
     cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, &a.q, stream);
     if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, &a.k, stream);
