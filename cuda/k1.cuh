@@ -16,7 +16,12 @@
 typedef struct {
     const char *data; /* 16-bit elements, contiguous in a row, rows aligned to 16 bytes */
     int64_t stride[3];
+    int64_t part;       /* bytes to the second part of every element, of which one is worth ADA_LOW_UNIT */
+    const float *units; /* [B][heads][tiles of ADA_UNIT_ROWS rows] what a one of the first part is worth */
 } ada_rows16;
+
+#define ADA_LOW_UNIT 0.00048828125f /* 2^-11 */
+enum { ADA_UNIT_ROWS = 64 };
 
 typedef struct {
     ada_cu_params p;
@@ -31,10 +36,11 @@ typedef struct {
 
 enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
 
-template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool SPLIT_,
-          int RESIDENT_, int LEAST_CHIP_ = 80>
+template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool FEW_, int RESIDENT_,
+          int LEAST_CHIP_ = 80, int PARTS_ = 1>
 struct ada_tiling {
-    static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, SPLIT = SPLIT_;
+    static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, FEW = FEW_;
+    static constexpr int PARTS = PARTS_; /* fp16 numbers that add up to an element; 2: accurate to float */
     static constexpr int WIDTH = WIDTH_; /* D and E, padded */
     static constexpr int MW = MW_, MR = MR_, NW = NW_;
     static constexpr int BM = 16 * MW * MR, BN = BN_; /* rows of queries and of keys in a tile */
@@ -45,12 +51,13 @@ struct ada_tiling {
      * row's. */
     static constexpr int MASK = CHUNKS % 8 == 0 ? 7 : CHUNKS % 4 == 0 ? 3 : 1;
     static constexpr int SHIFT = CHUNKS % 8 == 0 ? 0 : CHUNKS % 4 == 0 ? 1 : 2;
-    static constexpr int Q_BYTES = BM * ROW_BYTES, STAGE = BN * ROW_BYTES;
-    static constexpr int K_AT = Q_BYTES, V_AT = K_AT + 2 * STAGE, LOOP_BYTES = V_AT + 2 * STAGE;
-    static constexpr int MERGE_BYTES = SPLIT ? NW * BM * (WIDTH + 3) * 4 : 0;
+    static constexpr int Q_PART = BM * ROW_BYTES, PART = BN * ROW_BYTES; /* in shared memory */
+    static constexpr int STAGE = PARTS * PART;
+    static constexpr int K_AT = PARTS * Q_PART, V_AT = K_AT + 2 * STAGE, LOOP_BYTES = V_AT + 2 * STAGE;
+    static constexpr int MERGE_BYTES = FEW ? NW * BM * (WIDTH + 3) * 4 : 0;
     static constexpr int SPANS_AT = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES; /* of the rows */
     static constexpr int SHARED = SPANS_AT + BM * (int)sizeof(ada_span);
-    static_assert(KEYS % 16 == 0 && (NW == 1 || (SPLIT && MW == 1)), "");
+    static_assert(KEYS % 16 == 0 && (NW == 1 || (FEW && MW == 1)), "");
 };
 
 template <typename X> ADA_DEVICE uint32_t ada_place(int row, int chunk) {
@@ -82,7 +89,7 @@ ADA_DEVICE void ada_copy_chunk(uint32_t to, const char *row, bool there, int chu
 /* Rows first ... first + BN - 1 of keys or values. Those outside the span are zeros: they may hold anything.
  */
 template <typename X>
-ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int first, ada_span span,
+ADA_DEVICE void ada_copy_part(uint32_t to, const char *from, int64_t stride, int first, ada_span span,
                               int width) {
     if constexpr (X::THREADS % X::CHUNKS == 0 && X::THREADS / X::CHUNKS % 8 == 0) {
         /* This thread's chunks are one behind the other. */
@@ -110,8 +117,15 @@ ADA_DEVICE void ada_copy_keys(uint32_t to, const char *from, int64_t stride, int
     }
 }
 
+template <typename X>
+ADA_DEVICE void ada_copy_keys(uint32_t to, const ada_rows16 &rows, const char *from, int first, ada_span span,
+                              int width) {
+    ADA_UNROLL for (int part = 0; part < X::PARTS; part++) ada_copy_part<X>(
+        to + (uint32_t)(part * X::PART), from + part * rows.part, rows.stride[2], first, span, width);
+}
+
 /* Heads that share a tile's rows. */
-template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return X::SPLIT ? a.pack : 1; }
+template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return X::FEW ? a.pack : 1; }
 
 template <typename X> struct ada_rows {
     float o[X::MR][X::WIDTH / 8][4];
@@ -133,7 +147,7 @@ template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
     int index = ada_block();
     ada_where w;
     w.split = 0;
-    if (X::SPLIT) w.split = index % a.splits, index /= a.splits;
+    if (X::FEW) w.split = index % a.splits, index /= a.splits;
     const int unit = index / a.tiles;
     const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
     w.tile = a.tiles - 1 - index % a.tiles; /* the longest causal ones first */
@@ -148,6 +162,88 @@ template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
 template <typename X> ADA_DEVICE const ada_span *ada_spans() {
     const int row = ada_thread() / 32 % X::MW * 16 * X::MR + ada_thread() % 32 / 4;
     return ada_shared_at<ada_span>(X::SPANS_AT) + row;
+}
+
+/* Scores of this warp's rows and keys, raw. */
+template <typename X>
+ADA_DEVICE void ada_scores(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
+    float low[X::MR][X::KEYS / 8][4]; /* of products with a second part */
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+        ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] = low[mr][i][c] = 0;
+    ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 16) {
+        uint32_t q[X::PARTS][X::MR][4];
+        ADA_UNROLL for (int part = 0; part < X::PARTS; part++) ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
+            ada_load_matrices(q[part][mr], ada_along<X>(q_at, 2 * d) +
+                                               (uint32_t)(part * X::Q_PART + 16 * mr * X::ROW_BYTES));
+        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
+            ADA_UNROLL for (int part = 0; part < X::PARTS; part++) {
+                uint32_t k[4];
+                ada_load_matrices(k,
+                                  ada_along<X>(k_at, 2 * d) + (uint32_t)(part * X::PART + j * X::ROW_BYTES));
+                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+                    float(&to)[X::KEYS / 8][4] = part ? low[mr] : s[mr];
+                    ada_multiply<X>(to[j / 8], q[0][mr], k[0], k[2]);
+                    ada_multiply<X>(to[j / 8 + 1], q[0][mr], k[1], k[3]);
+                    if (X::PARTS == 1 || part) continue;
+                    ada_multiply<X>(low[mr][j / 8], q[X::PARTS - 1][mr], k[0], k[2]);
+                    ada_multiply<X>(low[mr][j / 8 + 1], q[X::PARTS - 1][mr], k[1], k[3]);
+                }
+            }
+        }
+    }
+    if constexpr (X::PARTS == 2)
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+            ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] += ADA_LOW_UNIT * low[mr][i][c];
+}
+
+/* Adds this warp's weights times values, of which a one is worth unit. */
+template <typename X>
+ADA_DEVICE void ada_add_values(ada_rows<X> &rows, const float (&s)[X::MR][X::KEYS / 8][4], uint32_t v_at,
+                               float unit) {
+    if constexpr (X::PARTS == 1) {
+        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
+            uint32_t weights[X::MR][4];
+            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < 4; i++) {
+                const float *pair = &s[mr][j / 8 + i / 2][i % 2 * 2];
+                weights[mr][i] = ada_pack<X>(pair[0], pair[1]);
+            }
+            ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
+                uint32_t v[4];
+                ada_load_transposed(v, ada_along<X>(v_at, 2 * e) + (uint32_t)(j * X::ROW_BYTES));
+                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+                    ada_multiply<X>(rows.o[mr][e / 8], weights[mr], v[0], v[1]);
+                    ada_multiply<X>(rows.o[mr][e / 8 + 1], weights[mr], v[2], v[3]);
+                }
+            }
+        }
+    } else {
+        /* Two parts, of one tile of 16 rows. The sums of a tile of keys are added in float: the tensor cores'
+         * own additions truncate. */
+        uint32_t high[X::KEYS / 16][4], low[X::KEYS / 16][4];
+        ADA_UNROLL for (int j = 0; j < X::KEYS / 16; j++) ADA_UNROLL for (int i = 0; i < 4; i++) {
+            const float *pair = &s[0][2 * j + i / 2][i % 2 * 2];
+            high[j][i] = ada_pack_f16(pair[0], pair[1]);
+            low[j][i] = ada_pack_f16((pair[0] - ada_from_f16((uint16_t)high[j][i])) / ADA_LOW_UNIT,
+                                     (pair[1] - ada_from_f16((uint16_t)(high[j][i] >> 16))) / ADA_LOW_UNIT);
+        }
+        ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
+            float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, less[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+            ADA_UNROLL for (int j = 0; j < X::KEYS / 16; j++) {
+                const uint32_t at = ada_along<X>(v_at, 2 * e) + (uint32_t)(16 * j * X::ROW_BYTES);
+                uint32_t v[4];
+                ada_load_transposed(v, at);
+                ada_multiply_f16(sum[0], high[j], v[0], v[1]);
+                ada_multiply_f16(sum[1], high[j], v[2], v[3]);
+                ada_multiply_f16(less[0], low[j], v[0], v[1]);
+                ada_multiply_f16(less[1], low[j], v[2], v[3]);
+                ada_load_transposed(v, at + (uint32_t)X::PART);
+                ada_multiply_f16(less[0], high[j], v[0], v[1]);
+                ada_multiply_f16(less[1], high[j], v[2], v[3]);
+            }
+            ADA_UNROLL for (int n = 0; n < 2; n++) ADA_UNROLL for (int c = 0; c < 4; c++)
+                rows.o[0][e / 8 + n][c] += (sum[n][c] + ADA_LOW_UNIT * less[n][c]) * unit;
+        }
+    }
 }
 
 /* Hides keys by the spans of their rows: -inf. */
@@ -367,7 +463,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     ada_sync();
     const ada_span span = {low.first, high.end};
     int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
-    if (X::SPLIT) {
+    if (X::FEW) {
         const int all = (p.S + X::BN - 1) / X::BN, each = (all + a.splits - 1) / a.splits;
         begin = begin > w.split * each ? begin : w.split * each;
         end = end < (w.split + 1) * each ? end : (w.split + 1) * each;
@@ -384,12 +480,14 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         const bool there = r < w.rows;
         const char *from = a.q.data + w.b * a.q.stride[0];
         if (there) from += h * a.q.stride[1] + t * a.q.stride[2];
-        ada_copy_chunk(shared + ada_place<X>(row, chunk), from, there, chunk, p.D);
+        ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
+            ada_copy_chunk(shared + (uint32_t)(part * X::Q_PART) + ada_place<X>(row, chunk),
+                           from + part * a.q.part, there, chunk, p.D);
     }
     if (begin < end) {
         const uint32_t stage = (uint32_t)(begin % 2 * X::STAGE);
-        ada_copy_keys<X>(shared + X::K_AT + stage, keys, a.k.stride[2], begin * X::BN, span, p.D);
-        ada_copy_keys<X>(shared + X::V_AT + stage, values, a.v.stride[2], begin * X::BN, span, p.E);
+        ada_copy_keys<X>(shared + X::K_AT + stage, a.k, keys, begin * X::BN, span, p.D);
+        ada_copy_keys<X>(shared + X::V_AT + stage, a.v, values, begin * X::BN, span, p.E);
     }
     ada_copy_commit();
 
@@ -405,31 +503,35 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     const uint32_t q_at = shared + ada_place<X>(wm * 16 * X::MR + lane % 16, lane / 16);
     const uint32_t k_at = shared + X::K_AT + ada_place<X>(wn * X::KEYS + lane % 16, lane / 16);
 
+    const float *k_units = NULL, *v_units = NULL;
+    float q_unit[2] = {1, 1};
+    if constexpr (X::PARTS == 2) {
+        const int64_t heads = (int64_t)w.b * p.G + w.g, tiles = (p.S + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
+        k_units = a.k.units + heads * tiles, v_units = a.v.units + heads * tiles;
+        ADA_UNROLL for (int half = 0; half < 2; half++) {
+            const int r = w.row0 + 8 * half < w.rows ? w.row0 + 8 * half : w.rows - 1;
+            const int64_t head = (int64_t)w.b * p.H + w.h0 + r % ada_pack_of<X>(a);
+            q_unit[half] = a.q.units[head * ((p.T + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS) +
+                                     r / ada_pack_of<X>(a) / ADA_UNIT_ROWS];
+        }
+    }
+
     ADA_UNROLL_NOT for (int n = begin; n < end; n++) {
         const uint32_t stage = (uint32_t)(n % 2 * X::STAGE), next = X::STAGE - stage;
         ada_copy_wait<0>();
         ada_sync(); /* all have this tile's keys and values, and have read those before */
         if (n + 1 < end) {
-            ada_copy_keys<X>(shared + X::K_AT + next, keys, a.k.stride[2], (n + 1) * X::BN, span, p.D);
-            ada_copy_keys<X>(shared + X::V_AT + next, values, a.v.stride[2], (n + 1) * X::BN, span, p.E);
+            ada_copy_keys<X>(shared + X::K_AT + next, a.k, keys, (n + 1) * X::BN, span, p.D);
+            ada_copy_keys<X>(shared + X::V_AT + next, a.v, values, (n + 1) * X::BN, span, p.E);
         }
         ada_copy_commit();
 
         float s[X::MR][X::KEYS / 8][4];
-        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
-            ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] = 0;
-        ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 16) {
-            uint32_t q[X::MR][4];
-            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
-                ada_load_matrices(q[mr], ada_along<X>(q_at, 2 * d) + (uint32_t)(16 * mr * X::ROW_BYTES));
-            ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
-                uint32_t k[4];
-                ada_load_matrices(k, ada_along<X>(k_at + stage, 2 * d) + (uint32_t)(j * X::ROW_BYTES));
-                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
-                    ada_multiply<X>(s[mr][j / 8], q[mr], k[0], k[2]);
-                    ada_multiply<X>(s[mr][j / 8 + 1], q[mr], k[1], k[3]);
-                }
-            }
+        ada_scores<X>(s, q_at, k_at + stage);
+        if constexpr (X::PARTS == 2) {
+            const float unit = k_units[n * X::BN / ADA_UNIT_ROWS];
+            ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++) ADA_UNROLL for (int c = 0; c < 4; c++)
+                s[0][i][c] *= q_unit[c / 2] * unit;
         }
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
@@ -441,22 +543,8 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         ada_weigh<X>(s, rows, factor, lazy);
         if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
 
-        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
-            uint32_t weights[X::MR][4];
-            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < 4; i++) {
-                const float *pair = &s[mr][j / 8 + i / 2][i % 2 * 2];
-                weights[mr][i] = ada_pack<X>(pair[0], pair[1]);
-            }
-            ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
-                uint32_t v[4];
-                ada_load_transposed(v, ada_along<X>(k_at + stage, 2 * e) +
-                                           (uint32_t)(X::V_AT - X::K_AT + j * X::ROW_BYTES));
-                ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
-                    ada_multiply<X>(rows.o[mr][e / 8], weights[mr], v[0], v[1]);
-                    ada_multiply<X>(rows.o[mr][e / 8 + 1], weights[mr], v[2], v[3]);
-                }
-            }
-        }
+        ada_add_values<X>(rows, s, k_at + stage + (X::V_AT - X::K_AT),
+                          X::PARTS == 2 ? v_units[n * X::BN / ADA_UNIT_ROWS] : 1);
     }
 
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
@@ -468,7 +556,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         rows.saw |= ada_shuffle_xor(rows.saw, 1);
         rows.saw |= ada_shuffle_xor(rows.saw, 2);
     }
-    if (X::SPLIT)
+    if (X::FEW)
         ada_leave<X>(a, rows, factor);
     else
         ada_finish<X>(a, rows, factor);

@@ -1,36 +1,15 @@
-/* The instances of K1 of one format; the including file defines ADA_BF16 and ADA_RUN. */
+/* The instances of K1 of one format; the including file defines run_width<W>(a, options, stream) and ADA_RUN.
+ */
 #include "launch.h"
 
 template <typename X> static cudaError_t run(ada_k1_args &a, cudaStream_t stream) {
     const ada_cu_params &p = a.p;
     const int64_t units = (p.heads ? p.n_heads : p.B * p.H) / a.pack;
     a.tiles = (a.pack * p.T + X::BM - 1) / X::BM;
-    return ada_launch(ada_k1<X>, units * a.tiles * (X::SPLIT ? a.splits : 1), X::THREADS, X::SHARED, stream,
-                      a);
+    return ada_launch(ada_k1<X>, units * a.tiles * (X::FEW ? a.splits : 1), X::THREADS, X::SHARED, stream, a);
 }
 
-template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cudaStream_t stream) {
-    constexpr bool wide = W > 128;
-    constexpr int keys = wide ? 32 : 64;
-    if (a.splits)
-        return run<ada_tiling<ADA_BF16, W, 1, 1, wide ? 2 : 4, keys, true, true, wide ? 2 : 3>>(a, stream);
-    if (options) return run<ada_tiling<ADA_BF16, W, 4, 1, 1, keys, true, false, 2>>(a, stream);
-    if constexpr (W == 128) {
-        /* Registers and shared memory suffice for 64 keys at a time since sm_90. */
-        if (a.p.tiling == 1 || a.p.capability < 90)
-            return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 32, false, false, 2>>(a, stream);
-        if (a.p.tiling == 2) return run<ada_tiling<ADA_BF16, W, 8, 1, 1, 64, false, false, 1>>(a, stream);
-        if (a.p.tiling == 3) return run<ada_tiling<ADA_BF16, W, 8, 2, 1, 64, false, false, 1, 90>>(a, stream);
-        return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2, 90>>(a, stream);
-    } else if constexpr (W == 64) {
-        if (a.p.tiling == 1)
-            return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 128, false, false, 2, 90>>(a, stream);
-        if (a.p.tiling == 2) return run<ada_tiling<ADA_BF16, W, 8, 2, 1, 64, false, false, 1>>(a, stream);
-        return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2>>(a, stream);
-    } else {
-        return run<ada_tiling<ADA_BF16, W, 4, wide ? 1 : 2, 1, keys, false, false, 2>>(a, stream);
-    }
-}
+template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cudaStream_t stream);
 
 cudaError_t ADA_RUN(ada_k1_args a, cudaStream_t stream) {
     const ada_cu_params &p = a.p;

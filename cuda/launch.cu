@@ -7,7 +7,7 @@
 
 /* Where the parts of the workspace begin. */
 typedef struct {
-    size_t again, q, k, v, partials, bytes;
+    size_t again, q, k, v, units, partials, bytes;
     bool packs_q, packs_k, packs_v;
     int splits, pack;
 } layout;
@@ -15,17 +15,24 @@ typedef struct {
 static int64_t head_count(const ada_cu_params *p) { return p->heads ? p->n_heads : (int64_t)p->B * p->H; }
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-static bool is_dense(const ada_cu_params *p) { return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16; }
+static bool is_pairs(const ada_cu_params *p) { return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128; }
+static bool is_tiled(const ada_cu_params *p) {
+    return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16 || is_pairs(p);
+}
+/* Where pairs are too wide for K1, K0 is as accurate. */
+static bool is_simt_f32(const ada_cu_params *p) {
+    return p->rung == ADA_CU_SIMT_F32 || (p->rung == ADA_CU_SPLIT && !is_pairs(p));
+}
 static int format_of(const ada_cu_params *p) { return p->rung == ADA_CU_FP16 ? ADA_CU_F16 : ADA_CU_BF16; }
 
 static bool as_k1_reads(const ada_cu_params *p, const ada_cu_array *a) {
     const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
-    return p->dtype == format_of(p) && a->stride[3] == 2 && together % 16 == 0;
+    return !is_pairs(p) && p->dtype == format_of(p) && a->stride[3] == 2 && together % 16 == 0;
 }
 
 /* So many that all multiprocessors have work, and every split some hundred keys at least. */
 static int splits_of(const ada_cu_params *p, int pack) {
-    const int64_t tiles = head_count(p) / pack * divide_up((int64_t)pack * p->T, ada_split_rows());
+    const int64_t tiles = head_count(p) / pack * divide_up((int64_t)pack * p->T, ada_few_rows());
     const int64_t most = divide_up(p->S, 256), wanted = 3 * (int64_t)p->multiprocessors / tiles;
     if (p->splits) return p->splits;
     return (int)(wanted < 1 ? 1 : wanted > most ? most : wanted);
@@ -37,6 +44,10 @@ static size_t take(size_t *used, int64_t bytes) {
     return at;
 }
 
+static int64_t units_of(int64_t B, int64_t heads, int64_t rows) {
+    return B * heads * divide_up(rows, ADA_UNIT_ROWS);
+}
+
 static layout layout_of(const ada_cu_params *p) {
     layout at = {};
     size_t used = 0;
@@ -44,15 +55,18 @@ static layout layout_of(const ada_cu_params *p) {
     if (p->rung == ADA_CU_SIMT_F64) return at;
     const int64_t rows = (int64_t)p->B * p->H * p->T;
     at.again = take(&used, 4 * (ADA_AGAIN_LIST + rows));
-    if (is_dense(p)) {
+    if (is_tiled(p)) {
         const int64_t d = divide_up(p->D, 8) * 16, e = divide_up(p->E, 8) * 16,
                       keys = (int64_t)p->B * p->G * p->S;
         at.packs_q = !as_k1_reads(p, &p->query);
         at.packs_k = !as_k1_reads(p, &p->key);
         at.packs_v = !as_k1_reads(p, &p->value);
-        if (at.packs_q) at.q = take(&used, rows * d);
-        if (at.packs_k) at.k = take(&used, keys * d);
-        if (at.packs_v) at.v = take(&used, keys * e);
+        const int parts = is_pairs(p) ? 2 : 1;
+        if (at.packs_q) at.q = take(&used, parts * rows * d);
+        if (at.packs_k) at.k = take(&used, parts * keys * d);
+        if (at.packs_v) at.v = take(&used, parts * keys * e);
+        if (parts == 2)
+            at.units = take(&used, 4 * (units_of(p->B, p->H, p->T) + 2 * units_of(p->B, p->G, p->S)));
         if (ada_few_queries(p)) {
             at.pack = p->heads ? 1 : p->H / p->G;
             at.splits = splits_of(p, at.pack);
@@ -96,21 +110,29 @@ static cudaError_t run_again(const ada_cu_params *p, const int32_t *again, cudaS
     return ada_k0_run(a, true, k0_blocks(p, a.rows), stream);
 }
 
+/* Rows as K1 reads them: where they lie, or packed into the workspace. */
 static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int heads, int rows, int width,
-                        bool needed, size_t at, ada_rows16 *to, cudaStream_t stream) {
+                        bool needed, size_t at, float *units, ada_rows16 *to, cudaStream_t stream) {
     to->data = (const char *)from->data;
     for (int i = 0; i < 3; i++) to->stride[i] = from->stride[i];
     if (!needed) return cudaSuccess;
     ada_pack_args a = {};
     a.from = *from, a.dtype = p->dtype, a.heads = heads, a.rows = rows, a.width = width;
     a.chunks = (int)divide_up(width, 8);
-    a.bf16 = format_of(p) == ADA_CU_BF16;
+    a.bf16 = p->rung == ADA_CU_BFLOAT16;
     a.items = (int64_t)p->B * heads * rows * a.chunks;
     a.to = (uint16_t *)((char *)p->workspace + at);
     to->data = (const char *)a.to;
     to->stride[2] = 16 * a.chunks, to->stride[1] = to->stride[2] * rows,
     to->stride[0] = to->stride[1] * heads;
-    return ada_launch(ada_pack_rows, divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0, stream, a);
+    if (!is_pairs(p))
+        return ada_launch(ada_pack_rows, divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0, stream,
+                          a);
+    a.part = 8 * a.items, to->part = 2 * a.part;
+    to->units = a.units = units;
+    if (from != &p->query) a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
+    return ada_launch(ada_split_rows, units_of(p->B, heads, rows), ADA_PACK_THREADS,
+                      ADA_PACK_THREADS / 32 * 4, stream, a);
 }
 
 static bool in_pairs(const ada_cu_params *p) {
@@ -120,7 +142,7 @@ static bool in_pairs(const ada_cu_params *p) {
     return p->dtype != ADA_CU_F64 && out->stride[3] == size && together % (2 * size) == 0;
 }
 
-static cudaError_t run_dense(const ada_cu_params *p, const layout *at, int32_t *again, cudaStream_t stream) {
+static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *again, cudaStream_t stream) {
     ada_k1_args a = {};
     a.p = *p;
     a.again = again;
@@ -132,10 +154,16 @@ static cudaError_t run_dense(const ada_cu_params *p, const layout *at, int32_t *
     a.lazy = ADA_LAZY_OCTAVES / a.octaves;
     if (const char *tiling = getenv("ADAATTN_CUDA_TILING")) a.p.tiling = atoi(tiling); /* to be timed */
     if (p->capability < 80 || !ada_k1_width(p)) return cudaErrorNotSupported;
-    cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, &a.q, stream);
-    if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, &a.k, stream);
-    if (!error) error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, &a.v, stream);
-    if (!error) error = p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream) : ada_k1_run_bf16(a, stream);
+    float *const q_units = (float *)((char *)p->workspace + at->units);
+    float *const k_units = q_units + units_of(p->B, p->H, p->T), *const v_units =
+                                                                     k_units + units_of(p->B, p->G, p->S);
+    cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, q_units, &a.q, stream);
+    if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, k_units, &a.k, stream);
+    if (!error) error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
+    if (!error)
+        error = p->rung == ADA_CU_FP16       ? ada_k1_run_f16(a, stream)
+                : p->rung == ADA_CU_BFLOAT16 ? ada_k1_run_bf16(a, stream)
+                                             : ada_k1_run_split(a, stream);
     if (error || !a.splits) return error;
     const int64_t blocks = divide_up(head_count(p) * p->T, ADA_COMBINE_THREADS / 32);
     return ada_launch(ada_combine, blocks, ADA_COMBINE_THREADS, 0, stream, a);
@@ -149,11 +177,11 @@ cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream) {
     int32_t *const again = (int32_t *)((char *)p->workspace + at.again);
     cudaError_t error = cudaMemsetAsync(again, 0, 4, stream);
     if (error) return error;
-    if (p->rung == ADA_CU_SIMT_F32) {
+    if (is_simt_f32(p)) {
         simt.again = again;
         error = ada_k0_run(simt, false, simt.rows, stream);
     } else {
-        error = is_dense(p) ? run_dense(p, &at, again, stream) : cudaErrorNotSupported;
+        error = is_tiled(p) ? run_tiled(p, &at, again, stream) : cudaErrorNotSupported;
     }
     return error ? error : run_again(p, again, stream);
 }

@@ -22,12 +22,12 @@ static inline int ada_k1_width(const ada_cu_params *p) {
 /* Whether K1 takes the rows of all heads that share keys together, and splits the keys. */
 static inline bool ada_few_queries(const ada_cu_params *p) { return p->T <= 16; }
 
-/* Few queries: rows and keys of a tile. */
-static inline int ada_split_rows() { return 16; }
-static inline int ada_split_keys(int width) { return width <= 128 ? 64 : 32; }
+/* Few queries: rows of a tile. */
+static inline int ada_few_rows() { return 16; }
 
 cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStream_t stream);
 cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
 
 #endif

@@ -1,15 +1,19 @@
-/* Arrays of any dtype and layout to rows of 16-bit elements, as K1 copies them. */
+/* Arrays of any dtype and layout to rows of 16-bit elements, or of pairs of them, as K1 copies them. */
 #ifndef ADA_CUDA_PACK_CUH
 #define ADA_CUDA_PACK_CUH
 
-#include "common.cuh"
+#include "k1.cuh"
 
 typedef struct {
     ada_cu_array from;
     int32_t dtype, heads, rows, width, chunks; /* chunks of eight elements in a packed row */
     int32_t bf16;
-    int64_t items; /* chunks in all */
-    uint16_t *to;  /* [B][heads][rows][8 * chunks] */
+    int64_t items;          /* chunks in all */
+    uint16_t *to;           /* [B][heads][rows][8 * chunks] */
+    int64_t part;           /* pairs: elements from first parts to second ones */
+    float *units;           /* pairs: [B][heads][tiles] */
+    const int64_t *lengths; /* pairs: rows of sequence b, NULL: all; [b * stride] */
+    int64_t lengths_stride;
 } ada_pack_args;
 
 enum { ADA_PACK_THREADS = 256 };
@@ -30,6 +34,52 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) 
     ADA_UNROLL for (int c = 0; c < 4; c++) packed.x[c] =
         a.bf16 ? ada_pack_bf16(x[2 * c], x[2 * c + 1]) : ada_pack_f16(x[2 * c], x[2 * c + 1]);
     *(ada_vector<uint32_t, 4> *)(a.to + 8 * i) = packed;
+}
+
+/* Pairs: a tile of ADA_UNIT_ROWS rows by one block. A power of two brings its largest finite number to 2^14,
+ * so that small ones keep their digits; the first part holds 11 bits of a number, the second one the next 11.
+ */
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a) {
+    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
+    const int64_t head = ada_block() / tiles;
+    const int first = ada_block() % tiles * ADA_UNIT_ROWS, b = (int)(head / a.heads);
+    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
+    const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
+    const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
+    float most = 0;
+    for (int i = ada_thread(); i < (end - first) * a.width; i += ADA_PACK_THREADS) {
+        const char *row = from + (first + i / a.width) * a.from.stride[2];
+        const float x = fabsf(ada_element<float>(row + i % a.width * a.from.stride[3], a.dtype));
+        most = x < ADA_INF ? fmaxf(most, x) : most;
+    }
+    ADA_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) most = fmaxf(most, ada_shuffle_xor(most, lanes));
+    float *const each = ada_shared_at<float>(0);
+    if (ada_thread() % 32 == 0) each[ada_thread() / 32] = most;
+    ada_sync();
+    for (int i = 0; i < ADA_PACK_THREADS / 32; i++) most = fmaxf(most, each[i]);
+    int exponent = 0; /* of a power of two above most */
+    frexpf(most, &exponent);
+    exponent = exponent < -80 ? -80 : exponent;
+    const float factor = ldexpf(1, 14 - exponent);
+    if (ada_thread() == 0) a.units[ada_block()] = ldexpf(1, exponent - 14);
+    for (int i = ada_thread(); i < (end - first) * a.chunks; i += ADA_PACK_THREADS) {
+        const int row = first + i / a.chunks, chunk = i % a.chunks;
+        ada_vector<uint32_t, 4> high, low;
+        ADA_UNROLL for (int c = 0; c < 4; c++) {
+            float x[2];
+            ADA_UNROLL for (int k = 0; k < 2; k++) {
+                const int at = 8 * chunk + 2 * c + k;
+                const char *element = from + row * a.from.stride[2] + at * a.from.stride[3];
+                x[k] = at < a.width ? ada_element<float>(element, a.dtype) * factor : 0;
+            }
+            high.x[c] = ada_pack_f16(x[0], x[1]);
+            low.x[c] = ada_pack_f16((x[0] - ada_from_f16((uint16_t)high.x[c])) / ADA_LOW_UNIT,
+                                    (x[1] - ada_from_f16((uint16_t)(high.x[c] >> 16))) / ADA_LOW_UNIT);
+        }
+        uint16_t *const to = a.to + ((head * a.rows + row) * a.chunks + chunk) * 8;
+        *(ada_vector<uint32_t, 4> *)to = high;
+        *(ada_vector<uint32_t, 4> *)(to + a.part) = low;
+    }
 }
 
 #endif

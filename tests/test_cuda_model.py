@@ -34,9 +34,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "split": 2.0**-22, "fp16": 2.0**-11, "bf16": 2.0**-8}
 FORMATS = {"fp16": F16, "bf16": BF16}
-RUNGS = [("fp64", F32), ("fp32", F16), ("fp16", F16), ("bf16", BF16), ("bf16", F32)]
+TILED = ("split", "fp16", "bf16")
+RUNGS = [("fp64", F32), ("fp32", F16), ("split", F32), ("fp16", F16), ("bf16", BF16), ("bf16", F32)]
 MANY = Shape(2, 4, 2, 40, 100, 24, 16)
 FEW = Shape(2, 4, 2, 5, 300, 24, 40)
 FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
@@ -82,7 +83,7 @@ def check(
 )
 def test_options(case: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     for rung, dtype in RUNGS:
-        for shape in (MANY, FEW) if rung in FORMATS else (MANY,):
+        for shape in (MANY, FEW) if rung in TILED else (MANY,):
             # In float, scores that a bias swallows are not what the bias says.
             again = None if "lowest" in case else 0
             check(kernels, rung, *inputs(rng, shape, dtype), again=again, **CASES[case](rng, shape))
@@ -92,8 +93,8 @@ def test_every_head_size(kernels: ctypes.CDLL, rng: np.random.Generator) -> None
     for D in range(1, 257):
         E = D * 89 % 256 + 1
         shape = Shape(1, 1, 1, 3 if D % 2 else 17, 30, D, E)
-        rung = "fp16" if D % 4 < 2 else "bf16"
-        check(kernels, rung, *inputs(rng, shape, FORMATS[rung], 0.5), causal=bool(D % 3), order=D)
+        rung = TILED[D // 2 % 3]
+        check(kernels, rung, *inputs(rng, shape, FORMATS.get(rung, F32), 0.5), causal=bool(D % 3), order=D)
 
 
 @pytest.mark.parametrize("D", [16, 32, 64, 128, 256])
@@ -108,16 +109,17 @@ def test_ragged_tiles_in_any_order(D: int, kernels: ctypes.CDLL, rng: np.random.
         check(kernels, "bf16", *arrays, **options)
         for tiling in {128: (1, 2, 3), 64: (1, 2)}.get(D, ()):
             check(kernels, "bf16", *arrays, tiling=tiling, **options)
+        check(kernels, "split", *(x.astype(F32) for x in arrays), **options)
 
 
-@pytest.mark.parametrize("rung", ["fp16", "bf16"])
+@pytest.mark.parametrize("rung", TILED)
 def test_splits_of_the_keys(rung: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     for shape in (
         Shape(1, 8, 2, 1, 700, 64, 64),
         Shape(2, 3, 3, 16, 333, 128, 40),
         Shape(1, 6, 1, 9, 200, 256, 8),
     ):
-        arrays = inputs(rng, shape, FORMATS[rung])
+        arrays = inputs(rng, shape, FORMATS.get(rung, F32))
         for splits in (1, 2, 5, 11):
             for options in (
                 {"causal": True},
@@ -138,7 +140,7 @@ def test_the_order_of_threads_changes_no_bit(kernels: ctypes.CDLL, rng: np.rando
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
-@pytest.mark.parametrize("rung", ["fp64", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("rung", ["fp64", "fp32", *TILED])
 def test_every_dtype(rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     for shape in (MANY, FEW):
         check(kernels, rung, *inputs(rng, shape, dtype), causal=True)
@@ -158,7 +160,7 @@ def guarded(x: Array) -> Array:
     return view
 
 
-@pytest.mark.parametrize("rung", ["fp64", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("rung", ["fp64", "fp32", *TILED])
 def test_nothing_is_read_beside_the_arrays(rung: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     for shape in (MANY, FEW, Shape(1, 1, 1, 20, 30, 3, 250), Shape(1, 2, 1, 2, 30, 3, 250)):
         arrays = [guarded(x) for x in inputs(rng, shape, FORMATS.get(rung, F32))]
@@ -265,7 +267,9 @@ def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Gener
         key *= np.linspace(0.1, 5, shape.S, dtype=F32)[:, None]
         check(kernels, "fp16", query.astype(F16), key.astype(F16), value.astype(F16))
         check(kernels, "bf16", query.astype(BF16), key.astype(BF16), value.astype(BF16))
+        check(kernels, "split", query, key, value)
         value[0, 0, 4] = 1e6
+        check(kernels, "split", query, key, value)
         assert (
             cuda_model.attention(kernels, query, key, value, rung="fp16")[2] == shape.T * shape.H // shape.G
         )
@@ -292,9 +296,19 @@ FAULTS = {
     "outputs keep their old reference": ("k1.cuh", "rows.o[mr][n][2 * half] *= by;", "", "k1_bf16.cu"),
     "sums keep their old reference": ("k1.cuh", "rows.l[mr][half] *= by;", "", "k1_bf16.cu"),
     "half of a row's sum": ("k1.cuh", "l += ada_shuffle_xor(l, 2);", "", "k1_bf16.cu"),
-    "the wrong half of a key": ("k1.cuh", "q[mr], k[0], k[2]", "q[mr], k[0], k[1]", "k1_bf16.cu"),
-    "values are not transposed": ("k1.cuh", "ada_load_transposed(v", "ada_load_matrices(v", "k1_bf16.cu"),
-    "weights of the wrong rows": ("k1.cuh", "[i % 2 * 2];", "[i / 2 * 2];", "k1_bf16.cu"),
+    "the wrong half of a key": ("k1.cuh", "q[0][mr], k[0], k[2]", "q[0][mr], k[0], k[1]", "k1_bf16.cu"),
+    "values are not transposed": (
+        "k1.cuh",
+        "ada_load_transposed(v, ada_along",
+        "ada_load_matrices(v, ada_along",
+        "k1_bf16.cu",
+    ),
+    "weights of the wrong rows": (
+        "k1.cuh",
+        "&s[mr][j / 8 + i / 2][i % 2 * 2]",
+        "&s[mr][j / 8 + i / 2][i / 2 * 2]",
+        "k1_bf16.cu",
+    ),
     "hidden values are not zeros": ("k1.cuh", "i >= lowest && i < end ? bytes : 0", "bytes", "k1_bf16.cu"),
     "warps merge at different references": (
         "k1.cuh",
