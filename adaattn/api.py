@@ -9,8 +9,8 @@ import numpy as np
 
 from . import _adaattn
 from .errors import ArgumentError, DTypeError
-from .gpu import DeviceArray, device_of
-from .rates import rates
+from .gpu import DeviceArray, capability_for, device_of
+from .rates import gpu_table, rates
 from .rates import table as rate_table
 from .stats import Plan, Report, tolerance_of
 
@@ -193,9 +193,8 @@ def attention(
     rates = choices = None
     no_budget = tolerance is None and policy is None and plan is None  # by identity: small calls take 2 µs
     if not (no_budget and min_precision is _AUTO and max_precision is _AUTO and verify is _AUTO):
-        tolerance, rates, choices = _budget(
-            tolerance, policy, plan, precision, min_precision, max_precision, verify
-        )
+        tolerance, choices = _budget(tolerance, policy, plan, precision, min_precision, max_precision, verify)
+        rates = None if tolerance is None else _rates_for(query, device)
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
         scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices,
@@ -282,8 +281,8 @@ def plan(
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
     heads, _, _, sizes = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False, rate_table(), None,
-        True, return_lse, False, None, num_threads, _allocate, device,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False,
+        _rates_for(query, device), None, True, return_lse, False, None, num_threads, _allocate, device,
     )  # fmt: skip
     return Plan.of(
         heads,
@@ -307,8 +306,8 @@ def _budget(
     min_precision: Any,
     max_precision: Any,
     verify: Any,
-) -> tuple[Any, Any, Any]:
-    """The tolerance, the rates to plan by and the choices of a plan, of arguments that go together."""
+) -> tuple[Any, Any]:
+    """The tolerance and the choices of a plan, of arguments that go together."""
     choices = None
     limits = {"min_precision": min_precision, "max_precision": max_precision}
     if plan is not None:
@@ -326,7 +325,13 @@ def _budget(
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
         raise kind(f"verify: expected True, False or 'auto', got {got}")
-    return tolerance, None if tolerance is None else rate_table(), choices
+    return tolerance, choices
+
+
+def _rates_for(query: Any, device: Any) -> Any:
+    """The rates to plan by, of the GPU or the CPU that the call works on."""
+    capability = capability_for(query, device)
+    return rate_table() if capability is None else gpu_table(capability)
 
 
 def _given(precision: Any) -> bool:

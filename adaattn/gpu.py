@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import _adaattn
-from .errors import ArgumentError, DeviceError, DTypeError
+from .errors import ArgumentError, DeviceError, DTypeError, Error
 
 _LIBRARY = "libadaattn_cuda.so"
 _CUDA, _MANAGED = 2, 13  # DLPack's types of device
@@ -137,18 +137,27 @@ def to_host(array: Any) -> Any:
     return np.asarray(array)
 
 
-_devices = 0  # as many as were found once
+_capabilities: list[tuple[int, int]] = []  # of the devices that were found once
 
 
-def _count() -> int:
-    """Devices; DeviceError where there are none."""
-    global _devices
-    if not _devices:
+def _devices() -> list[tuple[int, int]]:
+    """Capabilities of the devices; DeviceError where there are none."""
+    if not _capabilities:
         _, driver, _, devices = _describe()
         if not devices:
             raise DeviceError(_nothing(driver))
-        _devices = len(devices)
-    return _devices
+        _capabilities.extend((major, minor) for _, major, minor, *_ in devices)
+    return _capabilities
+
+
+def capability_for(query: Any, device: Any) -> tuple[int, int] | None:
+    """Of the GPU that a call works on; None for the CPU, and where the call will say what is wrong."""
+    if device is None and (isinstance(query, np.ndarray) or device_of(query) is None):
+        return None
+    try:
+        return _devices()[_ordinal_of(device) if device is not None else device_of(query) or 0]
+    except (Error, IndexError):
+        return None
 
 
 def place(query: Any, ordinal: int | None, device: Any) -> tuple[int, int, bool]:
@@ -169,8 +178,8 @@ def place(query: Any, ordinal: int | None, device: Any) -> tuple[int, int, bool]
     at = ordinal if ordinal is not None else asked
     assert at is not None
     try:
-        if not at < _count():
-            raise DeviceError(f"the CUDA runtime finds {_count()}")
+        if not at < len(_devices()):
+            raise DeviceError(f"the CUDA runtime finds {len(_devices())}")
     except DeviceError as error:
         name, got = "device", repr(device)
         if ordinal is not None:

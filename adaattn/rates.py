@@ -57,6 +57,23 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
     },
 }  # fmt: skip
 
+# The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. They are
+# not measured, but what kernels of the kind reach elsewhere.
+_GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
+    (8, 0): {
+        "fp64": (2e3, 2e3, 0), "fp32": (6e3, 6e3, 0), "fp16": (1.3e5, 1.6e5, 0),
+        "bf16": (1.3e5, 1.6e5, 0), "int8/bf16": (1.4e5, 1.8e5, 0),
+    },
+    (8, 9): {
+        "fp64": (6e2, 6e2, 0), "fp32": (1.2e4, 1.2e4, 0), "fp16": (1.0e5, 1.2e5, 0),
+        "bf16": (1.0e5, 1.2e5, 0), "int8/bf16": (1.1e5, 1.4e5, 0),
+    },
+    (9, 0): {
+        "fp64": (6e3, 6e3, 0), "fp32": (1.5e4, 1.5e4, 0), "fp16": (2.5e5, 3.2e5, 0),
+        "bf16": (2.5e5, 3.2e5, 0), "int8/bf16": (2.8e5, 3.6e5, 0),
+    },
+}  # fmt: skip
+
 _table: NDArray[np.float64] | None = None  # what calls within a budget go by, once it has been read
 
 
@@ -118,6 +135,12 @@ def table() -> NDArray[np.float64]:
     if _table is None:
         _table = _load()[1]
     return _table
+
+
+def gpu_table(capability: tuple[int, int]) -> NDArray[np.float64]:
+    """Rates of a GPU as the engine's planner takes them; 0: there is no kernel."""
+    known = max((chip for chip in _GPU_DEFAULTS if chip <= capability), default=min(_GPU_DEFAULTS))
+    return np.array([_GPU_DEFAULTS[known].get(rung, (0, 0, 0)) for rung in RUNGS], np.float64)
 
 
 def rates() -> dict[str, Any]:

@@ -23,8 +23,6 @@
 #define GUESS_PART 4
 /* Exact rows run at this share of the speed of fp32 tiles. */
 #define ROW_SPEED 0.6
-/* Of keys that only tell whether fp32 will do: at most one block in so many, but two. */
-#define LOOK_STEP 64
 /* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung.
  */
 #define LOOK_OPERATIONS 150
@@ -75,7 +73,7 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
     if (!look || ada_job_cancelled(job, worker)) return;
     ada_key_probe *keys = &a->keys[task];
     *keys = ada_key_probe_of(p, a->probes + task * a->probe_bytes);
-    ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? LOOK_STEP : 1, keys, scratch);
+    ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? ADA_LOOK_STEP : 1, keys, scratch);
     if (keys->count == 0)
         ada_probe_keys(p, a->k, b, h, a->per_head, 1, keys, scratch); /* a mask hides those */
 }
@@ -256,11 +254,25 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
+/* GPUs wait for memory with their own format of halves as well. Index of that candidate, or -1. */
+static int own_candidate(const ada_problem *p) {
+    const ada_rung own = p->query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
+    const bool is_half = p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16;
+    return p->on_gpu && is_half ? ada_candidate_of((ada_choice){own, own}) : -1;
+}
+
 /* The candidate of a head that is open to choice. */
 static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const ada_budget *b = a->budget;
     const ada_forecast *f = &b->heads[i].forecast;
     if (a->p->only_f64) return 0;
+    const int own = own_candidate(a->p);
+    if (ada_is_fixed(a->p) && own > 0) {
+        ada_forecast few = *f;
+        for (int c = task->plain + 1; c < ADA_CANDIDATES; c++)
+            if (c != own) few.error[c] = INFINITY;
+        return ada_plan_head(&few, task, b->rates);
+    }
     if (ada_is_fixed(a->p)) {
         const bool lse_off = task->lse && f->lse_error[task->plain] > fmax(b->tolerance / ADA_MARGIN, 1e-6);
         const bool in_f64 =
@@ -304,7 +316,11 @@ static void plan_heads(ada_attending *a) {
             head->choice = p->precision;
         else
             head->choice = ada_candidates[choose(a, i, &task)];
-        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++) head->forecast.error[c] = NAN;
+        const int own = ada_is_fixed(p) ? own_candidate(p) : -1;
+        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++)
+            if (c != own) head->forecast.error[c] = NAN;
+        for (int c = 0; c < ADA_CANDIDATES; c++) /* no kernel computes that */
+            if (a->budget->rates[c].gflops[0] == 0) head->forecast.error[c] = head->seconds[c] = NAN;
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
         if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
@@ -320,7 +336,8 @@ static void plan_heads(ada_attending *a) {
 static bool takes_all(const ada_attending *a, ada_choice choice) {
     const ada_choice plain = ada_candidates[ada_plain_candidate(a->p)];
     const bool is_plain = choice.qk == plain.qk && choice.pv == plain.pv;
-    return a->p->T <= ADA_ROWS_MAX && (is_plain || ada_is_forced(a->budget) || a->p->only_f64);
+    return a->p->T <= ADA_ROWS_MAX && !a->p->on_gpu &&
+           (is_plain || ada_is_forced(a->budget) || a->p->only_f64);
 }
 
 static ada_status execute_on_cpu(ada_attending *a, const ada_problem *problem, const int64_t *heads,
@@ -434,7 +451,7 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
                       ada_error *error) {
     memset(budget->seconds, 0, sizeof budget->seconds);
-    if (p->on_gpu) return ada_gpu_attend(p, budget, error);
+    if (p->on_gpu) return ada_gpu_attend(p, budget, interrupt, context, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     if (budget->tolerance == 0) {
         const double start = budget->heads ? seconds_now() : 0;

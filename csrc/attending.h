@@ -20,6 +20,9 @@
  * all. */
 typedef enum { ADA_LOOK_NONE, ADA_LOOK_SOME, ADA_LOOK_ALL } ada_look;
 
+/* Of keys that only tell whether the plain rung will do: at most one block in so many, but two. */
+#define ADA_LOOK_STEP 64
+
 /* One head on its way through the phases. */
 typedef struct {
     int64_t rows[ADA_MOST_ROWS]; /* of the choice, later those to verify */

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "execute.h"
+#include "gpu_budget.h"
 #include "memory.h"
 
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
@@ -75,24 +76,21 @@ static ada_choice plain_choice(const ada_problem *p, const ada_cuda_table *t, co
     return !p->only_f64 && is_half && t->computes(call, half) ? half : p->precision;
 }
 
+ada_status ada_gpu_check_choice(const ada_cuda_table *t, const ada_cuda_call *call, ada_choice choice,
+                                ada_error *error) {
+    if (t->computes(call, choice)) return ADA_OK;
+    return ada_fail(error, ADA_ERR_ARGUMENT,
+                    "precision: expected rungs that the GPU computes for this dtype and head size, got "
+                    "('%s', '%s')",
+                    ada_rung_name(choice.qk), ada_rung_name(choice.pv));
+}
+
 static ada_status attend_exactly(const ada_problem *p, ada_budget *budget, const ada_cuda_table *t,
                                  ada_cuda_call *call, ada_error *error) {
     ada_cuda_failure failure;
-    if (budget->tolerance > 0)
-        return ada_fail(error, ADA_ERR_DEVICE, "tolerance: expected None on a GPU, got %g",
-                        budget->tolerance);
     const bool forced = budget->asked.qk != ADA_RUNG_AUTO;
     const ada_choice choice = forced ? p->precision : plain_choice(p, t, call);
-    bool good = true;
-    if (!t->computes(call, choice))
-        return ada_fail(error, ADA_ERR_ARGUMENT,
-                        "precision: expected rungs that the GPU computes for this dtype and head size, got "
-                        "('%s', '%s')",
-                        ada_rung_name(choice.qk), ada_rung_name(choice.pv));
-    if (budget->verify && t->check_mask(call, &good, &failure)) return ada_gpu_fail(&failure, error);
-    if (!good)
-        return ada_fail(error, ADA_ERR_ARGUMENT,
-                        "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+    if (ada_gpu_check_choice(t, call, choice, error)) return error->status;
     if (t->execute(call, choice, NULL, p->B * p->H, &failure)) return ada_gpu_fail(&failure, error);
     for (int64_t i = 0; budget->heads && i < p->B * p->H; i++) {
         budget->heads[i] = ada_unknown_head();
@@ -101,12 +99,32 @@ static ada_status attend_exactly(const ada_problem *p, ada_budget *budget, const
     return ADA_OK;
 }
 
-static ada_status attend(const ada_problem *p, ada_budget *budget, ada_error *error) {
+/* What someone waits for on this call. */
+typedef struct {
+    bool (*interrupt)(void *);
+    void *context;
+} caller;
+
+static ada_status attend(const ada_problem *p, ada_budget *budget, const caller *from, ada_error *error) {
     const ada_cuda_table *t = ada_gpu_table();
     ada_cuda_failure failure;
     ada_cuda_call *call;
+    bool good = true;
+    if (p->B * p->H * p->T > INT32_MAX || p->S > INT32_MAX)
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "query: expected fewer than 2**31 rows and keys on a GPU, got %lld",
+                        (long long)(p->S > INT32_MAX ? p->S : p->B * p->H * p->T));
     if (t->open(p, &call, &failure)) return ada_gpu_fail(&failure, error);
-    const ada_status status = attend_exactly(p, budget, t, call, error);
+    ada_status status = ADA_OK;
+    if (budget->verify && t->check_mask(call, &good, &failure))
+        status = ada_gpu_fail(&failure, error);
+    else if (!good)
+        status =
+            ada_fail(error, ADA_ERR_ARGUMENT, "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+    else if (budget->tolerance > 0)
+        status = ada_gpu_attend_within(p, call, budget, from->interrupt, from->context, error);
+    else
+        status = attend_exactly(p, budget, t, call, error);
     t->close(call);
     return status;
 }
@@ -166,8 +184,8 @@ static ada_status fetch_out(const ada_problem *p, const void *from, int64_t byte
 
 enum { IN_QUERY, IN_KEY, IN_VALUE, IN_MASK, OUT, LSE, RANGES };
 
-static ada_status attend_staged(const ada_problem *p, ada_budget *budget, staged_range ranges[RANGES],
-                                ada_error *error) {
+static ada_status attend_staged(const ada_problem *p, ada_budget *budget, const caller *from,
+                                staged_range ranges[RANGES], ada_error *error) {
     const ada_cuda_table *t = ada_gpu_table();
     const int64_t lse_bytes = p->B * p->H * p->T * (p->query.dtype == ADA_F64 ? 8 : 4);
     ada_problem there = *p;
@@ -190,20 +208,22 @@ static ada_status attend_staged(const ada_problem *p, ada_budget *budget, staged
         if (stage(p, &ranges[LSE], false, error)) return error->status;
         there.lse = ranges[LSE].memory;
     }
-    if (attend(&there, budget, error) || budget->plan_only) return error->status;
+    if (attend(&there, budget, from, error) || budget->plan_only) return error->status;
     if (fetch_out(p, there.out.data, (int64_t)ranges[OUT].high, error)) return error->status;
     if (p->lse && t->download(p->device, p->stream, p->lse, there.lse, lse_bytes, &failure))
         return ada_gpu_fail(&failure, error);
     return ADA_OK;
 }
 
-ada_status ada_gpu_attend(const ada_problem *p, ada_budget *budget, ada_error *error) {
+ada_status ada_gpu_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
+                          ada_error *error) {
+    const caller from = {interrupt, context};
     const ada_cuda_table *t = ada_gpu_table();
     staged_range ranges[RANGES] = {{0}};
     ada_cuda_failure failure;
     error->status = ADA_OK;
-    if (!p->staged) return attend(p, budget, error);
-    const ada_status status = attend_staged(p, budget, ranges, error);
+    if (!p->staged) return attend(p, budget, &from, error);
+    const ada_status status = attend_staged(p, budget, &from, ranges, error);
     for (int i = 0; i < RANGES; i++)
         if (ranges[i].memory) t->release(p->device, p->stream, ranges[i].memory, &failure);
     return status;

@@ -16,7 +16,8 @@ ada_status ada_gpu_fail(const ada_cuda_failure *failure, ada_error *error);
 
 /* ada_attend for a problem on a GPU. Without a tolerance, a report and a float mask to be checked it only
  * puts work on the stream. */
-ada_status ada_gpu_attend(const ada_problem *problem, ada_budget *budget, ada_error *error);
+ada_status ada_gpu_attend(const ada_problem *problem, ada_budget *budget, bool (*interrupt)(void *),
+                          void *context, ada_error *error);
 
 /* Until the device has done what the problem's stream holds. */
 ada_status ada_gpu_wait(const ada_problem *problem, ada_error *error);

@@ -41,8 +41,9 @@ static double square(double x) { return x * x; }
 
 /* Variance of the scores' noise, summed over the keys with the given weights of a key, of its norm2 and of
  * its block's largest^2. */
-static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, int64_t D, double sum,
+static double score_noise(const ada_row_profile *x, ada_rung rung, const ada_problem *p, double sum,
                           double norm, double step, double total) {
+    const ada_dtype dtype = p->query.dtype;
     const double spread = total > 0 ? x->spread / total * norm : 0; /* sum of scale^2 q^2 k^2 */
     const double with_mean = spread + (x->size - x->spread) * sum;
     switch (rung) {
@@ -55,13 +56,15 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
         return (dtype == ADA_BF16 ? square(ROUND_TERMS) : 2 * square(ROUND_BF16X3)) * with_mean;
     case ADA_RUNG_FP16:
         return (dtype == ADA_F16 ? square(ROUND_TERMS) : 2 * square(ROUND_FP16)) * with_mean;
-    case ADA_RUNG_BF16: /* an array's own format is not centred and not rounded, but for the scale */
+    case ADA_RUNG_BF16: /* an array's own format is not centred and not rounded, but for the scale; GPUs do */
+        if (p->on_gpu)  /* neither, and scale the score */
+            return dtype == ADA_BF16 ? square(ROUND_TERMS) * with_mean : 2 * square(ROUND_BF16) * with_mean;
         return dtype == ADA_BF16 ? square(ROUND_BF16) * with_mean : 2 * square(ROUND_BF16) * spread;
     case ADA_RUNG_INT16: {
         /* A row's step follows from its largest or from its norm; a block's norm is about that of normal
          * entries whose largest is three deviations. */
         const double by_norm = square(1.0 / ADA_I16_NORM), by_most = square(1.0 / ADA_I16_MAX);
-        const double keys = fmax(by_most, (double)D / 9 * by_norm);
+        const double keys = fmax(by_most, (double)p->D / 9 * by_norm);
         return (fmax(x->qmax2 * by_most, x->q2 * by_norm) * norm + x->q2 * keys * step) / 12;
     }
     default: /* int8 */
@@ -70,8 +73,9 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
 }
 
 /* Squared error that the weights' and values' rounding puts into the output. */
-static double value_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dtype, double step8,
+static double value_noise(const ada_row_profile *x, ada_rung rung, const ada_problem *p, double step8,
                           double step16) {
+    const ada_dtype dtype = p->query.dtype;
     const double sums = square(ROUND_SUM) * x->p2v + square(ROUND_OUTPUT) * x->out2;
     switch (rung) {
     case ADA_RUNG_FP64:
@@ -81,8 +85,9 @@ static double value_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
         return sums;
     case ADA_RUNG_BF16X3:
         return sums + square(ROUND_BF16X3) * (x->p2d + (dtype == ADA_BF16 ? 0 : x->p2v));
-    case ADA_RUNG_FP16:
-        return sums + (dtype == ADA_F16 ? 0 : square(ROUND_FP16) * x->p2v);
+    case ADA_RUNG_FP16: /* GPUs round weights too */
+        return sums + (p->on_gpu ? square(ROUND_FP16) * x->p2d : 0) +
+               (dtype == ADA_F16 ? 0 : square(ROUND_FP16) * x->p2v);
     case ADA_RUNG_BF16:
         return square(ROUND_BF16) * (x->p2d + (dtype == ADA_BF16 ? 0 : x->p2v));
     case ADA_RUNG_INT16:
@@ -92,19 +97,17 @@ static double value_noise(const ada_row_profile *x, ada_rung rung, ada_dtype dty
     }
 }
 
-static double exp_noise(ada_choice choice) {
-    const bool fused = choice.pv == ADA_RUNG_INT8 || choice.pv == ADA_RUNG_BF16;
+static double exp_noise(ada_choice choice, const ada_problem *p) {
+    const bool fused = !p->on_gpu && (choice.pv == ADA_RUNG_INT8 || choice.pv == ADA_RUNG_BF16);
     return fused ? square(ROUND_EXP) : 0;
 }
 
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
                        ada_forecast *f) {
-    const ada_dtype dtype = p->query.dtype;
-    const int64_t D = p->D;
     double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
-    if (dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
+    if (p->query.dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
     double noise[ADA_CANDIDATES] = {0};
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];
@@ -118,14 +121,12 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
         }
         for (int c = 0; c < ADA_CANDIDATES; c++) {
             const ada_choice choice = ada_candidates[c];
-            const double scores =
-                score_noise(x, choice.qk, dtype, D, x->p2d, x->p2d_norm, x->p2d_step, keys->total);
-            noise[c] += x->weight * (scores + exp_noise(choice) * x->p2d +
-                                     value_noise(x, choice.pv, dtype, keys->step8, keys->step16));
-            const double lse =
-                score_noise(x, choice.qk, dtype, D, x->p2, x->p2_norm, x->p2_step, keys->total);
+            const double scores = score_noise(x, choice.qk, p, x->p2d, x->p2d_norm, x->p2d_step, keys->total);
+            noise[c] += x->weight * (scores + exp_noise(choice, p) * x->p2d +
+                                     value_noise(x, choice.pv, p, keys->step8, keys->step16));
+            const double lse = score_noise(x, choice.qk, p, x->p2, x->p2_norm, x->p2_step, keys->total);
             f->lse_error[c] =
-                fmax(f->lse_error[c], ADA_LARGEST_OF_MANY * sqrt(lse + exp_noise(choice) * x->p2));
+                fmax(f->lse_error[c], ADA_LARGEST_OF_MANY * sqrt(lse + exp_noise(choice, p) * x->p2));
         }
     }
     for (int c = 0; c < ADA_CANDIDATES; c++) {

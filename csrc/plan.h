@@ -13,7 +13,7 @@ extern const ada_choice ada_candidates[ADA_CANDIDATES];
 /* The one that computes a choice, or -1: a pair that is forced only. */
 int ada_candidate_of(ada_choice choice);
 
-/* Speed of one core, per candidate. */
+/* Speed of one core, or a whole GPU, per candidate; 0: not computed. */
 typedef struct {
     double gflops[2]; /* of 2 T S (D + E) operations, at D = 64 and 128, without packing */
     double pack_ns;   /* to pack one element of the keys or values */

@@ -314,8 +314,8 @@ static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
     if (a->backend->fetch_norms(a, error)) return error->status;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         const ada_head *head = &a->budget->heads[i];
-        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->choice.qk > ADA_RUNG_FP32)
-            continue;
+        const bool guessed = head->choice.qk <= ADA_RUNG_FP32 || (a->p->on_gpu && ada_is_fixed(a->p));
+        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || !guessed) continue;
         confirm_guess(a, i);
         const bool keeps = head->predicted_error * ADA_MARGIN_GUESSED <= a->budget->tolerance;
         if (!keeps && go_up(a, i)) a->list[n++] = i;

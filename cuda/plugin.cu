@@ -6,6 +6,7 @@
  */
 #include "ada_cuda.h"
 #include "params.h"
+#include "probe.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -220,6 +221,8 @@ struct ada_cuda_call {
     ada_cu_params params; /* of a launch of all heads, but for the rung */
     cudaStream_t stream;
     void *vectors; /* on the device */
+    void *probed;  /* what the probe leaves there */
+    ada_probe_args probe;
 };
 
 namespace {
@@ -288,7 +291,7 @@ bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
         *rung = ADA_CU_SIMT_F64;
         return true;
     case ADA_RUNG_FP32:
-        *rung = ADA_CU_SIMT_F32;
+        *rung = tensor ? ADA_CU_SPLIT : ADA_CU_SIMT_F32;
         return true;
     case ADA_RUNG_FP16:
         *rung = ADA_CU_FP16;
@@ -310,6 +313,7 @@ void close_call(ada_cuda_call *call) {
     if (!call) return;
     const Device guard(call->problem.device);
     if (call->vectors) cudaFreeAsync(call->vectors, call->stream);
+    if (call->probed) cudaFreeAsync(call->probed, call->stream);
     free(call);
 }
 
@@ -376,7 +380,7 @@ int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_
     return 0;
 }
 
-/* ---- masks and rows ---- */
+/* ---- masks ---- */
 
 __device__ double element(const char *at, int dtype) {
     switch (dtype) {
@@ -428,6 +432,132 @@ int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure) {
     *good = !bad;
     return 0;
 }
+
+/* ---- the probe ---- */
+
+/* Hands out the parts of the probe's memory; base NULL: counts. */
+size_t carve_probe(ada_probe_args *a, char *base, int64_t heads) {
+    const ada_cu_params *p = &a->p;
+    const int64_t key_heads = (int64_t)p->B * p->G;
+    size_t used = 0;
+    const auto take = [&](int64_t bytes) {
+        char *at = base ? base + used : nullptr;
+        used += (size_t)(bytes + 255) / 256 * 256;
+        return (float *)at;
+    };
+    a->heads = (const ada_probe_head *)take(key_heads * (int64_t)sizeof *a->heads);
+    a->means = take(key_heads * p->D * 4), a->variances = take(key_heads * p->D * 4);
+    a->norm2 = take(key_heads * p->S * 4), a->value2 = take(key_heads * p->S * 4);
+    a->largest = take(key_heads * a->blocks * 4);
+    a->partials = take(heads * a->chunks * (p->D + 2 * p->E) * 4);
+    a->value_sums = take(heads * 2 * p->E * 4), a->largest2 = take(heads * 4);
+    a->spread = take((int64_t)p->B * p->H * p->T * 4), a->heavy = take((int64_t)p->B * p->H * p->T * 4);
+    return used;
+}
+
+cudaError_t send_heads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n) {
+    const size_t bytes = (size_t)n * sizeof(ada_probe_head);
+    ada_probe_head *heads = (ada_probe_head *)calloc(1, bytes + 8);
+    if (!heads) return cudaErrorMemoryAllocation;
+    for (int64_t i = 0; i < n; i++) {
+        ada_probe_head *to = &heads[i];
+        const ada_cuda_keys *from = &keys[i];
+        to->head = from->head, to->first = from->first, to->end = from->end, to->step = from->step;
+        to->heavies = from->heavies;
+        memcpy(to->heavy, from->heavy, sizeof to->heavy);
+        memcpy(to->share, from->share, sizeof to->share);
+        const int first = from->first / ADA_CUDA_BLOCK;
+        for (int block = first; block * ADA_CUDA_BLOCK < from->end; block += from->step) {
+            const int low = block * ADA_CUDA_BLOCK, high = low + ADA_CUDA_BLOCK;
+            to->count +=
+                (float)((high < from->end ? high : from->end) - (low > from->first ? low : from->first));
+        }
+    }
+    const cudaError_t status =
+        send_words((void *)call->probe.heads, heads, (int64_t)(bytes + 7) / 8 * 8, call->stream);
+    free(heads);
+    return status;
+}
+
+int probe_keys(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    ada_probe_args *a = &call->probe;
+    const int64_t D = call->problem.D, E = call->problem.E, S = call->problem.S;
+    a->p = call->params;
+    a->chunks = ada_probe_chunks(S), a->blocks = (int32_t)((S + ADA_CUDA_BLOCK - 1) / ADA_CUDA_BLOCK);
+    TRY(cudaMallocAsync(&call->probed, carve_probe(a, nullptr, n), call->stream));
+    carve_probe(a, (char *)call->probed, n);
+    TRY(send_heads(call, keys, n));
+    TRY(ada_probe_keys_run(a, (int)n, call->stream));
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t head = keys[i].head;
+        TRY(cudaMemcpyAsync(keys[i].mean, a->means + head * D, (size_t)D * 4, cudaMemcpyDeviceToHost,
+                            call->stream));
+        TRY(cudaMemcpyAsync(keys[i].variance, a->variances + head * D, (size_t)D * 4, cudaMemcpyDeviceToHost,
+                            call->stream));
+        TRY(cudaMemcpyAsync(keys[i].value_sum, a->value_sums + 2 * i * E, (size_t)E * 4,
+                            cudaMemcpyDeviceToHost, call->stream));
+        TRY(cudaMemcpyAsync(keys[i].value_most, a->value_sums + (2 * i + 1) * E, (size_t)E * 4,
+                            cudaMemcpyDeviceToHost, call->stream));
+        TRY(cudaMemcpyAsync(keys[i].value2, a->value2 + head * S, (size_t)S * 4, cudaMemcpyDeviceToHost,
+                            call->stream));
+        float largest2;
+        TRY(cudaMemcpyAsync(&largest2, a->largest2 + i, 4, cudaMemcpyDeviceToHost, call->stream));
+        TRY(cudaStreamSynchronize(call->stream));
+        keys[i].largest2 = largest2;
+    }
+    return 0;
+}
+
+int row_spreads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float *spread, float *heavy,
+                ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    const size_t bytes = (size_t)(call->problem.B * call->problem.H * call->problem.T) * sizeof *spread;
+    TRY(send_heads(call, keys, n));
+    TRY(ada_probe_spreads_run(&call->probe, (int)n, call->stream));
+    TRY(cudaMemcpyAsync(spread, call->probe.spread, bytes, cudaMemcpyDeviceToHost, call->stream));
+    TRY(cudaMemcpyAsync(heavy, call->probe.heavy, bytes, cudaMemcpyDeviceToHost, call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    return 0;
+}
+
+int row_figures(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_figures *figures,
+                ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    Memory pairs(call->stream), found(call->stream);
+    ada_probe_args a = call->probe;
+    TRY(pairs.allocate((size_t)n * sizeof *rows));
+    TRY(found.allocate((size_t)n * sizeof *figures));
+    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
+    a.pairs = (const int32_t *)pairs.data, a.rows = n;
+    TRY(ada_probe_figures_run(&a, (ada_cuda_figures *)found.data, call->stream));
+    TRY(cudaMemcpyAsync(figures, found.data, (size_t)n * sizeof *figures, cudaMemcpyDeviceToHost,
+                        call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    return 0;
+}
+
+int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_profile *profiles,
+                 ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    const int64_t E = call->problem.E;
+    Memory pairs(call->stream), outputs(call->stream), found(call->stream);
+    ada_probe_args a = call->probe;
+    TRY(pairs.allocate((size_t)n * sizeof *rows));
+    TRY(outputs.allocate((size_t)(n * (E + 1)) * sizeof(double)));
+    TRY(found.allocate((size_t)n * sizeof *profiles));
+    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
+    a.pairs = (const int32_t *)pairs.data, a.rows = n;
+    double *lse = (double *)outputs.data, *o = lse + n;
+    TRY(ada_cu_exact_rows(&call->params, a.pairs, (int32_t)n, o, lse, call->stream));
+    TRY(ada_probe_profiles_run(&a, o, lse, (ada_cuda_profile *)found.data, call->stream));
+    TRY(cudaMemcpyAsync(profiles, found.data, (size_t)n * sizeof *profiles, cudaMemcpyDeviceToHost,
+                        call->stream));
+    TRY(cudaStreamSynchronize(call->stream));
+    return 0;
+}
+
+/* ---- rows ---- */
 
 /* Rows [n][E] of the output and their lse. */
 __global__ void gather_rows(const __grid_constant__ ada_cu_params c, const int32_t *pairs, double *o,
@@ -507,10 +637,18 @@ int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     return 0;
 }
 
-const ada_cuda_table table = {
-    ADA_CUDA_ABI, sizeof(ada_problem), ADA_VERSION, count,     describe,   allocate, release,    upload,
-    download,     synchronize,         order,       open_call, close_call, computes, check_mask, execute,
-    exact_rows,   output_rows,         row_norms};
+const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
+                              ADA_VERSION,  count,
+                              describe,     allocate,
+                              release,      upload,
+                              download,     synchronize,
+                              order,        open_call,
+                              close_call,   computes,
+                              check_mask,   execute,
+                              probe_keys,   row_spreads,
+                              row_figures,  row_profiles,
+                              exact_rows,   output_rows,
+                              row_norms};
 
 } // namespace
 

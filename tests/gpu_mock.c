@@ -2,12 +2,14 @@
  * function that may fail does so on demand, and what is allocated is counted. */
 #include "../cuda/ada_cuda.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../csrc/exact.h"
 #include "../csrc/execute.h"
+#include "../csrc/probe.h"
 
 #ifndef MOCK_ABI
 #    define MOCK_ABI ADA_CUDA_ABI
@@ -17,9 +19,12 @@ int mock_fail_after = -1; /* so many calls work, then one fails */
 int mock_code = 700;
 int mock_live, mock_calls, mock_waits, mock_devices = 2;
 uintptr_t mock_stream; /* of the last execution */
+double mock_fault = 1; /* by which fp32 outputs of rungs below fp32 are wrong */
 
 struct ada_cuda_call {
     ada_problem problem;
+    char *probes; /* [B * G] */
+    ada_key_probe *keys;
 };
 
 static int fails(const char *call, ada_cuda_failure *failure) {
@@ -81,7 +86,7 @@ static int order(int device, uintptr_t earlier, uintptr_t later, ada_cuda_failur
 static int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failure *failure) {
     *made = NULL;
     if (fails("open", failure)) return 1;
-    *made = malloc(sizeof **made);
+    *made = calloc(1, sizeof **made);
     (*made)->problem = *p;
     (*made)->problem.on_gpu = false;
     mock_live++;
@@ -90,6 +95,7 @@ static int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failur
 
 static void close_call(ada_cuda_call *call) {
     if (!call) return;
+    free(call->probes), free(call->keys);
     free(call);
     mock_live--;
 }
@@ -116,7 +122,128 @@ static int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads,
     mock_stream = p.stream;
     p.precision = choice;
     p.compute_f64 = choice.qk == ADA_RUNG_FP64;
-    return ada_execute(&p, heads, n, NULL, NULL, &error);
+    if (ada_execute(&p, heads, n, NULL, NULL, &error)) return 1;
+    if (choice.qk > ADA_RUNG_FP32 && p.out.dtype == ADA_F32) /* contiguous in these tests */
+        for (int64_t i = 0; i < n * p.T * p.E; i++)
+            ((float *)p.out.data)[heads ? heads[i / (p.T * p.E)] * p.T * p.E + i % (p.T * p.E) : i] *=
+                (float)mock_fault;
+    return 0;
+}
+
+/* One row of an array in double. */
+static void load(double *x, const ada_array *a, int64_t b, int64_t h, int64_t row) {
+    ada_load_rows_f64(ada_kernels_get(), x, a->shape[3], a, b, h, row, 1, (int)a->shape[3]);
+}
+
+static int probe_keys(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, ada_cuda_failure *failure) {
+    ada_problem p = call->problem;
+    double x[256];
+    if (fails("probe_keys", failure)) return 1;
+    p.attn_mask.data = NULL;
+    const int64_t bytes = ada_key_probe_bytes(&p);
+    call->probes = aligned_alloc(64, (size_t)(p.B * p.G * bytes));
+    call->keys = calloc((size_t)(p.B * p.G), sizeof *call->keys);
+    char *scratch = ada_alloc(ada_probe_scratch_bytes(&p));
+    for (int64_t i = 0; i < n; i++) {
+        ada_cuda_keys *k = &keys[i];
+        const int64_t b = k->head / p.G, g = k->head % p.G, shared = p.H / p.G;
+        ada_key_probe *own = &call->keys[k->head];
+        *own = ada_key_probe_of(&p, call->probes + k->head * bytes);
+        ada_probe_keys(&p, ada_kernels_get(), b, g * shared, shared, k->step, own, scratch);
+        memcpy(k->mean, own->mean, (size_t)p.D * sizeof(float));
+        memcpy(k->variance, own->variance, (size_t)p.D * sizeof(float));
+        memcpy(k->value2, own->value2, (size_t)p.S * sizeof(float));
+        k->largest2 = own->largest2 * own->count;
+        memset(k->value_sum, 0, (size_t)p.E * sizeof(float));
+        memset(k->value_most, 0, (size_t)p.E * sizeof(float));
+        for (int64_t j = k->first; j < k->end; j++) {
+            if ((j / ADA_CUDA_BLOCK - k->first / ADA_CUDA_BLOCK) % k->step) continue;
+            load(x, &p.value, b, g, j);
+            for (int64_t e = 0; e < p.E; e++) {
+                k->value_sum[e] += (float)x[e];
+                k->value_most[e] = fmaxf(k->value_most[e], fabsf((float)x[e]));
+            }
+        }
+    }
+    ada_free(scratch);
+    return 0;
+}
+
+static ada_cuda_figures figures_of(const ada_cuda_call *call, int64_t head, int64_t row) {
+    const ada_problem *p = &call->problem;
+    const ada_key_probe *keys = &call->keys[head / (p->H / p->G)];
+    ada_cuda_figures f = {0};
+    double x[256];
+    load(x, &p->query, head / p->H, head % p->H, row);
+    for (int64_t d = 0; d < p->D; d++) {
+        f.spread += (float)(x[d] * x[d]) * keys->variance[d];
+        f.by_mean += (float)(x[d] * x[d]) * keys->square[d];
+        f.norm2 += (float)(x[d] * x[d]);
+        f.most = fmaxf(f.most, fabsf((float)x[d]));
+    }
+    return f;
+}
+
+static int row_spreads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float *spread, float *heavy,
+                       ada_cuda_failure *failure) {
+    const ada_problem *p = &call->problem;
+    const int64_t shared = p->H / p->G;
+    double q[256], key[256];
+    if (fails("row_spreads", failure)) return 1;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t at = keys[i].head * shared * p->T; at < (keys[i].head + 1) * shared * p->T; at++) {
+            const int64_t b = at / p->T / p->H, h = at / p->T % p->H, row = at % p->T;
+            const ada_span span = ada_visible_span(p, b, row);
+            spread[at] = figures_of(call, at / p->T, row).spread;
+            heavy[at] = 0;
+            load(q, &p->query, b, h, row);
+            for (int c = 0; c < keys[i].heavies; c++) {
+                double above = 0;
+                load(key, &p->key, b, keys[i].head % p->G, keys[i].heavy[c]);
+                for (int64_t d = 0; d < p->D; d++) above += q[d] * (key[d] - (double)keys[i].mean[d]);
+                const double log_weight = p->scale * above - p->scale * p->scale * (double)spread[at] / 2;
+                const double weight = exp(fmin(log_weight, 700)) / (double)(span.end - span.first);
+                heavy[at] += keys[i].share[c] * (float)pow(fmin(weight, 1), 2);
+            }
+        }
+    return 0;
+}
+
+static int row_figures(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_figures *figures,
+                       ada_cuda_failure *failure) {
+    if (fails("row_figures", failure)) return 1;
+    for (int64_t i = 0; i < n; i++) figures[i] = figures_of(call, rows[i].head, rows[i].row);
+    return 0;
+}
+
+static int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_profile *profiles,
+                        ada_cuda_failure *failure) {
+    const ada_problem *p = &call->problem;
+    if (fails("row_profiles", failure)) return 1;
+    char *scratch = ada_alloc(ada_probe_scratch_bytes(p));
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t head = rows[i].head, row = rows[i].row;
+        ada_row_profile x;
+        ada_profile_rows(p, ada_kernels_get(), head / p->H, head % p->H, &call->keys[head / (p->H / p->G)],
+                         &row, 1, &x, scratch);
+        profiles[i] = (ada_cuda_profile){.figures = figures_of(call, head, row),
+                                         .out2 = x.out2,
+                                         .p2d = x.p2d,
+                                         .p2d_norm = x.p2d_norm,
+                                         .p2d_step = x.p2d_step,
+                                         .p2 = x.p2,
+                                         .p2_norm = x.p2_norm,
+                                         .p2_step = x.p2_step,
+                                         .p2v = x.p2v,
+                                         .pv = x.pv,
+                                         .entropy = x.entropy,
+                                         .block_entropy = x.block_entropy,
+                                         .reference = x.reference,
+                                         .score_square = x.score_std * x.score_std * (double)x.visible,
+                                         .visible = x.visible};
+    }
+    ada_free(scratch);
+    return 0;
 }
 
 static int exact_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
@@ -180,6 +307,10 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .computes = computes,
                                      .check_mask = check_mask,
                                      .execute = execute,
+                                     .probe_keys = probe_keys,
+                                     .row_spreads = row_spreads,
+                                     .row_figures = row_figures,
+                                     .row_profiles = row_profiles,
                                      .exact_rows = exact_rows,
                                      .output_rows = output_rows,
                                      .row_norms = row_norms};

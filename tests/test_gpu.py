@@ -159,6 +159,76 @@ def test_long(dtype: Any, D: int, causal: bool) -> None:
     assert relative(adaattn.attention(query[:, :, -1:], key, value), exact[:, :, -1:]) < limit
 
 
+# ---- budgets
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-4, 3e-3, 1e-2, 5e-2])
+def test_budgets_are_kept(tolerance: float, dtype: Any) -> None:
+    torch.manual_seed(1)
+    for B, H, G, T, S, D in [(1, 4, 2, 2048, 2048, 128), (2, 2, 2, 300, 1000, 64), (1, 2, 1, 20, 3000, 64)]:
+        for spread in (1.0, 3.0):
+            shapes = (B, H, T, D), (B, G, S, D), (B, G, S, D)
+            query, key, value = (torch.randn(shape, device="cuda").to(TORCH[dtype]) for shape in shapes)
+            query *= spread
+            for causal in (False, True):
+                exact = exact_on_gpu(query, key, value, causal).cpu().numpy()
+                out, _, report = adaattn.attention(
+                    query, key, value, causal=causal, tolerance=tolerance, return_lse=True, return_report=True
+                )
+                assert relative(out, exact) <= tolerance + ROUNDING[dtype]
+                assert (report.verified_rows > 0).all() == (T >= 64)
+                assert set(report.precision_qk.flat) <= set(RUNGS)
+                again = adaattn.attention(
+                    query, key, value, causal=causal, tolerance=tolerance, return_lse=True
+                )
+                assert torch.equal(out, again[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_a_loose_budget_is_used(dtype: Any) -> None:
+    torch.manual_seed(1)
+    arrays = [torch.randn(1, 4, 8192, 64, device="cuda").to(TORCH[dtype]) for _ in range(3)]
+    report = adaattn.attention(*arrays, tolerance=3e-2, return_report=True)[1]
+    assert not np.isin(report.precision_qk, ["fp64", "fp32"]).any() and not report.retried.any()
+    assert (report.measured_error < 3e-2).all() and (report.measured_error > 1e-5).all()
+
+
+def test_forecasts_are_the_cpus(rng: np.random.Generator) -> None:
+    """The device's statistics of keys, queries and rows say what the engine's own say."""
+    arrays = inputs(rng, Shape(2, 4, 2, 3000, 3000, 80, 72), F32)
+    arrays[0] *= np.float32(1.5)
+    arrays[1] += np.float32(0.3)
+    arrays[2][:, :, 7] *= 30
+    for options in ({}, {"causal": True, "window": (700, 0)}, {"kv_lengths": [3000, 1234], "softcap": 2.0}):
+        options |= {"tolerance": 1e-2, "return_lse": True}
+        on_cpu = adaattn.plan(*arrays, **options)
+        there = adaattn.plan(*map(to_gpu, arrays), **options)
+        for name in ("fp32", "fp64"):
+            c = on_cpu.candidates.index(name)
+            for error in ("candidate_error", "candidate_lse_error"):
+                x, y = (getattr(plan, error)[..., c] for plan in (on_cpu, there))
+                assert (x / y < 1.5).all() and (y / x < 1.5).all(), (options, error, x, y)
+        for figure in ("profiled_rows",):
+            assert (getattr(there, figure) > 0).all()
+
+
+def test_plans_are_quiet() -> None:
+    """A plan that is trusted waits for nothing."""
+    torch.manual_seed(1)
+    arrays = [torch.randn(1, 4, 2048, 64, device="cuda") for _ in range(3)]
+    plan = adaattn.plan(*arrays, tolerance=1e-2)
+    expected = adaattn.attention(*arrays, plan=plan)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        out = adaattn.attention(*arrays, plan=plan, verify=False)
+        assert not stream.query()
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
 # ---- numbers that are none
 
 

@@ -224,6 +224,105 @@ def test_places(mock: str) -> None:
     run(_places, mock)
 
 
+# ---- budgets
+
+
+def _relative(out: Any, exact: Array) -> float:
+    error = np.linalg.norm(out.array.astype(F64) - exact, axis=(2, 3))
+    return float((error / np.linalg.norm(exact, axis=(2, 3))).max())
+
+
+def _budgets() -> None:
+    rng = np.random.default_rng(5)
+    rounding = {F64: 1e-16, F32: 6e-8, np.dtype(np.float16): 2.5e-4, BF16: 2e-3}
+    chosen = set()
+    for T, S in ((200, 1000), (30, 500), (3, 700), (2000, 2000)):
+        shape = Shape(1, 2, 1, T, S, 64, 48)
+        masks = {"attn_mask": rng.random((T, S)) < 0.7}
+        for dtype in DTYPES:
+            for options in ({}, {"causal": True}, {"dropout_p": 0.1, "seed": 3}, masks):
+                if T == 2000 and (options or dtype not in (F32, BF16)):
+                    continue
+                arrays = arguments(dtype, shape)
+                exact = reference.attention(*arrays, **options)
+                there = {name: Fake(x) if name == "attn_mask" else x for name, x in options.items()}
+                for tolerance in (1e-6, 2e-2):
+                    out, _, report = adaattn.attention(
+                        *fakes(arrays), tolerance=tolerance, return_lse=True, return_report=True, **there
+                    )
+                    assert _relative(out, exact) <= tolerance + rounding[dtype]
+                    assert (report.verified_rows > 0).all() == (T >= 64)
+                    chosen |= {(dtype.name, str(x)) for x in report.precision_qk.flat}
+                    again = adaattn.attention(*fakes(arrays), plan=report.plan, **there)
+                    if not report.retried.any():
+                        assert same_bits(again.array, out.array)
+    assert {(name, rung) for name in ("float32", "bfloat16") for rung in ("fp32", "fp16")} <= chosen, chosen
+    assert all(rung in ("fp64", "fp32", "fp16", "bf16", "int8") for _, rung in chosen)
+    assert value("live") == 0
+
+
+def test_budgets(mock: str) -> None:
+    run(_budgets, mock)
+
+
+def _figures() -> None:
+    """What the device says of keys, queries and rows becomes the forecast that the CPU makes of arrays."""
+    arrays = arguments(F32, Shape(1, 2, 1, 2000, 2000, 64, 64))
+    arrays[2][:, :, 7] *= 30  # a heavy value
+    on_cpu = adaattn.plan(*arrays, tolerance=1e-2, return_lse=True)
+    there = adaattn.plan(*fakes(arrays), tolerance=1e-2, return_lse=True)
+    for name in ("fp64", "fp32"):
+        c = on_cpu.candidates.index(name)
+        for error in ("candidate_error", "candidate_lse_error"):
+            x, y = (getattr(plan, error)[..., c] for plan in (on_cpu, there))
+            np.testing.assert_allclose(x, y, rtol=0.3)  # of other rows
+    assert (there.profiled_rows == on_cpu.profiled_rows).all() and (there.profiled_rows > 0).all()
+    c = there.candidates.index("int16")
+    assert np.isnan(there.candidate_error[..., c]).all() and np.isnan(there.candidate_seconds[..., c]).all()
+    assert not np.isnan(there.candidate_error[..., there.candidates.index("bf16")]).any()
+
+
+def test_figures(mock: str) -> None:
+    run(_figures, mock)
+
+
+def _wrong_outputs() -> None:
+    """Rungs below fp32 that err more than they should are found out, and heads done again higher up."""
+    arrays = arguments(F32, Shape(1, 2, 1, 2000, 2000, 64, 64))
+    exact = reference.attention(*arrays)
+    options = {"tolerance": 1e-2, "return_report": True}
+    out, report = adaattn.attention(*fakes(arrays), **options)
+    assert (report.precision_qk == "fp16").all() and not report.retried.any()
+    ctypes.c_double.in_dll(library(), "mock_fault").value = 1.05
+    out, report = adaattn.attention(*fakes(arrays), **options)
+    assert (report.precision_qk == "fp32").all() and report.retried.all() and _relative(out, exact) < 1e-6
+    trusting, report = adaattn.attention(*fakes(arrays), verify=False, **options)
+    assert _relative(trusting, exact) > 0.04 and (report.verified_rows == 0).all()
+    with pytest.raises(
+        adaattn.NumericalError, match=r"^precision: expected a relative error of at most 0.01"
+    ):
+        adaattn.attention(*fakes(arrays), precision="fp16", tolerance=1e-2)
+
+
+def test_wrong_outputs_are_found_out(mock: str) -> None:
+    run(_wrong_outputs, mock)
+
+
+def _quiet_plan() -> None:
+    """A plan that is trusted puts work on the stream and waits for nothing but the library's own want."""
+    arrays = fakes(arguments(F32, Shape(1, 2, 1, 2000, 2000, 64, 64)))
+    plan = adaattn.plan(*arrays, tolerance=1e-2)
+    set_value("calls", 0)
+    set_value("waits", 0)
+    adaattn.attention(*arrays, plan=plan, verify=False)
+    # Memory for the output, opening, executing, the library's wait, two orders of streams, and freeing.
+    assert value("waits") == 1 and value("calls") == 7, value("calls")
+
+
+def test_a_plan_that_is_trusted_waits_for_nothing(mock: str) -> None:
+    run(_quiet_plan, mock)
+
+
 # ---- errors of the runtime
 
 
@@ -251,7 +350,11 @@ def _each_failure(options: dict[str, Any], staged: bool) -> int:
 
 
 @pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("options", [{}, {"return_lse": True, "return_report": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"return_lse": True, "return_report": True}, {"tolerance": 2e-2}, {"tolerance": 1e-9}],
+    ids=str,
+)
 def test_every_failure_surfaces_once_and_nothing_leaks(
     options: dict[str, Any], staged: bool, mock: str
 ) -> None:
