@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "split": 2.0**-22, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "split": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 FORMATS = {"fp16": F16, "bf16": BF16}
 TILED = ("split", "fp16", "bf16")
 RUNGS = [("fp64", F32), ("fp32", F16), ("split", F32), ("fp16", F16), ("bf16", BF16), ("bf16", F32)]
