@@ -41,7 +41,7 @@ static cudaError_t ada_launch(void (*kernel)(ARGS), int64_t blocks, int threads,
     return cudaGetLastError();
 }
 
-extern __shared__ char ada_shared_memory[];
+extern __shared__ __align__(1024) char ada_shared_memory[]; /* swizzles are by address */
 
 /* Read anew at every use, which costs less than a register that waits for it through a loop. */
 ADA_DEVICE int ada_thread() {
