@@ -65,6 +65,8 @@ def env_flags() -> tuple[list[str], list[str]]:
 class BuildEngine(build_ext):
     """Compiles the sources in groups, one for each ISA, and links them into one extension."""
 
+    backend: Path | None = None  # the CUDA backend, where it was built
+
     def can_build(self, flags: list[str], statement: str) -> bool:
         """Whether the compiler takes the flags and knows the intrinsics behind them."""
         with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +105,12 @@ class BuildEngine(build_ext):
         super().build_extension(ext)
         self.build_backend(ext)
 
+    def copy_extensions_to_source(self) -> None:
+        """With --inplace, what lies beside the extension as well."""
+        super().copy_extensions_to_source()
+        if self.backend is not None:
+            self.copy_file(str(self.backend), "adaattn")
+
     def build_backend(self, ext: Extension) -> None:
         """Builds libadaattn_cuda.so beside the extension, as far as ADAATTN_CUDA asks for it."""
         wanted = os.environ.get("ADAATTN_CUDA", "0")
@@ -117,7 +125,8 @@ class BuildEngine(build_ext):
             print("the CUDA backend is left out: there is no nvcc")
             return
         try:
-            print("built", cuda.build(Path(self.get_ext_fullpath(ext.name)).parent, Path(self.build_temp)))
+            self.backend = cuda.build(Path(self.get_ext_fullpath(ext.name)).parent, Path(self.build_temp))
+            print("built", self.backend)
         except cuda.CudaBuildError as error:
             if wanted == "1":
                 raise SystemExit(f"ADAATTN_CUDA=1: {error}") from None

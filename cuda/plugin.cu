@@ -283,9 +283,9 @@ void fill_params(const ada_problem *p, ada_cu_params *c) {
 
 /* How a choice is computed on this chip, in *rung; false: by no kernel. */
 bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
-    const bool tensor = call->params.capability >= 80 && call->problem.query.dtype != ADA_F64 &&
-                        call->problem.D <= ADA_CU_MAX_HEAD && call->problem.E <= ADA_CU_MAX_HEAD;
-    if (choice.qk != choice.pv) return false;
+    const bool tensor = call->params.capability >= 80 && call->problem.query.dtype != ADA_F64;
+    if (choice.qk != choice.pv || call->problem.D > ADA_CU_MAX_HEAD || call->problem.E > ADA_CU_MAX_HEAD)
+        return false;
     switch (choice.qk) {
     case ADA_RUNG_FP64:
         *rung = ADA_CU_SIMT_F64;
