@@ -61,15 +61,15 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
 # not measured, but what kernels of the kind reach elsewhere.
 _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 0): {
-        "fp64": (2e3, 2e3, 0), "fp32": (6e3, 6e3, 0), "fp16": (1.3e5, 1.6e5, 0),
+        "fp64": (2e3, 2e3, 0), "fp32": (3.5e4, 4.5e4, 0), "fp16": (1.3e5, 1.6e5, 0),
         "bf16": (1.3e5, 1.6e5, 0), "int8/bf16": (1.4e5, 1.8e5, 0),
     },
     (8, 9): {
-        "fp64": (6e2, 6e2, 0), "fp32": (1.2e4, 1.2e4, 0), "fp16": (1.0e5, 1.2e5, 0),
+        "fp64": (6e2, 6e2, 0), "fp32": (2.5e4, 3e4, 0), "fp16": (1.0e5, 1.2e5, 0),
         "bf16": (1.0e5, 1.2e5, 0), "int8/bf16": (1.1e5, 1.4e5, 0),
     },
     (9, 0): {
-        "fp64": (6e3, 6e3, 0), "fp32": (1.5e4, 1.5e4, 0), "fp16": (2.5e5, 3.2e5, 0),
+        "fp64": (6e3, 6e3, 0), "fp32": (6e4, 8e4, 0), "fp16": (2.5e5, 3.2e5, 0),
         "bf16": (2.5e5, 3.2e5, 0), "int8/bf16": (2.8e5, 3.6e5, 0),
     },
 }  # fmt: skip

@@ -243,14 +243,15 @@ def overhead() -> dict[str, float]:
 
 def run_tests(folder: Path, sanitize: bool) -> str:
     """The closing line of the GPU's tests; with compute-sanitizer, those of shapes alone."""
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=40", "--durations=5", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "--maxfail=60", "--durations=5"]
+    command += ["--tb=short", "tests/test_gpu.py"]
     name = "tests.log"
     if sanitize:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         command = [tool, "--error-exitcode", "9", *command, "-k", "test_shapes"]
         name = "sanitizer.log"
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
         text = done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         text = str(error.stdout or "") + "\nout of time"
@@ -291,7 +292,7 @@ def main() -> None:
         (folder / "gpu.json").write_text(json.dumps(result, indent=1))
         return result[name]
 
-    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     step("errors", lambda: errors(arguments.quick))
     step("prefill", lambda: prefill(arguments.quick))
     step("decode", lambda: decode(arguments.quick))

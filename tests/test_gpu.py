@@ -39,6 +39,12 @@ SHAPES = [
 ]
 
 
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """As conftest.py has it, which benchmarks/gpu.py does without."""
+    return np.random.default_rng(0)
+
+
 def to_gpu(x: Any) -> Any:
     """A tensor on the GPU; other things, and small vectors, as they are."""
     if not isinstance(x, np.ndarray) or x.dtype.kind in "iu":
