@@ -4,15 +4,11 @@
  * reach the device as parameters of a kernel, so that a captured graph keeps them and no host memory is read
  * later.
  */
-#include "ada_cuda.h"
-#include "params.h"
 #include "probe.h"
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <mutex>
 
 namespace {
@@ -190,26 +186,28 @@ int download(int device, uintptr_t stream, void *to, const void *from, int64_t n
     return 0;
 }
 
-/* Words of 8 bytes as a parameter of a kernel: what a launch may carry. */
+/* Words of 8 bytes on their way: as many as a launch may carry. */
 struct Words {
-    enum { MOST = 480 };
+    enum { MOST = 480, THREADS = 128 };
+    uint64_t *to;
+    int n;
     uint64_t word[MOST];
 };
 
-__global__ void store_words(uint64_t *to, const __grid_constant__ Words words, int n) {
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) to[i] = words.word[i];
+ADA_KERNEL(Words::THREADS, 1) store_words(ADA_ARGS(Words) a) {
+    for (int i = ada_thread(); i < a.n; i += Words::THREADS) a.to[i] = a.word[i];
 }
 
 cudaError_t send_words(void *to, const void *from, int64_t bytes, cudaStream_t stream) {
-    for (int64_t at = 0; at < bytes; at += Words::MOST * 8) {
+    cudaError_t status = cudaSuccess;
+    for (int64_t at = 0; at < bytes && status == cudaSuccess; at += Words::MOST * 8) {
         const int64_t left = bytes - at, now = left < Words::MOST * 8 ? left : Words::MOST * 8;
         Words words;
+        words.to = (uint64_t *)((char *)to + at), words.n = (int)(now / 8);
         memcpy(words.word, (const char *)from + at, (size_t)now);
-        store_words<<<1, 256, 0, stream>>>((uint64_t *)((char *)to + at), words, (int)((now + 7) / 8));
-        const cudaError_t status = cudaGetLastError();
-        if (status != cudaSuccess) return status;
+        status = ada_launch(store_words, 1, Words::THREADS, 0, stream, words);
     }
-    return cudaSuccess;
+    return status;
 }
 
 } // namespace
@@ -382,32 +380,23 @@ int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_
 
 /* ---- masks ---- */
 
-__device__ double element(const char *at, int dtype) {
-    switch (dtype) {
-    case ADA_CU_F32:
-        return *(const float *)at;
-    case ADA_CU_F64:
-        return *(const double *)at;
-    case ADA_CU_F16:
-        return __half2float(*(const __half *)at);
-    default:
-        return __bfloat162float(*(const __nv_bfloat16 *)at);
-    }
-}
-
-struct Extent {
-    int64_t n[4];
+struct Search {
+    enum { THREADS = 256 };
+    ada_cu_array mask;
+    int64_t n[4], total;
+    int dtype;
+    uint32_t *bad;
 };
 
-__global__ void find_bad(ada_cu_array mask, int dtype, Extent size, int64_t total, uint32_t *bad) {
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < total;
-         i += (int64_t)gridDim.x * blockDim.x) {
+ADA_KERNEL(Search::THREADS, 1) find_bad(ADA_ARGS(Search) a) {
+    for (int64_t i = ada_block() * (int64_t)Search::THREADS + ada_thread(); i < a.total;
+         i += (int64_t)ada_blocks() * Search::THREADS) {
         int64_t rest = i, at = 0;
         for (int d = 3; d >= 0; d--) {
-            at += rest % size.n[d] * mask.stride[d];
-            rest /= size.n[d];
+            at += rest % a.n[d] * a.mask.stride[d];
+            rest /= a.n[d];
         }
-        if (!(element((const char *)mask.data + at, dtype) < INFINITY)) *bad = 1;
+        if (!(ada_element<double>((const char *)a.mask.data + at, a.dtype) < (double)ADA_INF)) *a.bad = 1;
     }
 }
 
@@ -416,17 +405,15 @@ int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure) {
     *good = true;
     if (!mask->data || mask->dtype == ADA_BOOL) return 0;
     ON_DEVICE(call->problem.device);
-    Extent size;
-    int64_t total = 1;
-    for (int d = 0; d < 4; d++) total *= size.n[d] = mask->stride[d] ? mask->shape[d] : 1;
+    Search search = {call->params.mask, {0, 0, 0, 0}, 1, call->params.mask_dtype, nullptr};
+    for (int d = 0; d < 4; d++) search.total *= search.n[d] = mask->stride[d] ? mask->shape[d] : 1;
     Memory flag(call->stream);
     uint32_t bad;
     TRY(flag.allocate(sizeof bad));
     TRY(cudaMemsetAsync(flag.data, 0, sizeof bad, call->stream));
-    const int64_t blocks = (total + 1023) / 1024;
-    find_bad<<<(unsigned)(blocks < 4096 ? blocks : 4096), 256, 0, call->stream>>>(
-        call->params.mask, call->params.mask_dtype, size, total, (uint32_t *)flag.data);
-    TRY(cudaGetLastError());
+    search.bad = (uint32_t *)flag.data;
+    const int64_t blocks = (search.total + 4 * Search::THREADS - 1) / (4 * Search::THREADS);
+    TRY(ada_launch(find_bad, blocks < 4096 ? blocks : 4096, Search::THREADS, 0, call->stream, search));
     TRY(cudaMemcpyAsync(&bad, flag.data, sizeof bad, cudaMemcpyDeviceToHost, call->stream));
     TRY(cudaStreamSynchronize(call->stream));
     *good = !bad;
@@ -514,7 +501,7 @@ int row_spreads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float
     ON_DEVICE(call->problem.device);
     const size_t bytes = (size_t)(call->problem.B * call->problem.H * call->problem.T) * sizeof *spread;
     TRY(send_heads(call, keys, n));
-    TRY(ada_probe_spreads_run(&call->probe, (int)n, call->stream));
+    TRY(ada_probe_spreads_run(call->probe, (int)n, call->stream));
     TRY(cudaMemcpyAsync(spread, call->probe.spread, bytes, cudaMemcpyDeviceToHost, call->stream));
     TRY(cudaMemcpyAsync(heavy, call->probe.heavy, bytes, cudaMemcpyDeviceToHost, call->stream));
     TRY(cudaStreamSynchronize(call->stream));
@@ -530,7 +517,8 @@ int row_figures(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cu
     TRY(found.allocate((size_t)n * sizeof *figures));
     TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
     a.pairs = (const int32_t *)pairs.data, a.rows = n;
-    TRY(ada_probe_figures_run(&a, (ada_cuda_figures *)found.data, call->stream));
+    a.figures = (ada_cuda_figures *)found.data;
+    TRY(ada_probe_figures_run(&a, call->stream));
     TRY(cudaMemcpyAsync(figures, found.data, (size_t)n * sizeof *figures, cudaMemcpyDeviceToHost,
                         call->stream));
     TRY(cudaStreamSynchronize(call->stream));
@@ -550,7 +538,8 @@ int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_c
     a.pairs = (const int32_t *)pairs.data, a.rows = n;
     double *lse = (double *)outputs.data, *o = lse + n;
     TRY(ada_cu_exact_rows(&call->params, a.pairs, (int32_t)n, o, lse, call->stream));
-    TRY(ada_probe_profiles_run(&a, o, lse, (ada_cuda_profile *)found.data, call->stream));
+    a.o = o, a.lse = lse, a.profiles = (ada_cuda_profile *)found.data;
+    TRY(ada_probe_profiles_run(&a, call->stream));
     TRY(cudaMemcpyAsync(profiles, found.data, (size_t)n * sizeof *profiles, cudaMemcpyDeviceToHost,
                         call->stream));
     TRY(cudaStreamSynchronize(call->stream));
@@ -559,19 +548,46 @@ int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_c
 
 /* ---- rows ---- */
 
-/* Rows [n][E] of the output and their lse. */
-__global__ void gather_rows(const __grid_constant__ ada_cu_params c, const int32_t *pairs, double *o,
-                            double *lse) {
-    const int head = pairs[2 * blockIdx.x], row = pairs[2 * blockIdx.x + 1];
-    const char *from = (const char *)c.out.data + head / c.H * c.out.stride[0] +
-                       head % c.H * c.out.stride[1] + row * c.out.stride[2];
-    for (int e = (int)threadIdx.x; e < c.E; e += (int)blockDim.x)
-        o[blockIdx.x * (int64_t)c.E + e] = element(from + e * c.out.stride[3], c.dtype);
-    if (threadIdx.x) return;
-    const int64_t at = (int64_t)head * c.T + row;
-    lse[blockIdx.x] = !c.lse                  ? 0
-                      : c.dtype == ADA_CU_F64 ? ((const double *)c.lse)[at]
-                                              : ((const float *)c.lse)[at];
+/* Rows of the output, or of all its rows the norms. */
+struct Outputs {
+    enum { THREADS = 128, WARPS = THREADS / 32 };
+    ada_cu_params p;
+    const int32_t *pairs; /* [rows][2] */
+    double *o, *lse;      /* [rows][E], [rows] */
+    float *norms;         /* [B * H][T] */
+};
+
+ADA_DEVICE const char *output_row(const ada_cu_params &p, int head, int64_t row) {
+    return (const char *)p.out.data + head / p.H * p.out.stride[0] + head % p.H * p.out.stride[1] +
+           row * p.out.stride[2];
+}
+
+ADA_KERNEL(Outputs::THREADS, 1) gather_rows(ADA_ARGS(Outputs) a) {
+    const ada_cu_params &p = a.p;
+    const int head = a.pairs[2 * ada_block()], row = a.pairs[2 * ada_block() + 1];
+    const char *from = output_row(p, head, row);
+    for (int e = ada_thread(); e < p.E; e += Outputs::THREADS)
+        a.o[ada_block() * (int64_t)p.E + e] = ada_element<double>(from + e * p.out.stride[3], p.dtype);
+    if (ada_thread()) return;
+    const int64_t at = (int64_t)head * p.T + row;
+    double lse = 0;
+    if (p.lse) lse = p.dtype == ADA_CU_F64 ? ((const double *)p.lse)[at] : (double)((const float *)p.lse)[at];
+    a.lse[ada_block()] = lse;
+}
+
+/* A warp per row. */
+ADA_KERNEL(Outputs::THREADS, 1) square_rows(ADA_ARGS(Outputs) a) {
+    const ada_cu_params &p = a.p;
+    const int64_t row = ada_block() * (int64_t)Outputs::WARPS + ada_thread() / 32;
+    if (row >= (int64_t)p.B * p.H * p.T) return;
+    const char *from = output_row(p, (int)(row / p.T), row % p.T);
+    double sum = 0;
+    for (int e = ada_thread() % 32; e < p.E; e += 32) {
+        const double x = ada_element<double>(from + e * p.out.stride[3], p.dtype);
+        sum += x * x;
+    }
+    for (int lanes = 16; lanes; lanes /= 2) sum += ada_shuffle_xor(sum, lanes);
+    if (ada_thread() % 32 == 0) a.norms[row] = (float)sum;
 }
 
 int rows_of(ada_cuda_call *call, bool exact, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
@@ -588,9 +604,8 @@ int rows_of(ada_cuda_call *call, bool exact, const ada_cuda_row *rows, int64_t n
         TRY(ada_cu_exact_rows(&call->params, (const int32_t *)pairs.data, (int32_t)n, o_at, lse_at,
                               call->stream));
     } else {
-        gather_rows<<<(unsigned)n, 64, 0, call->stream>>>(call->params, (const int32_t *)pairs.data, o_at,
-                                                          lse_at);
-        TRY(cudaGetLastError());
+        Outputs a = {call->params, (const int32_t *)pairs.data, o_at, lse_at, nullptr};
+        TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, a));
     }
     TRY(cudaMemcpyAsync(lse, lse_at, (size_t)n * sizeof *lse, cudaMemcpyDeviceToHost, call->stream));
     TRY(cudaMemcpyAsync(o, o_at, (size_t)n * row_bytes, cudaMemcpyDeviceToHost, call->stream));
@@ -608,29 +623,14 @@ int output_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double
     return rows_of(call, false, rows, n, o, lse, failure);
 }
 
-/* A warp per row of the output. */
-__global__ void square_rows(const __grid_constant__ ada_cu_params c, float *norms) {
-    const int64_t row = blockIdx.x * (int64_t)(blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= (int64_t)c.B * c.H * c.T) return;
-    const int64_t head = row / c.T;
-    const char *from = (const char *)c.out.data + head / c.H * c.out.stride[0] +
-                       head % c.H * c.out.stride[1] + row % c.T * c.out.stride[2];
-    double sum = 0;
-    for (int e = (int)(threadIdx.x % 32); e < c.E; e += 32) {
-        const double x = element(from + e * c.out.stride[3], c.dtype);
-        sum += x * x;
-    }
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (threadIdx.x % 32 == 0) norms[row] = (float)sum;
-}
-
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     ON_DEVICE(call->problem.device);
     const int64_t rows = call->problem.B * call->problem.H * call->problem.T;
     Memory found(call->stream);
     TRY(found.allocate((size_t)rows * sizeof *norms));
-    square_rows<<<(unsigned)((rows + 7) / 8), 256, 0, call->stream>>>(call->params, (float *)found.data);
-    TRY(cudaGetLastError());
+    Outputs a = {call->params, nullptr, nullptr, nullptr, (float *)found.data};
+    TRY(ada_launch(square_rows, (rows + Outputs::WARPS - 1) / Outputs::WARPS, Outputs::THREADS, 0,
+                   call->stream, a));
     TRY(cudaMemcpyAsync(norms, found.data, (size_t)rows * sizeof *norms, cudaMemcpyDeviceToHost,
                         call->stream));
     TRY(cudaStreamSynchronize(call->stream));

@@ -3,50 +3,48 @@
  */
 #include "probe.h"
 
-#include "common.cuh"
-#include "k0.cuh"
-
 enum { THREADS = 128, WARPS = THREADS / 32, CHUNK = 4 * ADA_CUDA_BLOCK /* keys of a block of threads */ };
 
 namespace {
 
-__device__ const char *row_at(const ada_cu_array &a, int b, int h, int64_t row) {
+ADA_DEVICE const char *row_at(const ada_cu_array &a, int b, int h, int64_t row) {
     return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + row * a.stride[2];
 }
 
-__device__ float number(const char *row, const ada_cu_array &a, int dtype, int i) {
+ADA_DEVICE float number(const char *row, const ada_cu_array &a, int dtype, int i) {
     return ada_element<float>(row + i * a.stride[3], dtype);
 }
 
-__device__ bool is_looked_at(const ada_probe_head &head, int64_t j) {
+ADA_DEVICE bool is_looked_at(const ada_probe_head &head, int64_t j) {
     return j >= head.first && j < head.end &&
            (j / ADA_CUDA_BLOCK - head.first / ADA_CUDA_BLOCK) % head.step == 0;
 }
 
-__device__ float sum_of_warp(float x) {
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+ADA_DEVICE float sum_of_warp(float x) {
+    for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
     return x;
 }
 
-__device__ float most_of_warp(float x) {
-    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+ADA_DEVICE float most_of_warp(float x) {
+    for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, ada_shuffle_xor(x, lanes));
     return x;
 }
 
 /* Of a chunk of keys: sums of the columns of K and V, largest magnitudes of V's; squared norms of values. */
-__global__ void sum_columns(const __grid_constant__ ada_probe_args a) {
+ADA_KERNEL(THREADS, 1) sum_columns(ADA_ARGS(ada_probe_args) a) {
     const ada_cu_params &p = a.p;
-    const ada_probe_head head = a.heads[blockIdx.y];
+    const ada_probe_head head = a.heads[ada_block() / a.chunks];
     const int b = head.head / p.G, g = head.head % p.G;
-    const int64_t first = blockIdx.x * (int64_t)CHUNK, last = first + CHUNK < p.S ? first + CHUNK : p.S;
-    float *to = a.partials + (blockIdx.y * (int64_t)gridDim.x + blockIdx.x) * (p.D + 2 * p.E);
-    for (int d = (int)threadIdx.x; d < p.D; d += THREADS) {
+    const int64_t first = ada_block() % a.chunks * (int64_t)CHUNK,
+                  last = first + CHUNK < p.S ? first + CHUNK : p.S;
+    float *to = a.partials + ada_block() * (int64_t)(p.D + 2 * p.E);
+    for (int d = ada_thread(); d < p.D; d += THREADS) {
         float sum = 0;
         for (int64_t j = first; j < last; j++)
             if (is_looked_at(head, j)) sum += number(row_at(p.key, b, g, j), p.key, p.dtype, d);
         to[d] = sum;
     }
-    for (int e = (int)threadIdx.x; e < p.E; e += THREADS) {
+    for (int e = ada_thread(); e < p.E; e += THREADS) {
         float sum = 0, most = 0;
         for (int64_t j = first; j < last; j++) {
             if (!is_looked_at(head, j)) continue;
@@ -57,49 +55,50 @@ __global__ void sum_columns(const __grid_constant__ ada_probe_args a) {
         to[p.D + e] = sum, to[p.D + p.E + e] = most;
     }
     float *value2 = a.value2 + head.head * (int64_t)p.S;
-    for (int64_t j = first + threadIdx.x / 32; j < last; j += WARPS) {
+    for (int64_t j = first + ada_thread() / 32; j < last; j += WARPS) {
         float sum = 0;
         if (is_looked_at(head, j)) {
             const char *row = row_at(p.value, b, g, j);
-            for (int e = (int)(threadIdx.x % 32); e < p.E; e += 32) {
+            for (int e = ada_thread() % 32; e < p.E; e += 32) {
                 const float x = number(row, p.value, p.dtype, e);
                 sum += x * x;
             }
         }
         sum = sum_of_warp(sum);
-        if (threadIdx.x % 32 == 0) value2[j] = sum;
+        if (ada_thread() % 32 == 0) value2[j] = sum;
     }
 }
 
 /* Chunks in order. */
-__global__ void merge_columns(const __grid_constant__ ada_probe_args a) {
+ADA_KERNEL(THREADS, 1) merge_columns(ADA_ARGS(ada_probe_args) a) {
     const ada_cu_params &p = a.p;
     const int width = p.D + 2 * p.E;
-    const float *from = a.partials + blockIdx.x * (int64_t)a.chunks * width;
-    float *means = a.means + a.heads[blockIdx.x].head * (int64_t)p.D;
-    for (int c = (int)threadIdx.x; c < width; c += THREADS) {
+    const float *from = a.partials + ada_block() * (int64_t)a.chunks * width;
+    float *means = a.means + a.heads[ada_block()].head * (int64_t)p.D;
+    for (int c = ada_thread(); c < width; c += THREADS) {
         float sum = 0;
         for (int i = 0; i < a.chunks; i++) {
             const float x = from[i * (int64_t)width + c];
             sum = c < p.D + p.E ? sum + x : !(x <= sum) ? x : sum;
         }
         if (c < p.D)
-            means[c] = sum / fmaxf(a.heads[blockIdx.x].count, 1);
+            means[c] = sum / fmaxf(a.heads[ada_block()].count, 1);
         else
-            a.value_sums[blockIdx.x * 2 * (int64_t)p.E + c - p.D] = sum;
+            a.value_sums[ada_block() * 2 * (int64_t)p.E + c - p.D] = sum;
     }
 }
 
 /* With the means: squared deviations of columns, squared norms of keys, the largest of each block. */
-__global__ void sum_deviations(const __grid_constant__ ada_probe_args a) {
-    __shared__ float most_of[CHUNK];
+ADA_KERNEL(THREADS, 1) sum_deviations(ADA_ARGS(ada_probe_args) a) {
+    float *const most_of = ada_shared_at<float>(0); /* [CHUNK] */
     const ada_cu_params &p = a.p;
-    const ada_probe_head head = a.heads[blockIdx.y];
+    const ada_probe_head head = a.heads[ada_block() / a.chunks];
     const int b = head.head / p.G, g = head.head % p.G;
-    const int64_t first = blockIdx.x * (int64_t)CHUNK, last = first + CHUNK < p.S ? first + CHUNK : p.S;
+    const int64_t first = ada_block() % a.chunks * (int64_t)CHUNK,
+                  last = first + CHUNK < p.S ? first + CHUNK : p.S;
     const float *means = a.means + head.head * (int64_t)p.D;
-    float *to = a.partials + (blockIdx.y * (int64_t)gridDim.x + blockIdx.x) * (p.D + 1);
-    for (int d = (int)threadIdx.x; d < p.D; d += THREADS) {
+    float *to = a.partials + ada_block() * (int64_t)(p.D + 1);
+    for (int d = ada_thread(); d < p.D; d += THREADS) {
         float sum = 0;
         const float mean = means[d];
         for (int64_t j = first; j < last; j++) {
@@ -109,22 +108,22 @@ __global__ void sum_deviations(const __grid_constant__ ada_probe_args a) {
         }
         to[d] = sum;
     }
-    for (int64_t j = first + threadIdx.x / 32; j < first + CHUNK; j += WARPS) {
+    for (int64_t j = first + ada_thread() / 32; j < first + CHUNK; j += WARPS) {
         float sum = 0, most = 0;
         if (j < last && is_looked_at(head, j)) {
             const char *row = row_at(p.key, b, g, j);
-            for (int d = (int)(threadIdx.x % 32); d < p.D; d += 32) {
+            for (int d = ada_thread() % 32; d < p.D; d += 32) {
                 const float x = number(row, p.key, p.dtype, d) - means[d];
                 sum += x * x, most = fmaxf(most, fabsf(x));
             }
         }
         sum = sum_of_warp(sum), most = most_of_warp(most);
-        if (threadIdx.x % 32) continue;
+        if (ada_thread() % 32) continue;
         most_of[j - first] = most;
         if (j < last) a.norm2[head.head * (int64_t)p.S + j] = sum;
     }
-    __syncthreads();
-    if (threadIdx.x) return;
+    ada_sync();
+    if (ada_thread()) return;
     float largest2 = 0; /* over keys */
     for (int64_t j = first; j < last; j += ADA_CUDA_BLOCK) {
         float most = 0;
@@ -139,26 +138,26 @@ __global__ void sum_deviations(const __grid_constant__ ada_probe_args a) {
     to[p.D] = largest2;
 }
 
-__global__ void merge_deviations(const __grid_constant__ ada_probe_args a) {
+ADA_KERNEL(THREADS, 1) merge_deviations(ADA_ARGS(ada_probe_args) a) {
     const ada_cu_params &p = a.p;
-    const float *from = a.partials + blockIdx.x * (int64_t)a.chunks * (p.D + 1);
-    for (int d = (int)threadIdx.x; d <= p.D; d += THREADS) {
+    const float *from = a.partials + ada_block() * (int64_t)a.chunks * (p.D + 1);
+    for (int d = ada_thread(); d <= p.D; d += THREADS) {
         float sum = 0;
         for (int i = 0; i < a.chunks; i++) sum += from[i * (int64_t)(p.D + 1) + d];
         if (d < p.D)
-            a.variances[a.heads[blockIdx.x].head * (int64_t)p.D + d] =
-                sum / fmaxf(a.heads[blockIdx.x].count, 1);
+            a.variances[a.heads[ada_block()].head * (int64_t)p.D + d] =
+                sum / fmaxf(a.heads[ada_block()].count, 1);
         else
-            a.largest2[blockIdx.x] = sum;
+            a.largest2[ada_block()] = sum;
     }
 }
 
 /* A warp per row of the key head's queries. */
-__global__ void spread_rows(const __grid_constant__ ada_probe_args a) {
+ADA_KERNEL(THREADS, 1) spread_rows(ADA_ARGS(ada_probe_args) a) {
     const ada_cu_params &p = a.p;
-    const ada_probe_head head = a.heads[blockIdx.y];
-    const int shared = p.H / p.G, lane = (int)(threadIdx.x % 32);
-    const int64_t index = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
+    const int shared = p.H / p.G, lane = ada_thread() % 32;
+    const int64_t index = ada_block() % a.row_blocks * (int64_t)WARPS + ada_thread() / 32;
+    const ada_probe_head head = a.heads[ada_block() / a.row_blocks];
     if (index >= (int64_t)shared * p.T) return;
     const int b = head.head / p.G, g = head.head % p.G, h = g * shared + (int)(index / p.T);
     const int row = (int)(index % p.T);
@@ -189,13 +188,13 @@ __global__ void spread_rows(const __grid_constant__ ada_probe_args a) {
     a.spread[at] = spread, a.heavy[at] = crowd;
 }
 
-__device__ ada_cuda_figures figures_of(const ada_probe_args &a, int head, int row) {
+ADA_DEVICE ada_cuda_figures figures_of(const ada_probe_args &a, int head, int row) {
     const ada_cu_params &p = a.p;
     const int64_t key_head = head / p.H * p.G + head % p.H / (p.H / p.G);
     const char *query = row_at(p.query, head / p.H, head % p.H, row);
     const float *variances = a.variances + key_head * p.D, *means = a.means + key_head * p.D;
     ada_cuda_figures f = {0, 0, 0, 0};
-    for (int d = (int)(threadIdx.x % 32); d < p.D; d += 32) {
+    for (int d = ada_thread() % 32; d < p.D; d += 32) {
         const float x = number(query, p.query, p.dtype, d), x2 = x * x;
         f.spread += x2 * variances[d];
         f.by_mean += x2 * means[d] * means[d];
@@ -207,19 +206,26 @@ __device__ ada_cuda_figures figures_of(const ada_probe_args &a, int head, int ro
     return f;
 }
 
-__global__ void figure_rows(const __grid_constant__ ada_probe_args a, ada_cuda_figures *figures) {
-    const int64_t i = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
+ADA_KERNEL(THREADS, 1) figure_rows(ADA_ARGS(ada_probe_args) a) {
+    const int64_t i = ada_block() * (int64_t)WARPS + ada_thread() / 32;
     if (i >= a.rows) return;
     const ada_cuda_figures f = figures_of(a, a.pairs[2 * i], a.pairs[2 * i + 1]);
-    if (threadIdx.x % 32 == 0) figures[i] = f;
+    if (ada_thread() % 32 == 0) a.figures[i] = f;
 }
 
 /* ---- profiles ---- */
 
 enum { GROUP = 8, GROUPS = THREADS / GROUP, SUMS = 12, OF_BLOCK = ADA_CUDA_BLOCK / (32 / GROUP) };
 
+/* What a warp knows of a row. */
+typedef struct {
+    double sum[SUMS];
+    int64_t visible;
+    float most;
+} warp_sums;
+
 /* A score with all options, and the scaled product alone; false where the key is hidden. */
-__device__ bool score_of(const ada_cu_params &p, const ada_sequence &sequence, int b, int h, int t, int j,
+ADA_DEVICE bool score_of(const ada_cu_params &p, const ada_sequence &sequence, int b, int h, int t, int j,
                          float product, float *score) {
     float s = product;
     if (p.softcap != 0) s = (float)p.softcap * tanhf(s / (float)p.softcap);
@@ -240,22 +246,18 @@ __device__ bool score_of(const ada_cu_params &p, const ada_sequence &sequence, i
 }
 
 /* A block per row: warps take blocks of keys in turn, eight lanes share a key. o and lse are known. */
-__global__ void profile_rows(const __grid_constant__ ada_probe_args a, const double *o, const double *lse,
-                             ada_cuda_profile *profiles) {
-    __shared__ double sums[WARPS][SUMS];
-    __shared__ float mosts[WARPS];
-    __shared__ int64_t counts[WARPS];
+ADA_KERNEL(THREADS, 1) profile_rows(ADA_ARGS(ada_probe_args) a) {
     const ada_cu_params &p = a.p;
-    const int head = a.pairs[2 * blockIdx.x], t = a.pairs[2 * blockIdx.x + 1];
-    const int b = head / p.H, h = head % p.H, g = h / (p.H / p.G), warp = (int)threadIdx.x / 32;
-    const int lane = (int)threadIdx.x % 32, group = lane / GROUP, c = lane % GROUP;
+    const int head = a.pairs[2 * ada_block()], t = a.pairs[2 * ada_block() + 1];
+    const int b = head / p.H, h = head % p.H, g = h / (p.H / p.G), warp = ada_thread() / 32;
+    const int lane = ada_thread() % 32, group = lane / GROUP, c = lane % GROUP;
     const int64_t key_head = (int64_t)b * p.G + g;
     const ada_sequence sequence = ada_sequence_of(p, b);
     const ada_span span = ada_visible(p, sequence, t);
     const char *query = row_at(p.query, b, h, t);
-    const double *own = o + blockIdx.x * (int64_t)p.E;
+    const double *own = a.o + ada_block() * (int64_t)p.E;
     const uint64_t random = p.drop_below ? ada_dropout_row(p, b, h, t) : 0;
-    const float end = (float)lse[blockIdx.x], kept = (float)(1 - p.dropout_p);
+    const float end = (float)a.lse[ada_block()], kept = (float)(1 - p.dropout_p);
     float out2 = 0;
     for (int e = 0; e < p.E; e++) out2 += (float)(own[e] * own[e]);
     double sum[SUMS] = {0};
@@ -276,8 +278,8 @@ __global__ void profile_rows(const __grid_constant__ ada_probe_args a, const dou
                     with_out += (float)own[e] * number(value, p.value, p.dtype, e);
             }
             for (int lanes = 1; lanes < GROUP; lanes *= 2) {
-                dot += __shfl_xor_sync(~0u, dot, lanes);
-                with_out += __shfl_xor_sync(~0u, with_out, lanes);
+                dot += ada_shuffle_xor(dot, lanes);
+                with_out += ada_shuffle_xor(with_out, lanes);
             }
             dot *= (float)p.scale;
             if (!there || c || !score_of(p, sequence, b, h, t, j, dot, &score)) continue;
@@ -299,28 +301,29 @@ __global__ void profile_rows(const __grid_constant__ ada_probe_args a, const dou
         for (int i = 0; i < SUMS; i++) sum[i] += (double)part[i];
     }
     for (int i = 0; i < SUMS; i++)
-        for (int lanes = 16; lanes; lanes /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], lanes);
-    for (int lanes = 16; lanes; lanes /= 2) visible += __shfl_xor_sync(~0u, visible, lanes);
+        for (int lanes = 16; lanes; lanes /= 2) sum[i] += ada_shuffle_xor(sum[i], lanes);
+    for (int lanes = 16; lanes; lanes /= 2) visible += ada_shuffle_xor(visible, lanes);
     most = most_of_warp(most);
+    warp_sums *const of_warp = ada_shared_at<warp_sums>(0); /* [WARPS] */
     if (lane == 0) {
-        for (int i = 0; i < SUMS; i++) sums[warp][i] = sum[i];
-        mosts[warp] = most, counts[warp] = visible;
+        for (int i = 0; i < SUMS; i++) of_warp[warp].sum[i] = sum[i];
+        of_warp[warp].most = most, of_warp[warp].visible = visible;
     }
     const ada_cuda_figures figures = figures_of(a, head, t);
-    __syncthreads();
-    if (threadIdx.x) return;
+    ada_sync();
+    if (ada_thread()) return;
     for (int w = 1; w < WARPS; w++) {
-        for (int i = 0; i < SUMS; i++) sums[0][i] += sums[w][i];
-        mosts[0] = fmaxf(mosts[0], mosts[w]), counts[0] += counts[w];
+        for (int i = 0; i < SUMS; i++) sum[i] += of_warp[w].sum[i];
+        most = fmaxf(most, of_warp[w].most), visible += of_warp[w].visible;
     }
-    const double *s = sums[0];
+    const double *s = sum;
     ada_cuda_profile x = {};
     x.figures = figures;
     x.out2 = out2, x.p2d = s[0], x.p2d_norm = s[1], x.p2d_step = s[2], x.p2 = s[3], x.p2_norm = s[4];
     x.p2_step = s[5], x.p2v = s[6], x.pv = s[7], x.entropy = -s[8], x.block_entropy = -s[9];
-    x.reference = counts[0] ? mosts[0] : 0, x.score_sum = s[10], x.score_square = s[11];
-    x.visible = counts[0];
-    profiles[blockIdx.x] = x;
+    x.reference = visible ? most : 0, x.score_sum = s[10], x.score_square = s[11];
+    x.visible = visible;
+    a.profiles[ada_block()] = x;
 }
 
 } // namespace
@@ -328,27 +331,23 @@ __global__ void profile_rows(const __grid_constant__ ada_probe_args a, const dou
 int ada_probe_chunks(int64_t keys) { return (int)((keys + CHUNK - 1) / CHUNK); }
 
 cudaError_t ada_probe_keys_run(const ada_probe_args *a, int n, cudaStream_t stream) {
-    const dim3 grid((unsigned)a->chunks, (unsigned)n);
-    sum_columns<<<grid, THREADS, 0, stream>>>(*a);
-    merge_columns<<<(unsigned)n, THREADS, 0, stream>>>(*a);
-    sum_deviations<<<grid, THREADS, 0, stream>>>(*a);
-    merge_deviations<<<(unsigned)n, THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+    const int64_t chunks = (int64_t)a->chunks * n;
+    cudaError_t error = ada_launch(sum_columns, chunks, THREADS, 0, stream, *a);
+    if (!error) error = ada_launch(merge_columns, n, THREADS, 0, stream, *a);
+    if (!error) error = ada_launch(sum_deviations, chunks, THREADS, CHUNK * 4, stream, *a);
+    return error ? error : ada_launch(merge_deviations, n, THREADS, 0, stream, *a);
 }
 
-cudaError_t ada_probe_spreads_run(const ada_probe_args *a, int n, cudaStream_t stream) {
-    const int64_t rows = (int64_t)(a->p.H / a->p.G) * a->p.T;
-    spread_rows<<<dim3((unsigned)((rows + WARPS - 1) / WARPS), (unsigned)n), THREADS, 0, stream>>>(*a);
-    return cudaGetLastError();
+cudaError_t ada_probe_spreads_run(ada_probe_args a, int n, cudaStream_t stream) {
+    const int64_t rows = (int64_t)(a.p.H / a.p.G) * a.p.T;
+    a.row_blocks = (int32_t)((rows + WARPS - 1) / WARPS);
+    return ada_launch(spread_rows, (int64_t)a.row_blocks * n, THREADS, 0, stream, a);
 }
 
-cudaError_t ada_probe_figures_run(const ada_probe_args *a, ada_cuda_figures *figures, cudaStream_t stream) {
-    figure_rows<<<(unsigned)((a->rows + WARPS - 1) / WARPS), THREADS, 0, stream>>>(*a, figures);
-    return cudaGetLastError();
+cudaError_t ada_probe_figures_run(const ada_probe_args *a, cudaStream_t stream) {
+    return ada_launch(figure_rows, (a->rows + WARPS - 1) / WARPS, THREADS, 0, stream, *a);
 }
 
-cudaError_t ada_probe_profiles_run(const ada_probe_args *a, const double *o, const double *lse,
-                                   ada_cuda_profile *profiles, cudaStream_t stream) {
-    profile_rows<<<(unsigned)a->rows, THREADS, 0, stream>>>(*a, o, lse, profiles);
-    return cudaGetLastError();
+cudaError_t ada_probe_profiles_run(const ada_probe_args *a, cudaStream_t stream) {
+    return ada_launch(profile_rows, a->rows, THREADS, WARPS * (int)sizeof(warp_sums), stream, *a);
 }

@@ -3,7 +3,7 @@
 #define ADA_CUDA_PROBE_H
 
 #include "ada_cuda.h"
-#include "params.h"
+#include "common.cuh"
 
 /* A key head that is looked at, as ada_cuda_keys says. */
 typedef struct {
@@ -25,14 +25,16 @@ typedef struct {
     float *spread, *heavy;        /* [B * H][T] */
     const int32_t *pairs;         /* [rows][2] */
     int64_t rows;
+    const double *o, *lse;      /* of exact rows: [rows][E], [rows] */
+    ada_cuda_figures *figures;  /* [rows] */
+    ada_cuda_profile *profiles; /* [rows] */
+    int32_t row_blocks;         /* of a key head's queries */
 } ada_probe_args;
 
 int ada_probe_chunks(int64_t keys);
 cudaError_t ada_probe_keys_run(const ada_probe_args *args, int heads, cudaStream_t stream);
-cudaError_t ada_probe_spreads_run(const ada_probe_args *args, int heads, cudaStream_t stream);
-cudaError_t ada_probe_figures_run(const ada_probe_args *args, ada_cuda_figures *figures, cudaStream_t stream);
-/* o [rows][E] and lse [rows]: of the exact rows. */
-cudaError_t ada_probe_profiles_run(const ada_probe_args *args, const double *o, const double *lse,
-                                   ada_cuda_profile *profiles, cudaStream_t stream);
+cudaError_t ada_probe_spreads_run(ada_probe_args args, int heads, cudaStream_t stream);
+cudaError_t ada_probe_figures_run(const ada_probe_args *args, cudaStream_t stream);
+cudaError_t ada_probe_profiles_run(const ada_probe_args *args, cudaStream_t stream);
 
 #endif

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import os
+import shutil
 import subprocess
 import types
 from collections.abc import Callable
@@ -44,9 +46,40 @@ def build_mock(cc: str, to: Path, *flags: str) -> Path:
     return to
 
 
+def build_model(folder: Path) -> Path:
+    """The backend itself, its kernels on the model of cuda/model.h, its calls of the runtime on gpu_runtime.h."""
+    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", f"-I{ROOT / 'cuda'}"]
+    sources = [ROOT / "cuda/model.cc", *sorted((ROOT / "cuda").glob("*.cu"))]
+
+    def compile_one(source: Path) -> str:
+        made = str(folder / f"{source.stem}.o")
+        fake = ["-include", ROOT / "tests/gpu_runtime.h"] if source.stem == "plugin" else []
+        subprocess.run([*compiler, *fake, "-x", "c++", "-c", source, "-o", made], check=True)
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(compile_one, sources))
+    subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *made, "-o", folder / "model.so"], check=True)
+    return folder / "model.so"
+
+
 @pytest.fixture(scope="session")
 def mock(cc: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_mock(cc, tmp_path_factory.mktemp("mock") / "mock.so"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return str(build_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(params=["mock", "model"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Either one."""
+    path: str = request.getfixturevalue(request.param)
+    return path
 
 
 class Fake:
@@ -137,8 +170,8 @@ def _arrays() -> None:
     assert value("live") == 0
 
 
-def test_arrays(mock: str) -> None:
-    run(_arrays, mock)
+def test_arrays(backend: str) -> None:
+    run(_arrays, backend)
 
 
 def _layouts() -> None:
@@ -171,8 +204,8 @@ class Host(Fake):
         return self.array
 
 
-def test_layouts(mock: str) -> None:
-    run(_layouts, mock)
+def test_layouts(backend: str) -> None:
+    run(_layouts, backend)
 
 
 def _streams() -> None:
@@ -220,8 +253,8 @@ def _places() -> None:
     assert value("live") == 0
 
 
-def test_places(mock: str) -> None:
-    run(_places, mock)
+def test_places(backend: str) -> None:
+    run(_places, backend)
 
 
 # ---- budgets

@@ -1,0 +1,132 @@
+/* The CUDA runtime as cuda/plugin.cu calls it, on the CPU's memory, for tests: with the kernels of
+ * cuda/model.h it makes the whole backend run without a GPU. The same knobs as gpu_mock.c. */
+#ifndef GPU_RUNTIME_H
+#define GPU_RUNTIME_H
+
+#include "ptx.cuh"
+
+extern "C" {
+__attribute__((visibility("default"), weak)) int mock_fail_after = -1;
+__attribute__((visibility("default"), weak)) int mock_code = 700;
+__attribute__((visibility("default"), weak)) int mock_live, mock_calls, mock_waits, mock_devices = 2;
+}
+
+enum {
+    cudaErrorMemoryAllocation = 2,
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost = 2,
+    cudaHostAllocPortable = 1,
+    cudaEventDisableTiming = 2,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMultiProcessorCount = 16
+};
+#define cudaStreamLegacy ((cudaStream_t)1)
+
+typedef int *cudaEvent_t;
+typedef struct {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem;
+} cudaDeviceProp;
+
+static inline cudaError_t gpu_runtime_call() {
+    mock_calls++;
+    return mock_fail_after < 0 || mock_fail_after-- > 0 ? cudaSuccess : mock_code;
+}
+#define GPU_RUNTIME_CALL()                                                                                   \
+    do {                                                                                                     \
+        const cudaError_t status = gpu_runtime_call();                                                       \
+        if (status != cudaSuccess) return status;                                                            \
+    } while (0)
+
+static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+static inline const char *cudaGetErrorString(cudaError_t) { return "injected"; }
+static inline cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static inline cudaError_t cudaMallocAsync(void **memory, size_t bytes, cudaStream_t) {
+    GPU_RUNTIME_CALL();
+    *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+    memset(*memory, 0xff, bytes);
+    mock_live++;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFreeAsync(void *memory, cudaStream_t) {
+    free(memory);
+    mock_live--;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13010;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGetDeviceCount(int *count) {
+    *count = mock_devices;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
+    *properties = {};
+    snprintf(properties->name, sizeof properties->name, "mock %d", device);
+    properties->major = 9, properties->multiProcessorCount = 1, properties->totalGlobalMem = 1 << 20;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int) {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
+             : attribute == cudaDevAttrMultiProcessorCount  ? 3
+                                                            : 0;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    mock_waits++;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    GPU_RUNTIME_CALL();
+    *event = (int *)malloc(sizeof **event);
+    mock_live++;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    free(event);
+    mock_live--;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) {
+    GPU_RUNTIME_CALL();
+    *memory = malloc(bytes); /* kept for all calls */
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t) {
+    GPU_RUNTIME_CALL();
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+#endif
