@@ -14,18 +14,19 @@
 #include "common.cuh"
 
 typedef struct {
-    const char *data; /* 16-bit elements, contiguous in a row, rows aligned to 16 bytes */
+    const char *data; /* halves or bytes, contiguous in a row, rows aligned to 16 bytes */
     int64_t stride[3];
     int64_t part;       /* bytes to the second part of every element, of which one is worth ADA_LOW_UNIT */
-    const float *units; /* [B][heads][tiles of ADA_UNIT_ROWS rows] what a one of the first part is worth */
-} ada_rows16;
+    const float *units; /* [B][heads][tiles of ADA_UNIT_ROWS rows] what a one of the first part is worth; of
+                           bytes: [B][heads][rows][2] of queries, a unit and what is added to all scores */
+} ada_operand;
 
 #define ADA_LOW_UNIT 0.00048828125f /* 2^-11 */
 enum { ADA_UNIT_ROWS = 64 };
 
 typedef struct {
     ada_cu_params p;
-    ada_rows16 q, k, v;
+    ada_operand q, k, v;
     int32_t *again;
     float *partials; /* [row][split][E], then of each m, l and whether it saw a key */
     int64_t rows;    /* B * H * T */
@@ -34,39 +35,53 @@ typedef struct {
     int32_t pairs;       /* two neighbours of out can be written at once */
 } ada_k1_args;
 
+/* Of a row of queries: what a one is worth, and what is added to its scores. */
+typedef struct {
+    float one, more;
+} ada_unit;
+
 enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
 
+/* Rows of so many bytes in shared memory, in chunks of 16. The chunks of eight rows that ldmatrix reads lie
+ * in different banks: their number is xored with the row's. */
+template <int BYTES_> struct ada_rows_of {
+    static constexpr int BYTES = BYTES_, CHUNKS = BYTES / 16;
+    static constexpr int MASK = CHUNKS % 8 == 0 ? 7 : CHUNKS % 4 == 0 ? 3 : 1;
+    static constexpr int SHIFT = CHUNKS % 8 == 0 ? 0 : CHUNKS % 4 == 0 ? 1 : 2;
+};
+
+template <typename L> ADA_DEVICE uint32_t ada_place(int row, int chunk) {
+    return (uint32_t)(row * L::BYTES + ((chunk ^ (row >> L::SHIFT & L::MASK)) * 16));
+}
+/* From a place with an even chunk, or one behind it, so many bytes on in the row: a multiple of 32. */
+template <typename L> ADA_DEVICE uint32_t ada_along(uint32_t place, int bytes) {
+    return (place ^ (uint32_t)(bytes & L::MASK * 16)) + (uint32_t)(bytes & ~(L::MASK * 16));
+}
+
 template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool FEW_, int RESIDENT_,
-          int LEAST_CHIP_ = 80, int PARTS_ = 1>
+          int LEAST_CHIP_ = 80, int PARTS_ = 1, bool BYTES_ = false>
 struct ada_tiling {
     static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, FEW = FEW_;
-    static constexpr int PARTS = PARTS_; /* fp16 numbers that add up to an element; 2: accurate to float */
+    static constexpr bool BYTES = BYTES_; /* queries and keys are signed bytes */
+    static constexpr int PARTS = PARTS_;  /* fp16 numbers that add up to an element; 2: accurate to float */
+    static constexpr bool UNITS = BYTES || PARTS == 2;
     static constexpr int WIDTH = WIDTH_; /* D and E, padded */
     static constexpr int MW = MW_, MR = MR_, NW = NW_;
     static constexpr int BM = 16 * MW * MR, BN = BN_; /* rows of queries and of keys in a tile */
     static constexpr int KEYS = BN / NW;              /* of a tile, for one warp */
     static constexpr int THREADS = 32 * MW * NW, RESIDENT = RESIDENT_, LEAST_CHIP = LEAST_CHIP_;
-    static constexpr int CHUNKS = WIDTH / 8, ROW_BYTES = WIDTH * 2; /* chunks of 16 bytes */
-    /* The chunks of eight rows that ldmatrix reads lie in different banks: their number is xored with the
-     * row's. */
-    static constexpr int MASK = CHUNKS % 8 == 0 ? 7 : CHUNKS % 4 == 0 ? 3 : 1;
-    static constexpr int SHIFT = CHUNKS % 8 == 0 ? 0 : CHUNKS % 4 == 0 ? 1 : 2;
-    static constexpr int Q_PART = BM * ROW_BYTES, PART = BN * ROW_BYTES; /* in shared memory */
-    static constexpr int STAGE = PARTS * PART;
-    static constexpr int K_AT = PARTS * Q_PART, V_AT = K_AT + 2 * STAGE, LOOP_BYTES = V_AT + 2 * STAGE;
+    typedef ada_rows_of<BYTES ? WIDTH : 2 * WIDTH> QK;
+    typedef ada_rows_of<2 * WIDTH> V;
+    /* Shared memory: queries, two stages of keys and of values, all parts of each; then what rows know. */
+    static constexpr int Q_PART = BM * QK::BYTES, K_PART = BN * QK::BYTES, V_PART = BN * V::BYTES;
+    static constexpr int K_STAGE = PARTS * K_PART, V_STAGE = PARTS * V_PART;
+    static constexpr int K_AT = PARTS * Q_PART, V_AT = K_AT + 2 * K_STAGE, LOOP_BYTES = V_AT + 2 * V_STAGE;
     static constexpr int MERGE_BYTES = FEW ? NW * BM * (WIDTH + 3) * 4 : 0;
-    static constexpr int SPANS_AT = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES; /* of the rows */
-    static constexpr int SHARED = SPANS_AT + BM * (int)sizeof(ada_span);
+    static constexpr int SPANS_AT = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES;
+    static constexpr int UNITS_AT = SPANS_AT + BM * (int)sizeof(ada_span);
+    static constexpr int SHARED = UNITS_AT + (UNITS ? BM * (int)sizeof(ada_unit) : 0);
     static_assert(KEYS % 16 == 0 && (NW == 1 || (FEW && MW == 1)), "");
 };
-
-template <typename X> ADA_DEVICE uint32_t ada_place(int row, int chunk) {
-    return (uint32_t)(row * X::ROW_BYTES + ((chunk ^ (row >> X::SHIFT & X::MASK)) * 16));
-}
-/* From a place with an even chunk, or one behind it, so many bytes on in the row: a multiple of 32. */
-template <typename X> ADA_DEVICE uint32_t ada_along(uint32_t place, int bytes) {
-    return (place ^ (uint32_t)(bytes & X::MASK * 16)) + (uint32_t)(bytes & ~(X::MASK * 16));
-}
 
 template <typename X>
 ADA_DEVICE void ada_multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -79,49 +94,54 @@ template <typename X> ADA_DEVICE uint32_t ada_pack(float x, float y) {
     return X::BF16 ? ada_pack_bf16(x, y) : ada_pack_f16(x, y);
 }
 
-/* A chunk of a row; zeros where it is not there or behind its width. */
-ADA_DEVICE void ada_copy_chunk(uint32_t to, const char *row, bool there, int chunk, int width) {
-    const int left = width * 2 - chunk * 16;
-    const int bytes = !there || left < 0 ? 0 : left < 16 ? left : 16;
-    ada_copy(to, bytes ? row + chunk * 16 : row, bytes);
+/* A chunk of a row; zeros where it is not there or behind the row's bytes. */
+ADA_DEVICE void ada_copy_chunk(uint32_t to, const char *row, bool there, int chunk, int bytes) {
+    const int left = bytes - chunk * 16, n = !there || left < 0 ? 0 : left < 16 ? left : 16;
+    ada_copy(to, n ? row + chunk * 16 : row, n);
 }
 
-/* Rows first ... first + BN - 1 of keys or values. Those outside the span are zeros: they may hold anything.
- */
-template <typename X>
+/* Rows first ... first + BN - 1 of keys or values, of so many bytes. Those outside the span are zeros: they
+ * may hold anything. */
+template <typename X, typename L>
 ADA_DEVICE void ada_copy_part(uint32_t to, const char *from, int64_t stride, int first, ada_span span,
-                              int width) {
-    if constexpr (X::THREADS % X::CHUNKS == 0 && X::THREADS / X::CHUNKS % 8 == 0) {
+                              int bytes) {
+    const int thread = ada_thread();
+    if constexpr (X::THREADS % L::CHUNKS == 0 && X::THREADS / L::CHUNKS % 8 == 0) {
         /* This thread's chunks are one behind the other. */
-        constexpr int STEP = X::THREADS / X::CHUNKS;
-        const int thread = ada_thread(), row = thread / X::CHUNKS, chunk = thread % X::CHUNKS;
-        const int left = width * 2 - chunk * 16;
-        const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+        constexpr int STEP = X::THREADS / L::CHUNKS;
+        const int row = thread / L::CHUNKS, chunk = thread % L::CHUNKS, left = bytes - chunk * 16;
+        const int n = left < 0 ? 0 : left < 16 ? left : 16;
         const char *at = from + (first + row) * stride + chunk * 16;
         const int lowest = span.first - first - row, end = span.end - first - row;
-        to += ada_place<X>(row, chunk);
+        to += ada_place<L>(row, chunk);
         ADA_UNROLL for (int i = 0; i < X::BN; i += STEP) {
             if (X::BN % STEP && row + i >= X::BN) break;
-            ada_copy(to + (uint32_t)(i * X::ROW_BYTES), at, i >= lowest && i < end ? bytes : 0);
+            ada_copy(to + (uint32_t)(i * L::BYTES), at, i >= lowest && i < end ? n : 0);
             at += STEP * stride;
         }
     } else {
-        const int thread = ada_thread();
-        ADA_UNROLL for (int i = 0; i < X::BN * X::CHUNKS; i += X::THREADS) {
-            const int at = i + thread, row = at / X::CHUNKS, chunk = at % X::CHUNKS, j = first + row;
-            if (X::BN * X::CHUNKS % X::THREADS && at >= X::BN * X::CHUNKS) break;
+        ADA_UNROLL for (int i = 0; i < X::BN * L::CHUNKS; i += X::THREADS) {
+            const int at = i + thread, row = at / L::CHUNKS, chunk = at % L::CHUNKS, j = first + row;
+            if (X::BN * L::CHUNKS % X::THREADS && at >= X::BN * L::CHUNKS) break;
             const bool there = j >= span.first && j < span.end;
-            ada_copy_chunk(to + ada_place<X>(row, chunk), there ? from + j * stride : from, there, chunk,
-                           width);
+            ada_copy_chunk(to + ada_place<L>(row, chunk), there ? from + j * stride : from, there, chunk,
+                           bytes);
         }
     }
 }
 
+/* A tile of keys and of values into a stage. */
 template <typename X>
-ADA_DEVICE void ada_copy_keys(uint32_t to, const ada_rows16 &rows, const char *from, int first, ada_span span,
-                              int width) {
-    ADA_UNROLL for (int part = 0; part < X::PARTS; part++) ada_copy_part<X>(
-        to + (uint32_t)(part * X::PART), from + part * rows.part, rows.stride[2], first, span, width);
+ADA_DEVICE void ada_copy_tile(const ada_k1_args &a, uint32_t shared, const char *keys, const char *values,
+                              int tile, ada_span span) {
+    const uint32_t k_to = shared + (uint32_t)(X::K_AT + tile % 2 * X::K_STAGE);
+    const uint32_t v_to = shared + (uint32_t)(X::V_AT + tile % 2 * X::V_STAGE);
+    ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
+        ada_copy_part<X, typename X::QK>(k_to + (uint32_t)(part * X::K_PART), keys + part * a.k.part,
+                                         a.k.stride[2], tile * X::BN, span, X::BYTES ? a.p.D : 2 * a.p.D);
+    ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
+        ada_copy_part<X, typename X::V>(v_to + (uint32_t)(part * X::V_PART), values + part * a.v.part,
+                                        a.v.stride[2], tile * X::BN, span, 2 * a.p.E);
 }
 
 /* Heads that share a tile's rows. */
@@ -164,7 +184,32 @@ template <typename X> ADA_DEVICE const ada_span *ada_spans() {
     return ada_shared_at<ada_span>(X::SPANS_AT) + row;
 }
 
-/* Scores of this warp's rows and keys, raw. */
+/* Scores of this warp's rows and keys, raw. Bytes: exact integers, whose sums begin at the bits of a float
+ * that shows them behind its point: 127^2 * 256 < 2^22. */
+template <typename X>
+ADA_DEVICE void ada_scores_of_bytes(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
+    int32_t sum[X::MR][X::KEYS / 8][4];
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+        ADA_UNROLL for (int c = 0; c < 4; c++) sum[mr][i][c] = 0x4b400000; /* 3 * 2^22 */
+    ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 32) {
+        uint32_t q[X::MR][4];
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
+            ada_load_matrices(q[mr], ada_along<typename X::QK>(q_at, d) + (uint32_t)(16 * mr * X::QK::BYTES));
+        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
+            uint32_t k[4];
+            ada_load_matrices(k, ada_along<typename X::QK>(k_at, d) + (uint32_t)(j * X::QK::BYTES));
+            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
+                ada_multiply_i8(sum[mr][j / 8], q[mr], k[0], k[2]);
+                ada_multiply_i8(sum[mr][j / 8 + 1], q[mr], k[1], k[3]);
+            }
+        }
+    }
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+        ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] =
+            ada_from_bits((uint32_t)sum[mr][i][c]) - 12582912.0f;
+}
+
+/* The same of halves. */
 template <typename X>
 ADA_DEVICE void ada_scores(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
     float low[X::MR][X::KEYS / 8][4]; /* of products with a second part */
@@ -173,13 +218,13 @@ ADA_DEVICE void ada_scores(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uin
     ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 16) {
         uint32_t q[X::PARTS][X::MR][4];
         ADA_UNROLL for (int part = 0; part < X::PARTS; part++) ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
-            ada_load_matrices(q[part][mr], ada_along<X>(q_at, 2 * d) +
-                                               (uint32_t)(part * X::Q_PART + 16 * mr * X::ROW_BYTES));
+            ada_load_matrices(q[part][mr], ada_along<typename X::QK>(q_at, 2 * d) +
+                                               (uint32_t)(part * X::Q_PART + 16 * mr * X::QK::BYTES));
         ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
             ADA_UNROLL for (int part = 0; part < X::PARTS; part++) {
                 uint32_t k[4];
-                ada_load_matrices(k,
-                                  ada_along<X>(k_at, 2 * d) + (uint32_t)(part * X::PART + j * X::ROW_BYTES));
+                ada_load_matrices(k, ada_along<typename X::QK>(k_at, 2 * d) +
+                                         (uint32_t)(part * X::K_PART + j * X::QK::BYTES));
                 ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
                     float(&to)[X::KEYS / 8][4] = part ? low[mr] : s[mr];
                     ada_multiply<X>(to[j / 8], q[0][mr], k[0], k[2]);
@@ -209,7 +254,7 @@ ADA_DEVICE void ada_add_values(ada_rows<X> &rows, const float (&s)[X::MR][X::KEY
             }
             ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
                 uint32_t v[4];
-                ada_load_transposed(v, ada_along<X>(v_at, 2 * e) + (uint32_t)(j * X::ROW_BYTES));
+                ada_load_transposed(v, ada_along<typename X::V>(v_at, 2 * e) + (uint32_t)(j * X::V::BYTES));
                 ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
                     ada_multiply<X>(rows.o[mr][e / 8], weights[mr], v[0], v[1]);
                     ada_multiply<X>(rows.o[mr][e / 8 + 1], weights[mr], v[2], v[3]);
@@ -229,14 +274,14 @@ ADA_DEVICE void ada_add_values(ada_rows<X> &rows, const float (&s)[X::MR][X::KEY
         ADA_UNROLL for (int e = 0; e < X::WIDTH; e += 16) {
             float sum[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, less[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
             ADA_UNROLL for (int j = 0; j < X::KEYS / 16; j++) {
-                const uint32_t at = ada_along<X>(v_at, 2 * e) + (uint32_t)(16 * j * X::ROW_BYTES);
+                const uint32_t at = ada_along<typename X::V>(v_at, 2 * e) + (uint32_t)(16 * j * X::V::BYTES);
                 uint32_t v[4];
                 ada_load_transposed(v, at);
                 ada_multiply_f16(sum[0], high[j], v[0], v[1]);
                 ada_multiply_f16(sum[1], high[j], v[2], v[3]);
                 ada_multiply_f16(less[0], low[j], v[0], v[1]);
                 ada_multiply_f16(less[1], low[j], v[2], v[3]);
-                ada_load_transposed(v, at + (uint32_t)X::PART);
+                ada_load_transposed(v, at + (uint32_t)X::V_PART);
                 ada_multiply_f16(less[0], high[j], v[0], v[1]);
                 ada_multiply_f16(less[1], high[j], v[2], v[3]);
             }
@@ -414,6 +459,7 @@ template <typename X> ADA_DEVICE void ada_leave(const ada_k1_args &a, ada_rows<X
     const int lane = ada_thread() % 32, warp = ada_thread() / 32, wn = warp / X::MW;
     float *const o = ada_shared_at<float>(0);         /* [NW][BM][WIDTH] */
     float *const ends = o + X::NW * X::BM * X::WIDTH; /* [NW][BM][3] */
+    ada_copy_wait<0>();                               /* queries, where there was no key */
     ada_sync();                                       /* keys and values have been read */
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
         const int at = wn * X::BM + warp % X::MW * 16 * X::MR + 16 * mr + 8 * half + lane / 4;
@@ -460,6 +506,14 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     for (int row = thread; row < X::BM; row += X::THREADS)
         ada_shared_at<ada_span>(X::SPANS_AT)[row] =
             ada_visible(p, sequence, (row_first + row) / ada_pack_of<X>(a));
+    for (int row = thread; X::UNITS && row < X::BM; row += X::THREADS) {
+        const int r = row_first + row < w.rows ? row_first + row : w.rows - 1, t = r / ada_pack_of<X>(a);
+        const int64_t head = (int64_t)w.b * p.H + w.h0 + r % ada_pack_of<X>(a);
+        const float *const unit =
+            X::BYTES ? a.q.units + (head * p.T + t) * 2
+                     : a.q.units + head * ((p.T + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS) + t / ADA_UNIT_ROWS;
+        ada_shared_at<ada_unit>(X::UNITS_AT)[row] = {unit[0], X::BYTES ? unit[1] : 0};
+    }
     ada_sync();
     const ada_span span = {low.first, high.end};
     int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
@@ -473,22 +527,18 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
 
     const char *const keys = a.k.data + w.b * a.k.stride[0] + w.g * a.k.stride[1];
     const char *const values = a.v.data + w.b * a.v.stride[0] + w.g * a.v.stride[1];
-    ADA_UNROLL for (int i = 0; i < X::BM * X::CHUNKS; i += X::THREADS) {
-        const int at = i + thread, row = at / X::CHUNKS, chunk = at % X::CHUNKS, r = row_first + row;
-        if (X::BM * X::CHUNKS % X::THREADS && at >= X::BM * X::CHUNKS) break;
+    ADA_UNROLL for (int i = 0; i < X::BM * X::QK::CHUNKS; i += X::THREADS) {
+        const int at = i + thread, row = at / X::QK::CHUNKS, chunk = at % X::QK::CHUNKS, r = row_first + row;
+        if (X::BM * X::QK::CHUNKS % X::THREADS && at >= X::BM * X::QK::CHUNKS) break;
         const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
         const char *from = a.q.data + w.b * a.q.stride[0];
         if (there) from += h * a.q.stride[1] + t * a.q.stride[2];
         ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
-            ada_copy_chunk(shared + (uint32_t)(part * X::Q_PART) + ada_place<X>(row, chunk),
-                           from + part * a.q.part, there, chunk, p.D);
+            ada_copy_chunk(shared + (uint32_t)(part * X::Q_PART) + ada_place<typename X::QK>(row, chunk),
+                           from + part * a.q.part, there, chunk, X::BYTES ? p.D : 2 * p.D);
     }
-    if (begin < end) {
-        const uint32_t stage = (uint32_t)(begin % 2 * X::STAGE);
-        ada_copy_keys<X>(shared + X::K_AT + stage, a.k, keys, begin * X::BN, span, p.D);
-        ada_copy_keys<X>(shared + X::V_AT + stage, a.v, values, begin * X::BN, span, p.E);
-    }
+    if (begin < end) ada_copy_tile<X>(a, shared, keys, values, begin, span);
     ada_copy_commit();
 
     ada_rows<X> rows;
@@ -500,38 +550,33 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     }
     const float factor = X::OPTIONS ? 1 : a.octaves, lazy = X::OPTIONS ? (float)ADA_LAZY_OCTAVES : a.lazy;
     /* Lanes 0 ... 15 address sixteen rows, lanes 16 ... 31 the same rows 16 bytes on. */
-    const uint32_t q_at = shared + ada_place<X>(wm * 16 * X::MR + lane % 16, lane / 16);
-    const uint32_t k_at = shared + X::K_AT + ada_place<X>(wn * X::KEYS + lane % 16, lane / 16);
-
-    const float *k_units = NULL, *v_units = NULL;
-    float q_unit[2] = {1, 1};
-    if constexpr (X::PARTS == 2) {
-        const int64_t heads = (int64_t)w.b * p.G + w.g, tiles = (p.S + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
-        k_units = a.k.units + heads * tiles, v_units = a.v.units + heads * tiles;
-        ADA_UNROLL for (int half = 0; half < 2; half++) {
-            const int r = w.row0 + 8 * half < w.rows ? w.row0 + 8 * half : w.rows - 1;
-            const int64_t head = (int64_t)w.b * p.H + w.h0 + r % ada_pack_of<X>(a);
-            q_unit[half] = a.q.units[head * ((p.T + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS) +
-                                     r / ada_pack_of<X>(a) / ADA_UNIT_ROWS];
-        }
-    }
+    const uint32_t q_at = shared + ada_place<typename X::QK>(wm * 16 * X::MR + lane % 16, lane / 16);
+    const uint32_t k_at = shared + X::K_AT + ada_place<typename X::QK>(wn * X::KEYS + lane % 16, lane / 16);
+    const int64_t unit_tiles = (p.S + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
+    const int64_t units = X::UNITS ? ((int64_t)w.b * p.G + w.g) * unit_tiles : 0;
 
     ADA_UNROLL_NOT for (int n = begin; n < end; n++) {
-        const uint32_t stage = (uint32_t)(n % 2 * X::STAGE), next = X::STAGE - stage;
-        ada_copy_wait<0>();
-        ada_sync(); /* all have this tile's keys and values, and have read those before */
-        if (n + 1 < end) {
-            ada_copy_keys<X>(shared + X::K_AT + next, a.k, keys, (n + 1) * X::BN, span, p.D);
-            ada_copy_keys<X>(shared + X::V_AT + next, a.v, values, (n + 1) * X::BN, span, p.E);
-        }
+        const uint32_t stage = (uint32_t)(n % 2 * X::K_STAGE);
+        ada_copy_wait<0>(); /* this thread's part of the tile */
+        ada_sync();         /* all have this tile's keys and values, and have read those before */
+        if (n + 1 < end) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
         ada_copy_commit();
 
         float s[X::MR][X::KEYS / 8][4];
-        ada_scores<X>(s, q_at, k_at + stage);
-        if constexpr (X::PARTS == 2) {
-            const float unit = k_units[n * X::BN / ADA_UNIT_ROWS];
-            ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++) ADA_UNROLL for (int c = 0; c < 4; c++)
-                s[0][i][c] *= q_unit[c / 2] * unit;
+        if constexpr (X::BYTES)
+            ada_scores_of_bytes<X>(s, q_at, k_at + stage);
+        else
+            ada_scores<X>(s, q_at, k_at + stage);
+        if constexpr (X::UNITS) {
+            const float k_unit = a.k.units[units + n * X::BN / ADA_UNIT_ROWS];
+            const ada_unit *const q_units = ada_shared_at<ada_unit>(X::UNITS_AT) + wm * 16 * X::MR + lane / 4;
+            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+                const ada_unit q = q_units[16 * mr + 8 * half];
+                ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++) ADA_UNROLL for (int c = 0; c < 2; c++) {
+                    float &x = s[mr][i][2 * half + c];
+                    x = x * (q.one * k_unit) + q.more;
+                }
+            }
         }
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
@@ -543,8 +588,11 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         ada_weigh<X>(s, rows, factor, lazy);
         if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
 
-        ada_add_values<X>(rows, s, k_at + stage + (X::V_AT - X::K_AT),
-                          X::PARTS == 2 ? v_units[n * X::BN / ADA_UNIT_ROWS] : 1);
+        uint32_t v_at = k_at + stage + (X::V_AT - X::K_AT);
+        if (X::BYTES)
+            v_at = shared + (uint32_t)(X::V_AT + n % 2 * X::V_STAGE) +
+                   ada_place<typename X::V>(wn * X::KEYS + lane % 16, lane / 16);
+        ada_add_values<X>(rows, s, v_at, X::PARTS == 2 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS] : 1);
     }
 
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {

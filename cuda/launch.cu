@@ -16,14 +16,18 @@ static int64_t head_count(const ada_cu_params *p) { return p->heads ? p->n_heads
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 static bool is_pairs(const ada_cu_params *p) { return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128; }
+static bool is_bytes(const ada_cu_params *p) { return p->rung == ADA_CU_INT8; }
 static bool is_tiled(const ada_cu_params *p) {
-    return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16 || is_pairs(p);
+    return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16 || is_pairs(p) || is_bytes(p);
 }
 /* Where pairs are too wide for K1, K0 is as accurate. */
 static bool is_simt_f32(const ada_cu_params *p) {
     return p->rung == ADA_CU_SIMT_F32 || (p->rung == ADA_CU_SPLIT && !is_pairs(p));
 }
-static int format_of(const ada_cu_params *p) { return p->rung == ADA_CU_FP16 ? ADA_CU_F16 : ADA_CU_BF16; }
+/* Of halves. */
+static int format_of(const ada_cu_params *p) {
+    return p->rung == ADA_CU_FP16 || (is_bytes(p) && p->dtype == ADA_CU_F16) ? ADA_CU_F16 : ADA_CU_BF16;
+}
 
 static bool as_k1_reads(const ada_cu_params *p, const ada_cu_array *a) {
     const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
@@ -58,15 +62,17 @@ static layout layout_of(const ada_cu_params *p) {
     if (is_tiled(p)) {
         const int64_t d = divide_up(p->D, 8) * 16, e = divide_up(p->E, 8) * 16,
                       keys = (int64_t)p->B * p->G * p->S;
-        at.packs_q = !as_k1_reads(p, &p->query);
-        at.packs_k = !as_k1_reads(p, &p->key);
+        at.packs_q = is_bytes(p) || !as_k1_reads(p, &p->query);
+        at.packs_k = is_bytes(p) || !as_k1_reads(p, &p->key);
         at.packs_v = !as_k1_reads(p, &p->value);
-        const int parts = is_pairs(p) ? 2 : 1;
+        const int parts = is_pairs(p) ? 2 : 1; /* bytes take less */
         if (at.packs_q) at.q = take(&used, parts * rows * d);
         if (at.packs_k) at.k = take(&used, parts * keys * d);
         if (at.packs_v) at.v = take(&used, parts * keys * e);
-        if (parts == 2)
+        if (is_pairs(p))
             at.units = take(&used, 4 * (units_of(p->B, p->H, p->T) + 2 * units_of(p->B, p->G, p->S)));
+        if (is_bytes(p))
+            at.units = take(&used, 4 * (2 * rows + units_of(p->B, p->G, p->S) + (int64_t)p->B * p->G * p->D));
         if (ada_few_queries(p)) {
             at.pack = p->heads ? 1 : p->H / p->G;
             at.splits = splits_of(p, at.pack);
@@ -112,14 +118,14 @@ static cudaError_t run_again(const ada_cu_params *p, const int32_t *again, cudaS
 
 /* Rows as K1 reads them: where they lie, or packed into the workspace. */
 static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int heads, int rows, int width,
-                        bool needed, size_t at, float *units, ada_rows16 *to, cudaStream_t stream) {
+                        bool needed, size_t at, float *units, ada_operand *to, cudaStream_t stream) {
     to->data = (const char *)from->data;
     for (int i = 0; i < 3; i++) to->stride[i] = from->stride[i];
     if (!needed) return cudaSuccess;
     ada_pack_args a = {};
     a.from = *from, a.dtype = p->dtype, a.heads = heads, a.rows = rows, a.width = width;
     a.chunks = (int)divide_up(width, 8);
-    a.bf16 = p->rung == ADA_CU_BFLOAT16;
+    a.bf16 = format_of(p) == ADA_CU_BF16;
     a.items = (int64_t)p->B * heads * rows * a.chunks;
     a.to = (uint16_t *)((char *)p->workspace + at);
     to->data = (const char *)a.to;
@@ -133,6 +139,33 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
     if (from != &p->query) a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
     return ada_launch(ada_split_rows, units_of(p->B, heads, rows), ADA_PACK_THREADS,
                       ADA_PACK_THREADS / 32 * 4, stream, a);
+}
+
+/* Queries and keys as bytes. */
+static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_args *k1,
+                              cudaStream_t stream) {
+    const int64_t rows = (int64_t)p->B * p->H * p->T, tiles = units_of(p->B, p->G, p->S);
+    float *const q_units = (float *)((char *)p->workspace + at->units), *const k_units = q_units + 2 * rows;
+    const int warps = ADA_PACK_THREADS / 32;
+    ada_pack_args a = {};
+    a.from = p->key, a.dtype = p->dtype, a.heads = p->G, a.rows = p->S, a.width = p->D, a.G = p->G;
+    a.chunks = (int)divide_up(p->D, 16);
+    a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
+    a.to = (uint16_t *)((char *)p->workspace + at->k);
+    a.units = k_units, a.mean = k_units + tiles;
+    k1->k.data = (const char *)a.to, k1->k.units = k_units;
+    k1->k.stride[2] = 16 * a.chunks, k1->k.stride[1] = k1->k.stride[2] * p->S;
+    k1->k.stride[0] = k1->k.stride[1] * p->G;
+    cudaError_t error = ada_launch(ada_mean_of_keys, (int64_t)p->B * p->G, ADA_PACK_THREADS, 0, stream, a);
+    if (!error) error = ada_launch(ada_bytes_of_keys, tiles, ADA_PACK_THREADS, 4 * warps, stream, a);
+    a.from = p->query, a.heads = p->H, a.rows = p->T, a.items = rows;
+    a.to = (uint16_t *)((char *)p->workspace + at->q), a.units = q_units;
+    k1->q.data = (const char *)a.to, k1->q.units = q_units;
+    k1->q.stride[2] = 16 * a.chunks, k1->q.stride[1] = k1->q.stride[2] * p->T;
+    k1->q.stride[0] = k1->q.stride[1] * p->H;
+    if (!error)
+        error = ada_launch(ada_bytes_of_queries, divide_up(rows, warps), ADA_PACK_THREADS, 0, stream, a);
+    return error;
 }
 
 static bool in_pairs(const ada_cu_params *p) {
@@ -157,13 +190,19 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     float *const q_units = (float *)((char *)p->workspace + at->units);
     float *const k_units = q_units + units_of(p->B, p->H, p->T), *const v_units =
                                                                      k_units + units_of(p->B, p->G, p->S);
-    cudaError_t error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, q_units, &a.q, stream);
-    if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, k_units, &a.k, stream);
+    cudaError_t error = cudaSuccess;
+    if (is_bytes(p)) {
+        error = pack_bytes(p, at, &a, stream);
+    } else {
+        error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, q_units, &a.q, stream);
+        if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, k_units, &a.k, stream);
+    }
     if (!error) error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
     if (!error)
-        error = p->rung == ADA_CU_FP16       ? ada_k1_run_f16(a, stream)
-                : p->rung == ADA_CU_BFLOAT16 ? ada_k1_run_bf16(a, stream)
-                                             : ada_k1_run_split(a, stream);
+        error = is_bytes(p)              ? ada_k1_run_bytes(a, stream)
+                : is_pairs(p)            ? ada_k1_run_split(a, stream)
+                : p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream)
+                                         : ada_k1_run_bf16(a, stream);
     if (error || !a.splits) return error;
     const int64_t blocks = divide_up(head_count(p) * p->T, ADA_COMBINE_THREADS / 32);
     return ada_launch(ada_combine, blocks, ADA_COMBINE_THREADS, 0, stream, a);

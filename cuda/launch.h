@@ -29,5 +29,6 @@ cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStrea
 cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_bytes(ada_k1_args a, cudaStream_t stream);
 
 #endif

@@ -1,4 +1,4 @@
-/* Arrays of any dtype and layout to rows of 16-bit elements, or of pairs of them, as K1 copies them. */
+/* Arrays of any dtype and layout to rows of halves, of pairs of them or of bytes, as K1 copies them. */
 #ifndef ADA_CUDA_PACK_CUH
 #define ADA_CUDA_PACK_CUH
 
@@ -6,13 +6,15 @@
 
 typedef struct {
     ada_cu_array from;
-    int32_t dtype, heads, rows, width, chunks; /* chunks of eight elements in a packed row */
+    int32_t dtype, heads, rows, width, chunks; /* chunks of 16 bytes in a packed row */
     int32_t bf16;
-    int64_t items;          /* chunks in all */
-    uint16_t *to;           /* [B][heads][rows][8 * chunks] */
-    int64_t part;           /* pairs: elements from first parts to second ones */
-    float *units;           /* pairs: [B][heads][tiles] */
-    const int64_t *lengths; /* pairs: rows of sequence b, NULL: all; [b * stride] */
+    int64_t items; /* chunks in all */
+    uint16_t *to;  /* [B][heads][rows][8 * chunks] */
+    int64_t part;  /* pairs: elements from first parts to second ones */
+    float *units;  /* pairs, bytes: as ada_operand's */
+    float *mean;   /* bytes: [B][G][D] of the keys */
+    int32_t G;
+    const int64_t *lengths; /* rows of sequence b, NULL: all; [b * stride] */
     int64_t lengths_stride;
 } ada_pack_args;
 
@@ -80,6 +82,103 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a)
         *(ada_vector<uint32_t, 4> *)to = high;
         *(ada_vector<uint32_t, 4> *)(to + a.part) = low;
     }
+}
+
+/* Bytes: the mean of up to ADA_MEAN_KEYS keys of a head by one block, of their finite numbers. Keys less
+ * their mean have smaller ones; what that takes from a row's scores is the same for all keys, and added
+ * again. */
+enum { ADA_MEAN_KEYS = 128 };
+
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_mean_of_keys(ADA_ARGS(ada_pack_args) a) {
+    const int b = ada_block() / a.heads;
+    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
+    const int64_t step = (all + ADA_MEAN_KEYS - 1) / ADA_MEAN_KEYS;
+    const char *from =
+        (const char *)a.from.data + b * a.from.stride[0] + ada_block() % a.heads * a.from.stride[1];
+    for (int d = ada_thread(); d < a.width; d += ADA_PACK_THREADS) {
+        float sum = 0, count = 0;
+        for (int64_t j = 0; j < all; j += step) {
+            const float x = ada_element<float>(from + j * a.from.stride[2] + d * a.from.stride[3], a.dtype);
+            if (fabsf(x) < ADA_INF) sum += x / ADA_MEAN_KEYS, count += 1.0f / ADA_MEAN_KEYS;
+        }
+        a.mean[ada_block() * a.width + d] = count > 0 ? sum / count : 0;
+    }
+}
+
+/* Four neighbours, times factor, as signed bytes. */
+ADA_DEVICE uint32_t ada_four_bytes(const ada_pack_args &a, const char *row, const float *mean, int at,
+                                   float factor) {
+    uint32_t bytes = 0;
+    ADA_UNROLL for (int k = 0; k < 4; k++) {
+        if (at + k >= a.width) break;
+        const float x =
+            ada_element<float>(row + (at + k) * a.from.stride[3], a.dtype) - (mean ? mean[at + k] : 0);
+        bytes |= (uint32_t)(uint8_t)(int8_t)rintf(x * factor) << 8 * k;
+    }
+    return bytes;
+}
+
+/* The largest |x - mean| that a thread finds in a row; NaN where a number is not finite. */
+ADA_DEVICE float ada_most_of_row(const ada_pack_args &a, const char *row, const float *mean, int first,
+                                 int step, float most) {
+    for (int d = first; d < a.width; d += step) {
+        const float x = ada_element<float>(row + d * a.from.stride[3], a.dtype) - (mean ? mean[d] : 0);
+        most = !(fabsf(x) < ADA_INF) ? ADA_NAN : fabsf(x) > most ? fabsf(x) : most;
+    }
+    return most;
+}
+
+/* NaN wins. */
+ADA_DEVICE float ada_most(float x, float y) { return x != x || x > y ? x : y; }
+
+/* A tile of keys by one block. Its unit is NaN where a key holds what bytes cannot: rows that see one of the
+ * tile's keys are computed again. */
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args) a) {
+    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS, warps = ADA_PACK_THREADS / 32;
+    const int64_t head = ada_block() / tiles;
+    const int first = ada_block() % tiles * ADA_UNIT_ROWS, b = (int)(head / a.heads);
+    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
+    const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
+    const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
+    const float *const mean = a.mean + head * a.width;
+    float most = 0;
+    for (int j = first + ada_thread() / 32; j < end; j += warps)
+        most = ada_most_of_row(a, from + j * a.from.stride[2], mean, ada_thread() % 32, 32, most);
+    ADA_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) most =
+        ada_most(most, ada_shuffle_xor(most, lanes));
+    float *const each = ada_shared_at<float>(0);
+    if (ada_thread() % 32 == 0) each[ada_thread() / 32] = most;
+    ada_sync();
+    for (int i = 0; i < warps; i++) most = ada_most(most, each[i]);
+    const float factor = most > 1e-30f ? 127 / most : 0;
+    if (ada_thread() == 0) a.units[ada_block()] = most / 127;
+    for (int i = ada_thread(); i < (end - first) * a.chunks * 4; i += ADA_PACK_THREADS) {
+        const int row = first + i / (a.chunks * 4), word = i % (a.chunks * 4);
+        ((uint32_t *)a.to)[(head * a.rows + row) * a.chunks * 4 + word] =
+            ada_four_bytes(a, from + row * a.from.stride[2], mean, 4 * word, factor);
+    }
+}
+
+/* A row of queries by one warp. */
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_queries(ADA_ARGS(ada_pack_args) a) {
+    const int lane = ada_thread() % 32;
+    const int64_t i = (int64_t)ada_block() * (ADA_PACK_THREADS / 32) + ada_thread() / 32;
+    if (i >= a.items) return;
+    const int64_t head = i / a.rows, b = head / a.heads;
+    const char *row = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1] +
+                      i % a.rows * a.from.stride[2];
+    const float *const mean = a.mean + (b * a.G + head % a.heads / (a.heads / a.G)) * a.width;
+    float most = ada_most_of_row(a, row, NULL, lane, 32, 0), more = 0;
+    for (int d = lane; d < a.width; d += 32)
+        more += ada_element<float>(row + d * a.from.stride[3], a.dtype) * mean[d];
+    ADA_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) {
+        most = ada_most(most, ada_shuffle_xor(most, lanes));
+        more += ada_shuffle_xor(more, lanes);
+    }
+    if (lane == 0) a.units[2 * i] = most / 127, a.units[2 * i + 1] = more;
+    for (int word = lane; word < a.chunks * 4; word += 32)
+        ((uint32_t *)a.to)[i * a.chunks * 4 + word] =
+            ada_four_bytes(a, row, NULL, 4 * word, most > 1e-30f ? 127 / most : 0);
 }
 
 #endif

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 CUDA = Path(__file__).parent.parent / "cuda"
-SOURCES = ["model.cc", "launch.cu", "k0.cu", "k1_f16.cu", "k1_bf16.cu", "k1_split.cu"]
+SOURCES = ["model.cc", "launch.cu", "k0.cu", "k1_f16.cu", "k1_bf16.cu", "k1_split.cu", "k1_bytes.cu"]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
 RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "fp8"]
 UNBOUNDED = 2**63 - 1

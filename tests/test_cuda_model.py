@@ -34,10 +34,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "split": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNITS = {
+    "fp64": 2.0**-53,
+    "fp32": 2.0**-24,
+    "split": 2.0**-24,
+    "int8": 2.0**-8,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-8,
+}
 FORMATS = {"fp16": F16, "bf16": BF16}
-TILED = ("split", "fp16", "bf16")
-RUNGS = [("fp64", F32), ("fp32", F16), ("split", F32), ("fp16", F16), ("bf16", BF16), ("bf16", F32)]
+TILED = ("split", "fp16", "bf16", "int8")
+RUNGS = [
+    ("fp64", F32),
+    ("fp32", F16),
+    ("split", F32),
+    ("fp16", F16),
+    ("bf16", BF16),
+    ("bf16", F32),
+    ("int8", F16),
+]
 MANY = Shape(2, 4, 2, 40, 100, 24, 16)
 FEW = Shape(2, 4, 2, 5, 300, 24, 40)
 FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
@@ -281,7 +296,13 @@ def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Gener
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 FAULTS = {
-    "copies are not waited for": ("k1.cuh", "ada_copy_wait<0>();", "", "k1_bf16.cu"),
+    "copies are not waited for": ("k1.cuh", "ada_copy_wait<0>(); /* this", "/* this", "k1_bf16.cu"),
+    "sums lie where queries still arrive": (
+        "k1.cuh",
+        "ada_copy_wait<0>(); /* queries",
+        "/* queries",
+        "k1_bf16.cu",
+    ),
     "no barrier behind the wait": ("k1.cuh", "ada_sync(); /* all have", "/* all have", "k1_bf16.cu"),
     "a stage is filled while it is read": ("k1.cuh", "next = X::STAGE - stage", "next = stage", "k1_bf16.cu"),
     "swizzle by addition": ("k1.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
@@ -360,6 +381,7 @@ def find_faults(kernels: ctypes.CDLL) -> None:
         check(kernels, "bf16", *arrays, order=order, window=(30, 20), **lengths)
         few = [arrays[0][:, :, :9], *arrays[1:]]
         check(kernels, "bf16", *few, order=order, splits=3, **lengths)
+        check(kernels, "bf16", *few, order=order, splits=4, kv_lengths=np.array([9]))
         check(kernels, "fp64", *arrays, order=order, **lengths)
 
 
