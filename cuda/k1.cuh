@@ -459,7 +459,6 @@ template <typename X> ADA_DEVICE void ada_leave(const ada_k1_args &a, ada_rows<X
     const int lane = ada_thread() % 32, warp = ada_thread() / 32, wn = warp / X::MW;
     float *const o = ada_shared_at<float>(0);         /* [NW][BM][WIDTH] */
     float *const ends = o + X::NW * X::BM * X::WIDTH; /* [NW][BM][3] */
-    ada_copy_wait<0>();                               /* queries, where there was no key */
     ada_sync();                                       /* keys and values have been read */
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
         const int at = wn * X::BM + warp % X::MW * 16 * X::MR + 16 * mr + 8 * half + lane / 4;
@@ -594,6 +593,8 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
                    ada_place<typename X::V>(wn * X::KEYS + lane % 16, lane / 16);
         ada_add_values<X>(rows, s, v_at, X::PARTS == 2 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS] : 1);
     }
+
+    ada_copy_wait<0>(); /* the queries, where there was no key */
 
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
         float &l = rows.l[mr][half];

@@ -8,6 +8,7 @@ machine m;
 
 static void start() {
     m.kernel();
+    if (!m.fibers[(size_t)m.current].copies.empty()) fail("a thread ends with copies on their way");
     m.fibers[(size_t)m.current].is = DONE;
     give_way();
     fail("a thread goes on after its end");
@@ -17,6 +18,7 @@ bool run(int64_t blocks, int threads, int bytes) {
     const size_t stack = 128 * 1024;
     m.threads = threads, m.blocks = (int)blocks, m.shared_bytes = bytes;
     m.random = ada_model_seed * 0x9E3779B97F4A7C15u | 1;
+    m.delay = 4u << draw() % 3 * 2;
     m.fibers.resize((size_t)threads);
     for (m.block = 0; m.block < m.blocks; m.block++) {
         m.shared.assign((size_t)bytes / 4 + 4, 0xffffffffu);

@@ -69,6 +69,7 @@ struct machine {
     jmp_buf home;
     int threads, current, block, blocks, shared_bytes;
     uint64_t random;
+    uint32_t delay; /* of copies: one in so many switches between threads lets one land */
     std::function<void()> kernel;
 };
 extern machine m;
@@ -105,7 +106,7 @@ inline void land(fiber &f, int newest) {
 /* To some fiber that can run: of the same warp where there is one, now and then another. */
 inline void give_way() {
     fiber &self = m.fibers[(size_t)m.current];
-    if (!self.copies.empty() && draw() % 64 == 0) land(self, self.copies.front().group);
+    if (!self.copies.empty() && draw() % m.delay == 0) land(self, self.copies.front().group);
     const int first = m.current / 32 * 32;
     int next = -1;
     for (int i = 1; i <= 32 && next < 0; i++) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import os
+import re
 import shutil
 from typing import Any
 
@@ -297,14 +298,19 @@ def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Gener
 # translation unit that has to be compiled again.
 FAULTS = {
     "copies are not waited for": ("k1.cuh", "ada_copy_wait<0>(); /* this", "/* this", "k1_bf16.cu"),
-    "sums lie where queries still arrive": (
+    "queries still arrive at the end": (
         "k1.cuh",
-        "ada_copy_wait<0>(); /* queries",
-        "/* queries",
+        "ada_copy_wait<0>(); /* the queries",
+        "/* the queries",
         "k1_bf16.cu",
     ),
     "no barrier behind the wait": ("k1.cuh", "ada_sync(); /* all have", "/* all have", "k1_bf16.cu"),
-    "a stage is filled while it is read": ("k1.cuh", "next = X::STAGE - stage", "next = stage", "k1_bf16.cu"),
+    "values go to the other stage": (
+        "k1.cuh",
+        "X::V_AT + tile % 2 * X::V_STAGE",
+        "X::V_AT + (tile + 1) % 2 * X::V_STAGE",
+        "k1_bf16.cu",
+    ),
     "swizzle by addition": ("k1.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
     "one key too many": ("k1.cuh", "8 * n + c < end ?", "8 * n + c <= end ?", "k1_bf16.cu"),
     "one key too few": ("k1.cuh", "8 * n + c >= lowest &&", "8 * n + c > lowest &&", "k1_bf16.cu"),
@@ -330,7 +336,7 @@ FAULTS = {
         "&s[mr][j / 8 + i / 2][i / 2 * 2]",
         "k1_bf16.cu",
     ),
-    "hidden values are not zeros": ("k1.cuh", "i >= lowest && i < end ? bytes : 0", "bytes", "k1_bf16.cu"),
+    "hidden values are not zeros": ("k1.cuh", "i >= lowest && i < end ? n : 0", "n", "k1_bf16.cu"),
     "warps merge at different references": (
         "k1.cuh",
         "end[0] == m ? 1 : ada_exp2(end[0] - m)",
@@ -344,7 +350,7 @@ FAULTS = {
         "launch.cu",
     ),
     "half of a score": ("k0.cuh", "lanes < LANES;", "lanes < LANES / 2;", "k0.cu"),
-    "groups merge without a barrier": ("k0.cuh", "    ada_sync();\n\n", "\n\n", "k0.cu"),
+    "groups merge without a barrier": ("k0.cuh", "= own; } ada_sync();", "= own; }", "k0.cu"),
 }
 
 
@@ -361,8 +367,10 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
         shutil.copytree(cuda_model.CUDA, folder / "cuda")
         (folder / "csrc").symlink_to(cuda_model.CUDA.parent / "csrc")
         text = (folder / "cuda" / file).read_text()
-        assert text.count(old) == 1, fault
-        (folder / "cuda" / file).write_text(text.replace(old, new))
+        pattern = r"\s+".join(map(re.escape, old.split(" ")))
+        text, count = re.subn(pattern, new.replace("\\", "\\\\"), text)
+        assert count == 1, fault
+        (folder / "cuda" / file).write_text(text)
         return cuda_model.build(folder, width, cuda=folder / "cuda", sources=[source], objects=base)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
