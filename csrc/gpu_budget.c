@@ -71,6 +71,8 @@ static int64_t list_keys(ada_attending *a, on_device *d) {
                                        .value_most = d->sums + (2 * i + 1) * p->E,
                                        .value2 = keys->value2};
         keys->count = 0;
+        const int64_t whole = ada_block_count(p) * ADA_BLOCK; /* what is behind the last key is read too */
+        memset(keys->value2 + p->S, 0, (size_t)(whole - p->S) * sizeof *keys->value2);
         memset(keys->seen, 0, (size_t)ada_block_count(p) * sizeof *keys->seen);
         for (int64_t block = start; block < stop; block += step) {
             const int64_t low = block * ADA_BLOCK, from = first > low ? first : low;
