@@ -126,7 +126,9 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
     a.from = *from, a.dtype = p->dtype, a.heads = heads, a.rows = rows, a.width = width;
     a.chunks = (int)divide_up(width, 8);
     a.bf16 = format_of(p) == ADA_CU_BF16;
-    a.items = (int64_t)p->B * heads * rows * a.chunks;
+    a.list = p->heads, a.per = from == &p->query ? 1 : p->H / p->G;
+    const int64_t wanted = p->heads ? p->n_heads : (int64_t)p->B * heads;
+    a.items = wanted * rows * a.chunks;
     a.to = (uint16_t *)((char *)p->workspace + at);
     to->data = (const char *)a.to;
     to->stride[2] = 16 * a.chunks, to->stride[1] = to->stride[2] * rows,
@@ -134,10 +136,10 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
     if (!is_pairs(p))
         return ada_launch(ada_pack_rows, divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0, stream,
                           a);
-    a.part = 8 * a.items, to->part = 2 * a.part;
+    a.part = 8 * (int64_t)p->B * heads * rows * a.chunks, to->part = 2 * a.part;
     to->units = a.units = units;
     if (from != &p->query) a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
-    return ada_launch(ada_split_rows, units_of(p->B, heads, rows), ADA_PACK_THREADS,
+    return ada_launch(ada_split_rows, wanted * divide_up(rows, ADA_UNIT_ROWS), ADA_PACK_THREADS,
                       ADA_PACK_THREADS / 32 * 4, stream, a);
 }
 
@@ -145,26 +147,31 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
 static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_args *k1,
                               cudaStream_t stream) {
     const int64_t rows = (int64_t)p->B * p->H * p->T, tiles = units_of(p->B, p->G, p->S);
+    const int64_t wanted = p->heads ? p->n_heads : (int64_t)p->B * p->G; /* of keys */
     float *const q_units = (float *)((char *)p->workspace + at->units), *const k_units = q_units + 2 * rows;
     const int warps = ADA_PACK_THREADS / 32;
     ada_pack_args a = {};
     a.from = p->key, a.dtype = p->dtype, a.heads = p->G, a.rows = p->S, a.width = p->D, a.G = p->G;
     a.chunks = (int)divide_up(p->D, 16);
     a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
+    a.list = p->heads, a.per = p->H / p->G;
     a.to = (uint16_t *)((char *)p->workspace + at->k);
     a.units = k_units, a.mean = k_units + tiles;
     k1->k.data = (const char *)a.to, k1->k.units = k_units;
     k1->k.stride[2] = 16 * a.chunks, k1->k.stride[1] = k1->k.stride[2] * p->S;
     k1->k.stride[0] = k1->k.stride[1] * p->G;
-    cudaError_t error = ada_launch(ada_mean_of_keys, (int64_t)p->B * p->G, ADA_PACK_THREADS, 0, stream, a);
-    if (!error) error = ada_launch(ada_bytes_of_keys, tiles, ADA_PACK_THREADS, 4 * warps, stream, a);
-    a.from = p->query, a.heads = p->H, a.rows = p->T, a.items = rows;
+    cudaError_t error = ada_launch(ada_mean_of_keys, wanted, ADA_PACK_THREADS, 0, stream, a);
+    if (!error)
+        error = ada_launch(ada_bytes_of_keys, wanted * divide_up(p->S, ADA_UNIT_ROWS), ADA_PACK_THREADS,
+                           4 * warps, stream, a);
+    a.from = p->query, a.heads = p->H, a.rows = p->T, a.per = 1;
+    a.items = head_count(p) * p->T;
     a.to = (uint16_t *)((char *)p->workspace + at->q), a.units = q_units;
     k1->q.data = (const char *)a.to, k1->q.units = q_units;
     k1->q.stride[2] = 16 * a.chunks, k1->q.stride[1] = k1->q.stride[2] * p->T;
     k1->q.stride[0] = k1->q.stride[1] * p->H;
     if (!error)
-        error = ada_launch(ada_bytes_of_queries, divide_up(rows, warps), ADA_PACK_THREADS, 0, stream, a);
+        error = ada_launch(ada_bytes_of_queries, divide_up(a.items, warps), ADA_PACK_THREADS, 0, stream, a);
     return error;
 }
 

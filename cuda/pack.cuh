@@ -8,11 +8,13 @@ typedef struct {
     ada_cu_array from;
     int32_t dtype, heads, rows, width, chunks; /* chunks of 16 bytes in a packed row */
     int32_t bf16;
-    int64_t items; /* chunks in all */
-    uint16_t *to;  /* [B][heads][rows][8 * chunks] */
-    int64_t part;  /* pairs: elements from first parts to second ones */
-    float *units;  /* pairs, bytes: as ada_operand's */
-    float *mean;   /* bytes: [B][G][D] of the keys */
+    const int32_t *list; /* query heads that are wanted, ascending; NULL: all */
+    int32_t per;         /* of them share a packed head */
+    int64_t items;       /* chunks in all; bytes: queries */
+    uint16_t *to;        /* [B][heads][rows][8 * chunks] */
+    int64_t part;        /* pairs: elements from first parts to second ones */
+    float *units;        /* pairs, bytes: as ada_operand's */
+    float *mean;         /* bytes: [B][G][D] of the keys */
     int32_t G;
     const int64_t *lengths; /* rows of sequence b, NULL: all; [b * stride] */
     int64_t lengths_stride;
@@ -20,13 +22,21 @@ typedef struct {
 
 enum { ADA_PACK_THREADS = 256 };
 
+/* The head that is packed as the n-th one; -1: it was packed before. */
+ADA_DEVICE int64_t ada_packed_head(const ada_pack_args &a, int64_t n) {
+    if (!a.list) return n;
+    const int head = a.list[n] / a.per;
+    return n > 0 && a.list[n - 1] / a.per == head ? -1 : head;
+}
+
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) {
     const int64_t i = (int64_t)ada_block() * ADA_PACK_THREADS + ada_thread();
     if (i >= a.items) return;
     const int chunk = (int)(i % a.chunks);
-    const int64_t row = i / a.chunks, head = row / a.rows;
+    const int64_t head = ada_packed_head(a, i / a.chunks / a.rows), row = i / a.chunks % a.rows;
+    if (head < 0) return;
     const char *from = (const char *)a.from.data + head / a.heads * a.from.stride[0] +
-                       head % a.heads * a.from.stride[1] + row % a.rows * a.from.stride[2];
+                       head % a.heads * a.from.stride[1] + row * a.from.stride[2];
     float x[8];
     ADA_UNROLL for (int c = 0; c < 8; c++) {
         const int at = 8 * chunk + c;
@@ -35,7 +45,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) 
     ada_vector<uint32_t, 4> packed;
     ADA_UNROLL for (int c = 0; c < 4; c++) packed.x[c] =
         a.bf16 ? ada_pack_bf16(x[2 * c], x[2 * c + 1]) : ada_pack_f16(x[2 * c], x[2 * c + 1]);
-    *(ada_vector<uint32_t, 4> *)(a.to + 8 * i) = packed;
+    *(ada_vector<uint32_t, 4> *)(a.to + 8 * ((head * a.rows + row) * a.chunks + chunk)) = packed;
 }
 
 /* Pairs: a tile of ADA_UNIT_ROWS rows by one block. A power of two brings its largest finite number to 2^14,
@@ -43,8 +53,9 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) 
  */
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a) {
     const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
-    const int64_t head = ada_block() / tiles;
-    const int first = ada_block() % tiles * ADA_UNIT_ROWS, b = (int)(head / a.heads);
+    const int64_t head = ada_packed_head(a, ada_block() / tiles);
+    if (head < 0) return;
+    const int tile = ada_block() % tiles, first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
     const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
     const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
     const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
@@ -63,7 +74,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a)
     frexpf(most, &exponent);
     exponent = exponent < -80 ? -80 : exponent;
     const float factor = ldexpf(1, 14 - exponent);
-    if (ada_thread() == 0) a.units[ada_block()] = ldexpf(1, exponent - 14);
+    if (ada_thread() == 0) a.units[head * tiles + tile] = ldexpf(1, exponent - 14);
     for (int i = ada_thread(); i < (end - first) * a.chunks; i += ADA_PACK_THREADS) {
         const int row = first + i / a.chunks, chunk = i % a.chunks;
         ada_vector<uint32_t, 4> high, low;
@@ -90,18 +101,19 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a)
 enum { ADA_MEAN_KEYS = 128 };
 
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_mean_of_keys(ADA_ARGS(ada_pack_args) a) {
-    const int b = ada_block() / a.heads;
+    const int64_t head = ada_packed_head(a, ada_block());
+    if (head < 0) return;
+    const int b = (int)(head / a.heads);
     const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
     const int64_t step = (all + ADA_MEAN_KEYS - 1) / ADA_MEAN_KEYS;
-    const char *from =
-        (const char *)a.from.data + b * a.from.stride[0] + ada_block() % a.heads * a.from.stride[1];
+    const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
     for (int d = ada_thread(); d < a.width; d += ADA_PACK_THREADS) {
         float sum = 0, count = 0;
         for (int64_t j = 0; j < all; j += step) {
             const float x = ada_element<float>(from + j * a.from.stride[2] + d * a.from.stride[3], a.dtype);
             if (fabsf(x) < ADA_INF) sum += x / ADA_MEAN_KEYS, count += 1.0f / ADA_MEAN_KEYS;
         }
-        a.mean[ada_block() * a.width + d] = count > 0 ? sum / count : 0;
+        a.mean[head * a.width + d] = count > 0 ? sum / count : 0;
     }
 }
 
@@ -135,8 +147,9 @@ ADA_DEVICE float ada_most(float x, float y) { return x != x || x > y ? x : y; }
  * tile's keys are computed again. */
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args) a) {
     const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS, warps = ADA_PACK_THREADS / 32;
-    const int64_t head = ada_block() / tiles;
-    const int first = ada_block() % tiles * ADA_UNIT_ROWS, b = (int)(head / a.heads);
+    const int64_t head = ada_packed_head(a, ada_block() / tiles);
+    if (head < 0) return;
+    const int tile = ada_block() % tiles, first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
     const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
     const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
     const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
@@ -151,7 +164,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args)
     ada_sync();
     for (int i = 0; i < warps; i++) most = ada_most(most, each[i]);
     const float factor = most > 1e-30f ? 127 / most : 0;
-    if (ada_thread() == 0) a.units[ada_block()] = most / 127;
+    if (ada_thread() == 0) a.units[head * tiles + tile] = most / 127;
     for (int i = ada_thread(); i < (end - first) * a.chunks * 4; i += ADA_PACK_THREADS) {
         const int row = first + i / (a.chunks * 4), word = i % (a.chunks * 4);
         ((uint32_t *)a.to)[(head * a.rows + row) * a.chunks * 4 + word] =
@@ -162,9 +175,9 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args)
 /* A row of queries by one warp. */
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_queries(ADA_ARGS(ada_pack_args) a) {
     const int lane = ada_thread() % 32;
-    const int64_t i = (int64_t)ada_block() * (ADA_PACK_THREADS / 32) + ada_thread() / 32;
-    if (i >= a.items) return;
-    const int64_t head = i / a.rows, b = head / a.heads;
+    const int64_t n = (int64_t)ada_block() * (ADA_PACK_THREADS / 32) + ada_thread() / 32;
+    if (n >= a.items) return;
+    const int64_t head = ada_packed_head(a, n / a.rows), b = head / a.heads, i = head * a.rows + n % a.rows;
     const char *row = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1] +
                       i % a.rows * a.from.stride[2];
     const float *const mean = a.mean + (b * a.G + head % a.heads / (a.heads / a.G)) * a.width;

@@ -62,7 +62,7 @@ typedef struct {
     int64_t seed_stride;
     int32_t one_seed; /* seed is a scalar, mixed with the batch index */
     int32_t n_heads;
-    const int32_t *heads; /* indices b * H + h that this launch computes; NULL: all */
+    const int32_t *heads; /* ascending indices b * H + h that this launch computes; NULL: all */
     void *lse;            /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
     void *workspace;      /* of ada_cu_workspace bytes, aligned to 256 */
     int32_t multiprocessors, capability; /* of the device: 132 and 90 for an H100 */

@@ -53,16 +53,25 @@ class _Params(ctypes.Structure):
 
 
 def build(
-    folder: Path, *flags: str, cuda: Path = CUDA, sources: list[str] = SOURCES, objects: Path | None = None
+    folder: Path,
+    *flags: str,
+    cuda: Path = CUDA,
+    sources: list[str] = SOURCES,
+    objects: Path | None = None,
+    empty: tuple[str, ...] = (),
 ) -> ctypes.CDLL:
-    """Compiles sources into a library in the folder; other objects are those of a folder built before."""
+    """Compiles sources into a library in the folder; other objects are those of a folder built before.
+
+    Sources that are empty have no kernels.
+    """
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", *flags]
 
     def object_of(name: str) -> str:
         if name not in sources:
             return str(objects / f"{name}.o") if objects else ""
         to = str(folder / f"{name}.o")
-        subprocess.run([*compiler, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
+        none = ["-UADA_K1_WIDTHS", "-DADA_K1_WIDTHS(X)="] if name in empty else []
+        subprocess.run([*compiler, *none, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
         return to
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
