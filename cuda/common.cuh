@@ -130,8 +130,9 @@ ADA_DEVICE char *ada_out_row(const ada_cu_params &p, int b, int h, int t) {
 
 /* Rows that a kernel could not hold: the count, then b * H * T + h * T + t of each. */
 #define ADA_AGAIN_LIST 64
-ADA_DEVICE void ada_again(int32_t *again, int64_t row) {
+ADA_DEVICE void ada_again(const ada_cu_params &p, int32_t *again, int64_t row) {
     again[ADA_AGAIN_LIST + ada_count_up(again)] = (int32_t)row;
+    if (p.raised) p.raised[row / p.T] = 1;
 }
 
 /* A row's end, from its reference m (octaves) and sum l of weights: what its output is multiplied with. */

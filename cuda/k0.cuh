@@ -210,7 +210,7 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
         ada_sync();
         if (!good) *any = 1;
         ada_sync();
-        if (ada_thread() == 0 && *any) ada_again(a.again, (int64_t)head * p.T + t);
+        if (ada_thread() == 0 && *any) ada_again(p, a.again, (int64_t)head * p.T + t);
     }
 }
 

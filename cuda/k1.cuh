@@ -28,11 +28,12 @@ typedef struct {
     ada_cu_params p;
     ada_operand q, k, v;
     int32_t *again;
-    float *partials; /* [row][split][E], then of each m, l and whether it saw a key */
-    int64_t rows;    /* B * H * T */
-    int32_t tiles, splits, pack;
-    float octaves, lazy; /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
-    int32_t pairs;       /* two neighbours of out can be written at once */
+    float *partials;                         /* [row][split][E], then of each m, l and whether it saw a key */
+    int64_t rows;                            /* B * H * T */
+    int32_t tiles, splits, split_keys, pack; /* split_keys: a multiple of all BN */
+    int32_t options;                         /* mask, slopes, cap or dropout */
+    float octaves, lazy;                     /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
+    int32_t pairs;                           /* two neighbours of out can be written at once */
 } ada_k1_args;
 
 /* Of a row of queries: what a one is worth, and what is added to its scores. */
@@ -310,6 +311,12 @@ template <typename X>
 ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4],
                                   int first, bool plain, uint32_t &saw) {
     const ada_cu_params &p = a.p;
+    if (!a.options) {
+        if (!plain) ada_hide<X>(s, first);
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++)
+            ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][n][c] *= a.octaves;
+        return;
+    }
     const float cap = (float)(p.softcap * ADA_LOG2E),
                 inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
     const int64_t offset = p.alibi_slopes ? ada_sequence_of(p, w.b).offset : 0;
@@ -370,7 +377,8 @@ ADA_DEVICE void ada_weigh(float (&s)[X::MR][X::KEYS / 8][4], ada_rows<X> &rows, 
     }
     if (ada_any(rise)) {
         ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
-            const bool higher = top[mr][half] > rows.m[mr][half];
+            const bool higher =
+                top[mr][half] > rows.m[mr][half] + lazy; /* whatever the warp's other rows do */
             const float by = higher ? ada_exp2((rows.m[mr][half] - top[mr][half]) * factor) : 1;
             rows.m[mr][half] = higher ? top[mr][half] : rows.m[mr][half];
             rows.l[mr][half] *= by;
@@ -432,7 +440,7 @@ template <typename X> ADA_DEVICE void ada_finish(const ada_k1_args &a, ada_rows<
         const int64_t row = ((int64_t)w.b * p.H + h) * p.T + t;
         if (lane % 4 == 0) {
             ada_store_lse(p, row, end.lse);
-            if (!end.good || !(good == 0)) ada_again(a.again, row);
+            if (!end.good || !(good == 0)) ada_again(p, a.again, row);
         }
         char *to = ada_out_row(p, w.b, h, t);
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) {
@@ -517,7 +525,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     const ada_span span = {low.first, high.end};
     int begin = span.first / X::BN, end = (span.end + X::BN - 1) / X::BN;
     if (X::FEW) {
-        const int all = (p.S + X::BN - 1) / X::BN, each = (all + a.splits - 1) / a.splits;
+        const int each = a.split_keys / X::BN;
         begin = begin > w.split * each ? begin : w.split * each;
         end = end < (w.split + 1) * each ? end : (w.split + 1) * each;
     }

@@ -13,11 +13,10 @@ template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cuda
 
 cudaError_t ADA_RUN(ada_k1_args a, cudaStream_t stream) {
     const ada_cu_params &p = a.p;
-    const bool options = p.mask.data || p.alibi_slopes || p.softcap != 0 || p.drop_below;
     switch (ada_k1_width(&p)) {
 #define ADA_CASE(W)                                                                                          \
     case W:                                                                                                  \
-        return run_width<W>(a, options, stream);
+        return run_width<W>(a, a.options, stream);
         ADA_K1_WIDTHS(ADA_CASE)
 #undef ADA_CASE
     default:

@@ -1,7 +1,4 @@
 /* The functions of params.h: workspace, operands in the layout of K1, and the order of launches. */
-#include <stdlib.h>
-
-#include "combine.cuh"
 #include "launch.h"
 #include "pack.cuh"
 
@@ -15,14 +12,13 @@ typedef struct {
 static int64_t head_count(const ada_cu_params *p) { return p->heads ? p->n_heads : (int64_t)p->B * p->H; }
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-static bool is_pairs(const ada_cu_params *p) { return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128; }
+static bool is_pairs(const ada_cu_params *p) {
+    return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128 && p->capability >= 80;
+}
 static bool is_bytes(const ada_cu_params *p) { return p->rung == ADA_CU_INT8; }
+/* By K1; where pairs are too wide for it, K0 is as accurate. */
 static bool is_tiled(const ada_cu_params *p) {
     return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16 || is_pairs(p) || is_bytes(p);
-}
-/* Where pairs are too wide for K1, K0 is as accurate. */
-static bool is_simt_f32(const ada_cu_params *p) {
-    return p->rung == ADA_CU_SIMT_F32 || (p->rung == ADA_CU_SPLIT && !is_pairs(p));
 }
 /* Of halves. */
 static int format_of(const ada_cu_params *p) {
@@ -34,12 +30,10 @@ static bool as_k1_reads(const ada_cu_params *p, const ada_cu_array *a) {
     return !is_pairs(p) && p->dtype == format_of(p) && a->stride[3] == 2 && together % 16 == 0;
 }
 
-/* So many that all multiprocessors have work, and every split some hundred keys at least. */
-static int splits_of(const ada_cu_params *p, int pack) {
-    const int64_t tiles = head_count(p) / pack * divide_up((int64_t)pack * p->T, ada_few_rows());
-    const int64_t most = divide_up(p->S, 256), wanted = 3 * (int64_t)p->multiprocessors / tiles;
-    if (p->splits) return p->splits;
-    return (int)(wanted < 1 ? 1 : wanted > most ? most : wanted);
+/* Keys of a split: by their number alone, so that a head's bits do not depend on how many there are. */
+static int keys_of_split(const ada_cu_params *p) {
+    const int64_t least = p->S > 8192 ? 512 : 256, each = divide_up(divide_up(p->S, 1024), 64) * 64;
+    return (int)(each > least ? each : least);
 }
 
 static size_t take(size_t *used, int64_t bytes) {
@@ -75,7 +69,7 @@ static layout layout_of(const ada_cu_params *p) {
             at.units = take(&used, 4 * (2 * rows + units_of(p->B, p->G, p->S) + (int64_t)p->B * p->G * p->D));
         if (ada_few_queries(p)) {
             at.pack = p->heads ? 1 : p->H / p->G;
-            at.splits = splits_of(p, at.pack);
+            at.splits = (int)divide_up(p->S, keys_of_split(p));
             at.partials = take(&used, rows * at.splits * (p->E + 3) * 4);
         }
     }
@@ -190,10 +184,10 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     a.splits = at->splits, a.pack = at->pack;
     a.partials = (float *)((char *)p->workspace + at->partials);
     a.pairs = in_pairs(p);
+    a.split_keys = keys_of_split(p);
+    a.options = p->mask.data || p->alibi_slopes || p->softcap != 0 || p->drop_below;
     a.octaves = (float)(p->scale * ADA_LOG2E);
     a.lazy = ADA_LAZY_OCTAVES / a.octaves;
-    if (const char *tiling = getenv("ADAATTN_CUDA_TILING")) a.p.tiling = atoi(tiling); /* to be timed */
-    if (p->capability < 80 || !ada_k1_width(p)) return cudaErrorNotSupported;
     float *const q_units = (float *)((char *)p->workspace + at->units);
     float *const k_units = q_units + units_of(p->B, p->H, p->T), *const v_units =
                                                                      k_units + units_of(p->B, p->G, p->S);
@@ -211,24 +205,30 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
                 : p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream)
                                          : ada_k1_run_bf16(a, stream);
     if (error || !a.splits) return error;
-    const int64_t blocks = divide_up(head_count(p) * p->T, ADA_COMBINE_THREADS / 32);
-    return ada_launch(ada_combine, blocks, ADA_COMBINE_THREADS, 0, stream, a);
+    ada_combine_args combine = {};
+    combine.k0 = k0_args(p);
+    combine.partials = a.partials, combine.rows = a.rows, combine.splits = a.splits,
+    combine.options = a.options;
+    return ada_combine_run(combine, combine.k0.rows, stream);
+}
+
+int ada_cu_computes(const ada_cu_params *p) {
+    if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD || p->rung == ADA_CU_FP8) return 0;
+    return !is_tiled(p) || (p->capability >= 80 && ada_k1_width(p));
 }
 
 cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream) {
+    if (!ada_cu_computes(p)) return cudaErrorNotSupported;
     if (p->heads && p->n_heads == 0) return cudaSuccess;
     ada_k0_args simt = k0_args(p);
     if (p->rung == ADA_CU_SIMT_F64) return ada_k0_run(simt, true, simt.rows, stream);
     const layout at = layout_of(p);
     int32_t *const again = (int32_t *)((char *)p->workspace + at.again);
+    if (at.splits) return run_tiled(p, &at, again, stream);
     cudaError_t error = cudaMemsetAsync(again, 0, 4, stream);
     if (error) return error;
-    if (is_simt_f32(p)) {
-        simt.again = again;
-        error = ada_k0_run(simt, false, simt.rows, stream);
-    } else {
-        error = is_tiled(p) ? run_tiled(p, &at, again, stream) : cudaErrorNotSupported;
-    }
+    simt.again = again;
+    error = is_tiled(p) ? run_tiled(p, &at, again, stream) : ada_k0_run(simt, false, simt.rows, stream);
     return error ? error : run_again(p, again, stream);
 }
 

@@ -25,6 +25,15 @@ static inline bool ada_few_queries(const ada_cu_params *p) { return p->T <= 16; 
 /* Few queries: rows of a tile. */
 static inline int ada_few_rows() { return 16; }
 
+/* Few queries: the sums of K1, and K0's arguments for rows that they do not hold. */
+typedef struct {
+    ada_k0_args k0;
+    const float *partials;
+    int64_t rows;
+    int32_t splits, options;
+} ada_combine_args;
+
+cudaError_t ada_combine_run(const ada_combine_args &a, int64_t rows, cudaStream_t stream);
 cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStream_t stream);
 cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);

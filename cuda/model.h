@@ -37,6 +37,7 @@ static inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cud
 #define ADA_CHIP 90
 #define ADA_UNROLL
 #define ADA_UNROLL_NOT
+#define ADA_UNROLL_BY(n)
 
 extern "C" uint64_t ada_model_seed; /* of the order and the delays */
 

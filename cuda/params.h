@@ -66,9 +66,11 @@ typedef struct {
     void *lse;            /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
     void *workspace;      /* of ada_cu_workspace bytes, aligned to 256 */
     int32_t multiprocessors, capability; /* of the device: 132 and 90 for an H100 */
-    int32_t tiling;                      /* 0: chosen; else a tiling of k1.cuh to be timed */
-    int32_t splits;                      /* of the keys, few queries only; 0: chosen */
+    uint32_t *raised; /* [B * H] becomes 1 where rows were computed again in float64; NULL: not wanted */
 } ada_cu_params;
+
+/* Whether ada_cu_attend has kernels for this rung, dtype, head sizes and capability. */
+int ada_cu_computes(const ada_cu_params *p);
 
 /* Bytes of workspace that ada_cu_attend needs for these arrays and this rung. */
 size_t ada_cu_workspace(const ada_cu_params *p);

@@ -27,6 +27,8 @@
 #    endif
 #    define ADA_UNROLL _Pragma("unroll")
 #    define ADA_UNROLL_NOT _Pragma("unroll 1")
+#    define ADA_PRAGMA(text) _Pragma(#    text)
+#    define ADA_UNROLL_BY(n) ADA_PRAGMA(unroll n)
 
 /* Launches a kernel; the value is a cudaError_t. */
 template <typename ARGS>

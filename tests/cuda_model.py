@@ -12,7 +12,16 @@ import ml_dtypes
 import numpy as np
 
 CUDA = Path(__file__).parent.parent / "cuda"
-SOURCES = ["model.cc", "launch.cu", "k0.cu", "k1_f16.cu", "k1_bf16.cu", "k1_split.cu", "k1_bytes.cu"]
+SOURCES = [
+    "model.cc",
+    "launch.cu",
+    "k0.cu",
+    "k1_f16.cu",
+    "k1_bf16.cu",
+    "k1_split.cu",
+    "k1_bytes.cu",
+    "combine.cu",
+]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
 RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "fp8"]
 UNBOUNDED = 2**63 - 1
@@ -48,7 +57,8 @@ class _Params(ctypes.Structure):
         ("one_seed", ctypes.c_int32),
         ("n_heads", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
-        *((name, ctypes.c_int32) for name in ("multiprocessors", "capability", "tiling", "splits")),
+        *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
+        ("raised", ctypes.c_void_p),
     ]
 
 
@@ -92,9 +102,7 @@ def attention(
     order: int = 1,
     heads: Array | None = None,
     pairs: Array | None = None,
-    splits: int = 0,
-    tiling: int = 0,
-    multiprocessors: int = 3,
+    capability: int = 90,
     attn_mask: Array | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -107,7 +115,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Any = None,
 ) -> tuple[Array, Array, int]:
-    """out, lse and the number of rows that the rung could not hold; of pairs: their rows in float64.
+    """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
 
     order draws the order of the threads and the delays of copies.
     """
@@ -151,7 +159,8 @@ def attention(
         p.dropout_p, p.drop_below = dropout_p, int(dropout_p * 2**32)
     if heads is not None:
         p.heads, p.n_heads = at(np.asarray(heads, np.int32).copy()), len(heads)
-    p.multiprocessors, p.capability, p.splits, p.tiling = multiprocessors, 90, splits, tiling
+    raised = np.zeros((B, H), np.uint32)
+    p.multiprocessors, p.capability, p.raised = 3, capability, at(raised)
     ctypes.c_uint64.in_dll(library, "ada_model_seed").value = order
 
     if pairs is not None:
@@ -170,5 +179,4 @@ def attention(
     p.workspace = at(workspace) + -workspace.ctypes.data % 256
     error = library.ada_cu_attend(ctypes.byref(p), None)
     assert error == 0, error
-    again = 0 if rung == "fp64" else ctypes.c_int32.from_address(p.workspace).value
-    return out, lse, again
+    return out, lse, int(raised.sum())
