@@ -99,7 +99,8 @@ static ada_k0_args k0_args(const ada_cu_params *p) {
 }
 
 static int64_t k0_blocks(const ada_cu_params *p, int64_t rows) {
-    const int64_t most = 32 * (int64_t)p->multiprocessors;
+    const int64_t most =
+        4 * (int64_t)p->multiprocessors; /* that are there at a time: each takes row after row */
     return rows < most ? rows : most;
 }
 
