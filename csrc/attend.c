@@ -57,8 +57,17 @@ bool ada_run_tasks(ada_attending *a, ada_task_fn *task, int64_t tasks, double mu
                             a->context);
 }
 
+/* Of weights that are rounded to the format, where values neither cancel nor lie together. */
+#define WEIGHTS_FP16 2.1e-4
+#define WEIGHTS_BF16 1.7e-3
+
 double ada_unseen_error(const ada_problem *p, int candidate) {
-    return candidate == 0 ? 1e-14 : ada_is_fixed(p) ? FIXED_ERROR : PLAIN_ERROR;
+    const ada_choice choice = ada_candidates[candidate];
+    if (candidate > 1 && ada_is_known(p) && choice.qk == ADA_RUNG_FP16 && choice.pv == ADA_RUNG_FP16)
+        return WEIGHTS_FP16;
+    if (candidate > 1 && ada_is_known(p) && choice.qk == ADA_RUNG_BF16 && p->query.dtype == ADA_BF16)
+        return WEIGHTS_BF16;
+    return candidate > 1 ? INFINITY : candidate == 0 ? 1e-14 : ada_is_fixed(p) ? FIXED_ERROR : PLAIN_ERROR;
 }
 
 /* ---- probe ---- */
@@ -120,7 +129,7 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     const ada_rate *rates = a->budget->rates;
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
     const int best = ada_plan_head(guess, &task, rates);
-    if (a->states[head].look != ADA_LOOK_ALL || !guess->finite || best <= task.plain) return 0;
+    if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite || best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
@@ -177,7 +186,7 @@ static bool pays(const ada_attending *a, int64_t head) {
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
-    const double looking = 1e-9 * LOOK_OPERATIONS * looked_at / rates[task.plain].gflops[0];
+    const double looking = 1e-9 * a->backend->look_operations * looked_at / rates[task.plain].gflops[0];
     return ada_may_pay(&task, rates, looking + a->backend->look_seconds);
 }
 
@@ -187,7 +196,7 @@ static ada_look look_at(const ada_attending *a, int64_t head) {
     const ada_problem *p = a->p;
     const ada_budget *b = a->budget;
     const bool predicted = p->T < ADA_LEAST_QUERIES;
-    if (p->only_f64 || ada_is_forced(b)) return ADA_LOOK_NONE;
+    if (p->only_f64 || ada_is_forced(b) || ada_is_known(p)) return ADA_LOOK_NONE;
     if (b->given) return predicted && b->verify ? ADA_LOOK_SOME : ADA_LOOK_NONE;
     if (ada_is_fixed(p)) return ADA_LOOK_SOME;
     return pays(a, head) ? ADA_LOOK_ALL : predicted ? ADA_LOOK_SOME : ADA_LOOK_NONE;
@@ -254,24 +263,15 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
-/* GPUs wait for memory with their own format of halves as well. Index of that candidate, or -1. */
-static int own_candidate(const ada_problem *p) {
-    const ada_rung own = p->query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
-    const bool is_half = p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16;
-    return p->on_gpu && is_half ? ada_candidate_of((ada_choice){own, own}) : -1;
-}
-
 /* The candidate of a head that is open to choice. */
 static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const ada_budget *b = a->budget;
     const ada_forecast *f = &b->heads[i].forecast;
     if (a->p->only_f64) return 0;
-    const int own = own_candidate(a->p);
-    if (ada_is_fixed(a->p) && own > 0) {
-        ada_forecast few = *f;
-        for (int c = task->plain + 1; c < ADA_CANDIDATES; c++)
-            if (c != own) few.error[c] = INFINITY;
-        return ada_plan_head(&few, task, b->rates);
+    if (ada_is_known(a->p)) {
+        ada_forecast known = {.finite = true};
+        for (int c = 0; c < ADA_CANDIDATES; c++) known.error[c] = ada_unseen_error(a->p, c);
+        return ada_plan_head(&known, task, b->rates);
     }
     if (ada_is_fixed(a->p)) {
         const bool lse_off = task->lse && f->lse_error[task->plain] > fmax(b->tolerance / ADA_MARGIN, 1e-6);
@@ -316,15 +316,13 @@ static void plan_heads(ada_attending *a) {
             head->choice = p->precision;
         else
             head->choice = ada_candidates[choose(a, i, &task)];
-        const int own = ada_is_fixed(p) ? own_candidate(p) : -1;
-        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++)
-            if (c != own) head->forecast.error[c] = NAN;
+        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++) head->forecast.error[c] = NAN;
         for (int c = 0; c < ADA_CANDIDATES; c++) /* no kernel computes that */
             if (a->budget->rates[c].gflops[0] == 0) head->forecast.error[c] = head->seconds[c] = NAN;
         const int c = ada_candidate_of(head->choice);
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
         if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
-        if (isnan(head->predicted_error) && !s->look && c >= 0 && c <= 1)
+        if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
             head->predicted_error = ada_unseen_error(p, c);
     }
 }
@@ -351,7 +349,8 @@ const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
                                      .output_norm = ada_cpu_output_norm,
                                      .exact = ada_cpu_exact,
                                      .output = ada_cpu_output,
-                                     .output_lse = ada_cpu_output_lse};
+                                     .output_lse = ada_cpu_output_lse,
+                                     .look_operations = LOOK_OPERATIONS};
 
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
     ada_head *heads = a->budget->heads;

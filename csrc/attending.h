@@ -57,7 +57,8 @@ typedef struct {
     /* Numbers of the output's row rows[i] of a head from e on, at most ADA_PIECE; returns how many. */
     int (*output)(const ada_attending *a, int64_t head, int i, int e, double *x);
     double (*output_lse)(const ada_attending *a, int64_t head, int i);
-    double look_seconds; /* to look at a head, besides what its size takes */
+    double look_operations; /* to look at an element of a head, in operations of the plain rung, */
+    double look_seconds;    /* and at any head */
 } ada_backend;
 enum { ADA_PIECE = 64 };
 
@@ -104,6 +105,12 @@ double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, c
 ada_status ada_cpu_exact(ada_attending *a, ada_error *error);
 int ada_cpu_output(const ada_attending *a, int64_t head, int i, int e, double *x);
 double ada_cpu_output_lse(const ada_attending *a, int64_t head, int i);
+
+/* Arrays of a half format, whose products a GPU's tensor cores take as they are: what its rungs do to them is
+ * known without looking. */
+static inline bool ada_is_known(const ada_problem *p) {
+    return p->on_gpu && (p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16);
+}
 
 /* The candidate that is exact for the arrays' dtype. */
 static inline int ada_plain_candidate(const ada_problem *p) { return p->query.dtype == ADA_F64 ? 0 : 1; }

@@ -191,7 +191,8 @@ static ada_query_figures figures_of(const ada_problem *p, const ada_kernels *k, 
     return f;
 }
 
-void ada_profile_query(const ada_problem *p, const ada_query_figures *f, ada_row_profile *x) {
+/* The parts of a profile that the query alone decides. */
+static void profile_query(const ada_problem *p, const ada_query_figures *f, ada_row_profile *x) {
     const double scale2 = p->scale * p->scale, most = (double)f->most;
     x->spread = scale2 * (double)f->spread;
     x->size = x->spread + scale2 * (double)f->by_mean;
@@ -218,47 +219,6 @@ static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_
             crowd[i] += share * square(fmin(weight, 1));
         }
     }
-}
-
-/* Keys that each of n rows sees, and the sum of its squared weights, were its scores normal. */
-static void crowds_of(const ada_problem *p, int64_t b, int64_t first, int n, const float *spread,
-                      double *count, double *crowd) {
-    for (int i = 0; i < n; i++) {
-        const ada_span span = ada_visible_span(p, b, first + i);
-        count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
-        /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-        crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
-    }
-}
-
-/* Spreads become sizes; mean: of the spreads of rows that see a key. */
-static void take_sizes(float *size, int n, const double *crowd, double mean, ada_spreads *spreads) {
-    for (int i = 0; i < n; i++) {
-        const double x = (double)size[i];
-        if (x > spreads->largest) spreads->largest = x;
-        if (x > MOST_SPREAD && x > OUTLIER * mean) spreads->outliers += x;
-        size[i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
-    }
-}
-
-ada_spreads ada_sizes_of_spreads(const ada_problem *p, int64_t b, const float *heavy, float *size) {
-    ada_spreads spreads = {.finite = true};
-    const float scale2 = (float)(p->scale * p->scale);
-    double sum = 0, live = 0;
-    for (int64_t i = 0; i < p->T; i++) {
-        size[i] = ada_sees_keys(p, b, i) ? size[i] * scale2 : -1;
-        if (size[i] == -1) continue;
-        spreads.finite &= isfinite(size[i]) != 0;
-        sum += (double)size[i], live++;
-    }
-    for (int64_t first = 0; first < p->T; first += ADA_BLOCK) {
-        const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
-        double crowd[ADA_BLOCK], count[ADA_BLOCK];
-        crowds_of(p, b, first, n, size + first, count, crowd);
-        for (int i = 0; heavy && i < n; i++) crowd[i] += (double)heavy[first + i];
-        take_sizes(size + first, n, crowd, sum / live, &spreads);
-    }
-    return spreads;
 }
 
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
@@ -291,13 +251,23 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
         double crowd[ADA_BLOCK], count[ADA_BLOCK];
         float *spread = size + first;
-        crowds_of(p, b, first, n, spread, count, crowd);
+        for (int i = 0; i < n; i++) {
+            const ada_span span = ada_visible_span(p, b, first + i);
+            count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
+            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
+            crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
+        }
         if (keys->heavies) {
             ptrdiff_t ld;
             const float *q = rows_at_f32(k, &p->query, b, h, first, n, s.rows, &ld);
             add_heavy(p, k, keys, &s, q, ld, n, spread, count, crowd);
         }
-        take_sizes(spread, n, crowd, sum / live, &spreads);
+        for (int i = 0; i < n; i++) {
+            const double x = (double)spread[i];
+            if (x > spreads.largest) spreads.largest = x;
+            if (x > MOST_SPREAD && x > OUTLIER * sum / live) spreads.outliers += x;
+            size[first + i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
+        }
     }
     return spreads;
 }
@@ -458,7 +428,7 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, rows[r], 1, s.rows, &ld);
         const ada_query_figures figures = figures_of(p, k, keys, q);
-        ada_profile_query(p, &figures, x);
+        profile_query(p, &figures, x);
         x->out2 = 0;
         for (int e = 0; e < E; e++) {
             s.out[r * E + e] = (float)exact.o[r * E + e];
@@ -534,7 +504,7 @@ void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, co
     for (int i = 0; i < found; i++) {
         ada_row_profile one;
         const ada_span span = ada_visible_span(p, b, rows[i]);
-        ada_profile_query(p, &figures[i], &one);
+        profile_query(p, &figures[i], &one);
         x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
         x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));
         x->visible += span.end - span.first;

@@ -62,8 +62,6 @@ void ada_finish_keys(const ada_problem *p, double largest2, double value2, doubl
 typedef struct {
     float spread, by_mean, norm2, most;
 } ada_query_figures;
-/* The parts of a profile that the query alone decides. */
-void ada_profile_query(const ada_problem *p, const ada_query_figures *figures, ada_row_profile *profile);
 /* Spreads of a head's rows. */
 typedef struct {
     double largest;
@@ -75,9 +73,6 @@ typedef struct {
  * where it sees no key or is not finite. */
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch);
-/* The same where sizes are the rows' figures' spreads so far; heavy[i]: what row i may owe to heavy values,
- * NULL for nothing. Masks are not looked at. */
-ada_spreads ada_sizes_of_spreads(const ada_problem *p, int64_t b, const float *heavy, float *size);
 /* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
  * whose size in live is above 0. */
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T);

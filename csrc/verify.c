@@ -210,8 +210,9 @@ ada_status ada_cpu_exact(ada_attending *a, ada_error *error) {
 }
 
 /* Whether rows say otherwise than what was assumed of a head that nobody looked at. */
-static bool refuted(const ada_head *head, const ada_head_state *s) {
-    return !s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error;
+static bool refuted(const ada_attending *a, const ada_head *head, const ada_head_state *s) {
+    const double rounding = ada_is_known(a->p) ? rounding_of(a->p->query.dtype) / 2 : 0; /* of the output */
+    return !s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error + rounding;
 }
 
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
@@ -221,7 +222,7 @@ static bool doubts(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
            head->measured_error < a->budget->tolerance &&
-           (head->error_limit > a->budget->tolerance || refuted(head, s));
+           (head->error_limit > a->budget->tolerance || refuted(a, head, s));
 }
 
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
@@ -265,7 +266,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
     *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
     return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7) &&
-           !(refuted(head, s) && doubts(a, index));
+           !(refuted(a, head, s) && doubts(a, index));
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
@@ -314,8 +315,8 @@ static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
     if (a->backend->fetch_norms(a, error)) return error->status;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         const ada_head *head = &a->budget->heads[i];
-        const bool guessed = head->choice.qk <= ADA_RUNG_FP32 || (a->p->on_gpu && ada_is_fixed(a->p));
-        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || !guessed) continue;
+        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->choice.qk > ADA_RUNG_FP32)
+            continue;
         confirm_guess(a, i);
         const bool keeps = head->predicted_error * ADA_MARGIN_GUESSED <= a->budget->tolerance;
         if (!keeps && go_up(a, i)) a->list[n++] = i;

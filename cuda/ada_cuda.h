@@ -38,17 +38,12 @@ typedef struct {
 /* A key head that is looked at: sums over the keys first ... end - 1 that lie in every step-th block of
  * ADA_CUDA_BLOCK, counted from first's block on. */
 #define ADA_CUDA_BLOCK 64
-#define ADA_CUDA_HEAVY 7
 typedef struct {
     int32_t head; /* in: b * G + g */
     int32_t first, end, step;
-    float *mean, *variance;        /* out: [D] of the keys */
-    float *value_sum, *value_most; /* out: [E] of the values: sums and largest magnitudes */
-    float *value2;                 /* out: [S] squared norms of the values; 0 where they are not looked at */
-    double largest2;               /* out: sum over keys of their block's largest |key - mean| squared */
-    int32_t heavies;               /* in, of row_spreads: keys with large values, */
-    int32_t heavy[ADA_CUDA_HEAVY];
-    float share[ADA_CUDA_HEAVY]; /* and their squared norms over the mean one */
+    float *mean, *variance;                 /* out: [D] of the keys */
+    float *value_sum, *value2, *value_most; /* out: [E] of the values: sums, of squares, largest magnitudes */
+    double largest2; /* out: sum over keys of their block's largest |key - mean| squared */
 } ada_cuda_keys;
 
 /* Of a query: sums of its squares times variances and squared means of its keys, of its squares; its largest.
@@ -57,17 +52,7 @@ typedef struct {
     float spread, by_mean, norm2, most;
 } ada_cuda_figures;
 
-/* What csrc/probe.h wants of a row; p its weights, d squared distances of values from its output. */
-typedef struct {
-    ada_cuda_figures figures;
-    double out2, p2d, p2d_norm, p2d_step, p2, p2_norm, p2_step, p2v, pv;
-    double entropy, block_entropy;  /* nats */
-    double reference;               /* the largest score */
-    double score_sum, score_square; /* of scaled products with visible keys, before any option */
-    int64_t visible;
-} ada_cuda_profile;
-
-/* A problem on its way: its vectors on the device and what the probe leaves there. */
+/* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
 
 typedef struct {
@@ -103,21 +88,13 @@ typedef struct {
     int (*execute)(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
                    ada_cuda_failure *failure);
 
-    /* The probe: of key heads; of all their queries what they spread (sums of squares times variances,
-     * without the scale) and owe to heavy values, [B * H][T]; of some rows figures and profiles. */
-    int (*probe_keys)(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, ada_cuda_failure *failure);
-    int (*row_spreads)(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float *spread, float *heavy,
-                       ada_cuda_failure *failure);
-    int (*row_figures)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_figures *figures,
-                       ada_cuda_failure *failure);
-    int (*row_profiles)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_profile *profiles,
-                        ada_cuda_failure *failure);
-
-    /* Rows in fp64: o [n][E], lse [n]; and the same rows of what was executed (lse 0 where there is none). */
-    int (*exact_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-                      ada_cuda_failure *failure);
-    int (*output_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-                       ada_cuda_failure *failure);
+    /* Looks at key heads, and at queries of theirs. */
+    int (*probe)(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows,
+                 int64_t n_rows, ada_cuda_figures *figures, ada_cuda_failure *failure);
+    /* Exact rows, o [n][E] and lse [n], in double or, f64 being false, in float; and the same rows of what
+     * was executed (lse 0 where there is none). Rows of a head come together. */
+    int (*rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
+                double *out_o, double *out_lse, ada_cuda_failure *failure);
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
 } ada_cuda_table;

@@ -186,6 +186,19 @@ int download(int device, uintptr_t stream, void *to, const void *from, int64_t n
     return 0;
 }
 
+/* Results of a call, waited for. */
+int fetch(cudaStream_t stream, void *to, const void *from, size_t bytes, ada_cuda_failure *failure) {
+    const std::lock_guard<std::mutex> lock(staging_lock);
+    if (!staging[0]) TRY(cudaHostAlloc((void **)&staging[0], PIECE, cudaHostAllocPortable));
+    for (size_t at = 0; at < bytes; at += PIECE) {
+        TRY(cudaMemcpyAsync(staging[0], (const char *)from + at, piece_at(at, bytes), cudaMemcpyDeviceToHost,
+                            stream));
+        TRY(cudaStreamSynchronize(stream));
+        memcpy((char *)to + at, staging[0], piece_at(at, bytes));
+    }
+    return 0;
+}
+
 /* Words of 8 bytes on their way: as many as a launch may carry. */
 struct Words {
     enum { MOST = 480, THREADS = 128 };
@@ -219,8 +232,6 @@ struct ada_cuda_call {
     ada_cu_params params; /* of a launch of all heads, but for the rung */
     cudaStream_t stream;
     void *vectors; /* on the device */
-    void *probed;  /* what the probe leaves there */
-    ada_probe_args probe;
 };
 
 namespace {
@@ -311,7 +322,6 @@ void close_call(ada_cuda_call *call) {
     if (!call) return;
     const Device guard(call->problem.device);
     if (call->vectors) cudaFreeAsync(call->vectors, call->stream);
-    if (call->probed) cudaFreeAsync(call->probed, call->stream);
     free(call);
 }
 
@@ -422,127 +432,83 @@ int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure) {
 
 /* ---- the probe ---- */
 
-/* Hands out the parts of the probe's memory; base NULL: counts. */
-size_t carve_probe(ada_probe_args *a, char *base, int64_t heads) {
-    const ada_cu_params *p = &a->p;
-    const int64_t key_heads = (int64_t)p->B * p->G;
-    size_t used = 0;
-    const auto take = [&](int64_t bytes) {
-        char *at = base ? base + used : nullptr;
-        used += (size_t)(bytes + 255) / 256 * 256;
-        return (float *)at;
-    };
-    a->heads = (const ada_probe_head *)take(key_heads * (int64_t)sizeof *a->heads);
-    a->means = take(key_heads * p->D * 4), a->variances = take(key_heads * p->D * 4);
-    a->norm2 = take(key_heads * p->S * 4), a->value2 = take(key_heads * p->S * 4);
-    a->largest = take(key_heads * a->blocks * 4);
-    a->partials = take(heads * a->chunks * (p->D + 2 * p->E) * 4);
-    a->value_sums = take(heads * 2 * p->E * 4), a->largest2 = take(heads * 4);
-    a->spread = take((int64_t)p->B * p->H * p->T * 4), a->heavy = take((int64_t)p->B * p->H * p->T * 4);
-    return used;
+ada_probe_head probe_head(const ada_cuda_keys *keys) {
+    ada_probe_head head = {keys->head, keys->first, keys->end, keys->step, 0, 0};
+    for (int block = head.first / ADA_CUDA_BLOCK; block * ADA_CUDA_BLOCK < head.end; block += head.step) {
+        const int low = block * ADA_CUDA_BLOCK, high = low + ADA_CUDA_BLOCK;
+        head.count += (float)((high < head.end ? high : head.end) - (low > head.first ? low : head.first));
+    }
+    return head;
 }
 
-cudaError_t send_heads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n) {
-    const size_t bytes = (size_t)n * sizeof(ada_probe_head);
-    ada_probe_head *heads = (ada_probe_head *)calloc(1, bytes + 8);
-    if (!heads) return cudaErrorMemoryAllocation;
-    for (int64_t i = 0; i < n; i++) {
-        ada_probe_head *to = &heads[i];
-        const ada_cuda_keys *from = &keys[i];
-        to->head = from->head, to->first = from->first, to->end = from->end, to->step = from->step;
-        to->heavies = from->heavies;
-        memcpy(to->heavy, from->heavy, sizeof to->heavy);
-        memcpy(to->share, from->share, sizeof to->share);
-        const int first = from->first / ADA_CUDA_BLOCK;
-        for (int block = first; block * ADA_CUDA_BLOCK < from->end; block += from->step) {
-            const int low = block * ADA_CUDA_BLOCK, high = low + ADA_CUDA_BLOCK;
-            to->count +=
-                (float)((high < from->end ? high : from->end) - (low > from->first ? low : from->first));
+/* What the kernels are told, in one piece: heads, rows, the head of each row. */
+struct Told {
+    char *memory;
+    size_t rows_at, key_head_at, bytes;
+    ~Told() { free(memory); }
+    int fill(const ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows, int64_t n_rows, int per_head) {
+        rows_at = (size_t)n * sizeof(ada_probe_head);
+        key_head_at = rows_at + (size_t)n_rows * sizeof *rows;
+        bytes = (key_head_at + (size_t)n_rows * sizeof(int32_t) + 7) / 8 * 8;
+        memory = (char *)calloc(1, bytes);
+        if (!memory) return -1;
+        for (int64_t i = 0; i < n; i++) ((ada_probe_head *)memory)[i] = probe_head(&keys[i]);
+        memcpy(memory + rows_at, rows, (size_t)n_rows * sizeof *rows);
+        for (int64_t i = 0, at = 0; i < n_rows; i++) { /* both are ascending */
+            while (keys[at].head < rows[i].head / per_head) at++;
+            ((int32_t *)(memory + key_head_at))[i] = (int32_t)at;
         }
+        return 0;
     }
-    const cudaError_t status =
-        send_words((void *)call->probe.heads, heads, (int64_t)(bytes + 7) / 8 * 8, call->stream);
-    free(heads);
-    return status;
-}
+};
 
-int probe_keys(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, ada_cuda_failure *failure) {
+int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows, int64_t n_rows,
+          ada_cuda_figures *figures, ada_cuda_failure *failure) {
     ON_DEVICE(call->problem.device);
-    ada_probe_args *a = &call->probe;
-    const int64_t D = call->problem.D, E = call->problem.E, S = call->problem.S;
-    a->p = call->params;
-    a->chunks = ada_probe_chunks(S), a->blocks = (int32_t)((S + ADA_CUDA_BLOCK - 1) / ADA_CUDA_BLOCK);
-    TRY(cudaMallocAsync(&call->probed, carve_probe(a, nullptr, n), call->stream));
-    carve_probe(a, (char *)call->probed, n);
-    TRY(send_heads(call, keys, n));
-    TRY(ada_probe_keys_run(a, (int)n, call->stream));
+    const size_t D = (size_t)call->problem.D, E = (size_t)call->problem.E, heads = (size_t)n;
+    Memory told(call->stream), partials(call->stream), found(call->stream);
+    Told tell = {};
+    if (tell.fill(keys, n, rows, n_rows, call->params.H / call->params.G))
+        return failed(cudaErrorMemoryAllocation, "calloc", failure);
+    ada_probe_args a = {};
+    a.p = call->params;
     for (int64_t i = 0; i < n; i++) {
-        const int64_t head = keys[i].head;
-        TRY(cudaMemcpyAsync(keys[i].mean, a->means + head * D, (size_t)D * 4, cudaMemcpyDeviceToHost,
-                            call->stream));
-        TRY(cudaMemcpyAsync(keys[i].variance, a->variances + head * D, (size_t)D * 4, cudaMemcpyDeviceToHost,
-                            call->stream));
-        TRY(cudaMemcpyAsync(keys[i].value_sum, a->value_sums + 2 * i * E, (size_t)E * 4,
-                            cudaMemcpyDeviceToHost, call->stream));
-        TRY(cudaMemcpyAsync(keys[i].value_most, a->value_sums + (2 * i + 1) * E, (size_t)E * 4,
-                            cudaMemcpyDeviceToHost, call->stream));
-        TRY(cudaMemcpyAsync(keys[i].value2, a->value2 + head * S, (size_t)S * 4, cudaMemcpyDeviceToHost,
-                            call->stream));
-        float largest2;
-        TRY(cudaMemcpyAsync(&largest2, a->largest2 + i, 4, cudaMemcpyDeviceToHost, call->stream));
-        TRY(cudaStreamSynchronize(call->stream));
-        keys[i].largest2 = largest2;
+        const int32_t first = keys[i].first / ADA_CUDA_BLOCK, end = keys[i].end;
+        const int32_t blocks = (end + ADA_CUDA_BLOCK - 1) / ADA_CUDA_BLOCK - first;
+        const int32_t looked = blocks > 0 ? (blocks + keys[i].step - 1) / keys[i].step : 1;
+        a.looked = looked > a.looked ? looked : a.looked;
     }
-    return 0;
-}
-
-int row_spreads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float *spread, float *heavy,
-                ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    const size_t bytes = (size_t)(call->problem.B * call->problem.H * call->problem.T) * sizeof *spread;
-    TRY(send_heads(call, keys, n));
-    TRY(ada_probe_spreads_run(call->probe, (int)n, call->stream));
-    TRY(cudaMemcpyAsync(spread, call->probe.spread, bytes, cudaMemcpyDeviceToHost, call->stream));
-    TRY(cudaMemcpyAsync(heavy, call->probe.heavy, bytes, cudaMemcpyDeviceToHost, call->stream));
-    TRY(cudaStreamSynchronize(call->stream));
-    return 0;
-}
-
-int row_figures(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_figures *figures,
-                ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    Memory pairs(call->stream), found(call->stream);
-    ada_probe_args a = call->probe;
-    TRY(pairs.allocate((size_t)n * sizeof *rows));
-    TRY(found.allocate((size_t)n * sizeof *figures));
-    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
-    a.pairs = (const int32_t *)pairs.data, a.rows = n;
-    a.figures = (ada_cuda_figures *)found.data;
-    TRY(ada_probe_figures_run(&a, call->stream));
-    TRY(cudaMemcpyAsync(figures, found.data, (size_t)n * sizeof *figures, cudaMemcpyDeviceToHost,
-                        call->stream));
-    TRY(cudaStreamSynchronize(call->stream));
-    return 0;
-}
-
-int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_profile *profiles,
-                 ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    const int64_t E = call->problem.E;
-    Memory pairs(call->stream), outputs(call->stream), found(call->stream);
-    ada_probe_args a = call->probe;
-    TRY(pairs.allocate((size_t)n * sizeof *rows));
-    TRY(outputs.allocate((size_t)(n * (E + 1)) * sizeof(double)));
-    TRY(found.allocate((size_t)n * sizeof *profiles));
-    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
-    a.pairs = (const int32_t *)pairs.data, a.rows = n;
-    double *lse = (double *)outputs.data, *o = lse + n;
-    TRY(ada_cu_exact_rows(&call->params, a.pairs, (int32_t)n, o, lse, call->stream));
-    a.o = o, a.lse = lse, a.profiles = (ada_cuda_profile *)found.data;
-    TRY(ada_probe_profiles_run(&a, call->stream));
-    TRY(cudaMemcpyAsync(profiles, found.data, (size_t)n * sizeof *profiles, cudaMemcpyDeviceToHost,
-                        call->stream));
-    TRY(cudaStreamSynchronize(call->stream));
+    /* Of each head: means, variances [D], sums [3][E], one more; then figures. */
+    const size_t of_head = 2 * D + 3 * E + 1, numbers = heads * of_head + (size_t)n_rows * 4;
+    TRY(told.allocate(tell.bytes));
+    TRY(partials.allocate(heads * (size_t)a.looked * (D + 3 * E) * sizeof(float)));
+    TRY(found.allocate(numbers * sizeof(float)));
+    TRY(send_words(told.data, tell.memory, (int64_t)tell.bytes, call->stream));
+    a.heads = (const ada_probe_head *)told.data;
+    a.pairs = (const int32_t *)((char *)told.data + tell.rows_at);
+    a.key_head = (const int32_t *)((char *)told.data + tell.key_head_at);
+    a.rows = n_rows, a.partials = (float *)partials.data;
+    a.means = (float *)found.data, a.variances = a.means + heads * D;
+    a.value_sums = a.variances + heads * D, a.largest2 = a.value_sums + heads * 3 * E;
+    a.figures = (ada_cuda_figures *)(a.largest2 + heads);
+    TRY(ada_probe_run(a, (int)n, call->stream));
+    float *here = (float *)malloc(numbers * sizeof *here);
+    if (!here) return failed(cudaErrorMemoryAllocation, "malloc", failure);
+    if (fetch(call->stream, here, found.data, numbers * sizeof *here, failure)) {
+        free(here);
+        return failure->code;
+    }
+    const float *variances = here + heads * D, *sums = variances + heads * D, *rest = sums + heads * 3 * E;
+    for (size_t i = 0; i < heads; i++) {
+        memcpy(keys[i].mean, here + i * D, D * sizeof *here);
+        memcpy(keys[i].variance, variances + i * D, D * sizeof *here);
+        memcpy(keys[i].value_sum, sums + 3 * i * E, E * sizeof *here);
+        memcpy(keys[i].value2, sums + (3 * i + 1) * E, E * sizeof *here);
+        memcpy(keys[i].value_most, sums + (3 * i + 2) * E, E * sizeof *here);
+        keys[i].largest2 = rest[i];
+    }
+    memcpy(figures, rest + heads, (size_t)n_rows * sizeof *figures);
+    free(here);
     return 0;
 }
 
@@ -590,37 +556,65 @@ ADA_KERNEL(Outputs::THREADS, 1) square_rows(ADA_ARGS(Outputs) a) {
     if (ada_thread() % 32 == 0) a.norms[row] = (float)sum;
 }
 
-int rows_of(ada_cuda_call *call, bool exact, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-            ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    const size_t row_bytes = (size_t)call->problem.E * sizeof(double);
-    Memory pairs(call->stream), found(call->stream);
-    if (n == 0) return 0;
-    TRY(pairs.allocate((size_t)n * sizeof *rows));
-    TRY(found.allocate((size_t)n * (row_bytes + sizeof(double))));
-    TRY(send_words(pairs.data, rows, n * (int64_t)sizeof *rows, call->stream));
-    double *lse_at = (double *)found.data, *o_at = lse_at + n;
-    if (exact) {
-        TRY(ada_cu_exact_rows(&call->params, (const int32_t *)pairs.data, (int32_t)n, o_at, lse_at,
-                              call->stream));
-    } else {
-        Outputs a = {call->params, (const int32_t *)pairs.data, o_at, lse_at, nullptr};
-        TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, a));
+bool in_fours(const ada_cu_params *p) {
+    const ada_cu_array *arrays[] = {&p->query, &p->key};
+    const int64_t size = p->dtype == ADA_CU_F32 ? 4 : p->dtype == ADA_CU_F64 ? 8 : 2;
+    bool good = true;
+    for (const ada_cu_array *a : arrays)
+        good &= a->stride[3] == size &&
+                (a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data) % (4 * size) == 0;
+    return good;
+}
+
+/* Rows of a head, few at a time; returns how many groups. */
+int group_rows(const ada_cuda_row *rows, int64_t n, ada_row_group *groups) {
+    int made = 0;
+    for (int64_t i = 0; i < n; i++) {
+        ada_row_group *last = made ? &groups[made - 1] : nullptr;
+        if (last && last->head == rows[i].head && last->count < ADA_ROWS_TOGETHER)
+            last->count++;
+        else
+            groups[made++] = {rows[i].head, (int32_t)i, 1, 0};
     }
-    TRY(cudaMemcpyAsync(lse, lse_at, (size_t)n * sizeof *lse, cudaMemcpyDeviceToHost, call->stream));
-    TRY(cudaMemcpyAsync(o, o_at, (size_t)n * row_bytes, cudaMemcpyDeviceToHost, call->stream));
-    TRY(cudaStreamSynchronize(call->stream));
-    return 0;
+    return made;
 }
 
-int exact_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-               ada_cuda_failure *failure) {
-    return rows_of(call, true, rows, n, o, lse, failure);
-}
-
-int output_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-                ada_cuda_failure *failure) {
-    return rows_of(call, false, rows, n, o, lse, failure);
+int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
+                 double *out_o, double *out_lse, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    const size_t E = (size_t)call->problem.E, count = (size_t)n, of_rows = count * (E + 1) * sizeof(double);
+    Memory told(call->stream), partials(call->stream), found(call->stream);
+    const size_t pairs_bytes = count * sizeof *rows;
+    char *tell = (char *)calloc(count, sizeof *rows + sizeof(ada_row_group));
+    if (!tell) return failed(cudaErrorMemoryAllocation, "calloc", failure);
+    memcpy(tell, rows, pairs_bytes);
+    ada_rows_args a = {};
+    a.p = call->params;
+    a.rows = n, a.n_groups = group_rows(rows, n, (ada_row_group *)(tell + pairs_bytes));
+    a.splits = ada_rows_splits(&a.p), a.fours = in_fours(&a.p);
+    const size_t bytes = pairs_bytes + (size_t)a.n_groups * sizeof(ada_row_group);
+    cudaError_t status = told.allocate(bytes);
+    if (status == cudaSuccess) status = send_words(told.data, tell, (int64_t)bytes, call->stream);
+    free(tell);
+    TRY(status);
+    TRY(partials.allocate(ada_rows_bytes(&a.p, a.n_groups)));
+    TRY(found.allocate(2 * of_rows));
+    a.pairs = (const int32_t *)told.data, a.groups = (const ada_row_group *)((char *)told.data + pairs_bytes);
+    a.partials = (double *)partials.data;
+    a.lse = (double *)found.data, a.o = a.lse + count;
+    TRY(ada_rows_run(a, f64, call->stream));
+    Outputs outputs = {call->params, a.pairs, a.o + count * E + count, a.o + count * E, nullptr};
+    TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, outputs));
+    double *here = (double *)malloc(2 * of_rows);
+    if (!here) return failed(cudaErrorMemoryAllocation, "malloc", failure);
+    const int fetched = fetch(call->stream, here, found.data, 2 * of_rows, failure);
+    if (!fetched) {
+        const double *outs = here + count * (E + 1);
+        memcpy(lse, here, count * sizeof *lse), memcpy(o, here + count, count * E * sizeof *o);
+        memcpy(out_lse, outs, count * sizeof *lse), memcpy(out_o, outs + count, count * E * sizeof *o);
+    }
+    free(here);
+    return fetched;
 }
 
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
@@ -631,24 +625,13 @@ int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     Outputs a = {call->params, nullptr, nullptr, nullptr, (float *)found.data};
     TRY(ada_launch(square_rows, (rows + Outputs::WARPS - 1) / Outputs::WARPS, Outputs::THREADS, 0,
                    call->stream, a));
-    TRY(cudaMemcpyAsync(norms, found.data, (size_t)rows * sizeof *norms, cudaMemcpyDeviceToHost,
-                        call->stream));
-    TRY(cudaStreamSynchronize(call->stream));
-    return 0;
+    return fetch(call->stream, norms, found.data, (size_t)rows * sizeof *norms, failure);
 }
 
-const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
-                              ADA_VERSION,  count,
-                              describe,     allocate,
-                              release,      upload,
-                              download,     synchronize,
-                              order,        open_call,
-                              close_call,   computes,
-                              check_mask,   execute,
-                              probe_keys,   row_spreads,
-                              row_figures,  row_profiles,
-                              exact_rows,   output_rows,
-                              row_norms};
+const ada_cuda_table table = {
+    ADA_CUDA_ABI, sizeof(ada_problem), ADA_VERSION, count,     describe,   allocate, release,    upload,
+    download,     synchronize,         order,       open_call, close_call, computes, check_mask, execute,
+    probe,        compute_rows,        row_norms};
 
 } // namespace
 

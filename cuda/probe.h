@@ -1,4 +1,4 @@
-/* The probe's kernels: arguments, and the functions of the host that launch them. */
+/* The probe's kernels and those of single rows: arguments, and the functions of the host that launch them. */
 #ifndef ADA_CUDA_PROBE_H
 #define ADA_CUDA_PROBE_H
 
@@ -7,34 +7,49 @@
 
 /* A key head that is looked at, as ada_cuda_keys says. */
 typedef struct {
-    int32_t head, first, end, step, heavies;
-    int32_t heavy[ADA_CUDA_HEAVY];
-    float share[ADA_CUDA_HEAVY];
+    int32_t head, first, end, step;
     float count; /* keys that are looked at */
+    int32_t padding;
 } ada_probe_head;
 
 typedef struct {
     ada_cu_params p;
     const ada_probe_head *heads;
-    int32_t chunks, blocks;       /* ada_probe_chunks(S); blocks of ADA_CUDA_BLOCK keys */
-    float *means, *variances;     /* [B * G][D] */
-    float *norm2, *value2;        /* [B * G][S] */
-    float *largest;               /* [B * G][blocks] */
-    float *partials;              /* [heads][chunks][D + 2 E] */
-    float *value_sums, *largest2; /* [heads][2][E]; [heads] */
-    float *spread, *heavy;        /* [B * H][T] */
-    const int32_t *pairs;         /* [rows][2] */
+    int32_t looked;           /* blocks of keys that are looked at, of the head with most */
+    float *partials;          /* [heads][looked][D + 3 E] */
+    float *means, *variances; /* [heads][D] */
+    float *value_sums;        /* [heads][3][E] sums, of squares, largest */
+    float *largest2;          /* [heads] */
+    const int32_t *pairs;     /* [rows][2] */
+    const int32_t *key_head;  /* [rows] index into heads */
     int64_t rows;
-    const double *o, *lse;      /* of exact rows: [rows][E], [rows] */
-    ada_cuda_figures *figures;  /* [rows] */
-    ada_cuda_profile *profiles; /* [rows] */
-    int32_t row_blocks;         /* of a key head's queries */
+    ada_cuda_figures *figures; /* [rows] */
+    /* of a merge */
+    int32_t width, most;
+    float *merged_columns, *merged_rest;
 } ada_probe_args;
 
-int ada_probe_chunks(int64_t keys);
-cudaError_t ada_probe_keys_run(const ada_probe_args *args, int heads, cudaStream_t stream);
-cudaError_t ada_probe_spreads_run(ada_probe_args args, int heads, cudaStream_t stream);
-cudaError_t ada_probe_figures_run(const ada_probe_args *args, cudaStream_t stream);
-cudaError_t ada_probe_profiles_run(const ada_probe_args *args, cudaStream_t stream);
+cudaError_t ada_probe_run(ada_probe_args args, int heads, cudaStream_t stream);
+
+/* Rows of one head that are computed together. */
+enum { ADA_ROWS_TOGETHER = 4 };
+typedef struct {
+    int32_t head, first, count, padding; /* pairs first ... */
+} ada_row_group;
+
+typedef struct {
+    ada_cu_params p;
+    const ada_row_group *groups;
+    const int32_t *pairs; /* [rows][2] */
+    int32_t n_groups, splits, fours;
+    int64_t rows;
+    double *partials; /* ada_rows_bytes */
+    double *o, *lse;  /* [rows][E], [rows] */
+} ada_rows_args;
+
+int ada_rows_splits(const ada_cu_params *p);
+size_t ada_rows_bytes(const ada_cu_params *p, int64_t groups);
+/* Exact rows in double or, f64 being false, in float but for the sum of splits. */
+cudaError_t ada_rows_run(ada_rows_args args, bool f64, cudaStream_t stream);
 
 #endif

@@ -9,7 +9,6 @@
 
 #include "../csrc/exact.h"
 #include "../csrc/execute.h"
-#include "../csrc/probe.h"
 
 #ifndef MOCK_ABI
 #    define MOCK_ABI ADA_CUDA_ABI
@@ -23,8 +22,6 @@ double mock_fault = 1; /* by which fp32 outputs of rungs below fp32 are wrong */
 
 struct ada_cuda_call {
     ada_problem problem;
-    char *probes; /* [B * G] */
-    ada_key_probe *keys;
 };
 
 static int fails(const char *call, ada_cuda_failure *failure) {
@@ -95,7 +92,6 @@ static int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failur
 
 static void close_call(ada_cuda_call *call) {
     if (!call) return;
-    free(call->probes), free(call->keys);
     free(call);
     mock_live--;
 }
@@ -135,144 +131,76 @@ static void load(double *x, const ada_array *a, int64_t b, int64_t h, int64_t ro
     ada_load_rows_f64(ada_kernels_get(), x, a->shape[3], a, b, h, row, 1, (int)a->shape[3]);
 }
 
-static int probe_keys(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, ada_cuda_failure *failure) {
-    ada_problem p = call->problem;
+/* The next key from j on that is looked at, or the end. */
+static int64_t next_key(const ada_cuda_keys *k, int64_t j) {
+    while (j < k->end && (j / ADA_CUDA_BLOCK - k->first / ADA_CUDA_BLOCK) % k->step) j++;
+    return j;
+}
+
+static int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows,
+                 int64_t n_rows, ada_cuda_figures *figures, ada_cuda_failure *failure) {
+    const ada_problem *p = &call->problem;
     double x[256];
-    if (fails("probe_keys", failure)) return 1;
-    p.attn_mask.data = NULL;
-    const int64_t bytes = ada_key_probe_bytes(&p);
-    call->probes = aligned_alloc(64, (size_t)(p.B * p.G * bytes));
-    call->keys = calloc((size_t)(p.B * p.G), sizeof *call->keys);
-    char *scratch = ada_alloc(ada_probe_scratch_bytes(&p));
+    if (fails("probe", failure)) return 1;
     for (int64_t i = 0; i < n; i++) {
         ada_cuda_keys *k = &keys[i];
-        const int64_t b = k->head / p.G, g = k->head % p.G, shared = p.H / p.G;
-        ada_key_probe *own = &call->keys[k->head];
-        *own = ada_key_probe_of(&p, call->probes + k->head * bytes);
-        ada_probe_keys(&p, ada_kernels_get(), b, g * shared, shared, k->step, own, scratch);
-        memcpy(k->mean, own->mean, (size_t)p.D * sizeof(float));
-        memcpy(k->variance, own->variance, (size_t)p.D * sizeof(float));
-        memcpy(k->value2, own->value2, (size_t)p.S * sizeof(float));
-        k->largest2 = own->largest2 * own->count;
-        memset(k->value_sum, 0, (size_t)p.E * sizeof(float));
-        memset(k->value_most, 0, (size_t)p.E * sizeof(float));
-        for (int64_t j = k->first; j < k->end; j++) {
-            if ((j / ADA_CUDA_BLOCK - k->first / ADA_CUDA_BLOCK) % k->step) continue;
-            load(x, &p.value, b, g, j);
-            for (int64_t e = 0; e < p.E; e++) {
-                k->value_sum[e] += (float)x[e];
+        const int64_t b = k->head / p->G, g = k->head % p->G;
+        double mean[256] = {0}, variance[256] = {0}, count = 0, largest[1024] = {0};
+        for (int64_t e = 0; e < p->E; e++) k->value_sum[e] = k->value2[e] = k->value_most[e] = 0;
+        for (int64_t j = next_key(k, k->first); j < k->end; j = next_key(k, j + 1), count++) {
+            load(x, &p->key, b, g, j);
+            for (int64_t d = 0; d < p->D; d++) mean[d] += x[d];
+            load(x, &p->value, b, g, j);
+            for (int64_t e = 0; e < p->E; e++) {
+                k->value_sum[e] += (float)x[e], k->value2[e] += (float)(x[e] * x[e]);
                 k->value_most[e] = fmaxf(k->value_most[e], fabsf((float)x[e]));
             }
         }
-    }
-    ada_free(scratch);
-    return 0;
-}
-
-static ada_cuda_figures figures_of(const ada_cuda_call *call, int64_t head, int64_t row) {
-    const ada_problem *p = &call->problem;
-    const ada_key_probe *keys = &call->keys[head / (p->H / p->G)];
-    ada_cuda_figures f = {0};
-    double x[256];
-    load(x, &p->query, head / p->H, head % p->H, row);
-    for (int64_t d = 0; d < p->D; d++) {
-        f.spread += (float)(x[d] * x[d]) * keys->variance[d];
-        f.by_mean += (float)(x[d] * x[d]) * keys->square[d];
-        f.norm2 += (float)(x[d] * x[d]);
-        f.most = fmaxf(f.most, fabsf((float)x[d]));
-    }
-    return f;
-}
-
-static int row_spreads(ada_cuda_call *call, const ada_cuda_keys *keys, int64_t n, float *spread, float *heavy,
-                       ada_cuda_failure *failure) {
-    const ada_problem *p = &call->problem;
-    const int64_t shared = p->H / p->G;
-    double q[256], key[256];
-    if (fails("row_spreads", failure)) return 1;
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t at = keys[i].head * shared * p->T; at < (keys[i].head + 1) * shared * p->T; at++) {
-            const int64_t b = at / p->T / p->H, h = at / p->T % p->H, row = at % p->T;
-            const ada_span span = ada_visible_span(p, b, row);
-            spread[at] = figures_of(call, at / p->T, row).spread;
-            heavy[at] = 0;
-            load(q, &p->query, b, h, row);
-            for (int c = 0; c < keys[i].heavies; c++) {
-                double above = 0;
-                load(key, &p->key, b, keys[i].head % p->G, keys[i].heavy[c]);
-                for (int64_t d = 0; d < p->D; d++) above += q[d] * (key[d] - (double)keys[i].mean[d]);
-                const double log_weight = p->scale * above - p->scale * p->scale * (double)spread[at] / 2;
-                const double weight = exp(fmin(log_weight, 700)) / (double)(span.end - span.first);
-                heavy[at] += keys[i].share[c] * (float)pow(fmin(weight, 1), 2);
+        for (int64_t d = 0; d < p->D; d++) k->mean[d] = (float)(mean[d] /= count);
+        for (int64_t j = next_key(k, k->first); j < k->end; j = next_key(k, j + 1)) {
+            load(x, &p->key, b, g, j);
+            for (int64_t d = 0; d < p->D; d++) {
+                double *most = &largest[j / ADA_CUDA_BLOCK];
+                variance[d] += (x[d] - mean[d]) * (x[d] - mean[d]);
+                *most = fmax(*most, fabs(x[d] - mean[d]));
             }
         }
-    return 0;
-}
-
-static int row_figures(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_figures *figures,
-                       ada_cuda_failure *failure) {
-    if (fails("row_figures", failure)) return 1;
-    for (int64_t i = 0; i < n; i++) figures[i] = figures_of(call, rows[i].head, rows[i].row);
-    return 0;
-}
-
-static int row_profiles(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_profile *profiles,
-                        ada_cuda_failure *failure) {
-    const ada_problem *p = &call->problem;
-    if (fails("row_profiles", failure)) return 1;
-    char *scratch = ada_alloc(ada_probe_scratch_bytes(p));
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t head = rows[i].head, row = rows[i].row;
-        ada_row_profile x;
-        ada_profile_rows(p, ada_kernels_get(), head / p->H, head % p->H, &call->keys[head / (p->H / p->G)],
-                         &row, 1, &x, scratch);
-        profiles[i] = (ada_cuda_profile){.figures = figures_of(call, head, row),
-                                         .out2 = x.out2,
-                                         .p2d = x.p2d,
-                                         .p2d_norm = x.p2d_norm,
-                                         .p2d_step = x.p2d_step,
-                                         .p2 = x.p2,
-                                         .p2_norm = x.p2_norm,
-                                         .p2_step = x.p2_step,
-                                         .p2v = x.p2v,
-                                         .pv = x.pv,
-                                         .entropy = x.entropy,
-                                         .block_entropy = x.block_entropy,
-                                         .reference = x.reference,
-                                         .score_square = x.score_std * x.score_std * (double)x.visible,
-                                         .visible = x.visible};
+        k->largest2 = 0;
+        for (int64_t d = 0; d < p->D; d++) k->variance[d] = (float)(variance[d] / count);
+        for (int64_t j = next_key(k, k->first); j < k->end; j = next_key(k, j + 1))
+            k->largest2 += largest[j / ADA_CUDA_BLOCK] * largest[j / ADA_CUDA_BLOCK];
     }
-    ada_free(scratch);
+    for (int64_t i = 0, at = 0; i < n_rows; i++) {
+        while (keys[at].head < rows[i].head / (p->H / p->G)) at++;
+        figures[i] = (ada_cuda_figures){0, 0, 0, 0};
+        load(x, &p->query, rows[i].head / p->H, rows[i].head % p->H, rows[i].row);
+        for (int64_t d = 0; d < p->D; d++) {
+            const float x2 = (float)(x[d] * x[d]), m = keys[at].mean[d];
+            figures[i].spread += x2 * keys[at].variance[d];
+            figures[i].by_mean += x2 * m * m;
+            figures[i].norm2 += x2;
+            figures[i].most = fmaxf(figures[i].most, fabsf((float)x[d]));
+        }
+    }
     return 0;
 }
 
-static int exact_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-                      ada_cuda_failure *failure) {
+static int rows(ada_cuda_call *call, const ada_cuda_row *list, int64_t n, bool f64, double *o, double *lse,
+                double *out_o, double *out_lse, ada_cuda_failure *failure) {
     const ada_problem *p = &call->problem;
-    if (fails("exact_rows", failure)) return 1;
+    if (fails("rows", failure)) return 1;
     char *scratch = ada_alloc(ada_exact_scratch_bytes(p));
     for (int64_t i = 0; i < n; i++) {
-        const int64_t row = rows[i].row;
+        const int64_t b = list[i].head / p->H, h = list[i].head % p->H, row = list[i].row;
+        const int64_t at = list[i].head * p->T + row;
         ada_exact exact;
-        ada_exact_rows(p, ada_kernels_get(), true, false, rows[i].head / p->H, rows[i].head % p->H, &row, 1,
-                       scratch, &exact);
+        ada_exact_rows(p, ada_kernels_get(), f64, false, b, h, &row, 1, scratch, &exact);
         memcpy(o + i * p->E, exact.o, (size_t)p->E * sizeof *o);
         lse[i] = exact.lse[0];
+        load(out_o + i * p->E, &p->out, b, h, row);
+        out_lse[i] = !p->lse ? 0 : p->query.dtype == ADA_F64 ? ((double *)p->lse)[at] : ((float *)p->lse)[at];
     }
     ada_free(scratch);
-    return 0;
-}
-
-static int output_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, double *o, double *lse,
-                       ada_cuda_failure *failure) {
-    const ada_problem *p = &call->problem;
-    if (fails("output_rows", failure)) return 1;
-    for (int64_t i = 0; i < n; i++) {
-        ada_load_rows_f64(ada_kernels_get(), o + i * p->E, p->E, &p->out, rows[i].head / p->H,
-                          rows[i].head % p->H, rows[i].row, 1, (int)p->E);
-        const int64_t at = rows[i].head * p->T + rows[i].row;
-        lse[i] = !p->lse ? 0 : p->query.dtype == ADA_F64 ? ((double *)p->lse)[at] : ((float *)p->lse)[at];
-    }
     return 0;
 }
 
@@ -307,12 +235,8 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .computes = computes,
                                      .check_mask = check_mask,
                                      .execute = execute,
-                                     .probe_keys = probe_keys,
-                                     .row_spreads = row_spreads,
-                                     .row_figures = row_figures,
-                                     .row_profiles = row_profiles,
-                                     .exact_rows = exact_rows,
-                                     .output_rows = output_rows,
+                                     .probe = probe,
+                                     .rows = rows,
                                      .row_norms = row_norms};
 
 #ifndef MOCK_WITHOUT_SYMBOL

@@ -200,23 +200,21 @@ def test_a_loose_budget_is_used(dtype: Any) -> None:
     assert (report.measured_error < 3e-2).all() and (report.measured_error > 1e-5).all()
 
 
-def test_forecasts_are_the_cpus(rng: np.random.Generator) -> None:
-    """The device's statistics of keys, queries and rows say what the engine's own say."""
-    arrays = inputs(rng, Shape(2, 4, 2, 3000, 3000, 80, 72), F32)
+def test_guesses_are_the_cpus(rng: np.random.Generator) -> None:
+    """The device's figures of keys and queries say what the engine's own say."""
+    arrays = inputs(rng, Shape(2, 4, 2, 1500, 1500, 80, 72), F32)
     arrays[0] *= np.float32(1.5)
     arrays[1] += np.float32(0.3)
-    arrays[2][:, :, 7] *= 30
-    for options in ({}, {"causal": True, "window": (700, 0)}, {"kv_lengths": [3000, 1234], "softcap": 2.0}):
-        options |= {"tolerance": 1e-2, "return_lse": True}
+    for options in ({}, {"causal": True, "window": (700, 0)}, {"kv_lengths": [1500, 1234], "softcap": 2.0}):
+        options |= {"tolerance": 1e-7, "return_lse": True}  # so fine that no rows are profiled
         on_cpu = adaattn.plan(*arrays, **options)
         there = adaattn.plan(*map(to_gpu, arrays), **options)
         for name in ("fp32", "fp64"):
             c = on_cpu.candidates.index(name)
             for error in ("candidate_error", "candidate_lse_error"):
                 x, y = (getattr(plan, error)[..., c] for plan in (on_cpu, there))
-                assert (x / y < 1.5).all() and (y / x < 1.5).all(), (options, error, x, y)
-        for figure in ("profiled_rows",):
-            assert (getattr(there, figure) > 0).all()
+                # Of all rows there, and of some here.
+                np.testing.assert_allclose(x, y, rtol=1e-3 if error == "candidate_error" else 0.5)
 
 
 def test_plans_are_quiet() -> None:
