@@ -65,6 +65,9 @@ struct ada_tiling {
     static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, FEW = FEW_;
     static constexpr bool BYTES = BYTES_; /* queries and keys are signed bytes */
     static constexpr int PARTS = PARTS_;  /* fp16 numbers that add up to an element; 2: accurate to float */
+    /* The next tile's copies are sent off before the first product, or behind it, which then begins at once.
+     */
+    static constexpr bool EARLY = FEW || PARTS == 2;
     static constexpr bool UNITS = BYTES || PARTS == 2;
     static constexpr int WIDTH = WIDTH_; /* D and E, padded */
     static constexpr int MW = MW_, MR = MR_, NW = NW_;
@@ -566,8 +569,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         const uint32_t stage = (uint32_t)(n % 2 * X::K_STAGE);
         ada_copy_wait<0>(); /* this thread's part of the tile */
         ada_sync();         /* all have this tile's keys and values, and have read those before */
-        if (n + 1 < end) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
-        ada_copy_commit();
+        if (n + 1 < end && X::EARLY) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
 
         float s[X::MR][X::KEYS / 8][4];
         if constexpr (X::BYTES)
@@ -585,6 +587,9 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
                 }
             }
         }
+
+        if (n + 1 < end && !X::EARLY) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
+        ada_copy_commit();
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
         const bool plain = n >= plain_first && n < plain_end;
