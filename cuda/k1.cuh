@@ -31,9 +31,11 @@ typedef struct {
     float *partials;                         /* [row][split][E], then of each m, l and whether it saw a key */
     int64_t rows;                            /* B * H * T */
     int32_t tiles, splits, split_keys, pack; /* split_keys: a multiple of all BN */
-    int32_t options;                         /* mask, slopes, cap or dropout */
-    float octaves, lazy;                     /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
-    int32_t pairs;                           /* two neighbours of out can be written at once */
+    int32_t units,
+        group;           /* heads or packs of them; of these, those whose tiles of one number come together */
+    int32_t options;     /* mask, slopes, cap or dropout */
+    float octaves, lazy; /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
+    int32_t pairs;       /* two neighbours of out can be written at once */
 } ada_k1_args;
 
 /* Of a row of queries: what a one is worth, and what is added to its scores. */
@@ -172,9 +174,11 @@ template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
     ada_where w;
     w.split = 0;
     if (X::FEW) w.split = index % a.splits, index /= a.splits;
-    const int unit = index / a.tiles;
+    /* Blocks come in this order: groups of units, in them tiles, in these units. */
+    const int of_group = a.group * a.tiles, group = index / of_group * a.group, within = index % of_group;
+    const int here = a.group < a.units - group ? a.group : a.units - group, unit = group + within % here;
     const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
-    w.tile = a.tiles - 1 - index % a.tiles; /* the longest causal ones first */
+    w.tile = a.tiles - 1 - within / here; /* the longest causal ones first */
     w.b = head / p.H, w.h0 = head % p.H;
     w.g = w.h0 / (p.H / p.G);
     w.rows = ada_pack_of<X>(a) * p.T;

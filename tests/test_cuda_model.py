@@ -127,6 +127,13 @@ def test_ragged_tiles_in_any_order(D: int, kernels: ctypes.CDLL, rng: np.random.
         check(kernels, "split", *(x.astype(F32) for x in arrays), **options)
 
 
+def test_tiles_of_many_heads(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Each is computed, whatever order they come in."""
+    arrays = inputs(rng, Shape(2, 9, 3, 270, 150, 16, 16), F16)
+    for options in ({"causal": True}, {}, {"causal": True, "softcap": 5.0}):
+        check(kernels, "fp16", *arrays, **options)
+
+
 @pytest.mark.parametrize("rung", TILED)
 def test_splits_of_the_keys(rung: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     shapes = (
