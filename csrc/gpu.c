@@ -17,7 +17,11 @@
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static const ada_cuda_table *_Atomic loaded;
 
+static atomic_int devices;
+
 const ada_cuda_table *ada_gpu_table(void) { return atomic_load(&loaded); }
+int ada_gpu_devices(void) { return atomic_load(&devices); }
+void ada_gpu_set_devices(int n) { atomic_store(&devices, n); }
 
 static ada_status check_table(const ada_cuda_table *table, const char *path, ada_error *error) {
     if (table->abi != ADA_CUDA_ABI)

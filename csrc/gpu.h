@@ -11,6 +11,9 @@
 ada_status ada_gpu_load(const char *path, ada_error *error);
 /* Of the open library; NULL before that. */
 const ada_cuda_table *ada_gpu_table(void);
+/* How many devices it was found to have; 0 before that. */
+int ada_gpu_devices(void);
+void ada_gpu_set_devices(int n);
 /* The sentence of a failure. */
 ada_status ada_gpu_fail(const ada_cuda_failure *failure, ada_error *error);
 

@@ -6,6 +6,7 @@
  */
 #include "probe.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -86,7 +87,7 @@ int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     about->multiprocessors = properties.multiProcessorCount;
     about->memory_bytes = (int64_t)properties.totalGlobalMem;
     about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
-    if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16);
+    if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
     return 0;
 }
 
@@ -292,25 +293,25 @@ void fill_params(const ada_problem *p, ada_cu_params *c) {
 
 /* How a choice is computed on this chip, in *rung; false: by no kernel. */
 bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
-    const bool tensor = call->params.capability >= 80 && call->problem.query.dtype != ADA_F64;
-    if (choice.qk != choice.pv || call->problem.D > ADA_CU_MAX_HEAD || call->problem.E > ADA_CU_MAX_HEAD)
+    const ada_rung half = call->problem.query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
+    ada_cu_params c = call->params;
+    if (choice.qk == ADA_RUNG_INT8 && choice.pv == half)
+        c.rung = ADA_CU_INT8;
+    else if (choice.qk != choice.pv)
         return false;
-    switch (choice.qk) {
-    case ADA_RUNG_FP64:
-        *rung = ADA_CU_SIMT_F64;
-        return true;
-    case ADA_RUNG_FP32:
-        *rung = tensor ? ADA_CU_SPLIT : ADA_CU_SIMT_F32;
-        return true;
-    case ADA_RUNG_FP16:
-        *rung = ADA_CU_FP16;
-        return tensor;
-    case ADA_RUNG_BF16:
-        *rung = ADA_CU_BFLOAT16;
-        return tensor;
-    default:
+    else if (choice.qk == ADA_RUNG_FP64)
+        c.rung = ADA_CU_SIMT_F64;
+    else if (choice.qk == ADA_RUNG_FP32)
+        c.rung = ADA_CU_SPLIT;
+    else if (choice.qk == ADA_RUNG_FP16)
+        c.rung = ADA_CU_FP16;
+    else if (choice.qk == ADA_RUNG_BF16)
+        c.rung = ADA_CU_BFLOAT16;
+    else
         return false;
-    }
+    if (c.rung == ADA_CU_SPLIT && !ada_cu_computes(&c)) c.rung = ADA_CU_SIMT_F32;
+    *rung = c.rung;
+    return ada_cu_computes(&c);
 }
 
 bool computes(const ada_cuda_call *call, ada_choice choice) {
@@ -325,14 +326,34 @@ void close_call(ada_cuda_call *call) {
     free(call);
 }
 
+/* What a device is does not change. Its memory pool keeps what calls have used: 64 MB, or each call after a
+ * wait of the host would take pages from the driver. */
+struct Chip {
+    std::atomic<int> capability, multiprocessors;
+};
+Chip chips[64];
+
+int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure) {
+    Chip *chip = &chips[device % 64];
+    params->capability = chip->capability, params->multiprocessors = chip->multiprocessors;
+    if (params->capability && device < 64) return 0;
+    int major, minor;
+    cudaMemPool_t pool;
+    uint64_t kept = (uint64_t)64 << 20;
+    TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    TRY(cudaDeviceGetAttribute(&params->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    TRY(cudaDeviceGetDefaultMemPool(&pool, device));
+    TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept));
+    params->capability = 10 * major + minor;
+    chip->multiprocessors = params->multiprocessors, chip->capability = params->capability;
+    return 0;
+}
+
 int prepare(ada_cuda_call *call, ada_cuda_failure *failure) {
     const ada_problem *p = &call->problem;
     ON_DEVICE(p->device);
-    int major, minor;
-    TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, p->device));
-    TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, p->device));
-    TRY(cudaDeviceGetAttribute(&call->params.multiprocessors, cudaDevAttrMultiProcessorCount, p->device));
-    call->params.capability = 10 * major + minor;
+    if (chip_of(p->device, &call->params, failure)) return failure->code;
     fill_params(p, &call->params);
     Packer packer = {nullptr, nullptr, 0};
     pack_vectors(p, &call->params, &packer);

@@ -90,6 +90,16 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
     GPU_RUNTIME_CALL();
     return cudaSuccess;
 }
+typedef int cudaMemPool_t;
+enum { cudaMemPoolAttrReleaseThreshold = 4 };
+static inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *, int) {
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, int, void *) {
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     mock_waits++;
     GPU_RUNTIME_CALL();

@@ -131,6 +131,7 @@ CLASSES = {
     ("fp16", "fp16"): 1e-3,
     ("bf16", "bf16"): 8e-3,
     ("int8", "bf16"): 3e-2,
+    ("int8", "fp16"): 3e-2,
 }
 
 
@@ -214,7 +215,7 @@ def test_guesses_are_the_cpus(rng: np.random.Generator) -> None:
             for error in ("candidate_error", "candidate_lse_error"):
                 x, y = (getattr(plan, error)[..., c] for plan in (on_cpu, there))
                 # Of all rows there, and of some here.
-                np.testing.assert_allclose(x, y, rtol=1e-3 if error == "candidate_error" else 0.5)
+                np.testing.assert_allclose(x, y, rtol=1e-3 if error == "candidate_error" else 1)
 
 
 def test_plans_are_quiet() -> None:

@@ -222,6 +222,72 @@ def test_streams(mock: str) -> None:
     run(_streams, mock)
 
 
+class Exchange(ctypes.Structure):
+    """DLPack's exchange of C functions, as far as it is used."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("others", ctypes.c_void_p * 4),
+        ("view", ctypes.c_void_p),
+        ("current_stream", ctypes.c_void_p),
+    )
+
+
+class Quick(Fake):
+    """A tensor of a library that has them."""
+
+    current = 0x70
+
+
+def _view(array: Any, to: int) -> int:
+    """Fills the DLTensor from that of a capsule, which outlives the call."""
+    array.capsule = Fake.__dlpack__(array)
+    at = ctypes.pythonapi.PyCapsule_GetPointer(array.capsule, b"dltensor")
+    ctypes.memmove(to, at, 48)
+    return 0
+
+
+def _current_stream(kind: int, device: int, to: Any) -> int:
+    to[0] = Quick.current
+    return 0
+
+
+def _quick() -> None:
+    view = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(_view)
+    pointer = ctypes.POINTER(ctypes.c_size_t)
+    stream = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int32, pointer)(_current_stream)
+    functions = (ctypes.cast(f, ctypes.c_void_p) for f in (view, stream))
+    exchange = Exchange((1, 3), (0,) * 4, *functions)
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.argtypes, new_capsule.restype = (
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+        ctypes.py_object,
+    )
+    Quick.__dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(exchange), b"dlpack_exchange_api", None)
+    arrays = arguments(BF16)
+    expected = adaattn.attention(*fakes(arrays)).array
+    quick = [Quick(x) for x in arrays]
+    out = Quick(np.zeros_like(expected))
+    assert adaattn.attention(*quick, out=out) is out and same_bits(out.array, expected)
+    assert ctypes.c_size_t.in_dll(library(), "mock_stream").value == 0x70
+    assert all(set(x.streams) == {None} for x in quick)  # the capsules above; no export was asked for
+    mixed = [quick[0], Fake(arrays[1]), quick[2]]
+    assert same_bits(adaattn.attention(*mixed, out=out).array, expected)
+    assert mixed[1].streams == [0x70]  # ordered by its owner
+    with pytest.raises(
+        adaattn.DeviceError, match=r"^key: expected memory of CUDA device 0 like query's, got .* 1:0"
+    ):
+        adaattn.attention(quick[0], arrays[1], quick[2])
+    with pytest.raises(
+        adaattn.DeviceError, match=r"^query: expected memory of the CPU.* finds 2\), got .* 2:7"
+    ):
+        adaattn.attention(*(Quick(x, 7) for x in arrays))
+
+
+def test_quick_exchange(mock: str) -> None:
+    run(_quick, mock)
+
+
 def _places() -> None:
     query, key, values = arguments()
     for name, arrays in {

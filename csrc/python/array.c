@@ -243,8 +243,58 @@ static PyObject *export_dlpack(const ada_module_state *state, PyObject *object, 
     return NULL;
 }
 
+const dlpack_exchange *ada_exchange_of(PyObject *object) {
+    static _Thread_local PyTypeObject
+        *known; /* with a reference; the one that is asked for again and again */
+    static _Thread_local const dlpack_exchange *exchange;
+    PyTypeObject *type = Py_TYPE(object);
+    if (type == known) return exchange;
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
+    const dlpack_exchange *x = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+    if (!x) PyErr_Clear();
+    Py_XDECREF(capsule);
+    if (x && (x->header.major != 1 || !x->view)) x = NULL;
+    Py_INCREF(type);
+    Py_XSETREF(known, type);
+    exchange = x;
+    return x;
+}
+
+uintptr_t ada_current_stream(const dlpack_exchange *exchange, int device) {
+    void *stream = NULL;
+    if (exchange->current_stream(DLPACK_CUDA, device, &stream)) PyErr_Clear();
+    return stream ? (uintptr_t)stream : 1; /* the legacy one */
+}
+
+/* A tensor of a GPU by the quick way, whose owner works on our stream: 1, or 0 where its export is to be
+ * asked. */
+static int view_exchanged(const ada_module_state *state, PyObject *object, const char *name,
+                          const ada_place *place, ada_view *view) {
+    const dlpack_exchange *exchange = ada_exchange_of(object);
+    PyObject *grad = exchange ? PyObject_GetAttrString(object, "requires_grad") : NULL;
+    dlpack_tensor tensor;
+    if (exchange && !grad) PyErr_Clear();
+    const bool refuses = grad && grad != Py_False; /* its export says why */
+    Py_XDECREF(grad);
+    if (!exchange || refuses || ada_current_stream(exchange, place->device) != place->stream) return 0;
+    if (exchange->view(object, &tensor)) {
+        PyErr_Clear();
+        return 0;
+    }
+    if (view_tensor(state, &tensor, name, place, &view->array)) return -1;
+    view->owner = Py_NewRef(object);
+    return 1;
+}
+
 static int view_dlpack(const ada_module_state *state, PyObject *object, const char *name, bool writable,
                        const ada_place *place, ada_view *view) {
+    const int quick = place->on_gpu ? view_exchanged(state, object, name, place, view) : 0;
+    if (quick < 0) return -1;
+    if (quick) {
+        if (align_view(state, name, writable, place, view) == 0) return 0;
+        ada_view_release(view);
+        return -1;
+    }
     int type, id; /* an exporter on the CPU knows no stream */
     if (place->on_gpu && (ada_dlpack_device(object, &type, &id) || check_place(state, place, type, id, name)))
         return -1;

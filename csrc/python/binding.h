@@ -8,6 +8,7 @@
 #include <stdbool.h>
 
 #include "../adaattn.h"
+#include "dlpack.h"
 
 /* module.c: one per module object, never changed after its exec. */
 typedef struct {
@@ -33,6 +34,10 @@ extern const ada_place ada_on_cpu;
 
 /* array.c */
 int ada_array_import_numpy(void);
+/* The type's dlpack_exchange, where it has a view; else NULL, without an exception. */
+const dlpack_exchange *ada_exchange_of(PyObject *object);
+/* On which its arrays are worked on now. */
+uintptr_t ada_current_stream(const dlpack_exchange *exchange, int device);
 /* What __dlpack_device__ says. */
 int ada_dlpack_device(PyObject *object, int *type, int *id);
 bool ada_is_cuda(int dlpack_type);

@@ -41,4 +41,16 @@ typedef struct dlpack_managed_versioned {
     dlpack_tensor tensor;
 } dlpack_managed_versioned;
 
+/* What a type of array may have as __dlpack_c_exchange_api__, a capsule "dlpack_exchange_api" (since 1.3):
+ * the same without Python and without ordering streams. Both return 0, or -1 with an exception. */
+typedef struct {
+    struct {
+        uint32_t major, minor;
+        void *older;
+    } header;
+    void *allocate, *export_managed, *import_managed;
+    int (*view)(void *object, dlpack_tensor *tensor); /* good as long as the object; may be NULL */
+    int (*current_stream)(int device_type, int32_t device_id, void **stream);
+} dlpack_exchange;
+
 #endif
