@@ -33,6 +33,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+PREFILL = ("ours", "flash", "cudnn", "efficient", "fp16", "bf16", "int8")
 Run = Callable[[], Any]
 
 
@@ -140,7 +141,9 @@ def prefill(quick: bool) -> list[dict[str, Any]]:
                     B, H = 16384 // S, 2048 // D // (4 if name == "fp32" else 1)
                     arrays = [torch.randn(B, H, S, D, device="cuda").to(dtype) for _ in range(3)]
                     out = torch.empty_like(arrays[0])
-                    rungs = {"ours": "auto"} | ({} if name != "fp32" else {"fp16": "fp16", "bf16": "bf16"})
+                    rungs: dict[str, Any] = {"ours": "auto"}
+                    rungs |= {"fp16": "fp16", "bf16": "bf16"} if name == "fp32" else {}
+                    rungs |= {"int8": ("int8", "fp16" if name == "fp16" else "bf16")}
                     contenders: dict[str, Run] = {
                         label: lambda a=arrays, o=out, c=causal, r=rung: adaattn.attention(
                             *a, causal=c, precision=r, out=o, verify=False
@@ -190,7 +193,8 @@ def budget(quick: bool) -> list[dict[str, Any]]:
         ]
         for tolerance in (1e-5, 1e-3, 1e-2, 5e-2):
             try:
-                out, report = adaattn.attention(*arrays, tolerance=tolerance, return_report=True)
+                for _ in range(3):  # the first call opens, loads and allocates
+                    out, report = adaattn.attention(*arrays, tolerance=tolerance, return_report=True)
                 contenders: dict[str, Run] = {
                     "plain": lambda a=arrays: adaattn.attention(*a, verify=False),
                     "within": lambda a=arrays, t=tolerance: adaattn.attention(*a, tolerance=t),
@@ -224,7 +228,8 @@ def overhead() -> dict[str, float]:
     out = torch.empty_like(x)
     found = {}
     for name, run in {
-        "ours": lambda: adaattn.attention(x, x, x, out=out, verify=False),
+        "ours": lambda: adaattn.attention(x, x, x),
+        "into out": lambda: adaattn.attention(x, x, x, out=out),
         "torch": lambda: scaled_dot_product_attention(x, x, x),
     }.items():
         for _ in range(20):
@@ -314,12 +319,12 @@ def print_tables(result: dict[str, Any]) -> None:
     for r in result["errors"] or []:
         cells = "".join(f"{short(r.get(rung)):>10}" for rung in (*RUNGS, "torch"))
         print(f"{r['dtype']:5} {r['T']:5} {r['S']:5} {r['D']:4} {r['causal']!s:6} {cells}")
-    print("\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16   ours/flash ours/cudnn")
+    print(
+        "\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16  int8  ours/flash ours/cudnn"
+    )
     for r in result["prefill"] or []:
         t = r["tflops"]
-        cells = "".join(
-            f"{t.get(x, 0):6.0f}" for x in ("ours", "flash", "cudnn", "efficient", "fp16", "bf16")
-        )
+        cells = "".join(f"{t.get(x, 0):6.0f}" for x in PREFILL)
         ratios = [t["ours"] / t[x] if "ours" in t and x in t else float("nan") for x in ("flash", "cudnn")]
         if "flash" not in t and "efficient" in t and "ours" in t:
             ratios[0] = t["ours"] / t["efficient"]
@@ -330,9 +335,10 @@ def print_tables(result: dict[str, Any]) -> None:
         g = r["gb_per_s"]
         cells = "".join(f"{g.get(x, 0):8.0f}" for x in ("ours", "copy", "flash", "cudnn"))
         print(f"{r['B']:3} {r['H']:3} {r['G']:2} {r['S']:6}{cells}   {g.get('ours', 0) / g['copy']:8.2f}")
-    print("\nbudget\ndtype  tolerance     error  measured   plain  within planned, ms   rungs")
+    print("\nbudget, ms\ndtype  tolerance     error  measured   plain  within planned   probe verify   rungs")
     for r in result["budget"] or []:
         times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))
+        times += "".join(f"{r['phases_ms'][x]:8.2f}" for x in ("probe", "verify"))
         rungs = ", ".join(sorted("/".join(pair) for pair in r["rungs"]))
         print(f"{r['dtype']:5} {r['tolerance']:10.0e} {r['error']:9.1e} {r['measured']:9.1e}", end="")
         print(f" {times}      {rungs}")

@@ -38,14 +38,19 @@ def find_nvcc() -> Path | None:
     return next((Path(path) for path in candidates if path and os.access(path, os.X_OK)), None)
 
 
-def _architectures(nvcc: Path) -> list[str]:
-    """Code of every chip that is asked for and known to the compiler, and PTX unless some are picked."""
+def _code(nvcc: Path) -> list[str]:
+    """For code of every chip that is asked for and known to the compiler, and PTX unless some are picked."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     known = {name.removeprefix("sm_") for name in listed.split()}
     picked = os.environ.get("ADAATTN_CUDA_ARCH")
     names = picked.split(",") if picked else [name for name in ARCHITECTURES if name in known]
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return flags if picked else [*flags, f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
+    if not picked:
+        flags.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
+    told = subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout
+    if "--compress-mode" in told:  # a fifth of the size
+        flags.append("--compress-mode=size")
+    return flags
 
 
 def _complaints(text: str) -> list[str]:
@@ -75,7 +80,7 @@ def build(to: Path, objects: Path) -> Path:
         raise CudaBuildError(
             "no nvcc: not $CUDACXX, in $CUDA_HOME/bin, on PATH, in /usr/local/cuda/bin or in NVIDIA's wheels"
         )
-    flags = [*FLAGS, *_architectures(nvcc)]
+    flags = [*FLAGS, *_code(nvcc)]
     if os.environ.get("ADAATTN_WERROR") == "1":
         flags += ["-Werror", "all-warnings"]
     headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.parent.glob("csrc/adaattn.h"), Path(__file__)]
