@@ -368,7 +368,7 @@ FAULTS = {
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """The kernels with each fault; "": with none. Of one width, which compiles sooner."""
-    width = "-DADA_K1_WIDTHS(X)=X(64)"
+    width = "-DADA_K1_WIDTHS(X)=X(32)"
     base = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
     libraries = {"": cuda_model.build(base, width, empty=others)}
@@ -394,12 +394,12 @@ def find_faults(kernels: ctypes.CDLL) -> None:
     """Raises where the kernels are wrong: a few problems, each under several orders of the threads."""
     for order in range(1, 4):
         rng = np.random.default_rng(order)
-        arrays = [guarded(x) for x in inputs(rng, Shape(1, 2, 1, 40, 200, 64, 64), BF16, 2.0)]
+        arrays = [guarded(x) for x in inputs(rng, Shape(1, 2, 1, 40, 200, 32, 32), BF16, 2.0)]
         arrays[1][:, :, 190:], arrays[2][:, :, 190:] = np.nan, np.nan
         lengths = {"kv_lengths": np.array([190])}
         check(kernels, "bf16", *arrays, order=order, causal=True, **lengths)
         check(kernels, "bf16", *arrays, order=order, window=(30, 20), **lengths)
-        few = inputs(rng, Shape(1, 2, 1, 9, 600, 64, 64), BF16, 2.0)
+        few = inputs(rng, Shape(1, 2, 1, 9, 600, 32, 32), BF16, 2.0)
         check(kernels, "bf16", *few, order=order, causal=True)
         check(kernels, "bf16", *few, order=order, kv_lengths=np.array([9]))
         check(kernels, "fp64", *arrays, order=order, **lengths)
