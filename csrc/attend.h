@@ -26,6 +26,7 @@ typedef struct {
     ada_choice asked;         /* AUTO, or the precision that was forced: it is verified and never changed */
     const ada_planned *given; /* (B, H), or NULL */
     bool verify;
+    bool report;                /* heads are to be told all that became of them */
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */

@@ -103,6 +103,19 @@ static ada_status attend_exactly(const ada_problem *p, ada_budget *budget, const
     return ADA_OK;
 }
 
+/* Heads of which rows were beyond their rung. */
+static ada_status tell_again(const ada_problem *p, ada_budget *budget, const ada_cuda_table *t,
+                             ada_cuda_call *call, ada_error *error) {
+    const int64_t heads = p->B * p->H, bytes = heads * (int64_t)sizeof(uint32_t);
+    ada_cuda_failure failure;
+    uint32_t *again = ada_scratch_take(bytes);
+    if (!again) return ada_no_scratch(bytes, error);
+    const int failed = t->watched(call, again, &failure);
+    for (int64_t i = 0; i < heads && !failed; i++) budget->heads[i].retried |= again[i] != 0;
+    ada_scratch_give_back(again);
+    return failed ? ada_gpu_fail(&failure, error) : ADA_OK;
+}
+
 /* What someone waits for on this call. */
 typedef struct {
     bool (*interrupt)(void *);
@@ -125,10 +138,13 @@ static ada_status attend(const ada_problem *p, ada_budget *budget, const caller 
     else if (!good)
         status =
             ada_fail(error, ADA_ERR_ARGUMENT, "attn_mask: expected finite numbers or -inf, got NaN or +inf");
+    else if (budget->report && !budget->plan_only && t->watch(call, &failure))
+        status = ada_gpu_fail(&failure, error);
     else if (budget->tolerance > 0)
         status = ada_gpu_attend_within(p, call, budget, from->interrupt, from->context, error);
     else
         status = attend_exactly(p, budget, t, call, error);
+    if (!status && budget->report && !budget->plan_only) status = tell_again(p, budget, t, call, error);
     t->close(call);
     return status;
 }

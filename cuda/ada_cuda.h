@@ -83,6 +83,10 @@ typedef struct {
     bool (*computes)(const ada_cuda_call *call, ada_choice choice);
     /* Whether no element of a float mask is NaN or +inf. */
     int (*check_mask)(ada_cuda_call *call, bool *good, ada_cuda_failure *failure);
+    /* To be called before execute by those who want to know of which heads it did rows again, and then they
+     * hear: [B * H], 0 or not. */
+    int (*watch)(ada_cuda_call *call, ada_cuda_failure *failure);
+    int (*watched)(ada_cuda_call *call, uint32_t *again, ada_cuda_failure *failure);
     /* Out and lse of the listed heads (ascending; NULL: all), in order. Rows that the choice cannot hold are
      * computed in fp64. */
     int (*execute)(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,

@@ -100,10 +100,11 @@ int allocate(int device, uintptr_t stream, int64_t bytes, void **memory, ada_cud
 }
 
 int release(int device, uintptr_t stream, void *memory, ada_cuda_failure *failure) {
-    ON_DEVICE(device);
+    const Device guard(device); /* memory has an address of its own on every device */
     const bool any = stream == ADA_CUDA_ANY_STREAM;
-    if (any) TRY(cudaDeviceSynchronize());
+    const cudaError_t waited = any ? cudaDeviceSynchronize() : cudaSuccess;
     TRY(cudaFreeAsync(memory, any ? cudaStreamLegacy : stream_of(stream)));
+    TRY(waited);
     return 0;
 }
 
@@ -233,6 +234,7 @@ struct ada_cuda_call {
     ada_cu_params params; /* of a launch of all heads, but for the rung */
     cudaStream_t stream;
     void *vectors; /* on the device */
+    void *again;   /* likewise, [B * H] uint32_t; NULL: nobody asked */
 };
 
 namespace {
@@ -323,6 +325,7 @@ void close_call(ada_cuda_call *call) {
     if (!call) return;
     const Device guard(call->problem.device);
     if (call->vectors) cudaFreeAsync(call->vectors, call->stream);
+    if (call->again) cudaFreeAsync(call->again, call->stream);
     free(call);
 }
 
@@ -381,6 +384,23 @@ int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failure *fail
     else
         *made = call;
     return status;
+}
+
+size_t watched_bytes(const ada_cuda_call *call) {
+    return (size_t)(call->problem.B * call->problem.H) * sizeof(uint32_t);
+}
+
+int watch(ada_cuda_call *call, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    TRY(cudaMallocAsync(&call->again, watched_bytes(call), call->stream));
+    call->params.raised = (uint32_t *)call->again;
+    TRY(cudaMemsetAsync(call->again, 0, watched_bytes(call), call->stream));
+    return 0;
+}
+
+int watched(ada_cuda_call *call, uint32_t *again, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    return fetch(call->stream, again, call->again, watched_bytes(call), failure);
 }
 
 int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
@@ -649,10 +669,17 @@ int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     return fetch(call->stream, norms, found.data, (size_t)rows * sizeof *norms, failure);
 }
 
-const ada_cuda_table table = {
-    ADA_CUDA_ABI, sizeof(ada_problem), ADA_VERSION, count,     describe,   allocate, release,    upload,
-    download,     synchronize,         order,       open_call, close_call, computes, check_mask, execute,
-    probe,        compute_rows,        row_norms};
+const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
+                              ADA_VERSION,  count,
+                              describe,     allocate,
+                              release,      upload,
+                              download,     synchronize,
+                              order,        open_call,
+                              close_call,   computes,
+                              check_mask,   watch,
+                              watched,      execute,
+                              probe,        compute_rows,
+                              row_norms};
 
 } // namespace
 

@@ -16,18 +16,20 @@
 
 int mock_fail_after = -1; /* so many calls work, then one fails */
 int mock_code = 700;
+const char *mock_failed; /* what failed last */
 int mock_live, mock_calls, mock_waits, mock_devices = 2;
 uintptr_t mock_stream; /* of the last execution */
 double mock_fault = 1; /* by which fp32 outputs of rungs below fp32 are wrong */
 
 struct ada_cuda_call {
     ada_problem problem;
+    uint32_t *again;
 };
 
 static int fails(const char *call, ada_cuda_failure *failure) {
     mock_calls++;
     if (mock_fail_after < 0 || mock_fail_after-- > 0) return 0;
-    failure->code = mock_code;
+    failure->code = mock_code, mock_failed = call;
     snprintf(failure->call, sizeof failure->call, "%s", call);
     snprintf(failure->text, sizeof failure->text, "injected");
     return 1;
@@ -92,6 +94,7 @@ static int open_call(const ada_problem *p, ada_cuda_call **made, ada_cuda_failur
 
 static void close_call(ada_cuda_call *call) {
     if (!call) return;
+    free(call->again);
     free(call);
     mock_live--;
 }
@@ -110,6 +113,18 @@ static int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure
     return 0;
 }
 
+static int watch(ada_cuda_call *call, ada_cuda_failure *failure) {
+    if (fails("watch", failure)) return 1;
+    call->again = calloc((size_t)(call->problem.B * call->problem.H), sizeof *call->again);
+    return 0;
+}
+
+static int watched(ada_cuda_call *call, uint32_t *again, ada_cuda_failure *failure) {
+    if (fails("watched", failure)) return 1;
+    memcpy(again, call->again, (size_t)(call->problem.B * call->problem.H) * sizeof *again);
+    return 0;
+}
+
 static int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
                    ada_cuda_failure *failure) {
     ada_error error;
@@ -118,7 +133,11 @@ static int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads,
     mock_stream = p.stream;
     p.precision = choice;
     p.compute_f64 = choice.qk == ADA_RUNG_FP64;
+    p.ran = malloc((size_t)(p.B * p.H) * sizeof *p.ran);
     if (ada_execute(&p, heads, n, NULL, NULL, &error)) return 1;
+    for (int64_t i = 0; call->again && i < n; i++)
+        call->again[heads ? heads[i] : i] |= p.ran[heads ? heads[i] : i].qk != choice.qk;
+    free(p.ran);
     if (choice.qk > ADA_RUNG_FP32 && p.out.dtype == ADA_F32) /* contiguous in these tests */
         for (int64_t i = 0; i < n * p.T * p.E; i++)
             ((float *)p.out.data)[heads ? heads[i / (p.T * p.E)] * p.T * p.E + i % (p.T * p.E) : i] *=
@@ -234,6 +253,8 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .close = close_call,
                                      .computes = computes,
                                      .check_mask = check_mask,
+                                     .watch = watch,
+                                     .watched = watched,
                                      .execute = execute,
                                      .probe = probe,
                                      .rows = rows,

@@ -8,6 +8,7 @@
 extern "C" {
 __attribute__((visibility("default"), weak)) int mock_fail_after = -1;
 __attribute__((visibility("default"), weak)) int mock_code = 700;
+__attribute__((visibility("default"), weak)) const char *mock_failed;
 __attribute__((visibility("default"), weak)) int mock_live, mock_calls, mock_waits, mock_devices = 2;
 }
 
@@ -30,13 +31,15 @@ typedef struct {
     size_t totalGlobalMem;
 } cudaDeviceProp;
 
-static inline cudaError_t gpu_runtime_call() {
+static inline cudaError_t gpu_runtime_call(const char *name) {
     mock_calls++;
-    return mock_fail_after < 0 || mock_fail_after-- > 0 ? cudaSuccess : mock_code;
+    if (mock_fail_after < 0 || mock_fail_after-- > 0) return cudaSuccess;
+    mock_failed = name;
+    return mock_code;
 }
 #define GPU_RUNTIME_CALL()                                                                                   \
     do {                                                                                                     \
-        const cudaError_t status = gpu_runtime_call();                                                       \
+        const cudaError_t status = gpu_runtime_call(__func__);                                               \
         if (status != cudaSuccess) return status;                                                            \
     } while (0)
 

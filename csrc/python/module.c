@@ -413,6 +413,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (return_lse < 0 || return_report < 0) goto done;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
+    budget.report = return_report;
     budget.asked = p.precision;
     if (ada_problem_init(&p, &error)) {
         ada_raise(state, &error);
