@@ -31,7 +31,7 @@ template <int PER, int LANES> ADA_KERNEL(ADA_K0_THREADS, 1) ada_combine(ADA_ARGS
     ada_sync();
     l = 0;
     for (int i = 0; i < WARPS; i++) l += of_warps[WARPS + i], saw = fmaxf(saw, of_warps[2 * WARPS + i]);
-    if (!a.options) {
+    if (!p.mask.data) {
         const ada_span span = ada_visible(p, ada_sequence_of(p, b), t);
         saw = span.first < span.end;
     }

@@ -35,7 +35,9 @@ typedef struct {
         group;           /* heads or packs of them; of these, those whose tiles of one number come together */
     int32_t options;     /* mask, slopes, cap or dropout */
     float octaves, lazy; /* of a raw score; ADA_LAZY_OCTAVES in raw scores */
-    int32_t pairs;       /* two neighbours of out can be written at once */
+    int32_t
+        mask_pairs; /* two neighbours of the mask can be read at once, whatever the first, if it is even */
+    int32_t pairs;  /* two neighbours of out can be written at once */
 } ada_k1_args;
 
 /* Of a row of queries: what a one is worth, and what is added to its scores. */
@@ -156,7 +158,7 @@ template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return 
 template <typename X> struct ada_rows {
     float o[X::MR][X::WIDTH / 8][4];
     float m[X::MR][2], l[X::MR][2]; /* the reference, in raw scores; this lane's part of the sum */
-    uint32_t saw;                   /* bit 2 mr + half: a key; of options only */
+    uint32_t saw;                   /* bit 2 mr + half: a key that a mask shows */
 };
 
 /* This lane's place in the launch. */
@@ -312,59 +314,92 @@ template <typename X> ADA_DEVICE void ada_hide(float (&s)[X::MR][X::KEYS / 8][4]
     }
 }
 
-/* Makes octaves of raw scores, caps, biases and hides; what is hidden becomes -inf. Notes which rows saw a
- * key. */
-template <typename X>
-ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4],
-                                  int first, bool plain, uint32_t &saw) {
-    const ada_cu_params &p = a.p;
-    if (!a.options) {
-        if (!plain) ada_hide<X>(s, first);
-        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++)
-            ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][n][c] *= a.octaves;
-        return;
-    }
-    const float cap = (float)(p.softcap * ADA_LOG2E),
-                inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
-    const int64_t offset = p.alibi_slopes ? ada_sequence_of(p, w.b).offset : 0;
-    const ada_span *const spans = ada_spans<X>();
-    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
-        int r = w.row0 + 16 * mr + 8 * half;
-        r = r < w.rows ? r : w.rows - 1;
-        const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
-        const ada_span span = plain ? ada_span{0, p.S} : spans[16 * mr + 8 * half];
-        const char *mask = p.mask.data ? ada_mask_row(p, w.b, h, t) : NULL;
-        const float slope =
-            p.alibi_slopes
-                ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
-                : 0;
-        const int64_t position = offset + t;
-        bool any = false;
-        ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
-            const int j = first + 8 * n + c;
-            float &x = s[mr][n][2 * half + c];
-            bool visible = j >= span.first && j < span.end;
-            x *= a.octaves;
-            if (p.softcap != 0) x = cap - 2 * cap / (ada_exp2(x * inverse) + 1);
-            if (slope != 0) {
-                const int64_t distance = position - j;
-                x -= slope * (float)(distance < 0 ? -distance : distance);
+/* Adds a float mask of octaves to the scores of one row, or hides by a boolean one, DTYPE or, -1, any; -inf
+ * hides. PAIRS: two neighbours are read at once. Returns whether the row sees a key. */
+template <typename X, int DTYPE, bool PAIRS>
+ADA_DEVICE bool ada_mask_row_of_tile(const ada_cu_params &p, float (&s)[X::KEYS / 8][4], int half,
+                                     const char *row, ada_span span, int first) {
+    bool any = false;
+    ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) {
+        ada_vector<float, 2> add = {{0, 0}};
+        ada_vector<uint8_t, 2> seen = {{0, 0}};
+        const int j = first + 8 * n;
+        if (PAIRS && j < p.S) {
+            if (DTYPE == ADA_CU_BOOL)
+                seen = *(const ada_vector<uint8_t, 2> *)(row + j);
+            else
+                add = *(const ada_vector<float, 2> *)(row + 4 * j);
+        }
+        ADA_UNROLL for (int c = 0; c < 2; c++) {
+            float &x = s[n][2 * half + c];
+            bool visible = j + c >= span.first && j + c < span.end;
+            if (!PAIRS && visible) {
+                const char *at = row + (j + c) * p.mask.stride[3];
+                if (DTYPE == ADA_CU_BOOL)
+                    seen.x[c] = (uint8_t)*at;
+                else
+                    add.x[c] = ada_mask_value<float>(p, at);
             }
-            if (mask && visible) {
-                const char *at = mask + j * p.mask.stride[3];
-                if (p.mask_dtype == ADA_CU_BOOL) {
-                    visible = *at != 0;
-                } else {
-                    const float add = ada_mask_value<float>(p, at), octaves = add * (float)ADA_LOG2E;
-                    visible = !(add == -ADA_INF);
-                    x += octaves < -3.4028234e38f ? -3.4028234e38f : octaves;
-                }
+            if (DTYPE == ADA_CU_BOOL) {
+                visible = visible && seen.x[c] != 0;
+            } else {
+                visible = visible && !(add.x[c] == -ADA_INF);
+                const float octaves = add.x[c] * (float)ADA_LOG2E;
+                x += octaves < -3.4028234e38f ? -3.4028234e38f : octaves;
             }
             any |= visible;
             x = visible ? x : -ADA_INF;
         }
-        saw |= (uint32_t)any << (2 * mr + half);
     }
+    return any;
+}
+
+/* Makes octaves of raw scores, caps, biases and hides; what is hidden becomes -inf. Notes, where there is a
+ * mask, which rows saw a key. */
+template <typename X>
+ADA_DEVICE void ada_apply_options(const ada_k1_args &a, const ada_where &w, float (&s)[X::MR][X::KEYS / 8][4],
+                                  int first, bool plain, uint32_t &saw) {
+    const ada_cu_params &p = a.p;
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++)
+        ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][n][c] *= a.octaves;
+    if (p.softcap != 0) {
+        const float cap = (float)(p.softcap * ADA_LOG2E), inverse = 2 * (float)ADA_LOG2E / cap;
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++)
+            ADA_UNROLL for (int c = 0; c < 4; c++) {
+            float &x = s[mr][n][c];
+            x = cap - 2 * cap * ada_reciprocal(ada_exp2(x * inverse) + 1);
+        }
+    }
+    if (p.alibi_slopes || p.mask.data) {
+        const int64_t offset = p.alibi_slopes ? ada_sequence_of(p, w.b).offset : 0;
+        const ada_span *const spans = ada_spans<X>();
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
+            int r = w.row0 + 16 * mr + 8 * half;
+            r = r < w.rows ? r : w.rows - 1;
+            const int t = r / ada_pack_of<X>(a), h = w.h0 + r % ada_pack_of<X>(a);
+            if (p.alibi_slopes) {
+                const double slope = p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]];
+                const float octaves = (float)(slope * ADA_LOG2E), distance = (float)(offset + t - first);
+                ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++)
+                    s[mr][n][2 * half + c] -= octaves * fabsf(distance - (float)(8 * n + c));
+            }
+            if (p.mask.data) {
+                const char *row = ada_mask_row(p, w.b, h, t);
+                const ada_span span = spans[16 * mr + 8 * half];
+                bool any;
+                if (p.mask_dtype == ADA_CU_BOOL && a.mask_pairs)
+                    any = ada_mask_row_of_tile<X, ADA_CU_BOOL, true>(p, s[mr], half, row, span, first);
+                else if (p.mask_dtype == ADA_CU_F32 && a.mask_pairs)
+                    any = ada_mask_row_of_tile<X, ADA_CU_F32, true>(p, s[mr], half, row, span, first);
+                else if (p.mask_dtype == ADA_CU_BOOL)
+                    any = ada_mask_row_of_tile<X, ADA_CU_BOOL, false>(p, s[mr], half, row, span, first);
+                else
+                    any = ada_mask_row_of_tile<X, -1, false>(p, s[mr], half, row, span, first);
+                saw |= (uint32_t)any << (2 * mr + half);
+            }
+        }
+    }
+    if (!plain && !p.mask.data) ada_hide<X>(s, first);
 }
 
 /* Raises references where scores exceed them, and turns scores into weights. factor: of a score, to octaves.
@@ -432,7 +467,7 @@ template <typename X> ADA_DEVICE void ada_finish(const ada_k1_args &a, ada_rows<
                   h = w.h0 + r % ada_pack_of<X>(a);
         const bool there = r < w.rows;
         const ada_span span = spans[16 * mr + 8 * half];
-        const bool saw = X::OPTIONS ? rows.saw >> (2 * mr + half) & 1 : span.first < span.end;
+        const bool saw = X::OPTIONS && p.mask.data ? rows.saw >> (2 * mr + half) & 1 : span.first < span.end;
         const ada_row_end end =
             ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half], saw);
         float good = 0; /* NaN where an output is not finite */

@@ -138,6 +138,14 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
                       ADA_PACK_THREADS / 32 * 4, stream, a);
 }
 
+static bool mask_in_pairs(const ada_cu_params *p) {
+    const ada_cu_array *mask = &p->mask;
+    const int64_t size = p->mask_dtype == ADA_CU_BOOL ? 1 : 4;
+    const int64_t together =
+        mask->stride[0] | mask->stride[1] | mask->stride[2] | (int64_t)(uintptr_t)mask->data;
+    return mask->stride[3] == size && p->S % 2 == 0 && together % (2 * size) == 0;
+}
+
 /* Queries and keys as bytes. */
 static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_args *k1,
                               cudaStream_t stream) {
@@ -185,6 +193,7 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     a.splits = at->splits, a.pack = at->pack;
     a.partials = (float *)((char *)p->workspace + at->partials);
     a.pairs = in_pairs(p);
+    a.mask_pairs = mask_in_pairs(p);
     a.split_keys = keys_of_split(p);
     a.options = p->mask.data || p->alibi_slopes || p->softcap != 0 || p->drop_below;
     a.octaves = (float)(p->scale * ADA_LOG2E);
@@ -208,8 +217,7 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     if (error || !a.splits) return error;
     ada_combine_args combine = {};
     combine.k0 = k0_args(p);
-    combine.partials = a.partials, combine.rows = a.rows, combine.splits = a.splits,
-    combine.options = a.options;
+    combine.partials = a.partials, combine.rows = a.rows, combine.splits = a.splits;
     return ada_combine_run(combine, combine.k0.rows, stream);
 }
 

@@ -30,7 +30,7 @@ typedef struct {
     ada_k0_args k0;
     const float *partials;
     int64_t rows;
-    int32_t splits, options;
+    int32_t splits;
 } ada_combine_args;
 
 cudaError_t ada_combine_run(const ada_combine_args &a, int64_t rows, cudaStream_t stream);

@@ -73,6 +73,13 @@ ADA_DEVICE float ada_exp2(float x) {
     return y;
 }
 
+/* 1 / x, to 1 ulp. */
+ADA_DEVICE float ada_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* 16 bytes to shared memory, of which all but the first bytes (0 ... 16) are zeros; both addresses are
  * multiples of
  * 16. They are there for the thread after ada_copy_wait, for others after a barrier behind that. */
