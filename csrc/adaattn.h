@@ -77,6 +77,14 @@ typedef struct {
     ada_rung qk, pv;
 } ada_choice;
 
+/* Heads whose keys may stand in for others of their block, on rungs whose kernels can. */
+typedef struct {
+    const double *budget2, *joint; /* (B, H): mean squared error of a row over own, and joint, of sparse.h; a
+                                      budget of 0: none do */
+    float *shift2;                 /* (B, H, T): the rows' estimates, in units of the budget */
+    double *kept;                  /* (B, H): share of the visible blocks that were computed */
+} ada_sparse;
+
 #define ADA_UNBOUNDED INT64_MAX
 
 /* One call. The caller fills the first part; ada_problem_init checks it and derives the second. */
@@ -99,9 +107,10 @@ typedef struct {
     double dropout_p;
     ada_choice precision; /* both AUTO or none */
     bool has_tolerance;
-    double tolerance; /* relative error of a head that the caller can bear */
-    ada_choice *ran;      /* (B, H): what each head was computed with in the end; NULL: not wanted */
-    bool stored; /* key and value come from a cache, each of a dtype of its own */
+    double tolerance;         /* relative error of a head that the caller can bear */
+    const ada_sparse *sparse; /* NULL: all heads are dense */
+    ada_choice *ran;          /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored;              /* key and value come from a cache, each of a dtype of its own */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */
@@ -118,8 +127,8 @@ ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
 /* Refuses what a float mask must not hold. */
 ada_status ada_check_mask(const ada_problem *problem, bool (*interrupt)(void *), void *context,
                           ada_error *error);
-/* Computes out and lse of the listed heads (ascending indices b * H + h; NULL: of all) on the problem's rungs.
- * Interrupted: interrupt(context) was true; out is then undefined. */
+/* Computes out and lse of the listed heads (ascending indices b * H + h; NULL: of all) on the problem's
+ * rungs. Interrupted: interrupt(context) was true; out is then undefined. */
 ada_status ada_execute(const ada_problem *problem, const int64_t *heads, int64_t n_heads,
                        bool (*interrupt)(void *), void *context, ada_error *error);
 

@@ -12,6 +12,7 @@
 #include "memory.h"
 
 #include "rows.h"
+#include "sparse.h"
 #include "visible.h"
 
 #define LOG2E 1.4426950408889634
@@ -55,6 +56,15 @@ bool ada_store_needed(const ada_problem *p, const ada_kernels *k) {
     return !p->compute_f64 && (is_packed(&qk) || is_packed(&pv));
 }
 
+bool ada_may_stand_in(const ada_kernels *k, ada_choice choice) {
+    const ada_operands qk = operands_of(k, choice.qk, false), pv = operands_of(k, choice.pv, true);
+    if (qk.parts.a > 1 || pv.parts.a > 1) return false;
+    if (pv.format == ADA_WORDS_I8) return qk.format == ADA_WORDS_I8 && k->weigh_i8_i8 && k->gauge_i8;
+    if (pv.format != ADA_WORDS_BF16 || !k->gauge_bf16) return false;
+    if (qk.format == ADA_WORDS_BF16) return k->weigh_bf16_bf16;
+    return qk.format == ADA_WORDS_I8 && k->weigh_i8_bf16;
+}
+
 /* Whether keys lose their mean before rounding: not where the rung holds the array's own format exactly. */
 static bool centred(const ada_store *s) {
     const ada_rung rung = s->p->precision.qk;
@@ -83,6 +93,10 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
         h.v = ada_carve(c, s->pv.parts.b * h.v_part * 4);
     } else { /* also where they are read as they are: what nobody sees is zero here */
         h.v = ada_carve(c, keys * p->E * 4);
+    }
+    if (p->sparse) {
+        h.v_mean = ada_carve(c, s->blocks * p->E * (int64_t)sizeof *h.v_mean);
+        h.reach = ada_carve(c, s->blocks * (int64_t)sizeof *h.reach);
     }
     return h;
 }
@@ -132,6 +146,7 @@ ada_head_store ada_head_store_at(const ada_store *s, int64_t head) {
 typedef struct {
     float *rows;   /* [ADA_BLOCK][width up to 64] */
     float *factor; /* [width] */
+    float *spare;  /* [width] */
     char *words;   /* [ADA_STRIP][width up to 64] elements of up to 2 bytes, of all parts */
 } pack_scratch;
 
@@ -140,6 +155,7 @@ static pack_scratch pack_scratch_of(const ada_store *s, ada_carver *c) {
     pack_scratch x;
     x.rows = ada_carve(c, ADA_BLOCK * width * 4);
     x.factor = ada_carve(c, width * 4);
+    x.spare = ada_carve(c, width * 4);
     x.words = ada_carve(c, ADA_STRIP * width * 2 * 3);
     return x;
 }
@@ -385,6 +401,11 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
             !fits(&s->pv, s->p->value.dtype, k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL)))
             return false;
         if (change) ada_round_to_grid(k, s->pv.grid, x->rows, (int64_t)ADA_BLOCK * E);
+        if (to->v_mean && to->seen[block] == UINT64_MAX) { /* others never stand in */
+            float *mean = to->v_mean + block * E;
+            to->reach[block] = ada_value_reach(k, rows, ld, E, mean, x->spare);
+            for (int e = 0; is_integer(&s->pv) && e < E; e++) mean[e] *= to->v_unit[E + e];
+        }
         const ptrdiff_t at = (ptrdiff_t)i * ADA_BLOCK * ldx;
         if (floats)
             for (int j = 0; j < ADA_BLOCK; j++)

@@ -149,7 +149,10 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     for (int64_t i = 0; !s->look && !s->known && i < p->T; i++)
         a->sizes[head * p->T + i] =
             ada_row_sees(p, a->k, head / p->H, head % p->H, i, &block, (float *)scratch);
-    if (!s->known) ada_draw_rows(a, head, s->n, norms, s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
+    if (!s->known)
+        ada_draw_rows(a, head, s->n, norms,
+                      a->budget->heads[head].budget2 > 0 ? a->shift2 + head * p->T : NULL,
+                      s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
     s->exact_f64 = tolerance <= (s->look ? 1e-4 : 1e-3) || ADA_FINER * fmax(cancelled, in_fp32) > tolerance ||
@@ -262,6 +265,12 @@ static bool go_up(const ada_attending *a, int64_t index) {
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
     const ada_look look = a->states[index].look;
+    if (head->budget2 > 0) { /* the same, but dense */
+        head->budget2 = 0, head->kept = 1;
+        head->predicted_error = head->forecast.error[now];
+        head->retried = true;
+        return true;
+    }
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {

@@ -72,3 +72,21 @@ bool ada_weigh_bf16_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_k
 bool ada_weigh_i8_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     return weigh(t, keys, n, true);
 }
+
+void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *reach, float *mass,
+                               float *spread) {
+    const words one = _mm512_set1_epi16(0x3f80);
+    const uint32_t *w = t->w;
+    for (int b = 0; b < n / ADA_BLOCK; b++, mass += ADA_LANES, spread += ADA_LANES) {
+        words sum[4], square[4];
+        UNROLL for (int v = 0; v < 4; v++) sum[v] = square[v] = _mm512_setzero_si512();
+        for (int j = 0; j < ADA_BLOCK; j += 2, w += ADA_LANES) UNROLL for (int v = 0; v < 4; v++) {
+                const words x = w_load(w + v * VL);
+                sum[v] = dot_bf16(sum[v], x, one);
+                square[v] = dot_bf16(square[v], x, x);
+            }
+        UNROLL for (int v = 0; v < 4; v++)
+            store_gauge(mass + v * VL, spread + v * VL, reach[b], _mm512_castsi512_ps(sum[v]),
+                        _mm512_castsi512_ps(square[v]));
+    }
+}
