@@ -97,8 +97,10 @@ static double exp_noise(ada_choice choice) {
     return fused ? square(ROUND_EXP) : 0;
 }
 
-/* Blocks that stand in never count as quite independent. */
+/* Blocks that stand in never count as quite independent, nor their values as less apart than they are for
+ * some rows: few profiled rows may not meet the one value that is far from all others. */
 #define LEAST_JOINT 0.02
+#define LEAST_OWN 0.4
 
 static void forecast_level(const ada_row_profile *rows, int n, double out2, int k, ada_forecast *f) {
     double blocks = 0, stand_ins = 0, error2 = 0, parts2 = 0, together2 = 0, apart2 = 0;
@@ -109,7 +111,7 @@ static void forecast_level(const ada_row_profile *rows, int n, double out2, int 
         error2 += w * (double)x->error2, parts2 += w * (double)x->parts2;
         together2 += w * (double)x->together2, apart2 += w * (double)x->apart2;
     }
-    const double own = apart2 > 0 ? parts2 / apart2 : 0;
+    const double own = fmax(apart2 > 0 ? parts2 / apart2 : 0, LEAST_OWN);
     const double joint = together2 > apart2 ? (error2 - parts2) / (together2 - apart2) / own : 0;
     f->level[k].kept = blocks > 0 ? 1 - stand_ins / blocks : 1;
     f->level[k].error = out2 > 0 ? sqrt(error2 / out2) : INFINITY;
@@ -232,7 +234,7 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
         const double room = sqrt(limit * limit - f->error[c] * f->error[c]) / STAND_MARGIN;
         int level = ADA_LEVELS;
         while (level > 0 && f->level[level - 1].error <= room) level--;
-        if (level == ADA_LEVELS || !(f->level[level].own > 0)) continue;
+        if (level == ADA_LEVELS) continue;
         const double kept = kept_by_tile(f->level[level].kept), dense_share = 1 + LISTED - rates[c].sparse;
         ada_task part = *t;
         part.operations *= rates[c].sparse + kept * dense_share;

@@ -29,6 +29,9 @@
 #define PRIOR_FREEDOM 6
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
 
+/* At least so many for a sparse head, whose error few rows may carry. */
+#define SPARSE_ROWS 16
+
 /* ---- estimates ---- */
 
 int ada_rows_for_reach(double reach, int most) {
@@ -92,7 +95,8 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    return rows < 8 ? 8 : rows;
+    const int least = head->budget2 > 0 ? SPARSE_ROWS : 8;
+    return rows < least ? least : rows;
 }
 
 /* Numbers of an output's row from e on; returns how many. */
