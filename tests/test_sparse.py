@@ -116,9 +116,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(rng, name):
     arrays, options = local(rng), OPTIONS[name]
-    out, report = adaattn.attention(*arrays, **options, tolerance=2e-2, return_report=True)
+    out, report = adaattn.attention(*arrays, **options, tolerance=5e-2, return_report=True)
     assert report.structure[0, 0] == "sparse" and report.kept_fraction[0, 0] < 0.9
-    assert errors(out, exactly(*arrays, **options))[0, 0] <= 2e-2
+    assert errors(out, exactly(*arrays, **options))[0, 0] <= 5e-2
 
 
 def test_lse_is_that_of_all_keys(rng):
