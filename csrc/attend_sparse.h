@@ -9,12 +9,11 @@ typedef struct {
     float *spread;    /* [blocks][ADA_LANES] over the root of the head's budget */
     float *reach;     /* [blocks] likewise */
     float *weight;    /* [ADA_LANES] one over the squared sum of a row's weights */
-    float *sum;       /* [3][ADA_LANES] */
     float *mean;      /* [ADA_BLOCK][E] */
     float *shift2;    /* [ADA_LANES] */
     int *block, *run; /* [blocks] of the keys, and the one that its run begins with */
     bool *stands;     /* [blocks] */
-    ada_ranked *order;
+    ada_choosing choosing;
 } sparse_lists;
 
 static sparse_lists sparse_lists_of(const ada_run *r, ada_carver *c) {
@@ -26,13 +25,15 @@ static sparse_lists sparse_lists_of(const ada_run *r, ada_carver *c) {
     x.spread = ada_carve(c, blocks * lanes);
     x.reach = ada_carve(c, blocks * (int64_t)sizeof *x.reach);
     x.weight = ada_carve(c, lanes);
-    x.sum = ada_carve(c, 3 * lanes);
     x.mean = ada_carve(c, ADA_BLOCK * r->p->E * (int64_t)sizeof *x.mean);
     x.shift2 = ada_carve(c, lanes);
     x.block = ada_carve(c, blocks * (int64_t)sizeof *x.block);
     x.run = ada_carve(c, blocks * (int64_t)sizeof *x.run);
     x.stands = ada_carve(c, blocks * (int64_t)sizeof *x.stands);
-    x.order = ada_carve(c, blocks * (int64_t)sizeof *x.order);
+    x.choosing.cost = ada_carve(c, blocks * (int64_t)sizeof(float));
+    x.choosing.sum = ada_carve(c, lanes);
+    x.choosing.apart = ada_carve(c, lanes);
+    x.choosing.order = ada_carve(c, blocks * (int64_t)sizeof *x.choosing.order);
     return x;
 }
 
@@ -126,7 +127,7 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
         x->weight[i] = i < patch.n && sum > 0 ? 1 / (sum * sum) : 0;
     }
     const int stand = ada_choose_stand_ins(r->k, x->spread, plain, x->weight, patch.n, p->sparse->joint[head],
-                                           x->order, x->sum, x->stands, x->shift2);
+                                           &x->choosing, x->stands, x->shift2);
     add_lists(r, s, x, plain);
     if (!finish_narrow(r, s, &patch)) return TILE_UNFIT;
     memcpy(shift2, x->shift2, (size_t)patch.n * sizeof *shift2);

@@ -110,6 +110,10 @@ typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, co
 typedef void ada_squares_fn(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
                             const float *less, const float *weight);
 
+/* sum[i] += x[i] and apart[i] += x[i]^2 for all lanes; returns the sum over them of
+ * weight[i] * ((1 - joint) * apart[i] + joint * sum[i]^2). */
+typedef float ada_stand_in_fn(float *sum, float *apart, const float *x, const float *weight, float joint);
+
 /* o[e][i] *= unit[e] for all lanes. */
 typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
 
@@ -138,4 +142,5 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(encode_bf16)                                                                                        \
     SLOT(encode_i8)                                                                                          \
     SLOT(encode_i16)                                                                                         \
-    SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(scale_channels)
+    SLOT(turn_8)                                                                                             \
+    SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels)

@@ -24,35 +24,28 @@ int ada_by_cost(const void *a, const void *b) {
 }
 
 int ada_choose_stand_ins(const ada_kernels *k, const float *spread, int blocks, const float *weight,
-                         double budget, double joint, ada_ranked *order, float *sum, bool *stands,
-                         float *shift2) {
-    float *next = sum + ADA_LANES, *spare = next + ADA_LANES, together, ignored;
-    double apart = 0;
+                         double budget, double joint, const ada_choosing *at, bool *stands, float *shift2) {
     int chosen = 0;
+    k->squares(at->cost, NULL, spread, ADA_LANES, blocks, ADA_LANES, NULL, weight);
     for (int i = 0; i < blocks; i++) {
-        k->squares(&order[i].cost, NULL, spread + (ptrdiff_t)i * ADA_LANES, ADA_LANES, 1, ADA_LANES, NULL,
-                   weight);
-        if (!(order[i].cost < INFINITY)) order[i].cost = INFINITY;
-        order[i].block = i;
+        at->order[i] = (ada_ranked){at->cost[i] < INFINITY ? at->cost[i] : INFINITY, i};
         stands[i] = false;
     }
-    qsort(order, (size_t)blocks, sizeof *order, ada_by_cost);
-    memset(sum, 0, 3 * ADA_LANES * sizeof *sum);
+    qsort(at->order, (size_t)blocks, sizeof *at->order, ada_by_cost);
+    memset(at->sum, 0, ADA_LANES * sizeof *at->sum);
+    memset(at->apart, 0, ADA_LANES * sizeof *at->apart);
     for (; chosen < blocks; chosen++) {
-        memcpy(next, sum, ADA_LANES * sizeof *sum);
-        k->columns(next, spare, spread + (ptrdiff_t)order[chosen].block * ADA_LANES, ADA_LANES, 1, ADA_LANES);
-        k->squares(&together, NULL, next, ADA_LANES, 1, ADA_LANES, NULL, weight);
-        apart += (double)order[chosen].cost;
-        if (!((1 - joint) * apart + joint * (double)together <= budget)) break;
-        memcpy(sum, next, ADA_LANES * sizeof *sum);
-        stands[order[chosen].block] = true;
+        const int block = at->order[chosen].block;
+        const float *x = spread + (ptrdiff_t)block * ADA_LANES;
+        if (!((double)k->stand_in(at->sum, at->apart, x, weight, (float)joint) <= budget)) {
+            for (int i = 0; i < ADA_LANES; i++) at->sum[i] -= x[i], at->apart[i] -= x[i] * x[i];
+            break;
+        }
+        stands[block] = true;
     }
-    memset(shift2, 0, ADA_LANES * sizeof *shift2);
-    for (int i = 0; i < chosen; i++)
-        k->squares(&ignored, shift2, spread + (ptrdiff_t)order[i].block * ADA_LANES, ADA_LANES, 1, ADA_LANES,
-                   NULL, NULL);
-    for (int i = 0; i < ADA_LANES; i++)
-        shift2[i] = (float)(((1 - joint) * (double)shift2[i] + joint * (double)(sum[i] * sum[i])) *
-                            (double)weight[i]);
+    for (int i = 0; i < ADA_LANES; i++) {
+        const double square = (double)at->sum[i] * (double)at->sum[i];
+        shift2[i] = (float)fmax(((1 - joint) * (double)at->apart[i] + joint * square) * (double)weight[i], 0);
+    }
     return chosen;
 }

@@ -32,12 +32,16 @@ typedef struct {
 /* For qsort: by cost, then by block. */
 int ada_by_cost(const void *a, const void *b);
 
+/* Scratch for that: [blocks] and [ADA_LANES]. */
+typedef struct {
+    float *cost, *sum, *apart;
+    ada_ranked *order;
+} ada_choosing;
+
 /* Decides for one tile, from spread [blocks][ADA_LANES]: the blocks that move all rows least stand in, as
  * many as the errors above, with own = weight of the lane, stay within budget for in sum. Sets stands[] and
- * shift2[ADA_LANES], the summands; returns how many stand in. order: [blocks] of scratch, sum:
- * [3][ADA_LANES]. */
+ * shift2[ADA_LANES], the summands; returns how many stand in. */
 int ada_choose_stand_ins(const ada_kernels *k, const float *spread, int blocks, const float *weight,
-                         double budget, double joint, ada_ranked *order, float *sum, bool *stands,
-                         float *shift2);
+                         double budget, double joint, const ada_choosing *at, bool *stands, float *shift2);
 
 #endif

@@ -251,13 +251,13 @@ def test_json_with_a_structure_of_its_own_is_refused(rng):
 def test_same_bits(rng):
     """For any number of threads, other heads and layouts."""
     q, k, v = local(rng, 4, 2)
-    out, report = adaattn.attention(q, k, v, tolerance=2e-2, causal=True, return_report=True, num_threads=1)
+    out, report = adaattn.attention(q, k, v, tolerance=5e-2, causal=True, return_report=True, num_threads=1)
     assert (report.structure == "sparse").all()
-    assert same_bits(adaattn.attention(q, k, v, tolerance=2e-2, causal=True, num_threads=2), out)
-    alone = adaattn.attention(q[:, 3:], k[:, 1:], v[:, 1:], tolerance=2e-2, causal=True)
+    assert same_bits(adaattn.attention(q, k, v, tolerance=5e-2, causal=True, num_threads=2), out)
+    alone = adaattn.attention(q[:, 3:], k[:, 1:], v[:, 1:], tolerance=5e-2, causal=True)
     assert same_bits(alone, out[:, 3:])
     spread = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v)]
-    assert same_bits(adaattn.attention(*spread, tolerance=2e-2, causal=True), out)
+    assert same_bits(adaattn.attention(*spread, tolerance=5e-2, causal=True), out)
 
 
 @pytest.mark.parametrize(("T", "length"), [(S + 37, S + 37), (S, S + 999), (S + 1, 3 * S - 1)])

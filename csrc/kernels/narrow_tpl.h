@@ -297,6 +297,18 @@ static inline __attribute__((always_inline)) void squares_of(float *norm2, float
     }
 }
 
+float KERNEL(stand_in)(float *sum, float *apart, const float *x, const float *weight, float joint) {
+    float part[16] = {0}, total = 0;
+    for (int i = 0; i < ADA_LANES; i += 16)
+        for (int j = i; j < i + 16; j++) {
+            sum[j] += x[j];
+            apart[j] += x[j] * x[j];
+            part[j - i] += weight[j] * ((1 - joint) * apart[j] + joint * (sum[j] * sum[j]));
+        }
+    for (int i = 0; i < 16; i++) total += part[i];
+    return total;
+}
+
 void KERNEL(squares)(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
                      const float *less, const float *weight) {
     if (less && square && !weight)

@@ -78,6 +78,7 @@ static const struct {
     {"columns", make_columns, ADA_F32, ADA_F32},
     {"reach", make_reach, ADA_F32, ADA_F32},
     {"squares", make_squares, ADA_F32, ADA_F32},
+    {"stand_in", make_stand_in, ADA_F32, ADA_F32},
     {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
 

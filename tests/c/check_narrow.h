@@ -562,6 +562,27 @@ static void make_reach(check *c) {
                        largest, norm2, width));
 }
 
+static void make_stand_in(check *c) {
+    buffer *sum = new_floats(c, "sum", ADA_LANES), *apart = new_floats(c, "apart", ADA_LANES);
+    buffer *x = new_floats(c, "x", ADA_LANES), *weight = new_floats(c, "weight", ADA_LANES);
+    const float joint = (float)uniform(c, 0, 1);
+    double total = 0;
+    for (int i = 0; i < ADA_LANES; i++) {
+        const double add = (double)value_at(x, i), s = (double)value_at(sum, i) + add;
+        const double a = (double)value_at(apart, i) + add * add;
+        expect_near(sum, i, s, 2 * c->limit.unit * s, 0);
+        expect_near(apart, i, a, 3 * c->limit.unit * a, 0);
+        total += (double)value_at(weight, i) * ((1 - (double)joint) * a + (double)joint * s * s);
+    }
+    c->bytes = 4.0 * 4 * ADA_LANES;
+    RUN(c, {
+        const double found =
+            (double)CALL_AS(c, stand_in, data(sum), data(apart), data(x), data(weight), joint);
+        if (!c->bench && fabs(found - total) > 50 * c->limit.unit * total)
+            fail(c, "returned %.9g, expected %.9g", found, total);
+    });
+}
+
 static void make_squares(check *c) {
     const int n = pick(c, "n", 1, 10, 64), width = pick_size(c, "width");
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
