@@ -173,6 +173,14 @@ def attention(
     hold (NaN, infinities, numbers beyond the format) is computed in fp32, and rows that overflow fp32 in
     fp64; other heads keep their bits.
 
+    From 2,048 queries and keys on a head may be sparse. All its scores are computed on its rung; then, for
+    every 64 queries, those blocks of 64 keys stand in for their values that change these rows least: a block
+    counts as its mean value, with the weight that its keys have together. How far that moves a row follows
+    from its own weights and from how far the block's values lie apart, times what profiled rows say of such
+    estimates, so a row that looks at one key which nobody else sees keeps that key's block. Rows to verify
+    are drawn by their estimates too. Blocks where something is hidden are never left out, and with softcap,
+    ALiBi, dropout, a float mask or a precision by name nothing is. The lse is that of all keys.
+
     What a tolerance promises is statistical. Errors are predicted from statistics of the head and a few exact
     rows. Then, from 64 query rows on, other rows, drawn with known probabilities, are compared with exact
     ones (float64, or fp32 where that is fine enough), and a head whose upper limit of the error lies above
