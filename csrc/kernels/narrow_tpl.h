@@ -193,8 +193,12 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
 }
 #endif
 
-void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
-                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+/* Whether less is NULL is known to the compiler, which would else load from there under an empty mask: that
+ * takes the processor's slow path. */
+static inline __attribute__((always_inline)) void encode_bf16_of(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part,
+                                                                 int parts, const float *rows, ptrdiff_t ld,
+                                                                 int n, int width, const float *less,
+                                                                 const float *factor) {
     for (int r = 0; r < n; r++)
         for (int a = 0; a < parts; a++) {
             uint16_t *at = to + a * part + r * ldt;
@@ -204,6 +208,14 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
                 at[c] = bf16_from_float(x);
             }
         }
+}
+
+void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+    if (less)
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, less, factor);
+    else
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, NULL, factor);
 }
 
 #ifndef OWN_ENCODE
