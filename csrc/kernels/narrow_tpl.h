@@ -322,6 +322,10 @@ void KERNEL(squares)(float *norm2, float *square, const float *rows, ptrdiff_t l
 }
 
 void KERNEL(scale_channels)(const ada_tile_f32 *t, const float *unit) {
-    for (int e = 0; e < t->E; e++)
-        for (int i = 0; i < ADA_LANES; i++) t->o[e * ADA_LANES + i] *= unit[e];
+    const int E = t->E;
+    float *o = t->o;
+    for (int e = 0; e < E; e++, o += ADA_LANES) {
+        const float x = unit[e]; /* or the compiler fears that o changes it */
+        for (int i = 0; i < ADA_LANES; i++) o[i] *= x;
+    }
 }
