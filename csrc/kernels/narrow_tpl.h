@@ -193,6 +193,7 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
 }
 #endif
 
+#ifndef OWN_ENCODE_BF16
 /* Whether less is NULL is known to the compiler, which would else load from there under an empty mask: that
  * takes the processor's slow path. */
 static inline __attribute__((always_inline)) void encode_bf16_of(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part,
@@ -217,6 +218,7 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
     else
         encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, NULL, factor);
 }
+#endif
 
 #ifndef OWN_ENCODE
 #    define ENCODE_INTEGERS(op, type, most)                                                                  \
