@@ -447,15 +447,19 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     const int D = (int)s->p->D, lanes = t->f32.lanes, row = s->DW * ada_elements(s->qk.format);
     const float factor = (float)(s->p->scale * LOG2E);
     const ptrdiff_t part = (ptrdiff_t)ADA_LANES * row;
-    float factors[ADA_LANES];
+    const bool integers = is_integer(&s->qk);
+    float factors[ADA_LANES], shift[ADA_LANES] = {0};
+    if (centred(s)) s->k->row_scores_f32(shift, head->mean, 1, rows, ld, n, D);
     for (int i = 0; i < n; i++) {
-        const float *q = rows + i * ld;
-        float shift = 0, norm2 = 0;
-        const float largest = s->k->reach(q, ld, 1, D, NULL, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-        if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
-        if (centred(s)) s->k->row_scores_f32(&shift, q, 1, head->mean, D, 1, D);
-        t->offset[i] = shift * factor;
-        factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
+        float norm2 = 0, largest = 0;
+        if (integers || i == 0) { /* others need that of the tile only */
+            largest = s->k->reach(rows + i * ld, ld, integers ? 1 : n, D, NULL,
+                                  s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
+            if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST))
+                return false;
+        }
+        factors[i] = integers ? integer_factor(s->qk.format, largest, norm2) : 1;
+        t->offset[i] = shift[i] * factor;
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
     }
     for (int i = n; i < ADA_LANES; i++)
@@ -473,22 +477,27 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     const bool scaled = s->qk.format == ADA_WORDS_BF16 && s->qk.grid == ADA_GRID_NONE;
     if (scaled) fill(t->unit, ADA_LANES, 1.0f / ADA_BF16_STEPS);
     memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
-    for (int i = 0; i < ADA_LANES; i++) {
-        const float *q = rows + (i < n ? i : n - 1) * ld;
-        float each[1024];
-        const ptrdiff_t at = (ptrdiff_t)i * row;
+    /* Rows of integers have a factor each. */
+    for (int i = 0, step = integers ? 1 : n; i < n; i += step)
         for (int d = 0; d < D; d += 1024) {
             const int width = D - d < 1024 ? D - d : 1024;
+            const ptrdiff_t at = (ptrdiff_t)i * row + d;
+            const float *q = rows + i * ld + d;
+            float each[1024];
             fill(each, width, scaled ? factor * ADA_BF16_STEPS : factors[i]);
             if (s->qk.format == ADA_WORDS_BF16)
-                s->k->encode_bf16((uint16_t *)words + at + d, row, part, s->qk.parts.a, q + d, ld, 1, width,
-                                  NULL, each);
+                s->k->encode_bf16((uint16_t *)words + at, row, part, s->qk.parts.a, q, ld, step, width, NULL,
+                                  each);
             else if (s->qk.format == ADA_WORDS_I16)
-                s->k->encode_i16((int16_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+                s->k->encode_i16((int16_t *)words + at, row, q, ld, 1, width, NULL, each);
             else
-                s->k->encode_i8((int8_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+                s->k->encode_i8((int8_t *)words + at, row, q, ld, 1, width, NULL, each);
         }
-    }
+    const size_t row_bytes = (size_t)s->DW * 4;
+    for (int a = 0; a < s->qk.parts.a; a++) /* lanes that nobody computes are like the last row */
+        for (int i = n; i < ADA_LANES; i++)
+            memcpy((uint32_t *)words + (a * ADA_LANES + i) * s->DW,
+                   (uint32_t *)words + (a * ADA_LANES + n - 1) * s->DW, row_bytes);
     uint32_t *word = words; /* signed to unsigned */
     for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part / 4; i++) word[i] ^= 0x80808080;
     for (int a = 0; a < s->qk.parts.a; a++)
