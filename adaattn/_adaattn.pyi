@@ -23,6 +23,7 @@ def attention(
     tolerance: Any,
     min_precision: Any,
     max_precision: Any,
+    structure: Any,
     verify: Any,
     rates: Any,
     choices: Any,

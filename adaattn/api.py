@@ -36,6 +36,7 @@ def attention(
     precision: str | tuple[str, str] = "auto",
     min_precision: str = "auto",
     max_precision: str = "auto",
+    structure: str = "auto",
     plan: Plan | None = None,
     verify: bool | str = "auto",
     return_lse: bool = False,
@@ -95,6 +96,10 @@ def attention(
     max_precision : "auto" or the name of a rung
         The most exact rung that it may choose. A head that none of the allowed rungs keeps within the
         tolerance is computed on the most exact of them, and the report shows by how much it misses.
+    structure : "auto" or "dense"
+        Whether a tolerance may leave out values of long heads (from 2,048 queries and keys on) where that is
+        faster: blocks of 64 keys, whose scores are all computed, then count as one key of their mean value
+        for queries to which it makes little difference. See the notes.
     plan : Plan, optional
         Made by `plan` or taken from a report: its tolerance and choices instead of new ones, for arrays of
         the same sizes and dtype; other arguments of this group than `verify` must be left alone. The choices
@@ -170,6 +175,14 @@ def attention(
     hold (NaN, infinities, numbers beyond the format) is computed in fp32, and rows that overflow fp32 in
     fp64; other heads keep their bits.
 
+    From 2,048 queries and keys on a head may be sparse. All its scores are computed on its rung; then, for
+    every 64 queries, those blocks of 64 keys stand in for their values that change these rows least: a block
+    counts as its mean value, with the weight that its keys have together. How far that moves a row follows
+    from its own weights and from how far the block's values lie apart, times what profiled rows say of such
+    estimates, so a row that looks at one key which nobody else sees keeps that key's block. Rows to verify
+    are drawn by their estimates too. Blocks where something is hidden are never left out, and with softcap,
+    ALiBi, dropout, a float mask or a precision by name nothing is. The lse is that of all keys.
+
     What a tolerance promises is statistical. Errors are predicted from statistics of the head and a few exact
     rows. Then, from 64 query rows on, other rows, drawn with known probabilities, are compared with exact
     ones (float64, or fp32 where that is fine enough), and a head whose upper limit of the error lies above
@@ -192,13 +205,16 @@ def attention(
     """
     rates = choices = None
     no_budget = tolerance is None and policy is None and plan is None  # by identity: small calls take 2 µs
-    if not (no_budget and min_precision is _AUTO and max_precision is _AUTO and verify is _AUTO):
-        tolerance, choices = _budget(tolerance, policy, plan, precision, min_precision, max_precision, verify)
+    no_limits = min_precision is _AUTO and max_precision is _AUTO and structure is _AUTO
+    if not (no_budget and no_limits and verify is _AUTO):
+        tolerance, choices = _budget(
+            tolerance, policy, plan, precision, min_precision, max_precision, structure, verify
+        )
         rates = None if tolerance is None else _rates_for(query, device)
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, verify, rates, choices,
-        False, return_lse, return_report, out, num_threads, _allocate, device,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, verify, rates,
+        choices, False, return_lse, return_report, out, num_threads, _allocate, device,
     )  # fmt: skip
     if return_report:
         *arrays, (heads, seconds, operations, sizes) = result
@@ -238,6 +254,7 @@ def plan(
     policy: str | None = None,
     min_precision: str = "auto",
     max_precision: str = "auto",
+    structure: str = "auto",
     return_lse: bool = False,
     num_threads: int | None = None,
     device: str | None = None,
@@ -247,7 +264,7 @@ def plan(
     Parameters
     ----------
     query, key, value, attn_mask, ... : as in `attention`
-    tolerance, policy, min_precision, max_precision
+    tolerance, policy, min_precision, max_precision, structure
         As in `attention`; one of the first two is needed.
     return_lse : bool
         Whether the lse will be asked for: its error counts then too.
@@ -281,7 +298,7 @@ def plan(
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
     heads, _, _, sizes = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, False,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, False,
         _rates_for(query, device), None, True, return_lse, False, None, num_threads, _allocate, device,
     )  # fmt: skip
     return Plan.of(
@@ -305,11 +322,12 @@ def _budget(
     precision: Any,
     min_precision: Any,
     max_precision: Any,
+    structure: Any,
     verify: Any,
 ) -> tuple[Any, Any]:
     """The tolerance and the choices of a plan, of arguments that go together."""
     choices = None
-    limits = {"min_precision": min_precision, "max_precision": max_precision}
+    limits = {"min_precision": min_precision, "max_precision": max_precision, "structure": structure}
     if plan is not None:
         if not isinstance(plan, Plan):
             raise DTypeError(f"plan: expected a Plan or None, got {_type(plan)}")
@@ -321,6 +339,7 @@ def _budget(
     else:
         tolerance = tolerance_of(tolerance, policy)
         if _given(precision):
+            del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))

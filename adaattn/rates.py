@@ -12,6 +12,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     },
 }  # fmt: skip
 
+# Share of the products' time that is left of a head where all blocks of keys stand in for their values, as
+# measured on machines of the kind; elsewhere heads are dense unless `calibrate` has measured.
+_SPARSE: dict[str, dict[str, float]] = {"avx512bf16": {"bf16": 0.58, "int8/bf16": 0.48, "int8": 0.66}}
+
 _table: NDArray[np.float64] | None = None  # what calls within a budget go by, once it has been read
 
 
@@ -110,20 +115,22 @@ def cache_file() -> Path:
 def _defaults() -> NDArray[np.float64]:
     used = _adaattn.cpu_info()["isa_used"]
     best = next((isa for isa in _DEFAULTS if isa in used), "scalar")
-    return np.array([_DEFAULTS[best][rung] for rung in RUNGS], np.float64)
+    sparse = _SPARSE.get(best, {})
+    return np.array([(*_DEFAULTS[best][rung], sparse.get(rung, 1)) for rung in RUNGS], np.float64)
 
 
 def _load() -> tuple[str, NDArray[np.float64]]:
-    """Where the rates in force come from, and they: for each rung (gflops for each head size, pack_ns)."""
+    """Where the rates in force come from, and they: a rung's (gflops for each head size, pack_ns, sparse)."""
     try:
         saved = json.loads(cache_file().read_text(encoding="utf-8"))
         if saved["machine"] == _machine():
             rows = [
-                [float(saved["gflops"][rung][str(d)]) for d in HEAD_SIZES] + [float(saved["pack_ns"][rung])]
+                [float(saved["gflops"][rung][str(d)]) for d in HEAD_SIZES]
+                + [float(saved[name][rung]) for name in ("pack_ns", "sparse")]
                 for rung in RUNGS
             ]
             table = np.array(rows, np.float64)
-            if np.isfinite(table).all() and (table[:, :-1] > 0).all() and (table[:, -1] >= 0).all():
+            if np.isfinite(table).all() and (table[:, [0, 1, 3]] > 0).all() and (table[:, 2] >= 0).all():
                 return "measured", table
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         pass  # no file, or not one of ours
@@ -151,8 +158,9 @@ def rates() -> dict[str, Any]:
     -------
     dict
         ``source`` ("measured" or "default"), ``gflops`` (rung to head size to rate), ``pack_ns`` (rung to
-        nanoseconds that packing an element of a key or value takes) and ``offered``: the rungs that are
-        faster than every more exact one, by more than measurements scatter.
+        nanoseconds that packing an element of a key or value takes), ``sparse`` (rung to the share of its
+        time that is left where a head needs no values but those of stand-ins; 1: never chosen) and
+        ``offered``: the rungs that are faster than every more exact one, by more than measurements scatter.
     """
     return _described(*_load())
 
@@ -162,12 +170,18 @@ def _described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
         rung: dict(zip(HEAD_SIZES, map(float, row), strict=False))
         for rung, row in zip(RUNGS, rows, strict=True)
     }
-    pack_ns = {rung: float(row[-1]) for rung, row in zip(RUNGS, rows, strict=True)}
-    return {"source": source, "gflops": gflops, "pack_ns": pack_ns, "offered": _offered(rows)}
+    pack_ns, sparse = ({rung: float(row[i]) for rung, row in zip(RUNGS, rows, strict=True)} for i in (2, 3))
+    return {
+        "source": source,
+        "gflops": gflops,
+        "pack_ns": pack_ns,
+        "sparse": sparse,
+        "offered": _offered(rows),
+    }
 
 
 def _offered(rows: NDArray[np.float64]) -> list[str]:
-    speeds = 1 / (1 / rows[:, :-1] + rows[:, -1:] / (2 * _SIZE))  # with packing, at T = S = _SIZE
+    speeds = 1 / (1 / rows[:, :2] + rows[:, 2:3] / (2 * _SIZE))  # with packing, at T = S = _SIZE
     offered: list[int] = []
     for i in range(len(RUNGS)):
         if not offered or (speeds[i] > 1.05 * speeds[offered].max(axis=0)).any():
@@ -195,7 +209,7 @@ def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
     Returns
     -------
     dict
-        As ``cpu_info()["rates"]``: ``source``, ``gflops``, ``pack_ns`` and ``offered``.
+        As ``cpu_info()["rates"]``: ``source``, ``gflops``, ``pack_ns``, ``sparse`` and ``offered``.
 
     Raises
     ------
@@ -215,6 +229,8 @@ def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
     arrays = {
         d: np.random.default_rng(d).standard_normal((4, 1, 1, _SIZE, d), np.float32) for d in HEAD_SIZES
     }
+    parts = {rung: _SparseRun(rung) for rung in RUNGS}
+    parts = {rung: part for rung, part in parts.items() if part.runs_sparse()}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[runs[0]]) < 3:
         for (rung, d, queries), samples in times.items():
@@ -223,6 +239,8 @@ def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
             start = time.perf_counter()
             attention(query, key, value, precision=split(rung), out=out, num_threads=1)
             samples.append(time.perf_counter() - start)
+        for part in parts.values():
+            part.measure()
     rows = []
     for rung in RUNGS:
         row, packing = [], []
@@ -232,13 +250,52 @@ def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
             pack = max(0.0, (short - share * long) / (1 - share))
             row.append(4e-9 * _SIZE * _SIZE * d / max(long - pack, 0.1 * long))
             packing.append(1e9 * pack / (2 * _SIZE * d))
-        rows.append([*row, statistics.mean(packing)])
+        rows.append([*row, statistics.mean(packing), parts[rung].share() if rung in parts else 1.0])
     result = _described("measured", np.array(rows))
     if save:
-        kept = {name: result[name] for name in ("gflops", "pack_ns")}
+        kept = {name: result[name] for name in ("gflops", "pack_ns", "sparse")}
         _write(cache_file(), json.dumps({"machine": _machine(), **kept}, indent=1))
         _table = np.array(rows)
     return result
+
+
+class _SparseRun:
+    """A rung on long keys: dense, and with all blocks standing in, each with few and with more queries."""
+
+    def __init__(self, rung: str) -> None:
+        from .api import plan
+
+        names = split(rung)
+        scores, values = (names, names) if isinstance(names, str) else names
+        query, key, value = np.random.default_rng(0).standard_normal((3, 1, 1, 4 * _SIZE, 64), np.float32)
+        self.calls: list[tuple[Any, ...]] = []
+        for queries in (_FEW, 8 * _FEW):
+            arrays = query[:, :, :queries], key, value
+            made = plan(*arrays, tolerance=0.5)
+            dense = replace(made, precision_qk=np.full((1, 1), scores), precision_pv=np.full((1, 1), values))
+            sparse = replace(dense, structure=np.full((1, 1), "sparse"), sparse_budget=np.full((1, 1), 1e30))
+            self.calls += [(*arrays, dense), (*arrays, sparse)]
+        self.times: list[list[float]] = [[] for _ in self.calls]
+
+    def runs_sparse(self) -> bool:
+        from .api import attention
+
+        *arrays, sparse = self.calls[1]
+        structure = attention(*arrays, plan=sparse, verify=False, return_report=True)[1].structure
+        return bool(structure[0, 0] == "sparse")
+
+    def measure(self) -> None:
+        from .api import attention
+
+        for (*arrays, made), samples in zip(self.calls, self.times, strict=True):
+            start = time.perf_counter()
+            attention(*arrays, plan=made, verify=False, num_threads=1)
+            samples.append(time.perf_counter() - start)
+
+    def share(self) -> float:
+        """Of the time that more queries take; what does not depend on their number counts nowhere."""
+        few, few_sparse, more, more_sparse = map(statistics.median, self.times)
+        return float(min(max((more_sparse - few_sparse) / max(more - few, 1e-9), 0.1), 1.0))
 
 
 def _write(path: Path, text: str) -> None:

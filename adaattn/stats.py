@@ -56,6 +56,10 @@ def _names(indices: NDArray[np.float64]) -> NDArray[np.str_]:
     return names
 
 
+def _structures(budget: NDArray[np.float64]) -> NDArray[np.str_]:
+    return np.where(budget > 0, "sparse", "dense")
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a call will do, head by head: made by `adaattn.plan`, or part of a report. It pickles.
@@ -76,6 +80,13 @@ class Plan:
         Rungs of the scores and of the values.
     predicted_error : (B, H) array
         Relative Frobenius error of the output; NaN where it is not known.
+    structure : (B, H) array of str
+        "sparse" where the values of some blocks of keys are left out, else "dense".
+    kept_fraction : (B, H) array
+        Share of the visible blocks that are computed; predicted.
+    sparse_budget, sparse_joint : (B, H) arrays
+        Mean square that a row's estimated error may have by what is left out, 0 where dense; and how far the
+        errors of blocks add up in the estimate: 0 as independent ones do, 1 in full.
     retried : (B, H) array of bool
         A first choice had failed when this was made by a call.
     finite : (B, H) array of bool
@@ -97,6 +108,10 @@ class Plan:
     precision_qk: NDArray[np.str_]
     precision_pv: NDArray[np.str_]
     predicted_error: NDArray[np.float64]
+    structure: NDArray[np.str_]
+    kept_fraction: NDArray[np.float64]
+    sparse_budget: NDArray[np.float64]
+    sparse_joint: NDArray[np.float64]
     retried: NDArray[np.bool_]
     finite: NDArray[np.bool_]
     profiled_rows: NDArray[np.int64]
@@ -130,6 +145,10 @@ class Plan:
             precision_qk=_names(column["precision_qk"]),
             precision_pv=_names(column["precision_pv"]),
             predicted_error=column["predicted_error"],
+            structure=_structures(column["sparse_budget"]),
+            kept_fraction=column["kept_fraction"],
+            sparse_budget=column["sparse_budget"],
+            sparse_joint=column["sparse_joint"],
             retried=column["retried"].astype(bool),
             finite=column["finite"].astype(bool),
             profiled_rows=column["profiled_rows"].astype(np.int64),
@@ -140,12 +159,14 @@ class Plan:
         )
 
     def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
-        """Sizes, indices of the rungs, (scores, values) of head after head, and predicted errors, as the
-        engine takes them."""
+        """Sizes, indices of the rungs, (scores, values) of head after head, and (predicted error, sparse
+        budget, sparse joint, kept fraction) likewise, as the engine takes them."""
         index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
         pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
         rungs = [index[rung] for pair in pairs for rung in pair]
-        return tuple(self.sizes.values()), rungs, self.predicted_error.reshape(-1)
+        names = ("predicted_error", "sparse_budget", "sparse_joint", "kept_fraction")
+        numbers = np.stack([getattr(self, name) for name in names], axis=-1)
+        return tuple(self.sizes.values()), rungs, numbers.reshape(-1)
 
     def explain(self) -> str:
         """For each head the choice and why it won; then the candidates with predicted time and error."""
@@ -186,7 +207,7 @@ class Report:
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     structure : (B, H) array of str
-        "dense".
+        "sparse" where the values of some blocks of keys were left out, else "dense".
     rank : (B, H) array of int
         Landmarks; 0: none.
     kept_fraction : (B, H) array
@@ -257,20 +278,30 @@ class Report:
         shape = table.shape[:2]
         qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
         predicted, retried = column["predicted_error"], column["retried"].astype(bool)
+        budget = column["sparse_budget"]
+        structure = _structures(budget)
         if given is not None:
-            kept = (qk == given.precision_qk) & (pv == given.precision_pv)
+            kept = (qk == given.precision_qk) & (pv == given.precision_pv) & (structure == given.structure)
             predicted = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
             made = given
             if not kept.all():
                 made = replace(
-                    given, precision_qk=qk, precision_pv=pv, predicted_error=predicted, retried=retried
+                    given,
+                    precision_qk=qk,
+                    precision_pv=pv,
+                    predicted_error=predicted,
+                    structure=structure,
+                    kept_fraction=column["kept_fraction"],
+                    sparse_budget=budget,
+                    sparse_joint=column["sparse_joint"],
+                    retried=retried,
                 )
         return cls(
             precision_qk=qk,
             precision_pv=pv,
-            structure=np.full(shape, "dense"),
+            structure=structure,
             rank=np.zeros(shape, np.int64),
-            kept_fraction=np.ones(shape),
+            kept_fraction=column["kept_fraction"],
             predicted_error=predicted,
             measured_error=column["measured_error"],
             error_limit=column["error_limit"],
@@ -363,16 +394,21 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in candidates):
         raise ValueError(f"candidates {candidates}")
     heads = sizes["B"], sizes["H"]
-    for name, kind in (("precision_qk", str), ("precision_pv", str), ("retried", bool), ("finite", bool)):
+    for name, kind in (
+        *((name, str) for name in ("precision_qk", "precision_pv", "structure")),
+        *((name, bool) for name in ("retried", "finite")),
+        ("profiled_rows", int),
+        *((name, float) for name in ("predicted_error", "kept_fraction", "sparse_budget", "sparse_joint")),
+    ):
         result[name] = _array(saved, name, heads, kind)
-    result["profiled_rows"] = _array(saved, "profiled_rows", heads, int)
-    result["predicted_error"] = _array(saved, "predicted_error", heads, float)
     for name in ("candidate_error", "candidate_lse_error", "candidate_seconds"):
         result[name] = _array(saved, name, (*heads, len(candidates)), float)
     qk, pv = result["precision_qk"], result["precision_pv"]
     known = [rung for rung in _adaattn.RUNGS if rung != "auto"]
     if not (np.isin(qk, known) & np.isin(pv, known) & ((qk == "fp64") == (pv == "fp64"))).all():
         raise ValueError("a precision that is no rung")
+    if (result["structure"] != _structures(result["sparse_budget"])).any():
+        raise ValueError("a structure that its budget does not have")
     return result
 
 

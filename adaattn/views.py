@@ -224,6 +224,9 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         return f"{says}; forced"
     if plan.retried[at]:
         return f"{says}; a cheaper one was tried and failed"
+    if plan.structure[at] == "sparse":
+        kept = f"{name}: sparse, {float(plan.kept_fraction[at]):.0%} of the blocks, error {_error(error)}"
+        return f"{kept}; dense: {known[0]}" if c >= 0 else kept
     if np.isnan(plan.candidate_error[at]).all():  # few queries, a cache, or a scale beyond fp32
         return f"{says}; nothing was looked at, since there is nothing to gain or to choose"
     if not plan.finite[at]:

@@ -47,7 +47,10 @@ def use_rates(name: str) -> Array:
 @cache
 def _calibrated() -> Array:
     found = machine.calibrate(save=False)
-    rows = [[*found["gflops"][rung].values(), found["pack_ns"][rung]] for rung in machine.RUNGS]
+    rows = [
+        [*found["gflops"][rung].values(), found["pack_ns"][rung], found["sparse"][rung]]
+        for rung in machine.RUNGS
+    ]
     return np.array(rows, np.float64)
 
 

@@ -615,7 +615,9 @@ def lost(head: Head, found: Needles, method: Method, share: float) -> tuple[int,
 def topics(S: int, D: int = 64, *, count: int = 32, run: int = 512, seed: int = 0) -> Heads:
     """Runs of keys on one of some topics; queries ask for that of their own run, wherever it came before."""
     rng = np.random.default_rng(seed)
-    center = 3 * np.linalg.qr(rng.standard_normal((D, D)))[0][:count].astype(np.float32) * np.sqrt(D)
+    center = (
+        3 * np.linalg.qr(rng.standard_normal((D, D)))[0][:count].astype(np.float32) * np.float32(np.sqrt(D))
+    )
     topic = rng.integers(0, count, -(-S // run)).repeat(run)[:S]
     noise = rng.standard_normal((3, S, D), np.float32)
     q, k = center[topic] + noise[0], center[topic] + noise[1]

@@ -78,6 +78,14 @@ typedef struct {
     ada_rung qk, pv;
 } ada_choice;
 
+/* Heads whose keys may stand in for others of their block, on rungs whose kernels can. */
+typedef struct {
+    const double *budget2, *joint; /* (B, H): mean squared error of a row over own, and joint, of sparse.h; a
+                                      budget of 0: none do */
+    float *shift2;                 /* (B, H, T): the rows' estimates, in units of the budget */
+    double *kept;                  /* (B, H): share of the visible blocks that were computed */
+} ada_sparse;
+
 #define ADA_UNBOUNDED INT64_MAX
 
 /* One call. The caller fills the first part; ada_problem_init checks it and derives the second. */
@@ -100,10 +108,11 @@ typedef struct {
     double dropout_p;
     ada_choice precision; /* both AUTO or none */
     bool has_tolerance;
-    double tolerance; /* relative error of a head that the caller can bear */
-    ada_choice *ran;  /* (B, H): what each head was computed with in the end; NULL: not wanted */
-    bool stored;      /* key and value come from a cache, each of a dtype of its own */
-    bool on_gpu;      /* it is computed on this device; its vectors are memory of the CPU all the same */
+    double tolerance;         /* relative error of a head that the caller can bear */
+    const ada_sparse *sparse; /* NULL: all heads are dense */
+    ada_choice *ran;          /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored;              /* key and value come from a cache, each of a dtype of its own */
+    bool on_gpu; /* it is computed on this device; its vectors are memory of the CPU all the same */
     int device;
     uintptr_t stream; /* a cudaStream_t, on which the arrays are there and wanted */
     bool staged;      /* the arrays are memory of the CPU, to be copied there and back */

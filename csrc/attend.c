@@ -14,6 +14,7 @@
 #include "gpu.h"
 #include "memory.h"
 #include "operands.h"
+#include "sparse.h"
 #include "verify.h"
 
 #define CHOICE_STREAM 1
@@ -49,6 +50,7 @@ ada_head ada_unknown_head(void) {
                      .error_limit = NAN,
                      .lse_error = NAN};
     for (int c = 0; c < ADA_CANDIDATES; c++) head.forecast.error[c] = head.seconds[c] = NAN;
+    head.kept = 1;
     return head;
 }
 
@@ -81,7 +83,7 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
     char *scratch = a->scratch + worker * a->scratch_bytes;
     if (!look || ada_job_cancelled(job, worker)) return;
     ada_key_probe *keys = &a->keys[task];
-    *keys = ada_key_probe_of(p, a->probes + task * a->probe_bytes);
+    *keys = ada_key_probe_of(p, a->sparse != 0, a->probes + task * a->probe_bytes);
     ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? ADA_LOOK_STEP : 1, keys, scratch);
     if (keys->count == 0)
         ada_probe_keys(p, a->k, b, h, a->per_head, 1, keys, scratch); /* a mask hides those */
@@ -118,6 +120,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .operations = operations_of_head(p, head / p->H),
                       .elements = (double)p->S * width,
                       .D = p->D,
+                      .sparse = a->sparse,
                       .plain = ada_plain_candidate(p)};
 }
 
@@ -135,7 +138,8 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
 }
 
-void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, uint64_t stream) {
+void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, const float *shift2,
+                   uint64_t stream) {
     const int64_t T = a->p->T;
     const float *live = a->sizes + head * T;
     float *share = a->shares + head * T;
@@ -144,6 +148,7 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, ui
     ada_add_shares(share, NULL, live, T);
     if (s->look) ada_add_shares(share, live, live, T);
     if (norms) ada_add_shares(share, norms, live, T);
+    for (int i = 0; shift2 && i < 3; i++) ada_add_shares(share, shift2, live, T);
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
 }
 
@@ -175,7 +180,7 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
     ada_forecast_head(&peak, 1, keys, p, &s->peak);
     s->value2 = keys->value2_mean;
     s->n = rows_to_profile(a, forecast, head);
-    if (s->n) ada_draw_rows(a, head, s->n, NULL, CHOICE_STREAM);
+    if (s->n) ada_draw_rows(a, head, s->n, NULL, NULL, CHOICE_STREAM);
 }
 
 /* Whether looking at all keys of a head does: where a cheaper rung than the plain one may save more than that
@@ -263,6 +268,34 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
+/* Candidates of which blocks may stand in, by what was planned. Short heads win too little; where something
+ * is added to the scores, fused kernels have no part. */
+static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
+    const bool added = p->alibi_slopes.data || p->has_softcap || p->drop_below ||
+                       (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
+    unsigned candidates = 0;
+    if (b->dense || b->given || ada_is_forced(b) || p->on_gpu || p->only_f64 || p->stored || added ||
+        p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
+        return 0;
+    for (int c = 0; c < ADA_CANDIDATES; c++)
+        if (b->rates[c].sparse < 1 && ada_may_stand_in(k, ada_candidates[c])) candidates |= 1u << c;
+    return candidates;
+}
+
+/* Heads of which some blocks stand in where that is faster than the choice that was made. */
+static void choose_structure(const ada_attending *a, int64_t i, const ada_task *task) {
+    ada_head *head = &a->budget->heads[i];
+    const int dense = ada_candidate_of(head->choice);
+    ada_sparse_choice sparse;
+    if (!a->states[i].n || dense < 0 ||
+        !ada_plan_sparse(&head->forecast, task, a->budget->rates, dense, &sparse))
+        return;
+    head->choice = ada_candidates[sparse.candidate];
+    head->budget2 = sparse.budget2, head->joint = sparse.joint;
+    head->kept = sparse.kept;
+    head->predicted_error = sparse.error;
+}
+
 /* The candidate of a head that is open to choice. */
 static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const ada_budget *b = a->budget;
@@ -324,6 +357,11 @@ static void plan_heads(ada_attending *a) {
         if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
         if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
             head->predicted_error = ada_unseen_error(p, c);
+        if (a->budget->given)
+            head->budget2 = a->budget->given[i].budget2, head->joint = a->budget->given[i].joint,
+            head->kept = a->budget->given[i].kept;
+        else if (a->sparse)
+            choose_structure(a, i, &task);
     }
 }
 
@@ -374,12 +412,21 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
+        const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept};
+        const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
+        for (int64_t i = 0; i < count; i++) {
+            ada_head *head = &heads[launch[i]];
+            if (!may) head->budget2 = 0; /* a plan from another machine */
+            if (head->budget2 > 0) problem.sparse = &sparse;
+            a->budget2[launch[i]] = head->budget2, a->joint[launch[i]] = head->joint, a->kept[launch[i]] = 1;
+        }
         if (a->backend->execute(a, &problem, all ? NULL : launch, count, error)) return error->status;
         done += count;
     }
     for (int64_t i = 0; i < n; i++) {
         ada_head *head = &heads[list[i]];
         const ada_choice ran = a->ran[list[i]];
+        head->kept = a->kept[list[i]];
         if (ran.qk == head->choice.qk && ran.pv == head->choice.pv) continue;
         head->choice = ran;
         head->retried = true;
@@ -393,6 +440,8 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
 static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     const ada_problem *p = a->p;
     const int64_t heads = p->B * p->H, rows = heads * ADA_MOST_ROWS;
+    bool sparse = a->sparse != 0;
+    for (int64_t i = 0; a->budget->given && i < heads; i++) sparse |= a->budget->given[i].budget2 > 0;
     ada_carver c = {memory, 0};
     a->keys = ada_carve(&c, a->key_heads * (int64_t)sizeof *a->keys);
     a->probes = ada_carve(&c, a->key_heads * a->probe_bytes);
@@ -405,6 +454,10 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->error2 = ada_carve(&c, rows * (int64_t)sizeof(double));
     a->exact_o = ada_carve(&c, p->T < ADA_LEAST_QUERIES ? 0 : rows * p->E * (int64_t)sizeof(double));
     a->ran = ada_carve(&c, heads * (int64_t)sizeof *a->ran);
+    a->budget2 = ada_carve(&c, heads * (int64_t)sizeof *a->budget2);
+    a->joint = ada_carve(&c, heads * (int64_t)sizeof *a->joint);
+    a->shift2 = ada_carve(&c, sparse ? heads * p->T * (int64_t)sizeof *a->shift2 : 0);
+    a->kept = ada_carve(&c, heads * (int64_t)sizeof *a->kept);
     a->list = ada_carve(&c, 2 * heads * (int64_t)sizeof *a->list);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
     return c.used;
@@ -473,8 +526,9 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
                        .context = context,
                        .per_head = mask->data && mask->stride[1] && !p->on_gpu ? 1 : p->H / p->G};
     a.key_heads = p->B * p->H / a.per_head;
-    a.probe_bytes = ada_key_probe_bytes(p);
-    a.scratch_bytes = ada_probe_scratch_bytes(p);
+    a.sparse = sparse_candidates(p, a.k, budget);
+    a.probe_bytes = ada_key_probe_bytes(p, a.sparse != 0);
+    a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
     const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);

@@ -9,7 +9,9 @@
 typedef struct {
     ada_choice choice;
     ada_forecast forecast;
-    double seconds[ADA_CANDIDATES];                                 /* predicted, of one core */
+    double seconds[ADA_CANDIDATES]; /* predicted, of one core */
+    double budget2, joint;          /* as in ada_sparse */
+    double kept;                    /* share of the blocks that are computed: predicted, then counted */
     double predicted_error, measured_error, error_limit, lse_error; /* NaN: not known */
     int verified_rows;
     bool retried; /* the first choice failed, or could not hold the head's numbers */
@@ -19,6 +21,7 @@ typedef struct {
 typedef struct {
     ada_choice choice;
     double predicted_error; /* NaN: not known */
+    double budget2, joint, kept;
 } ada_planned;
 
 typedef struct {
@@ -27,6 +30,7 @@ typedef struct {
     const ada_planned *given; /* (B, H), or NULL */
     bool verify;
     bool report;                /* heads are to be told all that became of them */
+    bool dense;                 /* no blocks stand in */
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */

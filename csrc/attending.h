@@ -84,6 +84,10 @@ struct ada_attending {
     double *error2;            /* [B * H][ADA_MOST_ROWS] */
     double *exact_o;           /* [B * H][ADA_MOST_ROWS][E] */
     ada_choice *ran;           /* [B * H] */
+    unsigned sparse;           /* bit per candidate: heads may be planned so that blocks stand in */
+    double *budget2, *joint;   /* [B * H], these and the next two as in ada_sparse */
+    float *shift2;             /* [B * H][T] */
+    double *kept;              /* [B * H] */
     int64_t *list;             /* [B * H] */
     char *scratch;
     int64_t scratch_bytes;
@@ -127,8 +131,10 @@ int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *f
 double ada_row_work(const ada_attending *a); /* multiply-adds of the rows that are chosen */
 ada_task ada_task_of(const ada_attending *a, int64_t head, double margin);
 /* Draws up to n rows of a head: by equal shares, by what they may contribute to the error and, where they are
- * known, by the norms of the output's rows, in equal parts. */
-void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, uint64_t stream);
+ * known, by the norms of the output's rows, in equal parts; by bounds of errors, where there are some, as
+ * much as by all others. */
+void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, const float *shift2,
+                   uint64_t stream);
 /* The heads on the list, by their choices. */
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
 

@@ -12,6 +12,7 @@
 
 #include "execute.h"
 #include "memory.h"
+#include "sparse.h"
 
 static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, double lse) {
     if (!p->lse) return;
@@ -82,6 +83,7 @@ enum { SPECIAL_NAN = 1, SPECIAL_PLUS = 2, SPECIAL_MINUS = 4 };
 #undef READS_HALF
 
 #include "attend_rungs.h"
+#include "attend_sparse.h"
 
 #define REAL double
 #define KIND(name) name##_f64
@@ -192,9 +194,17 @@ static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
     if (atomic_load_explicit(raised, memory_order_relaxed)) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     narrow s = narrow_of(r, &carver);
+    const int64_t index = task / r->tiles;
+    const ada_patch patch = tile_of_task(r, task);
+    tile_end end = TILE_DENSE;
     if (r->k->units_begin) r->k->units_begin();
-    if (!attend_tile_narrow(r, &s, tile_of_task(r, task), r->store.slots[task / r->tiles], job, worker))
-        atomic_store_explicit(raised, true, memory_order_relaxed);
+    if (r->tallies && r->p->sparse->budget2[patch.b * r->p->H + patch.h] > 0) {
+        const sparse_lists lists = sparse_lists_of(r, &carver);
+        end = attend_tile_sparse(r, &s, &lists, patch, index, job, worker);
+    }
+    if (end == TILE_DENSE)
+        end = attend_tile_narrow(r, &s, patch, r->store.slots[index], job, worker) ? TILE_DONE : TILE_UNFIT;
+    if (end == TILE_UNFIT) atomic_store_explicit(raised, true, memory_order_relaxed);
     if (r->k->units_end) r->k->units_end();
 }
 
@@ -308,6 +318,11 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
     int64_t raised = 0;
     for (int64_t i = 0; i < r->n_heads; i++) {
         raised += r->raised[i];
+        if (r->tallies) {
+            const double blocks = (double)r->tallies[i].blocks, stand_ins = (double)r->tallies[i].stand_ins;
+            p->sparse->kept[r->heads ? r->heads[i] : i] =
+                r->raised[i] || blocks == 0 ? 1 : 1 - stand_ins / blocks;
+        }
         if (r->raised[i] && p->ran)
             p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
@@ -340,6 +355,7 @@ ada_status ada_check_mask(const ada_problem *p, bool (*interrupt)(void *), void 
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_heads, bool (*interrupt)(void *),
                        void *context, ada_error *error) {
@@ -358,9 +374,11 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     r.scratch_bytes = size.used;
     int64_t store_bytes = 0;
     if (on_rungs) {
-        store_bytes = ada_store_plan(&r.store, p, r.k, heads, r.n_heads) + (r.n_heads + 63) / 64 * 64;
+        store_bytes = ada_store_plan(&r.store, p, r.k, heads, r.n_heads) + up_to_line(r.n_heads);
+        if (p->sparse) store_bytes += up_to_line(r.n_heads * (int64_t)sizeof *r.tallies);
         size.used = 0;
         narrow_of(&r, &size);
+        if (p->sparse) sparse_lists_of(&r, &size);
         r.scratch_bytes = larger(r.scratch_bytes, larger(size.used, ada_store_scratch_bytes(&r.store)));
     }
     const int64_t partial_bytes =
@@ -370,8 +388,14 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     if (!r.scratch) return ada_no_scratch(bytes, error);
     r.partials = r.scratch + threads * r.scratch_bytes;
     if (on_rungs) {
-        r.raised = (atomic_bool *)r.partials; /* no splits on this way */
-        ada_store_attach(&r.store, heads, (char *)r.partials + (r.n_heads + 63) / 64 * 64);
+        char *at = r.partials; /* no splits on this way */
+        r.raised = (atomic_bool *)at, at += up_to_line(r.n_heads);
+        if (p->sparse) {
+            r.tallies = (ada_tally *)at, at += up_to_line(r.n_heads * (int64_t)sizeof *r.tallies);
+            for (int64_t i = 0; i < r.n_heads; i++)
+                atomic_init(&r.tallies[i].blocks, 0), atomic_init(&r.tallies[i].stand_ins, 0);
+        }
+        ada_store_attach(&r.store, heads, at);
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 

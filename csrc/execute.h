@@ -25,6 +25,11 @@
 #define ADA_TURN 16
 #define ADA_SPLIT_KEYS_MIN 512
 
+/* Of a sparse head's tiles. */
+typedef struct {
+    atomic_int_least64_t blocks, stand_ins;
+} ada_tally;
+
 typedef struct {
     const ada_problem *p;
     const ada_kernels *k;
@@ -38,6 +43,7 @@ typedef struct {
     int64_t n_heads;
     ada_store store;     /* of the rungs that need one */
     atomic_bool *raised; /* [n_heads] that their rung could not hold */
+    ada_tally *tallies;  /* [n_heads] where blocks stand in */
 } ada_run;
 
 /* The error of a call that has no scratch memory. */

@@ -54,7 +54,7 @@ static int64_t list_keys(ada_attending *a, on_device *d) {
         const int64_t last = ada_visible_span(p, b, p->T - 1).end, end = last > first ? last : first;
         int64_t start, stop, step = ada_step_of_keys(p, b, 1, &start, &stop);
         step = ada_step_of_keys(p, b, (stop - start + LOOK_BLOCKS - 1) / LOOK_BLOCKS, &start, &stop);
-        *keys = ada_key_probe_of(p, a->probes + i * a->probe_bytes);
+        *keys = ada_key_probe_of(p, false, a->probes + i * a->probe_bytes);
         d->keys[n++] =
             (ada_cuda_keys){(int32_t)i,     (int32_t)first, (int32_t)end, (int32_t)step,   keys->mean,
                             keys->variance, sums,           sums + p->E,  sums + 2 * p->E, 0};
@@ -221,7 +221,7 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
                              : p->query.dtype == ADA_BF16 ? ADA_RUNG_BF16
                                                           : ADA_RUNG_AUTO;
         rates[i] =
-            ada_gpu_table()->computes(call, ada_candidates[i]) ? budget->rates[i] : (ada_rate){{0, 0}, 0};
+            ada_gpu_table()->computes(call, ada_candidates[i]) ? budget->rates[i] : (ada_rate){.sparse = 1};
         if (ada_candidates[i].qk == own && ada_candidates[i].pv == own) rates[i].pack_ns = 0;
     }
     budget->rates = rates;

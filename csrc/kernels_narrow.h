@@ -67,6 +67,13 @@ typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
 typedef bool ada_weigh_bf16_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
 typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_weigh_i16_i16_fn;
 
+/* What the n weights in w come to in each block of ADA_BLOCK keys b and lane i: mass[b][i] is their sum,
+ * spread[b][i] reach[b] times the root of the sum of their squared distances from their mean. 8 bits: odd
+ * weights may count as the next even one in the squares. All lanes; optional slots. */
+typedef void ada_gauge_bf16_fn(const ada_narrow_tile *t, int n, const float *reach, float *mass,
+                               float *spread);
+typedef ada_gauge_bf16_fn ada_gauge_i8_fn;
+
 /* f32.o[e][i] += sum of weight j times v[e][j], the words of v from the first weight's key on, ADA_STRIP keys
  * in words from one e to the next and part words from part to part; n <= ADA_STRIP, a multiple of ADA_BLOCK
  * in whose words behind the last key w is zero. v has rows of zeros up to a multiple of 16, which may be
@@ -98,10 +105,14 @@ typedef void ada_columns_fn(float *sum, float *largest, const float *rows, ptrdi
 typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less,
                            float *norm2);
 
-/* norm2[r] = sum of weight[c] * x^2 and square[c] += x^2 for x = rows[r][c] - less[c], r < n, c < width; less,
- * weight (ones) and square may be NULL. */
+/* norm2[r] = sum of weight[c] * x^2 and square[c] += x^2 for x = rows[r][c] - less[c], r < n, c < width;
+ * less, weight (ones) and square may be NULL. */
 typedef void ada_squares_fn(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
                             const float *less, const float *weight);
+
+/* sum[i] += x[i] and apart[i] += x[i]^2 for all lanes; returns the sum over them of
+ * weight[i] * ((1 - joint) * apart[i] + joint * sum[i]^2). */
+typedef float ada_stand_in_fn(float *sum, float *apart, const float *x, const float *weight, float joint);
 
 /* o[e][i] *= unit[e] for all lanes. */
 typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
@@ -123,10 +134,13 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(weigh_i8_bf16)                                                                                      \
     SLOT(weigh_i8_i8)                                                                                        \
     SLOT(weigh_i16_i16)                                                                                      \
+    SLOT(gauge_bf16)                                                                                         \
+    SLOT(gauge_i8)                                                                                           \
     SLOT(values_bf16)                                                                                        \
     SLOT(values_i8)                                                                                          \
     SLOT(values_i16)                                                                                         \
     SLOT(encode_bf16)                                                                                        \
     SLOT(encode_i8)                                                                                          \
-    SLOT(encode_i16) SLOT(turn_8) SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares)             \
-        SLOT(scale_channels)
+    SLOT(encode_i16)                                                                                         \
+    SLOT(turn_8)                                                                                             \
+    SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels)

@@ -12,6 +12,7 @@
 #include "memory.h"
 
 #include "rows.h"
+#include "sparse.h"
 #include "visible.h"
 
 #define LOG2E 1.4426950408889634
@@ -55,6 +56,15 @@ bool ada_store_needed(const ada_problem *p, const ada_kernels *k) {
     return !p->compute_f64 && (is_packed(&qk) || is_packed(&pv));
 }
 
+bool ada_may_stand_in(const ada_kernels *k, ada_choice choice) {
+    const ada_operands qk = operands_of(k, choice.qk, false), pv = operands_of(k, choice.pv, true);
+    if (qk.parts.a > 1 || pv.parts.a > 1) return false;
+    if (pv.format == ADA_WORDS_I8) return qk.format == ADA_WORDS_I8 && k->weigh_i8_i8 && k->gauge_i8;
+    if (pv.format != ADA_WORDS_BF16 || !k->gauge_bf16) return false;
+    if (qk.format == ADA_WORDS_BF16) return k->weigh_bf16_bf16;
+    return qk.format == ADA_WORDS_I8 && k->weigh_i8_bf16;
+}
+
 /* Whether keys lose their mean before rounding: not where the rung holds the array's own format exactly. */
 static bool centred(const ada_store *s) {
     const ada_rung rung = s->p->precision.qk;
@@ -83,6 +93,10 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
         h.v = ada_carve(c, s->pv.parts.b * h.v_part * 4);
     } else { /* also where they are read as they are: what nobody sees is zero here */
         h.v = ada_carve(c, keys * p->E * 4);
+    }
+    if (p->sparse) {
+        h.v_mean = ada_carve(c, s->blocks * p->E * (int64_t)sizeof *h.v_mean);
+        h.reach = ada_carve(c, s->blocks * (int64_t)sizeof *h.reach);
     }
     return h;
 }
@@ -132,6 +146,7 @@ ada_head_store ada_head_store_at(const ada_store *s, int64_t head) {
 typedef struct {
     float *rows;   /* [ADA_BLOCK][width up to 64] */
     float *factor; /* [width] */
+    float *spare;  /* [width] */
     char *words;   /* [ADA_STRIP][width up to 64] elements of up to 2 bytes, of all parts */
 } pack_scratch;
 
@@ -140,6 +155,7 @@ static pack_scratch pack_scratch_of(const ada_store *s, ada_carver *c) {
     pack_scratch x;
     x.rows = ada_carve(c, ADA_BLOCK * width * 4);
     x.factor = ada_carve(c, width * 4);
+    x.spare = ada_carve(c, width * 4);
     x.words = ada_carve(c, ADA_STRIP * width * 2 * 3);
     return x;
 }
@@ -385,6 +401,11 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
             !fits(&s->pv, s->p->value.dtype, k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL)))
             return false;
         if (change) ada_round_to_grid(k, s->pv.grid, x->rows, (int64_t)ADA_BLOCK * E);
+        if (to->v_mean && to->seen[block] == UINT64_MAX) { /* others never stand in */
+            float *mean = to->v_mean + block * E;
+            to->reach[block] = ada_value_reach(k, rows, ld, E, mean, x->spare);
+            for (int e = 0; is_integer(&s->pv) && e < E; e++) mean[e] *= to->v_unit[E + e];
+        }
         const ptrdiff_t at = (ptrdiff_t)i * ADA_BLOCK * ldx;
         if (floats)
             for (int j = 0; j < ADA_BLOCK; j++)
@@ -426,15 +447,19 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     const int D = (int)s->p->D, lanes = t->f32.lanes, row = s->DW * ada_elements(s->qk.format);
     const float factor = (float)(s->p->scale * LOG2E);
     const ptrdiff_t part = (ptrdiff_t)ADA_LANES * row;
-    float factors[ADA_LANES];
+    const bool integers = is_integer(&s->qk);
+    float factors[ADA_LANES], shift[ADA_LANES] = {0};
+    if (centred(s)) s->k->row_scores_f32(shift, head->mean, 1, rows, ld, n, D);
     for (int i = 0; i < n; i++) {
-        const float *q = rows + i * ld;
-        float shift = 0, norm2 = 0;
-        const float largest = s->k->reach(q, ld, 1, D, NULL, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-        if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST)) return false;
-        if (centred(s)) s->k->row_scores_f32(&shift, q, 1, head->mean, D, 1, D);
-        t->offset[i] = shift * factor;
-        factors[i] = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
+        float norm2 = 0, largest = 0;
+        if (integers || i == 0) { /* others need that of the tile only */
+            largest = s->k->reach(rows + i * ld, ld, integers ? 1 : n, D, NULL,
+                                  s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
+            if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST))
+                return false;
+        }
+        factors[i] = integers ? integer_factor(s->qk.format, largest, norm2) : 1;
+        t->offset[i] = shift[i] * factor;
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
     }
     for (int i = n; i < ADA_LANES; i++)
@@ -452,22 +477,27 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     const bool scaled = s->qk.format == ADA_WORDS_BF16 && s->qk.grid == ADA_GRID_NONE;
     if (scaled) fill(t->unit, ADA_LANES, 1.0f / ADA_BF16_STEPS);
     memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
-    for (int i = 0; i < ADA_LANES; i++) {
-        const float *q = rows + (i < n ? i : n - 1) * ld;
-        float each[1024];
-        const ptrdiff_t at = (ptrdiff_t)i * row;
+    /* Rows of integers have a factor each. */
+    for (int i = 0, step = integers ? 1 : n; i < n; i += step)
         for (int d = 0; d < D; d += 1024) {
             const int width = D - d < 1024 ? D - d : 1024;
+            const ptrdiff_t at = (ptrdiff_t)i * row + d;
+            const float *q = rows + i * ld + d;
+            float each[1024];
             fill(each, width, scaled ? factor * ADA_BF16_STEPS : factors[i]);
             if (s->qk.format == ADA_WORDS_BF16)
-                s->k->encode_bf16((uint16_t *)words + at + d, row, part, s->qk.parts.a, q + d, ld, 1, width,
-                                  NULL, each);
+                s->k->encode_bf16((uint16_t *)words + at, row, part, s->qk.parts.a, q, ld, step, width, NULL,
+                                  each);
             else if (s->qk.format == ADA_WORDS_I16)
-                s->k->encode_i16((int16_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+                s->k->encode_i16((int16_t *)words + at, row, q, ld, 1, width, NULL, each);
             else
-                s->k->encode_i8((int8_t *)words + at + d, row, q + d, ld, 1, width, NULL, each);
+                s->k->encode_i8((int8_t *)words + at, row, q, ld, 1, width, NULL, each);
         }
-    }
+    const size_t row_bytes = (size_t)s->DW * 4;
+    for (int a = 0; a < s->qk.parts.a; a++) /* lanes that nobody computes are like the last row */
+        for (int i = n; i < ADA_LANES; i++)
+            memcpy((uint32_t *)words + (a * ADA_LANES + i) * s->DW,
+                   (uint32_t *)words + (a * ADA_LANES + n - 1) * s->DW, row_bytes);
     uint32_t *word = words; /* signed to unsigned */
     for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part / 4; i++) word[i] ^= 0x80808080;
     for (int a = 0; a < s->qk.parts.a; a++)

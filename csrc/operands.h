@@ -43,16 +43,20 @@ typedef struct {
 
 /* One head's part of the store. */
 typedef struct {
-    uint64_t *seen;           /* [blocks] bit per key: some query may attend to it */
-    void *k;                  /* floats [keys][D], or words [parts][keys][DW], whole blocks of keys */
-    float *scale;             /* [blocks] of integer keys */
-    int32_t *start;           /* [keys] of 8-bit keys */
-    float *mean;              /* [D] subtracted from the keys; zeros where they are not centred */
-    void *v;                  /* floats [keys][E], or words [parts][strips][E up to 16][ADA_STRIP in words] */
-    float *v_unit;            /* [E] what a one of an integer channel is worth */
+    uint64_t *seen; /* [blocks] bit per key: some query may attend to it */
+    void *k;        /* floats [keys][D], or words [parts][keys][DW], whole blocks of keys */
+    float *scale;   /* [blocks] of integer keys */
+    int32_t *start; /* [keys] of 8-bit keys */
+    float *mean;    /* [D] subtracted from the keys; zeros where they are not centred */
+    void *v;        /* floats [keys][E], or words [parts][strips][E up to 16][ADA_STRIP in words] */
+    float *v_unit;  /* [E] what a one of an integer channel is worth */
+    float *v_mean;  /* [blocks][E] where blocks may stand in: their mean values, in units of v_unit */
+    float *reach;   /* [blocks] the largest distance of a value from that */
     ptrdiff_t k_part, v_part; /* words from part to part */
 } ada_head_store;
 
+/* Whether blocks of keys may stand in on a pair of rungs. */
+bool ada_may_stand_in(const ada_kernels *k, ada_choice choice);
 /* Whether some product of the problem's rungs needs packed operands. */
 bool ada_store_needed(const ada_problem *p, const ada_kernels *k);
 /* For the listed query heads (ascending; NULL: all). Fills in all that needs no memory; returns the bytes

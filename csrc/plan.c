@@ -102,16 +102,38 @@ static double exp_noise(ada_choice choice, const ada_problem *p) {
     return fused ? square(ROUND_EXP) : 0;
 }
 
+/* Blocks that stand in never count as quite independent, nor their values as less apart than they are for
+ * some rows: few profiled rows may not meet the one value that is far from all others. */
+#define LEAST_JOINT 0.02
+#define LEAST_OWN 0.4
+
+static void forecast_level(const ada_row_profile *rows, int n, double out2, int k, ada_forecast *f) {
+    double blocks = 0, stand_ins = 0, error2 = 0, parts2 = 0, together2 = 0, apart2 = 0;
+    for (int i = 0; i < n; i++) {
+        const ada_stand_ins *x = &rows[i].levels[k];
+        const double w = rows[i].weight;
+        blocks += w * rows[i].blocks, stand_ins += w * (double)x->stand_ins;
+        error2 += w * (double)x->error2, parts2 += w * (double)x->parts2;
+        together2 += w * (double)x->together2, apart2 += w * (double)x->apart2;
+    }
+    const double own = fmax(apart2 > 0 ? parts2 / apart2 : 0, LEAST_OWN);
+    const double joint = together2 > apart2 ? (error2 - parts2) / (together2 - apart2) / own : 0;
+    f->level[k].kept = blocks > 0 ? 1 - stand_ins / blocks : 1;
+    f->level[k].error = out2 > 0 ? sqrt(error2 / out2) : INFINITY;
+    f->level[k].own = own, f->level[k].joint = fmin(fmax(joint, LEAST_JOINT), 1);
+}
+
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
                        ada_forecast *f) {
     double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
     if (p->query.dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
-    double noise[ADA_CANDIDATES] = {0};
+    double noise[ADA_CANDIDATES] = {0}, weights = 0;
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];
         f->finite &= x->good;
+
         out2 += x->weight * x->out2;
         if (x->visible > 0) stds += x->weight * x->score_std;
         if (x->visible > 1) {
@@ -136,9 +158,10 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     const double m = entropies / counted;
     f->entropy = m, f->block_entropy = blocks / counted;
     f->entropy_std = isnan(m) ? NAN : sqrt(fmax(entropies2 / counted - m * m, 0));
-    double weights = 0;
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;
+    f->out2 = out2 / weights;
+    for (int k = 0; k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
 }
 
 /* ---- choice ---- */
@@ -190,4 +213,43 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
         if (best < 0 || seconds < PAYS * ada_predicted_seconds(t, &rates[best])) best = c;
     }
     return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
+}
+
+/* ---- structure ---- */
+
+/* What few rows say of the error is taken so much larger. */
+#define STAND_MARGIN 1.15
+/* Reading the kept blocks one by one costs so much of the dense time on top. */
+#define LISTED 0.05
+
+/* The share of blocks that 64 rows keep together, from what each keeps where it is alone. */
+static double kept_by_tile(double alone) { return pow(alone, 0.6); }
+
+bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES],
+                     int dense, ada_sparse_choice *choice) {
+    const double limit = t->tolerance / t->margin;
+    double best = PAYS * ada_predicted_seconds(t, &rates[dense]);
+    bool found = false;
+    for (int c = 0; c < ADA_CANDIDATES; c++) {
+        if (!(t->sparse >> c & 1) || !allowed(t, ada_candidates[c]) || !f->finite ||
+            !(f->error[c] <= limit) || (t->lse && !(f->lse_error[c] <= fmax(limit, 1e-6))))
+            continue;
+        const double room = sqrt(limit * limit - f->error[c] * f->error[c]) / STAND_MARGIN;
+        int level = ADA_LEVELS;
+        while (level > 0 && f->level[level - 1].error <= room) level--;
+        if (level == ADA_LEVELS) continue;
+        const double kept = kept_by_tile(f->level[level].kept), dense_share = 1 + LISTED - rates[c].sparse;
+        ada_task part = *t;
+        part.operations *= rates[c].sparse + kept * dense_share;
+        const double seconds = ada_predicted_seconds(&part, &rates[c]);
+        if (!(seconds < best)) continue;
+        best = seconds, found = true;
+        *choice = (ada_sparse_choice){.candidate = c,
+                                      .budget2 = room * room * f->out2 / f->level[level].own,
+                                      .joint = f->level[level].joint,
+                                      .kept = kept,
+                                      .error = hypot(f->error[c], room),
+                                      .seconds = seconds};
+    }
+    return found;
 }

@@ -17,14 +17,19 @@ int ada_candidate_of(ada_choice choice);
 typedef struct {
     double gflops[2]; /* of 2 T S (D + E) operations, at D = 64 and 128, without packing */
     double pack_ns;   /* to pack one element of the keys or values */
+    double sparse;    /* share of the products' time that is left where all blocks stand in; 1: not offered */
 } ada_rate;
 
 /* Predicted for one head: relative Frobenius error of the output per candidate, largest error of its lse. */
 typedef struct {
     double error[ADA_CANDIDATES], lse_error[ADA_CANDIDATES];
     double entropy, entropy_std, block_entropy, score_std; /* nats; means over the rows, and their spread */
-    int rows;                                              /* behind it; 0: a guess from statistics alone */
-    bool finite; /* false: NaN, infinities or numbers beyond float's range take part */
+    double out2;                                           /* mean squared norm of the output's rows */
+    struct {
+        double kept, error, own, joint; /* share of the blocks, relative error, sparse.h */
+    } level[ADA_LEVELS];                /* of what stands in, by the profiled rows */
+    int rows;                           /* behind it; 0: a guess from statistics alone */
+    bool finite;                        /* false: NaN, infinities or numbers beyond float's range take part */
 } ada_forecast;
 
 /* Standard deviations of noise that the largest of thousands of rows stays below. */
@@ -47,7 +52,8 @@ typedef struct {
     double operations;          /* 2 (D + E) per visible pair of query and key */
     double elements;            /* of keys and values to pack, this head's share */
     int64_t D;
-    int plain; /* the candidate that is exact for the dtype: for heads that are not finite */
+    unsigned sparse; /* bit per candidate: its blocks may stand in */
+    int plain;       /* the candidate that is exact for the dtype: for heads that are not finite */
 } ada_task;
 
 double ada_predicted_seconds(const ada_task *task, const ada_rate *rate);
@@ -55,5 +61,15 @@ double ada_predicted_seconds(const ada_task *task, const ada_rate *rate);
 bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], double cost);
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
+
+/* What a head computes where some of its blocks stand in. */
+typedef struct {
+    int candidate;
+    double budget2, joint;       /* as in ada_sparse */
+    double kept, error, seconds; /* predicted */
+} ada_sparse_choice;
+/* Whether some candidate is faster so than the dense one, and within the budget. */
+bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES],
+                     int dense, ada_sparse_choice *choice);
 
 #endif

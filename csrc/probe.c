@@ -3,12 +3,14 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "exact.h"
 #include "execute.h"
 #include "operands.h"
 #include "rows.h"
+#include "sparse.h"
 #include "visible.h"
 
 #define REAL float
@@ -33,7 +35,7 @@ static double total_of(const float *parts) {
 
 /* ---- keys ---- */
 
-static ada_key_probe carve_probe(const ada_problem *p, ada_carver *c) {
+static ada_key_probe carve_probe(const ada_problem *p, bool sparse, ada_carver *c) {
     const int64_t real = sizeof(float), blocks = ada_block_count(p);
     ada_key_probe keys = {0};
     keys.mean = ada_carve(c, p->D * real);
@@ -43,18 +45,22 @@ static ada_key_probe carve_probe(const ada_problem *p, ada_carver *c) {
     keys.value2 = ada_carve(c, blocks * ADA_BLOCK * real);
     keys.largest = ada_carve(c, blocks * real);
     keys.seen = ada_carve(c, blocks * (int64_t)sizeof *keys.seen);
+    if (sparse) {
+        keys.block_mean = ada_carve(c, blocks * p->E * real);
+        keys.reach = ada_carve(c, blocks * real);
+    }
     return keys;
 }
 
-int64_t ada_key_probe_bytes(const ada_problem *p) {
+int64_t ada_key_probe_bytes(const ada_problem *p, bool sparse) {
     ada_carver size = {NULL, 0};
-    carve_probe(p, &size);
+    carve_probe(p, sparse, &size);
     return size.used;
 }
 
-ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory) {
+ada_key_probe ada_key_probe_of(const ada_problem *p, bool sparse, char *memory) {
     ada_carver carver = {memory, 0};
-    return carve_probe(p, &carver);
+    return carve_probe(p, sparse, &carver);
 }
 
 typedef struct {
@@ -65,9 +71,12 @@ typedef struct {
     float *dots;   /* [ADA_ROW_GROUP][ADA_STRIP] */
     float *heavy;  /* [1 + ADA_HEAVY][D] */
     char *exact;
+    /* Of the blocks that may stand in: */
+    float *off;        /* [blocks][ADA_ROW_GROUP][E] what that moves rows by */
+    ada_ranked *order; /* [ADA_ROW_GROUP][blocks] bounds */
 } probe_scratch;
 
-static probe_scratch scratch_of(const ada_problem *p, ada_carver *c) {
+static probe_scratch scratch_of(const ada_problem *p, bool sparse, ada_carver *c) {
     const int64_t real = sizeof(float), width = p->D > p->E ? p->D : p->E;
     probe_scratch s;
     s.rows = ada_carve(c, ADA_BLOCK * (width > ADA_BLOCK ? width : ADA_BLOCK) * real);
@@ -77,12 +86,18 @@ static probe_scratch scratch_of(const ada_problem *p, ada_carver *c) {
     s.dots = ada_carve(c, ADA_ROW_GROUP * ADA_STRIP * real);
     s.heavy = ada_carve(c, (1 + ADA_HEAVY) * p->D * real);
     s.exact = ada_carve(c, ada_exact_scratch_bytes(p));
+    s.off = NULL, s.order = NULL;
+    if (sparse) {
+        const int64_t pairs = ada_block_count(p) * ADA_ROW_GROUP;
+        s.off = ada_carve(c, pairs * p->E * real);
+        s.order = ada_carve(c, pairs * (int64_t)sizeof *s.order);
+    }
     return s;
 }
 
-int64_t ada_probe_scratch_bytes(const ada_problem *p) {
+int64_t ada_probe_scratch_bytes(const ada_problem *p, bool sparse) {
     ada_carver size = {NULL, 0};
-    scratch_of(p, &size);
+    scratch_of(p, sparse, &size);
     return size.used;
 }
 
@@ -126,7 +141,7 @@ int64_t ada_step_of_keys(const ada_problem *p, int64_t b, int64_t step, int64_t 
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     int64_t step, ada_key_probe *keys, char *scratch) {
     ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, &carver);
+    const probe_scratch s = scratch_of(p, false, &carver);
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p);
     int64_t start, end;
@@ -170,6 +185,8 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
             k->squares(value2 + first, NULL, x + first * ld, ld, n, E, NULL, NULL);
             k->columns(s.sum, s.column, x + first * ld, ld, n, E);
         }
+        if (keys->block_mean && seen == UINT64_MAX)
+            keys->reach[block] = ada_value_reach(k, x, ld, E, keys->block_mean + block * E, s.out);
         for (int r = 0; r < rows; r++) value2_sum += (double)value2[r];
     }
     for (int d = 0; d < D; d++) keys->variance[d] /= (float)(keys->count > 0 ? keys->count : 1);
@@ -224,7 +241,7 @@ static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch) {
     ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, &carver);
+    const probe_scratch s = scratch_of(p, false, &carver);
     const float scale2 = (float)(p->scale * p->scale);
     ada_spreads spreads = {.finite = true};
     double sum = 0, live = 0;
@@ -412,11 +429,89 @@ static void take_sums(ada_row_profile *x, const key_sums *sums) {
     x->entropy = -total_of(sums->plog) * ADA_LN2;
 }
 
+/* The blocks that may stand in for the tile of each row: their bounds, and what they move it by. counts[r] of
+ * them. */
+static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
+                           const probe_scratch *s, int64_t b, int64_t h, const int64_t *rows, int n,
+                           const float *weights, ada_row_profile *profiles, int counts[ADA_ROW_GROUP]) {
+    const int E = (int)p->E;
+    const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
+    for (int64_t block = 0; block < blocks; block++) {
+        float w[ADA_ROW_GROUP * ADA_BLOCK], mass[ADA_ROW_GROUP];
+        float *off = s->off + block * ADA_ROW_GROUP * E;
+        bool some = false;
+        for (int r = 0; r < n; r++) {
+            const int64_t i = rows[r] - rows[r] % ADA_LANES, left = p->T - i;
+            const ada_patch tile = {b,
+                                    h,
+                                    i,
+                                    block * ADA_BLOCK,
+                                    left < ADA_LANES ? (int)left : ADA_LANES,
+                                    ada_keys_of_block(p, block)};
+            uint64_t bits[64];
+            const ada_sight sight = ada_visible_rows(p, &tile, bits);
+            profiles[r].blocks += sight != ADA_HIDDEN;
+            memcpy(w + r * ADA_BLOCK, weights + r * all_keys + block * ADA_BLOCK, ADA_BLOCK * sizeof *w);
+            if (sight != ADA_PLAIN || keys->seen[block] != UINT64_MAX) continue;
+            float parts[PARTS] = {0}, squares[PARTS] = {0};
+            for (int j = 0; j < ADA_BLOCK; j++) {
+                const float x = w[r * ADA_BLOCK + j];
+                parts[j % PARTS] += x, squares[j % PARTS] += x * x;
+            }
+            mass[r] = (float)total_of(parts);
+            const double apart = total_of(squares) - square((double)mass[r]) / ADA_BLOCK;
+            s->order[r * blocks + counts[r]++] =
+                (ada_ranked){(float)sqrt(fmax(apart, 0)) * keys->reach[block], (int)block};
+            some = true;
+        }
+        if (!some) continue;
+        ptrdiff_t ld;
+        const float *v = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, ADA_BLOCK, s->rows, &ld);
+        const float *mean = keys->block_mean + block * E;
+        memset(off, 0, (size_t)(n * E) * sizeof *off);
+        k->row_values_f32(off, E, w, n, v, ld, ADA_BLOCK, E);
+        for (int r = 0; r < n; r++)
+            for (int e = 0; e < E; e++) off[r * E + e] -= mass[r] * mean[e];
+    }
+}
+
+/* What stands in at each level, were the row alone. */
+static void profile_stand_ins(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
+                              const probe_scratch *s, int64_t b, int64_t h, const int64_t *rows, int n,
+                              const float *weights, ada_row_profile *profiles) {
+    const int E = (int)p->E;
+    const int64_t blocks = ada_block_count(p);
+    int counts[ADA_ROW_GROUP] = {0};
+    list_stand_ins(p, k, keys, s, b, h, rows, n, weights, profiles, counts);
+    for (int r = 0; r < n; r++) {
+        ada_ranked *order = s->order + r * blocks;
+        ada_stand_ins at = {0};
+        double together = 0;
+        int chosen = 0;
+        qsort(order, (size_t)counts[r], sizeof *order, ada_by_cost);
+        memset(s->sum, 0, (size_t)E * sizeof *s->sum);
+        for (int level = ADA_LEVELS - 1; level >= 0; level--) {
+            const double most = sqrt(keys->value2_mean * exp2(-4 - level));
+            for (; chosen < counts[r] && together + (double)order[chosen].cost <= most; chosen++) {
+                const float *off = s->off + ((ptrdiff_t)order[chosen].block * ADA_ROW_GROUP + r) * E;
+                const float spread = order[chosen].cost;
+                float off2;
+                k->squares(&off2, NULL, off, E, 1, E, NULL, NULL);
+                together += (double)spread, at.apart2 += spread * spread, at.parts2 += off2;
+                for (int e = 0; e < E; e++) s->sum[e] += off[e];
+            }
+            k->squares(&at.error2, NULL, s->sum, E, 1, E, NULL, NULL);
+            at.stand_ins = (float)chosen, at.together2 = (float)(together * together);
+            profiles[r].levels[level] = at;
+        }
+    }
+}
+
 void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                       const ada_key_probe *keys, const int64_t *rows, int n, ada_row_profile *profiles,
                       char *scratch) {
     ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, &carver);
+    const probe_scratch s = scratch_of(p, keys->block_mean != NULL, &carver);
     const int E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
     ada_exact exact;
@@ -464,6 +559,11 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
                            s.dots + r * ADA_STRIP, (float)profiles[r].out2, &block_plog[r]);
     }
     for (int r = 0; r < n; r++) {
+        profiles[r].blocks = 0;
+        memset(profiles[r].levels, 0, sizeof profiles[r].levels);
+    }
+    if (keys->block_mean) profile_stand_ins(p, k, keys, &s, b, h, rows, n, exact.p, profiles);
+    for (int r = 0; r < n; r++) {
         take_sums(&profiles[r], &sums[r]);
         profiles[r].block_entropy = -block_plog[r] * ADA_LN2;
         profiles[r].good &= isfinite(profiles[r].p2d_step) && isfinite(profiles[r].spread);
@@ -483,7 +583,7 @@ int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS
 void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                        const ada_key_probe *keys, ada_row_profile *x, char *scratch) {
     ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, &carver);
+    const probe_scratch s = scratch_of(p, false, &carver);
     int64_t rows[ADA_GUESS_ROWS], block = 0;
     ada_query_figures figures[ADA_GUESS_ROWS];
     const int most = ada_rows_to_guess_by(p, b, rows);

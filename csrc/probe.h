@@ -9,6 +9,15 @@
 
 /* Keys and values of one key head that some query may attend to; others count nowhere. Keys are centred. */
 #define ADA_HEAVY 7
+/* What stands in may do so up to one of these sums of spreads (sparse.h) in a row: 2^(-4 - k) mean squared
+ * values, squared. */
+#define ADA_LEVELS 20
+typedef struct {
+    float stand_ins;         /* how many blocks */
+    float error2, parts2;    /* squared shift of the row, and the sum of that of each block */
+    float together2, apart2; /* squared sum of the spreads, and sum of their squares */
+} ada_stand_ins;
+
 typedef struct {
     float *mean, *variance; /* [D] of the keys */
     float *square;          /* [D] of the mean */
@@ -23,6 +32,8 @@ typedef struct {
     double value2_mean, center2; /* mean squared norm of a value; squared norm of their mean */
     int64_t heavy[ADA_HEAVY];    /* keys whose values are far larger than others, the largest of them */
     int heavies;
+    float *block_mean; /* [blocks][E] of values, NULL where nothing may stand in */
+    float *reach;      /* [blocks] the largest distance of a value from that */
 } ada_key_probe;
 
 /* What one row has to do with the error of its head. Sums run over its keys; d is the squared distance of a
@@ -41,12 +52,15 @@ typedef struct {
     double entropy, block_entropy; /* nats, over keys and over blocks of ADA_BLOCK keys */
     double score_std;
     int64_t visible;
-    bool good; /* all of it is finite */
+    bool good;                        /* all of it is finite */
+    double blocks;                    /* that it sees */
+    ada_stand_ins levels[ADA_LEVELS]; /* were it alone */
 } ada_row_profile;
 
-int64_t ada_key_probe_bytes(const ada_problem *p);
-ada_key_probe ada_key_probe_of(const ada_problem *p, char *memory);
-int64_t ada_probe_scratch_bytes(const ada_problem *p);
+/* sparse: blocks may stand in. */
+int64_t ada_key_probe_bytes(const ada_problem *p, bool sparse);
+ada_key_probe ada_key_probe_of(const ada_problem *p, bool sparse, char *memory);
+int64_t ada_probe_scratch_bytes(const ada_problem *p, bool sparse);
 /* The keys of query heads h ... h + heads - 1 of sequence b, which share them: every step-th block of them.
  */
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,

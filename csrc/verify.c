@@ -29,6 +29,9 @@
 #define PRIOR_FREEDOM 6
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
 
+/* At least so many for a sparse head, whose error few rows may carry. */
+#define SPARSE_ROWS 16
+
 /* ---- estimates ---- */
 
 int ada_rows_for_reach(double reach, int most) {
@@ -92,7 +95,8 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    return rows < 8 ? 8 : rows;
+    const int least = head->budget2 > 0 ? SPARSE_ROWS : 8;
+    return rows < least ? least : rows;
 }
 
 static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[ADA_PIECE]) {
@@ -156,7 +160,10 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     for (int64_t i = 0; !s->look && !s->known && i < p->T; i++)
         a->sizes[head * p->T + i] =
             ada_row_sees(p, a->k, head / p->H, head % p->H, i, &block, (float *)scratch);
-    if (!s->known) ada_draw_rows(a, head, s->n, norms, s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
+    if (!s->known)
+        ada_draw_rows(a, head, s->n, norms,
+                      a->budget->heads[head].budget2 > 0 ? a->shift2 + head * p->T : NULL,
+                      s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
     s->exact_f64 = tolerance <= (s->look ? 1e-4 : 1e-3) || ADA_FINER * fmax(cancelled, in_fp32) > tolerance ||
@@ -277,6 +284,12 @@ static bool go_up(const ada_attending *a, int64_t index) {
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
     const ada_look look = a->states[index].look;
+    if (head->budget2 > 0) { /* the same, but dense */
+        head->budget2 = 0, head->kept = 1;
+        head->predicted_error = head->forecast.error[now];
+        head->retried = true;
+        return true;
+    }
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {

@@ -208,7 +208,7 @@ def test_demo_for_people(
 
 def _offering(monkeypatch: pytest.MonkeyPatch, *gflops: float) -> None:
     """Rates of a machine on which the rungs are this fast."""
-    rows = np.array([(rate, rate, 0.0) for rate in gflops])
+    rows = np.array([(rate, rate, 0.0, 1.0) for rate in gflops])
     monkeypatch.setattr(rates, "_load", lambda: ("measured", rows))
     monkeypatch.setattr(rates, "_table", rows)
 

@@ -32,6 +32,10 @@ def test_calibrate_measures_and_saves():
     assert result["source"] == "measured"
     assert all(rate > 0 for by_size in result["gflops"].values() for rate in by_size.values())
     assert all(0 <= pack < 1e3 for pack in result["pack_ns"].values())
+    assert all(0 < left <= 1 for left in result["sparse"].values())
+    may = {name.removeprefix("gauge_") for name in adaattn.cpu_info()["kernels"] if name.startswith("gauge_")}
+    sparse = {rung for rung, left in result["sparse"].items() if left < 1}
+    assert {rung.rpartition("/")[2].replace("int8", "i8") for rung in sparse} == may
     assert adaattn.cpu_info()["rates"] == result
     assert os.listdir(rates.cache_file().parent) == [rates.cache_file().name]
 
@@ -47,7 +51,10 @@ def test_calls_go_by_what_was_measured(monkeypatch):
     """At once, and in later processes."""
     rates.table()
     result = adaattn.calibrate(seconds=0.01)
-    expected = [[*result["gflops"][rung].values(), result["pack_ns"][rung]] for rung in rates.RUNGS]
+    expected = [
+        [*result["gflops"][rung].values(), result["pack_ns"][rung], result["sparse"][rung]]
+        for rung in rates.RUNGS
+    ]
     assert (rates.table() == expected).all()
     monkeypatch.setattr(rates, "_table", None)
     assert (rates.table() == expected).all()

@@ -7,6 +7,7 @@
 #define OWN_TURNS
 #define OWN_REACH
 #define OWN_ENCODE
+#define OWN_ENCODE_BF16
 #define OWN_ROUND_BF16
 #include "narrow_tpl.h"
 
@@ -117,6 +118,26 @@ INLINE __m512i bf16_bits(__m512 x) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     return _mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000));
+}
+
+void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+    for (int r = 0; r < n; r++, to += ldt, rows += ld)
+        for (int c = 0; c < width; c += VL) {
+            const mask there = m_first(width - c);
+            vec x = _mm512_maskz_loadu_ps(there, rows + c);
+            if (less) x = v_sub(x, _mm512_maskz_loadu_ps(there, less + c));
+            x = v_mul(x, _mm512_maskz_loadu_ps(there, factor + c));
+            for (int a = 0; a < parts; a++) {
+                const __m512i bits = bf16_bits(x), half = _mm512_srli_epi32(bits, 16);
+                uint16_t *at = to + a * part + c;
+                if (width - c >= VL)
+                    _mm256_storeu_si256((__m256i *)at, _mm512_cvtepi32_epi16(half));
+                else
+                    _mm512_mask_cvtepi32_storeu_epi16(at, there, half);
+                x = v_sub(x, _mm512_castsi512_ps(bits));
+            }
+        }
 }
 
 INLINE __m512 weight_at(const float *p, bool there) {

@@ -12,8 +12,8 @@ INLINE void w_store(void *p, words a) { _mm512_store_si512(p, a); }
 
 #include "dots.h"
 
-/* y of a score is its octaves above the reference in some steps, plus a bias: unit holds the steps of a sum of
- * integers for each block of keys, m what is taken off. */
+/* y of a score is its octaves above the reference in some steps, plus a bias: unit holds the steps of a sum
+ * of integers for each block of keys, m what is taken off. */
 typedef struct {
     float unit[ADA_STRIP / ADA_BLOCK][ADA_LANES] __attribute__((aligned(64)));
     float m[ADA_LANES] __attribute__((aligned(64)));
@@ -33,6 +33,13 @@ INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys
 INLINE words y_integers(vec y0, vec y1) {
     const vec most = v_set1(0x1p20f);
     return _mm512_packs_epi32(_mm512_cvtps_epi32(v_min(y0, most)), _mm512_cvtps_epi32(v_min(y1, most)));
+}
+
+/* Of one block and vector of lanes: the sum of the weights, and reach times their root squared distance. */
+INLINE void store_gauge(float *mass, float *spread, float reach, vec sum, vec squares) {
+    const vec rest = _mm512_fnmadd_ps(v_mul(sum, v_set1(1.0f / ADA_BLOCK)), sum, squares);
+    v_store(mass, sum);
+    v_store(spread, v_mul(_mm512_sqrt_ps(v_max(v_zero(), rest)), v_set1(reach)));
 }
 
 /* ---- bf16 weights ---- */

@@ -28,8 +28,8 @@ INLINE void y_of(vec y[4], const words s[4], const float *unit, const float *m, 
     }
 }
 
-INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool INTEGERS) {
-    const ptrdiff_t DW = t->DW;
+INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const ptrdiff_t DW,
+                  const bool INTEGERS) {
     y_line line;
     words acc[8], most = _mm512_setzero_si512();
     vec l[4];
@@ -66,9 +66,30 @@ INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, 
 }
 
 bool ada_weigh_bf16_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return weigh(t, keys, n, false);
+    return weigh(t, keys, n, t->DW, false);
 }
 
+/* Loops of a known length pay here: D = 64 and 128. */
 bool ada_weigh_i8_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return weigh(t, keys, n, true);
+    return t->DW == 16   ? weigh(t, keys, n, 16, true)
+           : t->DW == 32 ? weigh(t, keys, n, 32, true)
+                         : weigh(t, keys, n, t->DW, true);
+}
+
+void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *reach, float *mass,
+                               float *spread) {
+    const words one = _mm512_set1_epi16(0x3f80);
+    const uint32_t *w = t->w;
+    for (int b = 0; b < n / ADA_BLOCK; b++, mass += ADA_LANES, spread += ADA_LANES) {
+        words sum[4], square[4];
+        UNROLL for (int v = 0; v < 4; v++) sum[v] = square[v] = _mm512_setzero_si512();
+        for (int j = 0; j < ADA_BLOCK; j += 2, w += ADA_LANES) UNROLL for (int v = 0; v < 4; v++) {
+                const words x = w_load(w + v * VL);
+                sum[v] = dot_bf16(sum[v], x, one);
+                square[v] = dot_bf16(square[v], x, x);
+            }
+        UNROLL for (int v = 0; v < 4; v++)
+            store_gauge(mass + v * VL, spread + v * VL, reach[b], _mm512_castsi512_ps(sum[v]),
+                        _mm512_castsi512_ps(square[v]));
+    }
 }

@@ -85,6 +85,28 @@ bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys 
     return true;
 }
 
+/* Squares are products with the upper half of a weight, rounded up, as one factor has a sign. */
+void ada_gauge_i8_avx512vnni(const ada_narrow_tile *t, int n, const float *reach, float *mass,
+                             float *spread) {
+    const words one = _mm512_set1_epi8(1), most = _mm512_set1_epi8(127);
+    const uint32_t *w = t->w;
+    for (int b = 0; b < n / ADA_BLOCK; b++, mass += ADA_LANES, spread += ADA_LANES) {
+        words sum[4], square[4];
+        UNROLL for (int v = 0; v < 4; v++) sum[v] = square[v] = _mm512_setzero_si512();
+        for (int j = 0; j < ADA_BLOCK; j += 4, w += ADA_LANES) UNROLL for (int v = 0; v < 4; v++) {
+                const words x = w_load(w + v * VL);
+                sum[v] = dot_i8(sum[v], x, one);
+                square[v] =
+                    dot_i8(square[v], x, _mm512_min_epu8(_mm512_avg_epu8(x, _mm512_setzero_si512()), most));
+            }
+        UNROLL for (int v = 0; v < 4; v++) {
+            const vec worth = v_load(t->worth + v * VL), twice = v_add(worth, worth);
+            store_gauge(mass + v * VL, spread + v * VL, reach[b], v_mul(_mm512_cvtepi32_ps(sum[v]), worth),
+                        v_mul(_mm512_cvtepi32_ps(square[v]), v_mul(worth, twice)));
+        }
+    }
+}
+
 /* ---- 16-bit weights ----
  * A first pass leaves floats, their sums and largest; a second one rounds them into pairs. */
 

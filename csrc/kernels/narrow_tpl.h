@@ -193,8 +193,13 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
 }
 #endif
 
-void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
-                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+#ifndef OWN_ENCODE_BF16
+/* Whether less is NULL is known to the compiler, which would else load from there under an empty mask: that
+ * takes the processor's slow path. */
+static inline __attribute__((always_inline)) void encode_bf16_of(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part,
+                                                                 int parts, const float *rows, ptrdiff_t ld,
+                                                                 int n, int width, const float *less,
+                                                                 const float *factor) {
     for (int r = 0; r < n; r++)
         for (int a = 0; a < parts; a++) {
             uint16_t *at = to + a * part + r * ldt;
@@ -205,6 +210,15 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
             }
         }
 }
+
+void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+    if (less)
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, less, factor);
+    else
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, NULL, factor);
+}
+#endif
 
 #ifndef OWN_ENCODE
 #    define ENCODE_INTEGERS(op, type, most)                                                                  \
@@ -297,6 +311,18 @@ static inline __attribute__((always_inline)) void squares_of(float *norm2, float
     }
 }
 
+float KERNEL(stand_in)(float *sum, float *apart, const float *x, const float *weight, float joint) {
+    float part[16] = {0}, total = 0;
+    for (int i = 0; i < ADA_LANES; i += 16)
+        for (int j = i; j < i + 16; j++) {
+            sum[j] += x[j];
+            apart[j] += x[j] * x[j];
+            part[j - i] += weight[j] * ((1 - joint) * apart[j] + joint * (sum[j] * sum[j]));
+        }
+    for (int i = 0; i < 16; i++) total += part[i];
+    return total;
+}
+
 void KERNEL(squares)(float *norm2, float *square, const float *rows, ptrdiff_t ld, int n, int width,
                      const float *less, const float *weight) {
     if (less && square && !weight)
@@ -310,6 +336,10 @@ void KERNEL(squares)(float *norm2, float *square, const float *rows, ptrdiff_t l
 }
 
 void KERNEL(scale_channels)(const ada_tile_f32 *t, const float *unit) {
-    for (int e = 0; e < t->E; e++)
-        for (int i = 0; i < ADA_LANES; i++) t->o[e * ADA_LANES + i] *= unit[e];
+    const int E = t->E;
+    float *o = t->o;
+    for (int e = 0; e < E; e++, o += ADA_LANES) {
+        const float x = unit[e]; /* or the compiler fears that o changes it */
+        for (int i = 0; i < ADA_LANES; i++) o[i] *= x;
+    }
 }

@@ -39,7 +39,7 @@ PyObject *ada_py_plan_head(PyObject *module, PyObject *args) {
     for (int c = 0; c < ADA_CANDIDATES; c++) {
         forecast.error[c] = ((const double *)views[0].array.data)[c];
         forecast.lse_error[c] = ((const double *)views[1].array.data)[c];
-        table[c] = (ada_rate){{x[3 * c], x[3 * c + 1]}, x[3 * c + 2]};
+        table[c] = (ada_rate){{x[3 * c], x[3 * c + 1]}, x[3 * c + 2], 1};
     }
     result = PyLong_FromLong(ada_plan_head(&forecast, &task, table));
 done:

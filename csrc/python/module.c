@@ -177,30 +177,35 @@ static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype
     return array;
 }
 
-PyDoc_STRVAR(attention_doc,
-             "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
-             "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, tolerance, min_precision, "
-             "max_precision, verify, rates, choices, plan_only, return_lse, return_report, out, num_threads, "
-             "allocate, device, /)\n--\n\n"
-             "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3); "
-             "choices: None, or of a plan (sizes, indices into RUNGS, scores and values of head after head). "
-             "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
-             "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
-             "its sizes (B, H, G, T, S, D, E, dtype); plan_only returns nothing else.");
+PyDoc_STRVAR(
+    attention_doc,
+    "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
+    "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, tolerance, min_precision, "
+    "max_precision, structure, verify, rates, choices, plan_only, return_lse, return_report, out, "
+    "num_threads, "
+    "allocate, device, /)\n--\n\n"
+    "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
+    "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, indices into RUNGS, "
+    "scores and values of head after head, and of each predicted error, sparse budget and joint, kept "
+    "share). "
+    "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
+    "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
+    "its sizes (B, H, G, T, S, D, E, dtype); plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 14, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 17, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
-    "precision_qk",  "precision_pv",    "retried",        "finite",      "profiled_rows",
-    "verified_rows", "predicted_error", "measured_error", "error_limit", "lse_error",
-    "entropy",       "entropy_std",     "block_entropy",  "score_std"};
+    "precision_qk",  "precision_pv", "retried",       "finite",          "profiled_rows",  "verified_rows",
+    "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error", "measured_error", "error_limit",
+    "lse_error",     "entropy",      "entropy_std",   "block_entropy",   "score_std"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
     const double scalars[HEAD_SCALARS] = {
-        head->choice.qk,     head->choice.pv,       head->retried,        f->finite,         f->rows,
-        head->verified_rows, head->predicted_error, head->measured_error, head->error_limit, head->lse_error,
-        f->entropy,          f->entropy_std,        f->block_entropy,     f->score_std};
+        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,  f->rows,
+        head->verified_rows,  head->budget2,     head->joint,     head->kept, head->predicted_error,
+        head->measured_error, head->error_limit, head->lse_error, f->entropy, f->entropy_std,
+        f->block_entropy,     f->score_std};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
@@ -243,32 +248,34 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
  * checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
-    ada_view view = {0}, predicted = {0};
+    ada_view view = {0}, numbers = {0};
     int failed = -1;
     if (rates != Py_None) {
         if (ada_view_of(state, rates, "rates", false, &ada_on_cpu, &view)) return -1;
         const ada_array *a = &view.array;
-        if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] != 3) {
-            PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3)", ADA_CANDIDATES);
+        if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] < 3 ||
+            a->shape[1] > 4) {
+            PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4)",
+                         ADA_CANDIDATES, ADA_CANDIDATES);
             goto done;
         }
         for (int c = 0; c < ADA_CANDIDATES; c++) {
-            double x[3];
-            for (int i = 0; i < 3; i++)
+            double x[4] = {0, 0, 0, 1};
+            for (int i = 0; i < a->shape[1]; i++)
                 x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
-            table[c] = (ada_rate){{x[0], x[1]}, x[2]};
+            table[c] = (ada_rate){{x[0], x[1]}, x[2], x[3]};
         }
         budget->rates = table;
         ada_view_release(&view);
     }
     if (choices == Py_None) return 0;
-    PyObject *planned, *rungs, *errors;
-    if (!PyArg_ParseTuple(choices, "OOO", &planned, &rungs, &errors) || !fits(state, p, planned) ||
+    PyObject *planned, *rungs, *heads;
+    if (!PyArg_ParseTuple(choices, "OOO", &planned, &rungs, &heads) || !fits(state, p, planned) ||
         ada_view_of_numbers(state, rungs, "plan", ADA_I64, &view))
         return -1;
-    if (ada_view_of_numbers(state, errors, "plan", ADA_F64, &predicted)) goto done;
-    const ada_array *a = &view.array, *e = &predicted.array;
-    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != p->B * p->H) {
+    if (ada_view_of_numbers(state, heads, "plan", ADA_F64, &numbers)) goto done;
+    const ada_array *a = &view.array, *e = &numbers.array;
+    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 4 * p->B * p->H) {
         PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
                      (long long)(p->B * p->H));
         goto done;
@@ -286,13 +293,15 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
-        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv},
-                                    *(const double *)((const char *)e->data + i * e->stride[0])};
+        double x[4];
+        for (int c = 0; c < 4; c++)
+            x[c] = *(const double *)((const char *)e->data + (4 * i + c) * e->stride[0]);
+        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3]};
     }
     budget->given = *given;
     failed = 0;
 done:
-    ada_view_release(&predicted);
+    ada_view_release(&numbers);
     ada_view_release(&view);
     return failed;
 }
@@ -324,6 +333,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         TOLERANCE,
         MIN_PRECISION,
         MAX_PRECISION,
+        STRUCTURE,
         VERIFY,
         RATES,
         CHOICES,
@@ -411,6 +421,11 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
+    static const char *const structures[] = {"auto", "dense"};
+    int structure;
+    if (name_of(state, args[STRUCTURE], "structure", "'auto' or 'dense'", structures, 2, &structure))
+        goto done;
+    budget.dense = structure == 1;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;

@@ -69,6 +69,8 @@ static const struct {
     {"weigh_i8_bf16", make_weigh, ADA_F32, CHECK_I8},
     {"weigh_i8_i8", make_weigh, ADA_F32, CHECK_I8},
     {"weigh_i16_i16", make_weigh, ADA_F32, CHECK_I16},
+    {"gauge_bf16", make_gauge, ADA_F32, ADA_BF16},
+    {"gauge_i8", make_gauge, ADA_F32, CHECK_I8},
     NARROW(encode, make_encode),
     {"turn_8", make_turn, ADA_F32, CHECK_U8},
     {"turn_16", make_turn, ADA_F32, CHECK_I16},
@@ -76,6 +78,7 @@ static const struct {
     {"columns", make_columns, ADA_F32, ADA_F32},
     {"reach", make_reach, ADA_F32, ADA_F32},
     {"squares", make_squares, ADA_F32, ADA_F32},
+    {"stand_in", make_stand_in, ADA_F32, ADA_F32},
     {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
 

@@ -416,6 +416,42 @@ static void make_weigh(check *c) {
     free(weights);
 }
 
+/* ---- what weights come to in a block ---- */
+
+static void make_gauge(check *c) {
+    narrow_case s = {.we = elements_of(c->element), .n = ADA_BLOCK * pick(c, "n/64", 1, 4, 4)};
+    const int blocks = s.n / ADA_BLOCK;
+    const bool bytes = c->element == CHECK_I8;
+    const double u = c->limit.unit;
+    s.w = new_buffer(c, "w", bytes ? CHECK_U8 : c->element, (int64_t)s.n * ADA_LANES, s.n * ADA_LANES, 64);
+    s.worth = new_floats(c, "worth", ADA_LANES);
+    buffer *reach = new_floats(c, "reach", blocks), *mass = new_floats(c, "mass", blocks * ADA_LANES);
+    buffer *spread = new_floats(c, "spread", blocks * ADA_LANES);
+    for (int64_t at = 0; at < (int64_t)s.n * ADA_LANES; at++) {
+        const double x = chance(c, 0.2) ? 0 : exp2(-uniform(c, 0, 8)) * ADA_U8_MAX;
+        set(s.w, at, bytes ? floor(x) : x);
+    }
+    const wide *w = values(s.w);
+    for (int b = 0; b < blocks && !c->bench; b++)
+        for (int i = 0; i < ADA_LANES; i++) {
+            double sum = 0, least = 0, most = 0;
+            for (int j = b * ADA_BLOCK; j < (b + 1) * ADA_BLOCK; j++) {
+                const double x = (double)w[((int64_t)(j / s.we) * ADA_LANES + i) * s.we + j % s.we];
+                sum += x;
+                least += bytes ? x * fmin(x, 254) : x * x, most += bytes ? x * (x + fmod(x, 2)) : x * x;
+            }
+            const double worth = bytes ? (double)values(s.worth)[i] : 1, off = 200 * u * most;
+            const double even = sum * sum / ADA_BLOCK, r = (double)values(reach)[b] * worth;
+            const double low = r * sqrt(fmax(least - even - off, 0)),
+                         high = r * sqrt(fmax(most - even + off, 0));
+            expect_near(mass, b * ADA_LANES + i, sum * worth, 100 * u * sum * worth, 0);
+            expect_near(spread, b * ADA_LANES + i, (low + high) / 2, (high - low) / 2 + 8 * u * high, 0);
+        }
+    s.t = (ada_narrow_tile){.w = data(s.w), .worth = data(s.worth)};
+    c->bytes = (double)s.n * ADA_LANES * 4 / s.we;
+    RUN(c, CALL_IN_UNITS(c, CALL_AS(c, gauge_bf16, &s.t, s.n, data(reach), data(mass), data(spread))));
+}
+
 /* ---- packing ---- */
 
 static void make_encode(check *c) {
@@ -526,6 +562,27 @@ static void make_reach(check *c) {
                        largest, norm2, width));
 }
 
+static void make_stand_in(check *c) {
+    buffer *sum = new_floats(c, "sum", ADA_LANES), *apart = new_floats(c, "apart", ADA_LANES);
+    buffer *x = new_floats(c, "x", ADA_LANES), *weight = new_floats(c, "weight", ADA_LANES);
+    const float joint = (float)uniform(c, 0, 1);
+    double total = 0;
+    for (int i = 0; i < ADA_LANES; i++) {
+        const double add = (double)value_at(x, i), s = (double)value_at(sum, i) + add;
+        const double a = (double)value_at(apart, i) + add * add;
+        expect_near(sum, i, s, 2 * c->limit.unit * s, 0);
+        expect_near(apart, i, a, 3 * c->limit.unit * a, 0);
+        total += (double)value_at(weight, i) * ((1 - (double)joint) * a + (double)joint * s * s);
+    }
+    c->bytes = 4.0 * 4 * ADA_LANES;
+    RUN(c, {
+        const double found =
+            (double)CALL_AS(c, stand_in, data(sum), data(apart), data(x), data(weight), joint);
+        if (!c->bench && fabs(found - total) > 50 * c->limit.unit * total)
+            fail(c, "returned %.9g, expected %.9g", found, total);
+    });
+}
+
 static void make_squares(check *c) {
     const int n = pick(c, "n", 1, 10, 64), width = pick_size(c, "width");
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
@@ -540,8 +597,8 @@ static void make_squares(check *c) {
         total t = {.terms = 2}; /* a square and its weighing round too */
         bool any = false;
         for (int i = 0; i < width; i++) {
-            const float x = (float)values(rows.b)[rows.at + r * rows.ld + i] -
-                            (less ? (float)values(less)[i] : 0);
+            const float x =
+                (float)values(rows.b)[rows.at + r * rows.ld + i] - (less ? (float)values(less)[i] : 0);
             const bool bad = !(fabsf(x) < 1e18f) || (x != 0 && fabsf(x) < 1e-18f);
             any |= bad, beyond[i] |= bad;
             add_product(&t, weight ? values(weight)[i] : 1, (wide)x * x);

@@ -1,0 +1,190 @@
+"""What leaving values out gains: the planner's choice against its own dense one, and torch's fp32 attention.
+
+Heads are called one by one; the two structures and torch take turns, and a ratio compares the least times.
+Errors are those against fp64. sparsity.py has the study behind the rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from heads import Heads, bundled, errors, gaussian
+from instruments import RATES, rung_names, use_rates, verdict, write_json
+from measure import plural
+from peers import build_torch
+from report import show_table
+from sparsity import topics
+
+TOLERANCES = (1e-2, 5e-2)
+PEAKED = 6  # of the 16 heads: those that keep least at the larger tolerance
+#: Times as fast as dense: in all, and for the peaked heads.
+WANTED = {
+    ("bytelm 8192", 1e-2): 1.25, ("bytelm 8192", 5e-2): 1.8, ("bytelm 16384", 1e-2): 1.4,
+    ("bytelm 16384", 5e-2): 2.3, ("built sparse 16384", 1e-2): 4.0, ("gaussian 1.5, 16384", 1e-2): 1 / 1.03,
+    ("gaussian 1.5, 16384", 5e-2): 1 / 1.03,
+}  # fmt: skip
+
+
+def needles(length: int) -> Heads:
+    """Local rows, of which every 64th sees one key far away instead."""
+    heads = next(bundled(length))
+    q, k = heads.query[:, :1].copy(), heads.key[:, :1]
+    rows = np.arange(length // 2 + 5, length, 64)
+    goals = k[0, 0, rows * 7 % (length // 2)]
+    q[0, 0, rows] = goals * (25 * np.sqrt(q.shape[3]) / np.sum(goals * goals, axis=1, keepdims=True))
+    return Heads(f"needles {length}", q, k, heads.value[:, :1], heads.options)
+
+
+SETS: dict[str, Callable[[], Iterator[Heads]]] = {
+    "bytelm 4096": lambda: bundled(4096),
+    "bytelm 8192": lambda: bundled(8192),
+    "bytelm 16384": lambda: bundled(16384),
+    "built sparse 16384": lambda: iter([topics(16384)]),
+    "needles 8192": lambda: iter([needles(8192)]),
+    "gaussian 1.5, 4096": lambda: iter([gaussian(1.5, 4096, 4096, causal=True)]),
+    "gaussian 1.5, 16384": lambda: iter([gaussian(1.5, 16384, 16384, causal=True)]),
+}
+
+
+@dataclass
+class Case:
+    """One head, tolerance and number of threads."""
+
+    set: str
+    head: str
+    tolerance: float
+    threads: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    structure: str = ""
+    rungs: dict[str, str] = field(default_factory=dict)
+    kept: float = 1
+    error: float = 0  # over the tolerance, as are the next two
+    predicted: float = 0
+    limit: float = 0
+    retried: bool = False
+
+
+def apart(heads: Heads) -> Iterator[Heads]:
+    """Its heads, each by itself."""
+    group = heads.query.shape[1] // heads.key.shape[1]
+    for h, name in enumerate(heads.names):
+        g = slice(h // group, h // group + 1)
+        yield Heads(name, heads.query[:, h : h + 1], heads.key[:, g], heads.value[:, g], heads.options)
+
+
+def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int, exact: Any) -> Case:
+    found = Case(name, head.name, tolerance, threads)
+    calls: dict[str, Callable[[], Any]] = {
+        structure: lambda structure=structure: head.attend(
+            tolerance=tolerance, structure=structure, num_threads=threads, return_report=True
+        )
+        for structure in ("auto", "dense")
+    }
+    with suppress(ImportError):
+        arrays = [np.ascontiguousarray(x) for x in (head.query, head.key, head.value)]
+        calls["torch"] = build_torch(arrays, bool(head.options.get("causal")), threads)
+    for _ in range(rounds):
+        for who, call in calls.items():
+            start = time.perf_counter()
+            result = call()
+            spent = time.perf_counter() - start
+            found.seconds[who] = min(spent, found.seconds.get(who, spent))
+            if who == "torch":
+                continue
+            out, report = result
+            found.rungs[who] = str(rung_names(report)[0, 0])
+            if who == "auto":
+                found.structure, found.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
+                found.error = float(errors(out, exact)[0, 0]) / tolerance
+                found.predicted = float(report.predicted_error[0, 0]) / tolerance
+                found.limit = float(report.error_limit[0, 0]) / tolerance
+                found.retried = bool(report.retried[0, 0])
+    return found
+
+
+def peaked(cases: list[Case]) -> set[str]:
+    """Names of the heads that keep least."""
+    largest = [one for one in cases if one.tolerance == max(TOLERANCES)]
+    return {one.head for one in sorted(largest, key=lambda one: one.kept)[:PEAKED]}
+
+
+def row(label: str, cases: list[Case], wanted: float = float("nan")) -> list[str]:
+    total = {who: sum(one.seconds[who] for one in cases) for who in cases[0].seconds}
+    over = {who: seconds / total["auto"] for who, seconds in total.items()}
+    sparse = [one for one in cases if one.structure == "sparse"]
+    return [
+        label,
+        f"{cases[0].tolerance:g}",
+        f"{len(sparse)}/{len(cases)}",
+        f"{np.mean([one.kept for one in cases]):.2f}",
+        f"{1e3 * total['auto']:.1f}",
+        f"{over['dense']:.2f}",
+        "" if np.isnan(wanted) else f"{wanted:.2f} {verdict(over['dense'], wanted)}",
+        f"{over['torch']:.2f}" if "torch" in over else "",
+        f"{max(one.error for one in cases):.2f}",
+        f"{sum(one.retried for one in cases)}",
+        f"{min(one.seconds['dense'] / one.seconds['auto'] for one in cases):.2f}",
+    ]
+
+
+def show(cases: list[Case], threads: int) -> None:
+    rows = []
+    for name in dict.fromkeys(one.set for one in cases):
+        own = [one for one in cases if one.set == name and one.threads == threads]
+        least = peaked(own) if len({one.head for one in own}) > PEAKED else set()
+        for t in TOLERANCES:
+            of = [one for one in own if one.tolerance == t]
+            rows.append(row(name, of, WANTED.get((name, t), float("nan"))))
+            if least:
+                few = [one for one in of if one.head in least]
+                rows.append(row(f"  its {PEAKED} peaked heads", few, 3.0 if t == max(TOLERANCES) else np.nan))
+    header = [
+        "heads",
+        "t",
+        "sparse",
+        "kept",
+        "ms",
+        "x dense",
+        "wanted",
+        "x torch",
+        "error/t",
+        "again",
+        "least",
+    ]
+    show_table(f"Structure against dense at the same tolerance, {plural(threads)}", header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), metavar="SET")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rates", choices=RATES, default="machine")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+
+    use_rates(args.rates)
+    cases: list[Case] = []
+    for name in args.sets:
+        for heads in SETS[name]():
+            for head in apart(heads):
+                exact = head.attend(precision="fp64")
+                for threads in args.threads:
+                    cases += [measure(name, head, t, threads, args.rounds, exact) for t in TOLERANCES]
+                print(head.name, file=sys.stderr, flush=True)
+    for threads in args.threads:
+        show(cases, threads)
+    if args.json:
+        write_json(args.json, cases=[vars(one) for one in cases])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""Sparse heads: values of blocks are left out within the budget, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import same_bits
+
+import adaattn
+from adaattn import _adaattn, rates
+
+Array = NDArray[Any]
+
+S = 2048  # from which on structure is looked for
+D = 64
+
+pytestmark = pytest.mark.skipif(
+    not {"gauge_i8", "gauge_bf16"} & set(_adaattn.cpu_info()["kernels"]), reason="no kernels for it here"
+)
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of a machine where values cost nearly everything, so that whatever may stand in pays."""
+    speed = {"fp32": 100.0, "bf16": 220.0, "int8/bf16": 300.0, "int8": 420.0}
+    rows = [(speed.get(rung, 50.0),) * 2 + (0.0, 0.1 if rung in speed else 1.0) for rung in rates.RUNGS]
+    monkeypatch.setattr(rates, "_table", np.array(rows, np.float64))
+
+
+def local(rng: np.random.Generator, heads: int = 1, kv_heads: int = 1, length: int = S) -> list[Array]:
+    """Queries see keys near their own position: features turn with it, fast and slowly."""
+    position = np.arange(length)[:, None] * np.geomspace(1, 1e-3, D // 2)
+    turning = np.concatenate([np.cos(position), np.sin(position)], axis=1).astype(np.float32)
+    q = 2.2 * turning + 0.4 * rng.standard_normal((1, heads, length, D), np.float32)
+    k = 2.2 * turning + 0.4 * rng.standard_normal((1, kv_heads, length, D), np.float32)
+    v = rng.standard_normal((1, kv_heads, length, D), np.float32)
+    return [q.astype(np.float32), k.astype(np.float32), v]
+
+
+def errors(out: Array, exact: Array) -> Array:
+    off: Array = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+    return off
+
+
+def exactly(*arrays: Array, **options: Any) -> Array:
+    result: Array = adaattn.attention(*arrays, precision="fp64", **options)
+    return result
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_local_heads_leave_values_out(rng, causal, tolerance):
+    arrays = local(rng, 4, 2)
+    out, report = adaattn.attention(*arrays, causal=causal, tolerance=tolerance, return_report=True)
+    assert (report.structure == "sparse").all() and not report.retried.any()
+    assert (report.kept_fraction < 0.6).all() and (report.kept_fraction > 0).all()
+    assert (errors(out, exactly(*arrays, causal=causal)) <= tolerance).all()
+    assert (report.verified_rows >= 8).all() and (report.error_limit <= tolerance).all()
+
+
+def test_estimates_tell_the_error(rng):
+    """What is left out moves the output by about what was planned, not by far less."""
+    arrays = local(rng, 4, 4)
+    plan = adaattn.plan(*arrays, tolerance=5e-2)
+    out = adaattn.attention(*arrays, plan=plan, verify=False)
+    assert (abs(np.log(errors(out, exactly(*arrays)) / plan.predicted_error)) < 1).all()
+
+
+def test_kept_fraction_is_counted(rng):
+    """It grows as the tolerance falls; what is left in the end are blocks whose weights round to zero."""
+    arrays = local(rng)
+    plan = adaattn.plan(*arrays, tolerance=5e-2)
+    kept = []
+    for factor in (1e30, 1, 1e-2, 1e-30):
+        given = replace(plan, sparse_budget=plan.sparse_budget * factor)
+        out, report = adaattn.attention(*arrays, plan=given, verify=False, return_report=True)
+        kept.append(float(report.kept_fraction[0, 0]))
+    assert kept[0] == 0 and 0.9 < kept[3] <= 1
+    assert 0 < kept[1] < kept[2] < 1
+    dense = adaattn.attention(*arrays, precision=(str(plan.precision_qk[0, 0]), str(plan.precision_pv[0, 0])))
+    assert errors(out, dense)[0, 0] < 2e-2  # the same products in another order, references and scales
+
+
+def test_all_stand_in(rng):
+    """Then a block is its mean value, with the weight of its keys."""
+    q, k, v = local(rng)
+    plan = adaattn.plan(q, k, v, tolerance=5e-2)
+    given = replace(plan, sparse_budget=plan.sparse_budget * 1e30)
+    out = adaattn.attention(q, k, v, plan=given, verify=False)
+    means = v.reshape(1, 1, -1, 64, D).mean(axis=3).repeat(64, axis=2)
+    assert errors(out, exactly(q, k, means))[0, 0] < 2e-2
+
+
+def test_all_alike(rng):
+    """Where all values are the same nothing is lost by leaving them out."""
+    q, k, v = local(rng)
+    v[:] = v[:, :, :1]
+    out, report = adaattn.attention(q, k, v, tolerance=1e-2, return_report=True)
+    assert errors(out, exactly(q, k, v))[0, 0] < 5e-3
+    assert report.structure[0, 0] == "dense" or report.kept_fraction[0, 0] < 0.2
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"causal": True, "window": (1000, None)},
+    "lengths": {"kv_lengths": [S - 101], "causal": "upper_left"},
+    "sinks": {"sinks": [0.5]},
+    "scale": {"scale": 0.2, "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(rng, name):
+    arrays, options = local(rng), OPTIONS[name]
+    out, report = adaattn.attention(*arrays, **options, tolerance=5e-2, return_report=True)
+    assert report.structure[0, 0] == "sparse" and report.kept_fraction[0, 0] < 0.9
+    assert errors(out, exactly(*arrays, **options))[0, 0] <= 5e-2
+
+
+def test_lse_is_that_of_all_keys(rng):
+    arrays = local(rng)
+    given = {"causal": True, "return_lse": True}
+    _, lse, report = adaattn.attention(*arrays, **given, tolerance=0.2, return_report=True)
+    _, exact = adaattn.attention(*arrays, **given, precision="fp64")
+    _, dense = adaattn.attention(*arrays, **given, precision=str(report.precision_qk[0, 0]))
+    assert report.structure[0, 0] == "sparse"
+    assert abs(lse - exact).max() < 2 * abs(dense - exact).max()
+
+
+def test_boolean_mask(rng):
+    """Blocks with a hidden key are computed; others may stand in."""
+    arrays, mask = local(rng), np.ones((1, 1, S, S), bool)
+    mask[..., 100:130] = False
+    mask[:, :, 640:, 700] = False
+    out, report = adaattn.attention(*arrays, attn_mask=mask, tolerance=2e-2, return_report=True)
+    assert report.structure[0, 0] == "sparse" and report.kept_fraction[0, 0] < 0.9
+    assert errors(out, exactly(*arrays, attn_mask=mask))[0, 0] <= 2e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 30.0},
+        {"alibi_slopes": [0.01]},
+        {"attn_mask": np.zeros((1, 1, 1, S), np.float32)},
+        {"dropout_p": 0.1, "seed": 1},
+        {"structure": "dense"},
+        {"max_precision": "fp32", "min_precision": "fp32"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_others_stay_dense(rng, options):
+    arrays = local(rng)
+    out, report = adaattn.attention(*arrays, **options, tolerance=2e-2, return_report=True)
+    assert report.structure[0, 0] == "dense" and report.kept_fraction[0, 0] == 1
+    options.pop("structure", 0), options.pop("max_precision", 0), options.pop("min_precision", 0)
+    assert errors(out, exactly(*arrays, **options))[0, 0] <= 2e-2
+
+
+def test_short_and_forced_heads_stay_dense(rng):
+    short = [x[:, :, : S - 64] for x in local(rng)]
+    for arrays, precision in ((short, "auto"), (local(rng), "int8")):
+        _, report = adaattn.attention(*arrays, tolerance=5e-2, precision=precision, return_report=True)
+        assert report.structure[0, 0] == "dense"
+
+
+def diffuse(rng: np.random.Generator) -> list[Array]:
+    q, k, v = (rng.standard_normal((1, 1, S, D), np.float32) for _ in range(3))
+    return [0.05 * q, k, v]
+
+
+@pytest.mark.parametrize("base", [local, diffuse])
+@pytest.mark.parametrize("every", [S, 64, 1])
+@pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
+def test_needles_are_kept(rng, base, every, tolerance):
+    """Rows that see one key far away, with a large value, among others that do not: every so many rows."""
+    q, k, v = base(rng)
+    rows = np.arange(every - 1 if every < S else S // 3, S, every)
+    targets = (rows * 7 + S // 2) % S
+    goal = k[0, 0, targets]
+    q[0, 0, rows] = goal * (25 * np.sqrt(D) / np.sum(goal * goal, axis=1, keepdims=True))
+    v[0, 0, targets[:1]] *= 4
+    out = adaattn.attention(q, k, v, tolerance=tolerance)
+    exact = exactly(q, k, v)
+    assert errors(out, exact)[0, 0] <= tolerance
+    off = np.linalg.norm((out - exact)[0, 0, rows], axis=1) / np.linalg.norm(exact[0, 0, rows], axis=1)
+    assert off.max() < 0.3, "a needle row was lost"
+
+
+def hard() -> Iterator[Any]:
+    from heads import adversarial, gaussian
+
+    yield from (gaussian(sigma, S, S, causal=True) for sigma in (0.3, 1, 2, 4, 8))
+    yield from adversarial(S, S)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
+def test_promise_on_hard_heads(tolerance):
+    pytest.importorskip("heads")
+    sparse = 0
+    for heads in hard():
+        out, report = heads.attend(tolerance=tolerance, return_report=True)
+        exact = heads.attend(precision="fp64")
+        assert (errors(out, exact) <= tolerance).all(), heads.name
+        sparse += int((report.structure == "sparse").sum())
+    assert sparse > 0
+
+
+def test_a_wrong_plan_is_caught(rng):
+    """Heads that leave too much out are computed again, with all values."""
+    arrays = local(rng, 2, 1)
+    plan = adaattn.plan(*arrays, tolerance=2e-2)
+    given = replace(plan, sparse_budget=plan.sparse_budget * [[1e4, 1]])
+    out, report = adaattn.attention(*arrays, plan=given, return_report=True)
+    assert report.retried.tolist() == [[True, False]]
+    assert report.structure.tolist() == [["dense", "sparse"]] and report.kept_fraction[0, 0] == 1
+    assert (report.precision_qk == plan.precision_qk).all()
+    assert (errors(out, exactly(*arrays)) <= 2e-2).all()
+    assert report.plan.structure.tolist() == report.structure.tolist()
+    assert report.plan.sparse_budget[0, 0] == 0
+
+
+def test_plans_carry_the_structure(rng):
+    arrays = local(rng, 2, 2)
+    out, report = adaattn.attention(*arrays, tolerance=2e-2, return_report=True)
+    plan = adaattn.Plan.from_json(adaattn.plan(*arrays, tolerance=2e-2).to_json())
+    again, told = adaattn.attention(*arrays, plan=plan, return_report=True)
+    assert same_bits(again, out)
+    assert (told.structure == "sparse").all() and same_bits(told.kept_fraction, report.kept_fraction)
+    assert same_bits(report.plan.sparse_budget, plan.sparse_budget)
+
+
+def test_reports_tell(rng):
+    arrays = local(rng)
+    _, report = adaattn.attention(*arrays, tolerance=2e-2, return_report=True)
+    assert "sparse" in report.table() and '"structure": [["sparse"]]' in report.to_json()
+    assert "sparse" in report.plan.explain() and "% of the blocks" in report.plan.explain()
+
+
+def test_json_with_a_structure_of_its_own_is_refused(rng):
+    text = adaattn.plan(*local(rng), tolerance=2e-2).to_json()
+    assert '"structure": [["sparse"]]' in text
+    with pytest.raises(adaattn.ArgumentError, match="structure"):
+        adaattn.Plan.from_json(text.replace('"sparse"', '"dense"'))
+
+
+def test_same_bits(rng):
+    """For any number of threads, other heads and layouts."""
+    q, k, v = local(rng, 4, 2)
+    out, report = adaattn.attention(q, k, v, tolerance=5e-2, causal=True, return_report=True, num_threads=1)
+    assert (report.structure == "sparse").all()
+    assert same_bits(adaattn.attention(q, k, v, tolerance=5e-2, causal=True, num_threads=2), out)
+    alone = adaattn.attention(q[:, 3:], k[:, 1:], v[:, 1:], tolerance=5e-2, causal=True)
+    assert same_bits(alone, out[:, 3:])
+    spread = [np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v)]
+    assert same_bits(adaattn.attention(*spread, tolerance=5e-2, causal=True), out)
+
+
+@pytest.mark.parametrize(("T", "length"), [(S + 37, S + 37), (S, S + 999), (S + 1, 3 * S - 1)])
+def test_ragged_sizes(rng, T, length):
+    q, k, v = local(rng, length=length)
+    q = q[:, :, length - T :]
+    out, report = adaattn.attention(q, k, v, tolerance=2e-2, causal=True, return_report=True)
+    assert report.structure[0, 0] == "sparse"
+    assert errors(out, exactly(q, k, v, causal=True))[0, 0] <= 2e-2
+
+
+@pytest.mark.parametrize(("D_", "E"), [(32, 64), (128, 128), (40, 72)])
+def test_head_sizes(rng, D_, E):
+    q, k, _ = local(rng)
+    q, k = (np.resize(x, (1, 1, S, D_)) if D_ > D else x[..., :D_].copy() for x in (q, k))
+    v = rng.standard_normal((1, 1, S, E), np.float32)
+    out = adaattn.attention(q, k, v, tolerance=2e-2)
+    assert errors(out, exactly(q, k, v))[0, 0] <= 2e-2
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_sizes_of_values_do_not_matter(rng, size):
+    q, k, v = local(rng)
+    report = adaattn.attention(q, k, v, tolerance=2e-2, return_report=True)[1]
+    out, told = adaattn.attention(q, k, v * np.float32(size), tolerance=2e-2, return_report=True)
+    assert told.structure[0, 0] == "sparse"
+    assert abs(told.kept_fraction[0, 0] - report.kept_fraction[0, 0]) < 0.05
+    assert errors(out, exactly(q, k, v * np.float32(size)))[0, 0] <= 2e-2
+
+
+def test_nan_stays_dense_and_is_passed_on(rng):
+    q, k, v = local(rng, 2, 2)
+    v[0, 1, 1000, 3] = np.nan
+    out, report = adaattn.attention(q, k, v, tolerance=2e-2, return_report=True)
+    assert report.structure.tolist() == [["sparse", "dense"]]
+    assert np.isnan(out[0, 1, :, 3]).all() and np.isfinite(out[0, 0]).all()
+
+
+def test_rates_decide(rng, monkeypatch):
+    """Where leaving values out saves nothing, it is not done."""
+    arrays = local(rng)
+    table = rates.table().copy()
+    table[:, 3] = 0.97
+    monkeypatch.setattr(rates, "_table", table)
+    assert adaattn.plan(*arrays, tolerance=5e-2).structure[0, 0] == "dense"
+
+
+def test_bad_structure(rng):
+    arrays = [x[:, :, :16] for x in local(rng)]
+    with pytest.raises(adaattn.ArgumentError, match="structure: expected 'auto' or 'dense', got 'thin'"):
+        adaattn.attention(*arrays, tolerance=1e-2, structure="thin")
+    with pytest.raises(adaattn.DTypeError, match="structure"):
+        adaattn.attention(*arrays, tolerance=1e-2, structure=3)
+    with pytest.raises(adaattn.ArgumentError, match="structure: expected 'auto' without a tolerance"):
+        adaattn.attention(*arrays, structure="dense")
