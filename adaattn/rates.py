@@ -112,11 +112,12 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "adaattn" / f"rates-{isa}.json"
 
 
-def _defaults() -> NDArray[np.float64]:
+def _defaults(kind: str | None = None) -> NDArray[np.float64]:
+    """Of machines of a kind; None: of this one's."""
     used = _adaattn.cpu_info()["isa_used"]
-    best = next((isa for isa in _DEFAULTS if isa in used), "scalar")
-    sparse = _SPARSE.get(best, {})
-    return np.array([(*_DEFAULTS[best][rung], sparse.get(rung, 1)) for rung in RUNGS], np.float64)
+    kind = kind or next((isa for isa in _DEFAULTS if isa in used), "scalar")
+    sparse = _SPARSE.get(kind, {})
+    return np.array([(*_DEFAULTS[kind][rung], sparse.get(rung, 1)) for rung in RUNGS], np.float64)
 
 
 def _load() -> tuple[str, NDArray[np.float64]]:

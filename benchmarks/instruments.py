@@ -40,7 +40,7 @@ def use_rates(name: str) -> Array:
     if name == "calibrated":
         machine._table = _calibrated()
     elif name != "machine":
-        machine._table = np.array([machine._DEFAULTS[name][rung] for rung in machine.RUNGS], np.float64)
+        machine._table = machine._defaults(name)
     return machine.table()
 
 

@@ -35,6 +35,7 @@ typedef struct {
     bool open;         /* to be verified */
     bool known;        /* rows are those to verify, and their exact ones are known */
     bool doubted;      /* these are its second rows */
+    bool was_sparse;   /* the last time that it was computed again */
     double outliers;   /* rows like the one with the largest spread, so few that a sample may miss them */
     ada_forecast peak; /* of the row whose lse errs most */
 } ada_head_state;

@@ -277,14 +277,17 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
-static bool go_up(const ada_attending *a, int64_t index) {
+static bool go_up(ada_attending *a, int64_t index) {
     ada_head *head = &a->budget->heads[index];
     const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
     const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
     const int now = ada_candidate_of(head->choice);
-    const ada_look look = a->states[index].look;
-    if (head->budget2 > 0) { /* the same, but dense */
+    ada_head_state *s = &a->states[index];
+    const ada_look look = s->look;
+    const bool first = !head->retried || s->was_sparse;
+    s->was_sparse = head->budget2 > 0;
+    if (s->was_sparse) { /* the same, but dense */
         head->budget2 = 0, head->kept = 1;
         head->predicted_error = head->forecast.error[now];
         head->retried = true;
@@ -292,7 +295,7 @@ static bool go_up(const ada_attending *a, int64_t index) {
     }
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
-    if (look == ADA_LOOK_ALL && !head->retried && now > c && isfinite(head->error_limit)) {
+    if (look == ADA_LOOK_ALL && first && now > c && isfinite(head->error_limit)) {
         /* The first time to a rung that keeps the budget even if its prediction is off as this one's limit
          * is. */
         ada_forecast worse = head->forecast;
