@@ -54,8 +54,8 @@ def attention(
     Parameters
     ----------
     query : array of shape (B, H, T, D)
-        float32, float16, bfloat16 (``ml_dtypes``) or float64: a NumPy array or anything on the CPU that
-        speaks DLPack, such as a torch tensor. Any strides; read in place.
+        float32, float16, bfloat16 (``ml_dtypes``) or float64: a NumPy array or anything that speaks DLPack,
+        such as a torch tensor, on the CPU or on a CUDA GPU. Any strides; read in place.
     key, value : arrays of shape (B, G, S, D) and (B, G, S, E), query's dtype
         H is a multiple of G (grouped-query and multi-query attention).
     attn_mask : array that broadcasts to (B, H, T, S), optional
@@ -119,6 +119,9 @@ def attention(
         interrupted.
     num_threads : int, optional
         At most this many threads; the result is the same, bit for bit, for any number.
+    device : "cuda" or "cuda:N", optional
+        Computes NumPy arrays on that GPU: they are copied there and back. Other arrays are computed where
+        they lie.
 
     Returns
     -------
@@ -139,7 +142,9 @@ def attention(
         A value that makes no sense, or arguments that exclude each other: a policy beside a tolerance, a plan
         for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance.
     DeviceError
-        Arrays that are not on the CPU. All four name the argument, what was expected and what came.
+        Arrays that do not all lie on the CPU or on one GPU, or a GPU that cannot be used (`gpu_info` says
+        why). All four name the argument, what was expected and what came. Also what the CUDA runtime
+        reports: the call, its code and text.
     NumericalError
         A precision by name misses the tolerance beyond doubt: the lower limit of a head's measured error lies
         above it. The error names the head; `out` is then undefined.
@@ -195,6 +200,17 @@ def attention(
     verified. For float16 and bfloat16 arrays the rounding of the output itself comes on top. What a head is
     computed with depends on that head, its options and the machine's rates (`cpu_info`, `calibrate`) alone,
     never on threads or other heads.
+
+    On a GPU all arrays lie on query's device; vectors (slopes, sinks, lengths, offsets, seeds) may lie
+    anywhere and are read by the host. Work goes to the stream that query's library works on, and the result
+    is that library's. The rungs are "fp64", "fp32", "fp16", "bf16" and, for scores, "int8" with "bf16" values
+    ("fp16" for float16 arrays); head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
+    multiplied as they are, with weights rounded to their format, as is usual on GPUs; "fp32" by name does not
+    round weights. Rows that a rung cannot hold are done again in fp64 (``retried`` in the report). Budgets
+    are planned from a part of the keys and a few queries, or for half arrays without looking, and no rows are
+    profiled. A call with a tolerance, a float mask or a report waits for the GPU; `verify=False`, with a
+    plan if there is a tolerance, does not, and can be captured in a CUDA graph: a float mask is not checked
+    then. Ctrl-C does not end work on a GPU.
 
     Examples
     --------
@@ -270,6 +286,8 @@ def plan(
         Whether the lse will be asked for: its error counts then too.
     num_threads : int, optional
         At most this many threads.
+    device : "cuda" or "cuda:N", optional
+        As in `attention`.
 
     Returns
     -------

@@ -58,8 +58,8 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
     },
 }  # fmt: skip
 
-# The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. 9.0: fp32,
-# fp16 and bf16 as measured on an H100; the others are what kernels of the kind reach elsewhere. Arrays in the
+# The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. 9.0 was
+# measured on an H100, but for fp64; the others are what kernels of the kind reach elsewhere. Arrays in the
 # rung's own format are not packed.
 _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 0): {
@@ -71,8 +71,8 @@ _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
         "bf16": (1e5, 1.2e5, 0.02), "int8/bf16": (1.1e5, 1.4e5, 0.02),
     },
     (9, 0): {
-        "fp64": (3e3, 3e3, 0), "fp32": (7e4, 9e4, 0.008), "fp16": (3.1e5, 3.5e5, 0.008),
-        "bf16": (3.1e5, 3.5e5, 0.008), "int8/bf16": (2.8e5, 3.6e5, 0.008),
+        "fp64": (3e3, 3e3, 0), "fp32": (9.5e4, 1.05e5, 0.008), "fp16": (3.35e5, 3.5e5, 0.008),
+        "bf16": (3.35e5, 3.5e5, 0.008), "int8/bf16": (2.95e5, 3.55e5, 0.008),
     },
 }  # fmt: skip
 

@@ -460,6 +460,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->kept = ada_carve(&c, heads * (int64_t)sizeof *a->kept);
     a->list = ada_carve(&c, 2 * heads * (int64_t)sizeof *a->list);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
+    if (a->backend->carve) a->backend->carve(a, &c);
     return c.used;
 }
 

@@ -44,6 +44,8 @@ typedef struct ada_attending ada_attending;
 
 /* Who looks at a call's arrays and computes its heads. */
 typedef struct {
+    /* Takes its memory for the call; NULL: it needs none. */
+    void (*carve)(ada_attending *a, ada_carver *carver);
     /* Statistics, guesses and profiles of the heads that are looked at. */
     ada_status (*probe)(ada_attending *a, ada_error *error);
     /* The listed heads (NULL: all) by the problem's precision; a->ran says by which in the end. */
@@ -139,6 +141,8 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
 /* The heads on the list, by their choices. */
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
 
+/* 1 for rows whose span is not empty, else 0. */
+void ada_mark_seeing_rows(const ada_problem *p, int64_t b, float *sizes);
 /* Compares heads with exact rows, and computes those that may miss the tolerance again, higher up. */
 ada_status ada_verify_heads(ada_attending *a, ada_error *error);
 /* So many rows cost a few percent of a call. */

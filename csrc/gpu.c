@@ -14,6 +14,10 @@
 #include "gpu_budget.h"
 #include "memory.h"
 
+/* Beside a GPU fresh pages of what a budget's call works with cost as much as the rest of it does on the
+ * host. */
+#define KEPT_BYTES ((int64_t)64 << 20)
+
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static const ada_cuda_table *_Atomic loaded;
 
@@ -46,6 +50,7 @@ static ada_status load(const char *path, ada_error *error) {
         const ada_cuda_table *table = plugin.function();
         if (check_table(table, path, error) == ADA_OK) {
             atomic_store(&loaded, table);
+            ada_scratch_keep(KEPT_BYTES);
             return ADA_OK;
         }
     } else {

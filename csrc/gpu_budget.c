@@ -27,7 +27,9 @@ typedef struct {
     int64_t *at;                       /* [B * H] where a head's rows begin */
 } on_device;
 
-static void carve(const ada_problem *p, ada_carver *c, on_device *d) {
+static void carve(ada_attending *a, ada_carver *c) {
+    const ada_problem *p = a->p;
+    on_device *d = a->device;
     const int64_t heads = p->B * p->H, rows = heads * ADA_MOST_ROWS, key_heads = p->B * p->G;
     d->keys = ada_carve(c, key_heads * (int64_t)sizeof *d->keys);
     d->sums = ada_carve(c, key_heads * 3 * p->E * (int64_t)sizeof *d->sums);
@@ -98,8 +100,7 @@ static void consider(ada_attending *a, const on_device *d, int64_t head) {
     }
     ada_guess_by(p, b, &a->keys[head / a->per_head], rows, figures, n, &a->profiles[head * ADA_MOST_ROWS]);
     ada_consider_head(a, head, &spreads);
-    float *sizes = a->sizes + head * p->T;
-    for (int64_t i = 0; i < p->T; i++) sizes[i] = ada_sees_keys(p, b, i);
+    ada_mark_seeing_rows(p, b, a->sizes + head * p->T);
 }
 
 static ada_status probe(ada_attending *a, ada_error *error) {
@@ -204,7 +205,8 @@ static double output_lse(const ada_attending *a, int64_t head, int i) {
 
 ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_budget *budget,
                                  bool (*interrupt)(void *), void *context, ada_error *error) {
-    static const ada_backend backend = {.probe = probe,
+    static const ada_backend backend = {.carve = carve,
+                                        .probe = probe,
                                         .execute = execute,
                                         .fetch_norms = fetch_norms,
                                         .output_norm = output_norm,
@@ -214,7 +216,6 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
                                         .look_operations = 0,
                                         .look_seconds = LOOK_SECONDS};
     on_device d = {.call = call};
-    ada_carver c = {NULL, 0};
     ada_rate rates[ADA_CANDIDATES];
     for (int i = 0; i < ADA_CANDIDATES; i++) {
         const ada_rung own = p->query.dtype == ADA_F16    ? ADA_RUNG_FP16
@@ -225,12 +226,5 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
         if (ada_candidates[i].qk == own && ada_candidates[i].pv == own) rates[i].pack_ns = 0;
     }
     budget->rates = rates;
-    carve(p, &c, &d);
-    char *memory = ada_scratch_take(c.used);
-    if (!memory) return ada_no_scratch(c.used, error);
-    c = (ada_carver){memory, 0};
-    carve(p, &c, &d);
-    const ada_status status = ada_attend_within(p, &backend, &d, budget, interrupt, context, error);
-    ada_scratch_give_back(memory);
-    return status;
+    return ada_attend_within(p, &backend, &d, budget, interrupt, context, error);
 }

@@ -21,7 +21,8 @@ void *ada_alloc(int64_t bytes) {
 void ada_free(void *memory) { free(memory); }
 
 /* What a thread keeps between calls; larger blocks are returned at once. */
-#define KEPT_BYTES (4 << 20)
+static _Atomic int64_t kept_bytes = 4 << 20;
+void ada_scratch_keep(int64_t bytes) { atomic_store(&kept_bytes, bytes); }
 
 typedef struct {
     int64_t bytes;
@@ -49,5 +50,5 @@ void *ada_scratch_take(int64_t bytes) {
 void ada_scratch_give_back(void *memory) {
     block *used = (block *)((char *)memory - offsetof(block, memory));
     block *kept = pthread_getspecific(kept_key);
-    if (kept || used->bytes > KEPT_BYTES || pthread_setspecific(kept_key, used)) ada_free(used);
+    if (kept || used->bytes > atomic_load(&kept_bytes) || pthread_setspecific(kept_key, used)) ada_free(used);
 }

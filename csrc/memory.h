@@ -8,6 +8,8 @@
 
 void *ada_scratch_take(int64_t bytes);
 void ada_scratch_give_back(void *memory);
+/* From now on blocks of up to so many bytes are kept. */
+void ada_scratch_keep(int64_t bytes);
 
 /* Hands out consecutive pieces of a block of memory, or counts their bytes when base is NULL. */
 typedef struct {

@@ -571,9 +571,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
 }
 
 int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS_ROWS]) {
-    int64_t start = 0, end = p->T; /* spans are monotonic: rows that see a key lie together */
-    while (start < end && !ada_sees_keys(p, b, start)) start++;
-    while (end > start && !ada_sees_keys(p, b, end - 1)) end--;
+    int64_t start, end;
+    ada_seeing_rows(p, b, &start, &end);
     const int64_t step = (end - start + ADA_GUESS_ROWS - 1) / ADA_GUESS_ROWS;
     int n = 0;
     for (int64_t i = start; i < end; i += step) rows[n++] = i;

@@ -146,6 +146,12 @@ double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, c
     return sum;
 }
 
+void ada_mark_seeing_rows(const ada_problem *p, int64_t b, float *sizes) {
+    int64_t start, end;
+    ada_seeing_rows(p, b, &start, &end);
+    for (int64_t i = 0; i < p->T; i++) sizes[i] = i >= start && i < end;
+}
+
 static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
@@ -157,7 +163,8 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
     int64_t block = 0;
-    for (int64_t i = 0; !s->look && !s->known && i < p->T; i++)
+    if (p->on_gpu && !s->look && !s->known) ada_mark_seeing_rows(p, head / p->H, a->sizes + head * p->T);
+    for (int64_t i = 0; !p->on_gpu && !s->look && !s->known && i < p->T; i++)
         a->sizes[head * p->T + i] =
             ada_row_sees(p, a->k, head / p->H, head % p->H, i, &block, (float *)scratch);
     if (!s->known)

@@ -25,6 +25,12 @@ ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i) {
     return span;
 }
 
+void ada_seeing_rows(const ada_problem *p, int64_t b, int64_t *start, int64_t *end) {
+    *start = 0, *end = p->T;
+    while (*start < *end && !ada_sees_keys(p, b, *start)) ++*start;
+    while (*end > *start && !ada_sees_keys(p, b, *end - 1)) --*end;
+}
+
 /* The lowest n bits. */
 static uint64_t first_bits(int64_t n) { return n >= 64 ? UINT64_MAX : n <= 0 ? 0 : ((uint64_t)1 << n) - 1; }
 

@@ -43,6 +43,8 @@ static inline int ada_next_run(uint64_t word, int *first) {
 
 /* What causal, window and kv_lengths leave to query i. Both ends never decrease with i. */
 ada_span ada_visible_span(const ada_problem *p, int64_t b, int64_t i);
+/* Rows start ... end - 1 are those whose span is not empty: spans are monotonic, so they lie together. */
+void ada_seeing_rows(const ada_problem *p, int64_t b, int64_t *start, int64_t *end);
 static inline bool ada_sees_keys(const ada_problem *p, int64_t b, int64_t i) {
     const ada_span span = ada_visible_span(p, b, i);
     return span.end > span.first;

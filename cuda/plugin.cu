@@ -4,6 +4,7 @@
  * reach the device as parameters of a kernel, so that a captured graph keeps them and no host memory is read
  * later.
  */
+#include "k0.cuh"
 #include "probe.h"
 
 #include <atomic>
@@ -562,6 +563,7 @@ struct Outputs {
     const int32_t *pairs; /* [rows][2] */
     double *o, *lse;      /* [rows][E], [rows] */
     float *norms;         /* [B * H][T] */
+    int32_t fours;        /* out can be read four elements at a time */
 };
 
 ADA_DEVICE const char *output_row(const ada_cu_params &p, int head, int64_t row) {
@@ -589,22 +591,19 @@ ADA_KERNEL(Outputs::THREADS, 1) square_rows(ADA_ARGS(Outputs) a) {
     if (row >= (int64_t)p.B * p.H * p.T) return;
     const char *from = output_row(p, (int)(row / p.T), row % p.T);
     double sum = 0;
-    for (int e = ada_thread() % 32; e < p.E; e += 32) {
-        const double x = ada_element<double>(from + e * p.out.stride[3], p.dtype);
-        sum += x * x;
+    for (int e = 4 * (ada_thread() % 32); e < p.E; e += 128) {
+        double x[4];
+        ada_load_four(x, from, p.out.stride[3], p.dtype, e, p.E, a.fours);
+        for (int i = 0; i < 4; i++) sum += x[i] * x[i];
     }
     for (int lanes = 16; lanes; lanes /= 2) sum += ada_shuffle_xor(sum, lanes);
     if (ada_thread() % 32 == 0) a.norms[row] = (float)sum;
 }
 
-bool in_fours(const ada_cu_params *p) {
-    const ada_cu_array *arrays[] = {&p->query, &p->key};
+bool in_fours(const ada_cu_params *p, const ada_cu_array *a) {
     const int64_t size = p->dtype == ADA_CU_F32 ? 4 : p->dtype == ADA_CU_F64 ? 8 : 2;
-    bool good = true;
-    for (const ada_cu_array *a : arrays)
-        good &= a->stride[3] == size &&
-                (a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data) % (4 * size) == 0;
-    return good;
+    const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
+    return a->stride[3] == size && together % (4 * size) == 0;
 }
 
 /* Rows of a head, few at a time; returns how many groups. */
@@ -632,7 +631,7 @@ int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool 
     ada_rows_args a = {};
     a.p = call->params;
     a.rows = n, a.n_groups = group_rows(rows, n, (ada_row_group *)(tell + pairs_bytes));
-    a.splits = ada_rows_splits(&a.p), a.fours = in_fours(&a.p);
+    a.splits = ada_rows_splits(&a.p), a.fours = in_fours(&a.p, &a.p.key);
     const size_t bytes = pairs_bytes + (size_t)a.n_groups * sizeof(ada_row_group);
     cudaError_t status = told.allocate(bytes);
     if (status == cudaSuccess) status = send_words(told.data, tell, (int64_t)bytes, call->stream);
@@ -644,7 +643,7 @@ int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool 
     a.partials = (double *)partials.data;
     a.lse = (double *)found.data, a.o = a.lse + count;
     TRY(ada_rows_run(a, f64, call->stream));
-    Outputs outputs = {call->params, a.pairs, a.o + count * E + count, a.o + count * E, nullptr};
+    Outputs outputs = {call->params, a.pairs, a.o + count * E + count, a.o + count * E, nullptr, 0};
     TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, outputs));
     double *here = (double *)malloc(2 * of_rows);
     if (!here) return failed(cudaErrorMemoryAllocation, "malloc", failure);
@@ -663,7 +662,8 @@ int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     const int64_t rows = call->problem.B * call->problem.H * call->problem.T;
     Memory found(call->stream);
     TRY(found.allocate((size_t)rows * sizeof *norms));
-    Outputs a = {call->params, nullptr, nullptr, nullptr, (float *)found.data};
+    Outputs a = {call->params, nullptr, nullptr, nullptr, (float *)found.data, 0};
+    a.fours = in_fours(&a.p, &a.p.out);
     TRY(ada_launch(square_rows, (rows + Outputs::WARPS - 1) / Outputs::WARPS, Outputs::THREADS, 0,
                    call->stream, a));
     return fetch(call->stream, norms, found.data, (size_t)rows * sizeof *norms, failure);

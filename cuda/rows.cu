@@ -7,6 +7,11 @@
 namespace {
 
 enum { THREADS = 128, KEYS = 256 /* of a part */, ROWS = ADA_ROWS_TOGETHER, LANES = THREADS / ROWS };
+enum {
+    SHARE = 8 /* lanes of a key */,
+    AHEAD = 8 /* values on their way */,
+    HELD = 4096 /* factors of parts */
+};
 static_assert(LANES == 32, "a warp per row weighs the scores");
 
 /* What a part knows of a row, before its E outputs. */
@@ -111,23 +116,29 @@ template <typename REAL> ADA_KERNEL(THREADS, 1) part_of_rows(ADA_ARGS(ada_rows_a
         return;
     }
 
-    for (int j = first + thread; j < first + KEYS; j += THREADS) {
-        const char *key =
-            (const char *)p.key.data + b * p.key.stride[0] + g * p.key.stride[1] + j * p.key.stride[2];
+    /* Eight lanes share a key. */
+    const int c = thread % SHARE;
+    const char *keys = (const char *)p.key.data + b * p.key.stride[0] + g * p.key.stride[1];
+    for (int at = thread / SHARE; at < KEYS; at += THREADS / SHARE) {
+        const int j = first + at;
+        const char *key = keys + j * p.key.stride[2];
         REAL s[ROWS] = {0};
-        for (int d = 0; j < end && d < p.D; d += 4) {
+        for (int d = 4 * c; j < end && d < p.D; d += 4 * SHARE) {
             REAL k[4];
             ada_load_four(k, key, p.key.stride[3], p.dtype, d, p.D, a.fours);
             ADA_UNROLL for (int r = 0; r < ROWS; r++) ADA_UNROLL for (int x = 0; x < 4; x++) s[r] +=
                 *ada_shared_at<REAL>(q_at(r, d + x)) * k[x];
         }
+        ADA_UNROLL for (int r = 0; r < ROWS; r++) for (int lanes = 1; lanes < SHARE; lanes *= 2) s[r] +=
+            ada_shuffle_xor(s[r], lanes);
+        if (c) continue;
         uint8_t seen = 0; /* bit r: row r sees the key */
         ADA_UNROLL for (int r = 0; r < ROWS; r++) {
             const bool visible = j < end && score_of(p, facts[r], j, s[r]);
             seen |= (uint8_t)(visible << r);
-            *ada_shared_at<REAL>(w_at(r, j - first)) = visible ? s[r] : (REAL)-ADA_INF;
+            *ada_shared_at<REAL>(w_at(r, at)) = visible ? s[r] : (REAL)-ADA_INF;
         }
-        *ada_shared_at<uint8_t>(seen_at(j - first)) = seen;
+        *ada_shared_at<uint8_t>(seen_at(at)) = seen;
     }
     ada_sync();
 
@@ -163,48 +174,53 @@ template <typename REAL> ADA_KERNEL(THREADS, 1) part_of_rows(ADA_ARGS(ada_rows_a
         const char *value = (const char *)p.value.data + b * p.value.stride[0] + g * p.value.stride[1] +
                             first * p.value.stride[2] + e * p.value.stride[3];
         REAL o[ROWS] = {0};
-        for (int j = 0; j < end - first; j++, value += p.value.stride[2]) {
-            const REAL v = ada_element<REAL>(value, p.dtype);
-            const int seen = *ada_shared_at<uint8_t>(seen_at(j));
-            ADA_UNROLL for (int r = 0; r < ROWS; r++) if (seen >> r & 1) o[r] +=
-                *ada_shared_at<REAL>(w_at(r, j)) * v;
+        for (int j = 0; j < end - first; j += AHEAD) {
+            REAL v[AHEAD];
+            ADA_UNROLL for (int i = 0; i < AHEAD; i++, value += p.value.stride[2]) v[i] =
+                j + i < end - first ? ada_element<REAL>(value, p.dtype) : 0;
+            ADA_UNROLL for (int i = 0; i < AHEAD; i++) {
+                const int seen = j + i < end - first ? *ada_shared_at<uint8_t>(seen_at(j + i)) : 0;
+                ADA_UNROLL for (int r = 0; r < ROWS; r++) if (seen >> r & 1) o[r] +=
+                    *ada_shared_at<REAL>(w_at(r, j + i)) * v[i];
+            }
         }
         ADA_UNROLL for (int r = 0; r < ROWS; r++) to[r * (PART_O + p.E) + PART_O + e] = (double)o[r];
     }
 }
 
-/* A block per group of rows. */
+/* A block per row of a group. */
 ADA_KERNEL(THREADS, 1) merge_rows(ADA_ARGS(ada_rows_args) a) {
     const ada_cu_params &p = a.p;
-    const ada_row_group group = a.groups[ada_block()];
-    const int64_t size = PART_O + p.E;
+    const ada_row_group group = a.groups[ada_block() / ROWS];
+    const int r = ada_block() % ROWS;
+    const int64_t size = PART_O + p.E, step = ROWS * size, row = group.first + r;
     const double sink = ada_sink(p, group.head % p.H);
-    for (int r = 0; r < group.count; r++) {
-        const double *from = a.partials + ((int64_t)ada_block() * a.splits * ROWS + r) * size;
-        double m = sink, l = 0;
-        bool saw = false, bad = false;
-        for (int i = 0; i < a.splits; i++) {
-            const double *part = from + i * ROWS * size;
-            saw |= part[PART_SAW] != 0, bad |= part[PART_BAD] != 0;
-            m = part[PART_M] > m ? part[PART_M] : m;
-        }
-        bad |= saw && m == -(double)ADA_INF;
-        for (int i = 0; i < a.splits && m > -(double)ADA_INF; i++) {
-            const double *part = from + i * ROWS * size;
-            if (part[PART_L] > 0) l += part[PART_L] * exp(part[PART_M] - m);
-        }
-        if (m > -(double)ADA_INF) l += exp(sink - m);
-        const int64_t row = group.first + r;
-        for (int e = ada_thread(); e < p.E; e += THREADS) {
-            double sum = 0;
-            for (int i = 0; i < a.splits && saw && !bad; i++) {
-                const double *part = from + i * ROWS * size;
-                if (part[PART_SAW] != 0) sum += part[PART_O + e] * exp(part[PART_M] - m);
-            }
-            a.o[row * p.E + e] = !saw ? 0 : bad ? (double)ADA_NAN : sum / l / (1 - p.dropout_p);
-        }
-        if (ada_thread() == 0) a.lse[row] = !saw ? sink : bad ? (double)ADA_NAN : m + log(l);
+    const double *from = a.partials + ada_block() / ROWS * (int64_t)a.splits * step + r * size;
+    if (r >= group.count) return;
+    double m = sink, l = 0;
+    bool saw = false, bad = false;
+    for (int i = 0; i < a.splits; i++) {
+        const double *part = from + i * step;
+        saw |= part[PART_SAW] != 0, bad |= part[PART_BAD] != 0;
+        m = part[PART_M] > m ? part[PART_M] : m;
     }
+    bad |= saw && m == -(double)ADA_INF;
+    const bool good = saw && !bad;
+    for (int i = ada_thread(); i < a.splits && i < HELD; i += THREADS) /* of a part that sees nothing: 0 */
+        *ada_shared_at<double>(8 * (uint32_t)i) = good ? exp(from[i * step + PART_M] - m) : 0;
+    ada_sync();
+    const auto factor_of = [&](int i) {
+        return i < HELD ? *ada_shared_at<double>(8 * (uint32_t)i) : exp(from[i * step + PART_M] - m);
+    };
+    for (int i = 0; i < a.splits && good; i++) l += from[i * step + PART_L] * factor_of(i);
+    if (m > -(double)ADA_INF) l += exp(sink - m);
+    for (int e = ada_thread(); e < p.E; e += THREADS) {
+        double sum = 0;
+        for (int i = 0; i < a.splits && good; i++)
+            if (from[i * step + PART_SAW] != 0) sum += from[i * step + PART_O + e] * factor_of(i);
+        a.o[row * p.E + e] = !saw ? 0 : bad ? (double)ADA_NAN : sum / l / (1 - p.dropout_p);
+    }
+    if (ada_thread() == 0) a.lse[row] = !saw ? sink : bad ? (double)ADA_NAN : m + log(l);
 }
 
 } // namespace
@@ -221,5 +237,6 @@ cudaError_t ada_rows_run(ada_rows_args a, bool f64, cudaStream_t stream) {
     const cudaError_t error =
         f64 ? ada_launch(part_of_rows<double>, blocks, THREADS, shared_of<double>(width), stream, a)
             : ada_launch(part_of_rows<float>, blocks, THREADS, shared_of<float>(width), stream, a);
-    return error ? error : ada_launch(merge_rows, a.n_groups, THREADS, 0, stream, a);
+    const int held = a.splits < HELD ? a.splits : HELD;
+    return error ? error : ada_launch(merge_rows, (int64_t)a.n_groups * ROWS, THREADS, 8 * held, stream, a);
 }

@@ -54,8 +54,8 @@ RUNGS = [
     ("bf16", F32),
     ("int8", F16),
 ]
-MANY = Shape(2, 4, 2, 40, 100, 24, 16)
-FEW = Shape(2, 4, 2, 5, 300, 24, 40)
+MANY = Shape(2, 2, 1, 40, 100, 24, 16)
+FEW = Shape(2, 2, 1, 5, 300, 24, 40)
 FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
 
 
@@ -99,7 +99,7 @@ def check(
 )
 def test_options(case: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     for rung, dtype in RUNGS:
-        for shape in (MANY, FEW) if rung in TILED else (MANY,):
+        for shape in (MANY, FEW) if rung in ("split", "fp16") else (MANY,):
             # In float, scores that a bias swallows are not what the bias says.
             again = None if "lowest" in case else 0
             check(kernels, rung, *inputs(rng, shape, dtype), again=again, **CASES[case](rng, shape))
@@ -154,7 +154,7 @@ def test_a_head_depends_on_itself_alone(
     rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator
 ) -> None:
     """Bit for bit: neither on the batch, nor on the heads that are listed with it."""
-    for shape in (MANY, Shape(2, 4, 2, 3, 600, 24, 40)):
+    for shape in (Shape(2, 4, 2, 40, 100, 24, 16), Shape(2, 4, 2, 3, 600, 24, 40)):
         arrays = inputs(rng, shape, dtype, 3.0)
         whole = cuda_model.attention(kernels, *arrays, rung=rung, causal=True)[:2]
         for b in range(2):
@@ -243,14 +243,8 @@ def test_one_special_value(
 ) -> None:
     """It is seen by whom it should be, and by nobody else, whatever tile it stands in."""
     arrays = inputs(rng, shape, dtype)
-    arrays[which][0, 1, -2 if which == 0 else -5, 3] = special
-    for options in (
-        {},
-        {"causal": True},
-        {"softcap": 3.0},
-        {"sinks": np.ones(4)},
-        {"dropout_p": 0.5, "seed": 1},
-    ):
+    arrays[which][0, -1, -2 if which == 0 else -5, 3] = special
+    for options in ({}, {"causal": True, "sinks": np.ones(2)}, {"softcap": 3.0, "dropout_p": 0.5, "seed": 1}):
         out, _ = check(kernels, rung, *arrays, again=None, **options)
         assert np.isfinite(out[1].astype(F64)).all()
 
@@ -285,7 +279,7 @@ def test_rows_without_keys(rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.
         ):
             out, lse = check(kernels, rung, *arrays, **options)
             assert (lse == -np.inf).any() and not out[lse == -np.inf].any()
-            check(kernels, rung, *arrays, sinks=np.array([0.5, -2, 0, 9]), **options)
+            check(kernels, rung, *arrays, sinks=np.array([0.5, 9]), **options)
 
 
 def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
@@ -367,11 +361,11 @@ FAULTS = {
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
-    """The kernels with each fault; "": with none. Of one width, which compiles sooner."""
-    width = "-DADA_K1_WIDTHS(X)=X(32)"
+    """The kernels with each fault; "": with none. Of one width, without optimisation: they compile sooner."""
+    flags = ["-DADA_K1_WIDTHS(X)=X(32)", "-O0"]
     base = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
-    libraries = {"": cuda_model.build(base, width, empty=others)}
+    libraries = {"": cuda_model.build(base, *flags, empty=others)}
 
     def build(fault: str) -> ctypes.CDLL:
         file, old, new, source = FAULTS[fault]
@@ -383,7 +377,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
         text, count = re.subn(pattern, new.replace("\\", "\\\\"), text)
         assert count == 1, fault
         (folder / "cuda" / file).write_text(text)
-        return cuda_model.build(folder, width, cuda=folder / "cuda", sources=[source], objects=base)
+        return cuda_model.build(folder, *flags, cuda=folder / "cuda", sources=[source], objects=base)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         libraries.update(zip(FAULTS, pool.map(build, FAULTS), strict=True))

@@ -20,7 +20,7 @@ from conftest import ROOT
 from support import BF16, CASES, DTYPES, F32, F64, Array, Shape, in_new_process, inputs, same_bits
 
 import adaattn
-from adaattn import reference
+from adaattn import rates, reference
 
 SHAPE = Shape(2, 4, 2, 70, 130, 32, 24)
 
@@ -331,16 +331,22 @@ def _relative(out: Any, exact: Array) -> float:
     return float((error / np.linalg.norm(exact, axis=(2, 3))).max())
 
 
+def slow_fp32() -> None:
+    """Looking for something cheaper pays in problems of this file's sizes."""
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (1e4, 1e4, 0)
+
+
 def _budgets() -> None:
+    slow_fp32()
     rng = np.random.default_rng(5)
     rounding = {F64: 1e-16, F32: 6e-8, np.dtype(np.float16): 2.5e-4, BF16: 2e-3}
     chosen = set()
-    for T, S in ((200, 1000), (30, 500), (3, 700), (3000, 3000)):
+    for T, S in ((200, 1000), (30, 500), (3, 700), (1000, 1000)):
         shape = Shape(1, 1, 1, T, S, 64, 64)
         masks = {"attn_mask": rng.random((T, S)) < 0.7}
         for dtype in DTYPES:
             for options in ({}, {"causal": True}, {"dropout_p": 0.1, "seed": 3}, masks):
-                if T == 3000 and (options or dtype not in (F32, BF16)):
+                if T == 1000 and (options or dtype not in (F32, BF16)):
                     continue
                 arrays = arguments(dtype, shape)
                 exact = reference.attention(*arrays, **options)
@@ -394,7 +400,7 @@ def _figures() -> None:
     arrays = arguments(F32, Shape(1, 2, 1, 60, 500, 64, 40))
     arrays[1] += np.float32(0.3)
     for options in ({}, {"causal": True, "window": (70, 0)}, {"kv_lengths": [123], "softcap": 2.0}):
-        options |= {"tolerance": 1e-7, "return_lse": True}  # so fine that no rows are profiled
+        options |= {"tolerance": 1e-8, "return_lse": True}  # so fine that no rows are profiled
         on_cpu, there = adaattn.plan(*arrays, **options), adaattn.plan(*fakes(arrays), **options)
         for name in ("fp64", "fp32"):
             c = on_cpu.candidates.index(name)
@@ -413,7 +419,8 @@ def test_figures(backend: str) -> None:
 
 def _wrong_outputs() -> None:
     """Rungs below fp32 that err more than they should are found out, and heads done again higher up."""
-    arrays = arguments(F32, Shape(1, 1, 1, 3000, 3000, 64, 64))
+    slow_fp32()
+    arrays = arguments(F32, Shape(1, 1, 1, 1000, 1000, 64, 64))
     exact = reference.attention(*arrays)
     options = {"tolerance": 1e-2, "return_report": True}
     out, report = adaattn.attention(*fakes(arrays), **options)
