@@ -222,7 +222,7 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
 }
 
 int ada_cu_computes(const ada_cu_params *p) {
-    if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD || p->rung == ADA_CU_FP8) return 0;
+    if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD) return 0;
     return !is_tiled(p) || (p->capability >= 80 && ada_k1_width(p));
 }
 

@@ -28,8 +28,7 @@ typedef enum {
     ADA_CU_SPLIT,    /* sm_80: float32-accurate, two fp16 parts of each operand, three products */
     ADA_CU_FP16,     /* sm_80 */
     ADA_CU_BFLOAT16, /* sm_80 */
-    ADA_CU_INT8,     /* sm_80: scores of 8-bit integers, values in bf16 or, for fp16 arrays, fp16 */
-    ADA_CU_FP8       /* sm_89 */
+    ADA_CU_INT8      /* sm_80: scores of 8-bit integers, values in bf16 or, for fp16 arrays, fp16 */
 } ada_cu_rung;
 
 #define ADA_CU_MAX_HEAD 256 /* largest D and E */
