@@ -407,6 +407,19 @@ def test_arrays_on_other_devices(rng: np.random.Generator) -> None:
         adaattn.attention(*arrays, device="cuda:99")
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask", "out"])
+def test_gradients_are_refused(which: str, rng: np.random.Generator) -> None:
+    query, key, value = (to_gpu(x) for x in inputs(rng, SMALL[1]))
+    arguments = {"query": query, "key": key, "value": value}
+    arguments |= {
+        "attn_mask": torch.zeros(65, 130, device="cuda"),
+        "out": adaattn.attention(query, key, value),
+    }
+    arguments[which].requires_grad_()
+    with pytest.raises(adaattn.ArgumentError, match=rf"^{which}: expected .*, got .*require.* grad.*detach"):
+        adaattn.attention(**arguments)
+
+
 def test_masks_that_hold_no_numbers(rng: np.random.Generator) -> None:
     query, key, value = (to_gpu(x) for x in inputs(rng, SMALL[1]))
     mask = torch.zeros(65, 130, device="cuda")
