@@ -105,7 +105,7 @@ def build(to: Path, objects: Path) -> Path:
     _run([*link, f"-L{top}/lib", *map(str, (made for made, _ in results)), "-o", str(library)])
     if complaints := [line for _, lines in results for line in lines]:
         told = "ptxas:\n" + "\n".join(complaints)
-        if not os.environ.get("ADAATTN_CUDA_ARCH"):
+        if not os.environ.get("ADAATTN_CUDA_ARCH") or os.environ.get("ADAATTN_WERROR") == "1":
             raise CudaBuildError(told)
         print(told, file=sys.stderr)
     return library
