@@ -141,8 +141,8 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
 /* The heads on the list, by their choices. */
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
 
-/* 1 for rows whose span is not empty, else 0. */
-void ada_mark_seeing_rows(const ada_problem *p, int64_t b, float *sizes);
+/* Sizes of a head's rows: 1 where it sees a key, else 0. scratch: for a mask that is read. */
+void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch);
 /* Compares heads with exact rows, and computes those that may miss the tolerance again, higher up. */
 ada_status ada_verify_heads(ada_attending *a, ada_error *error);
 /* So many rows cost a few percent of a call. */

@@ -100,7 +100,7 @@ static void consider(ada_attending *a, const on_device *d, int64_t head) {
     }
     ada_guess_by(p, b, &a->keys[head / a->per_head], rows, figures, n, &a->profiles[head * ADA_MOST_ROWS]);
     ada_consider_head(a, head, &spreads);
-    ada_mark_seeing_rows(p, b, a->sizes + head * p->T);
+    ada_mark_seeing_rows(a, head, NULL);
 }
 
 static ada_status probe(ada_attending *a, ada_error *error) {

@@ -243,7 +243,7 @@ static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b,
 bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int64_t *block,
                   float *rows) {
     const ada_span span = ada_visible_span(p, b, i);
-    if (span.end <= span.first || !p->attn_mask.data || p->on_gpu) return span.end > span.first;
+    if (span.end <= span.first || !ada_mask_is_read(p)) return span.end > span.first;
     const int64_t first = span.first / ADA_BLOCK, count = (span.end + ADA_BLOCK - 1) / ADA_BLOCK - first;
     for (int64_t n = 0, at = *block - first; n < count; n++, at++) {
         if (at < 0 || at >= count) at = 0;

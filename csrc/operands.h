@@ -75,8 +75,10 @@ void ada_store_pack(const ada_store *store, int64_t head, int64_t strip, char *s
 bool ada_pack_queries(const ada_store *store, const ada_head_store *head, const ada_narrow_tile *t,
                       const float *rows, ptrdiff_t ld, int n, float *copy, void *words);
 
-/* Whether a query may attend to some key; a mask of a GPU's memory is not looked at. block: where to look
- * first and, afterwards, where it sees one; neighbours see alike. rows: [64] floats of scratch. */
+/* Whether there is a mask that tells which keys rows see; one in a GPU's memory is not looked at. */
+static inline bool ada_mask_is_read(const ada_problem *p) { return p->attn_mask.data && !p->on_gpu; }
+/* Whether a query may attend to some key. block: where to look first and, afterwards, where it sees one;
+ * neighbours see alike. rows: [64] floats of scratch. */
 bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int64_t *block,
                   float *rows);
 /* Bit per key of a block: some query of heads h ... h + heads - 1 may attend to it. rows: [64][64] floats. */

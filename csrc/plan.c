@@ -133,7 +133,6 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];
         f->finite &= x->good;
-
         out2 += x->weight * x->out2;
         if (x->visible > 0) stds += x->weight * x->score_std;
         if (x->visible > 1) {
@@ -161,7 +160,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;
     f->out2 = out2 / weights;
-    for (int k = 0; k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
+    for (int k = 0; keys->block_mean && k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
 }
 
 /* ---- choice ---- */

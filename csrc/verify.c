@@ -146,10 +146,15 @@ double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, c
     return sum;
 }
 
-void ada_mark_seeing_rows(const ada_problem *p, int64_t b, float *sizes) {
-    int64_t start, end;
+void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch) {
+    const ada_problem *p = a->p;
+    const int64_t b = head / p->H, h = head % p->H;
+    float *sizes = a->sizes + head * p->T;
+    int64_t start, end, block = 0;
     ada_seeing_rows(p, b, &start, &end);
     for (int64_t i = 0; i < p->T; i++) sizes[i] = i >= start && i < end;
+    for (int64_t i = start; ada_mask_is_read(p) && i < end; i++)
+        sizes[i] = ada_row_sees(p, a->k, b, h, i, &block, (float *)scratch);
 }
 
 static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
@@ -162,11 +167,7 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     s->out2 = a->backend->output_norm(a, head, norms, scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
-    int64_t block = 0;
-    if (p->on_gpu && !s->look && !s->known) ada_mark_seeing_rows(p, head / p->H, a->sizes + head * p->T);
-    for (int64_t i = 0; !p->on_gpu && !s->look && !s->known && i < p->T; i++)
-        a->sizes[head * p->T + i] =
-            ada_row_sees(p, a->k, head / p->H, head % p->H, i, &block, (float *)scratch);
+    if (!s->look && !s->known) ada_mark_seeing_rows(a, head, scratch);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
                       a->budget->heads[head].budget2 > 0 ? a->shift2 + head * p->T : NULL,

@@ -29,6 +29,25 @@ ADA_DEVICE int64_t ada_packed_head(const ada_pack_args &a, int64_t n) {
     return n > 0 && a.list[n - 1] / a.per == head ? -1 : head;
 }
 
+/* The tile of ADA_UNIT_ROWS rows of a head that a block packs: rows first ... end - 1. */
+typedef struct {
+    int64_t head; /* -1: it was packed before */
+    int first, end;
+    const char *from;
+    float *unit; /* the tile's */
+} ada_packed_tile;
+
+ADA_DEVICE ada_packed_tile ada_tile_of_block(const ada_pack_args &a) {
+    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS, tile = ada_block() % tiles;
+    const int64_t head = ada_packed_head(a, ada_block() / tiles);
+    if (head < 0) return {head, 0, 0, nullptr, nullptr};
+    const int first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
+    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
+    return {head, first, first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all,
+            (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1],
+            a.units + head * tiles + tile};
+}
+
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) {
     const int64_t i = (int64_t)ada_block() * ADA_PACK_THREADS + ada_thread();
     if (i >= a.items) return;
@@ -52,13 +71,11 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) 
  * so that small ones keep their digits; the first part holds 11 bits of a number, the second one the next 11.
  */
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a) {
-    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
-    const int64_t head = ada_packed_head(a, ada_block() / tiles);
+    const ada_packed_tile tile = ada_tile_of_block(a);
+    const int64_t head = tile.head;
     if (head < 0) return;
-    const int tile = ada_block() % tiles, first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
-    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
-    const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
-    const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
+    const int first = tile.first, end = tile.end;
+    const char *const from = tile.from;
     float most = 0;
     for (int i = ada_thread(); i < (end - first) * a.width; i += ADA_PACK_THREADS) {
         const char *row = from + (first + i / a.width) * a.from.stride[2];
@@ -74,7 +91,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a)
     frexpf(most, &exponent);
     exponent = exponent < -80 ? -80 : exponent;
     const float factor = ldexpf(1, 14 - exponent);
-    if (ada_thread() == 0) a.units[head * tiles + tile] = ldexpf(1, exponent - 14);
+    if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - 14);
     for (int i = ada_thread(); i < (end - first) * a.chunks; i += ADA_PACK_THREADS) {
         const int row = first + i / a.chunks, chunk = i % a.chunks;
         ada_vector<uint32_t, 4> high, low;
@@ -146,13 +163,12 @@ ADA_DEVICE float ada_most(float x, float y) { return x != x || x > y ? x : y; }
 /* A tile of keys by one block. Its unit is NaN where a key holds what bytes cannot: rows that see one of the
  * tile's keys are computed again. */
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args) a) {
-    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS, warps = ADA_PACK_THREADS / 32;
-    const int64_t head = ada_packed_head(a, ada_block() / tiles);
+    const int warps = ADA_PACK_THREADS / 32;
+    const ada_packed_tile tile = ada_tile_of_block(a);
+    const int64_t head = tile.head;
     if (head < 0) return;
-    const int tile = ada_block() % tiles, first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
-    const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
-    const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
-    const char *from = (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1];
+    const int first = tile.first, end = tile.end;
+    const char *const from = tile.from;
     const float *const mean = a.mean + head * a.width;
     float most = 0;
     for (int j = first + ada_thread() / 32; j < end; j += warps)
@@ -164,7 +180,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args)
     ada_sync();
     for (int i = 0; i < warps; i++) most = ada_most(most, each[i]);
     const float factor = most > 1e-30f ? 127 / most : 0;
-    if (ada_thread() == 0) a.units[head * tiles + tile] = most / 127;
+    if (ada_thread() == 0) *tile.unit = most / 127;
     for (int i = ada_thread(); i < (end - first) * a.chunks * 4; i += ADA_PACK_THREADS) {
         const int row = first + i / (a.chunks * 4), word = i % (a.chunks * 4);
         ((uint32_t *)a.to)[(head * a.rows + row) * a.chunks * 4 + word] =

@@ -79,12 +79,17 @@ float ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const 
     return float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest));
 }
 
-/* 16 elements on their way to integers of at most most. */
-INLINE __m512i encode(const float *x, const float *less, const float *factor, int c, int n, float most) {
+/* 16 elements from c on, or the last n, on their way to a format. */
+INLINE vec scaled(const float *x, const float *less, const float *factor, int c, int n) {
     const bool whole = n >= VL;
     vec y = whole ? v_loadu(x + c) : v_load_n(x + c, n);
     if (less) y = v_sub(y, whole ? v_loadu(less + c) : v_load_n(less + c, n));
-    y = v_mul(y, whole ? v_loadu(factor + c) : v_load_n(factor + c, n));
+    return v_mul(y, whole ? v_loadu(factor + c) : v_load_n(factor + c, n));
+}
+
+/* To integers of at most most. */
+INLINE __m512i encode(const float *x, const float *less, const float *factor, int c, int n, float most) {
+    const vec y = scaled(x, less, factor, c, n);
     return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
 }
 
@@ -124,17 +129,14 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
                          ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
         for (int c = 0; c < width; c += VL) {
-            const mask there = m_first(width - c);
-            vec x = _mm512_maskz_loadu_ps(there, rows + c);
-            if (less) x = v_sub(x, _mm512_maskz_loadu_ps(there, less + c));
-            x = v_mul(x, _mm512_maskz_loadu_ps(there, factor + c));
+            vec x = scaled(rows, less, factor, c, width - c);
             for (int a = 0; a < parts; a++) {
                 const __m512i bits = bf16_bits(x), half = _mm512_srli_epi32(bits, 16);
                 uint16_t *at = to + a * part + c;
                 if (width - c >= VL)
                     _mm256_storeu_si256((__m256i *)at, _mm512_cvtepi32_epi16(half));
                 else
-                    _mm512_mask_cvtepi32_storeu_epi16(at, there, half);
+                    _mm512_mask_cvtepi32_storeu_epi16(at, m_first(width - c), half);
                 x = v_sub(x, _mm512_castsi512_ps(bits));
             }
         }
