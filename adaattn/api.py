@@ -37,6 +37,8 @@ def attention(
     min_precision: str = "auto",
     max_precision: str = "auto",
     structure: str = "auto",
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     plan: Plan | None = None,
     verify: bool | str = "auto",
     return_lse: bool = False,
@@ -222,14 +224,21 @@ def attention(
     rates = choices = None
     no_budget = tolerance is None and policy is None and plan is None  # by identity: small calls take 2 µs
     no_limits = min_precision is _AUTO and max_precision is _AUTO and structure is _AUTO
+    no_limits = no_limits and min_rank is None and max_rank is None
     if not (no_budget and no_limits and verify is _AUTO):
         tolerance, choices = _budget(
-            tolerance, policy, plan, precision, min_precision, max_precision, structure, verify
+            tolerance,
+            policy,
+            plan,
+            precision,
+            {"min_precision": min_precision, "max_precision": max_precision, "structure": structure},
+            {"min_rank": min_rank, "max_rank": max_rank},
+            verify,
         )
         rates = None if tolerance is None else _rates_for(query, device)
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, verify, rates,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, min_rank, max_rank, verify, rates,
         choices, False, return_lse, return_report, out, num_threads, _allocate, device,
     )  # fmt: skip
     if return_report:
@@ -271,6 +280,8 @@ def plan(
     min_precision: str = "auto",
     max_precision: str = "auto",
     structure: str = "auto",
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     return_lse: bool = False,
     num_threads: int | None = None,
     device: str | None = None,
@@ -316,7 +327,7 @@ def plan(
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
     heads, _, _, sizes = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, False,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, min_rank, max_rank, False,
         _rates_for(query, device), None, True, return_lse, False, None, num_threads, _allocate, device,
     )  # fmt: skip
     return Plan.of(
@@ -338,27 +349,28 @@ def _budget(
     policy: Any,
     plan: Any,
     precision: Any,
-    min_precision: Any,
-    max_precision: Any,
-    structure: Any,
+    limits: dict[str, Any],
+    ranks: dict[str, Any],
     verify: Any,
 ) -> tuple[Any, Any]:
     """The tolerance and the choices of a plan, of arguments that go together."""
     choices = None
-    limits = {"min_precision": min_precision, "max_precision": max_precision, "structure": structure}
     if plan is not None:
         if not isinstance(plan, Plan):
             raise DTypeError(f"plan: expected a Plan or None, got {_type(plan)}")
-        given = {"tolerance": tolerance, "policy": policy, "precision": precision} | limits
+        given = {"tolerance": tolerance, "policy": policy, "precision": precision} | limits | ranks
         _refuse("nothing beside a plan, which carries it", given)
         tolerance, choices = plan.tolerance, plan.choices()
     elif tolerance is None and policy is None:
         _refuse("'auto' without a tolerance", limits)
+        _refuse("None without a tolerance", ranks)
     else:
         tolerance = tolerance_of(tolerance, policy)
         if _given(precision):
-            del limits["structure"]
+            if limits["structure"] == "dense":
+                del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
+            _refuse("None beside a precision by name", ranks)
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
         raise kind(f"verify: expected True, False or 'auto', got {got}")

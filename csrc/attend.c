@@ -274,8 +274,8 @@ static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, co
     const bool added = p->alibi_slopes.data || p->has_softcap || p->drop_below ||
                        (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     unsigned candidates = 0;
-    if (b->dense || b->given || ada_is_forced(b) || p->on_gpu || p->only_f64 || p->stored || added ||
-        p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
+    if (b->structure != ADA_STRUCTURE_AUTO || b->given || ada_is_forced(b) || p->on_gpu || p->only_f64 ||
+        p->stored || added || p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
         return 0;
     for (int c = 0; c < ADA_CANDIDATES; c++)
         if (b->rates[c].sparse < 1 && ada_may_stand_in(k, ada_candidates[c])) candidates |= 1u << c;
@@ -290,6 +290,7 @@ static void choose_structure(const ada_attending *a, int64_t i, const ada_task *
     if (!a->states[i].n || dense < 0 ||
         !ada_plan_sparse(&head->forecast, task, a->budget->rates, dense, &sparse))
         return;
+    a->states[i].seconds = sparse.seconds;
     head->choice = ada_candidates[sparse.candidate];
     head->budget2 = sparse.budget2, head->joint = sparse.joint;
     head->kept = sparse.kept;
@@ -323,12 +324,28 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     return ada_plan_head(&known, task, b->rates);
 }
 
+/* Between a head's prediction and the tolerance. */
+static double margin_of(const ada_attending *a, int64_t head) {
+    const int64_t T = a->p->T;
+    if (!a->states[head].n || T < ADA_LEAST_QUERIES) return ADA_MARGIN_GUESSED;
+    return ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(T));
+}
+
+/* The landmarks of a plan, but for a call with options that break them: that is dense then. */
+static void take_given_rank(const ada_problem *p, const ada_planned *given, int64_t b, ada_head *head) {
+    ada_span span;
+    if (given->rank == 0) return;
+    head->dense = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    head->rank = given->rank, head->rank_gain = given->rank_gain;
+    if (!ada_breaks_low_rank(p) && ada_sees_alike(p, b, &span)) return;
+    head->rank = 0, head->retried = true;
+}
+
 static void plan_heads(ada_attending *a) {
     const ada_problem *p = a->p;
-    const double reach = ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(p->T));
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         ada_head *head = &a->budget->heads[i];
-        const ada_head_state *s = &a->states[i];
+        ada_head_state *s = &a->states[i];
         const ada_forecast guess = head->forecast;
         const ada_row_profile *profiles = &a->profiles[i * ADA_MOST_ROWS];
         if (s->n) {
@@ -339,8 +356,7 @@ static void plan_heads(ada_attending *a) {
             head->forecast.finite &= guess.finite;
         }
         if (s->look) bound_outliers(a, i);
-        const bool verified = s->n && p->T >= ADA_LEAST_QUERIES;
-        const ada_task task = ada_task_of(a, i, verified ? reach : ADA_MARGIN_GUESSED);
+        const ada_task task = ada_task_of(a, i, margin_of(a, i));
         for (int c = 0; c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
@@ -353,6 +369,7 @@ static void plan_heads(ada_attending *a) {
         for (int c = 0; c < ADA_CANDIDATES; c++) /* no kernel computes that */
             if (a->budget->rates[c].gflops[0] == 0) head->forecast.error[c] = head->seconds[c] = NAN;
         const int c = ada_candidate_of(head->choice);
+        s->seconds = c < 0 ? INFINITY : head->seconds[c];
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
         if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
         if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
@@ -360,9 +377,66 @@ static void plan_heads(ada_attending *a) {
         if (a->budget->given)
             head->budget2 = a->budget->given[i].budget2, head->joint = a->budget->given[i].joint,
             head->kept = a->budget->given[i].kept;
+        if (a->budget->given)
+            take_given_rank(p, &a->budget->given[i], i / p->H, head);
         else if (a->sparse)
             choose_structure(a, i, &task);
     }
+}
+
+/* Whether heads may have landmarks, by what was asked for and their options. Short ones win too little. */
+static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
+    if (b->structure == ADA_STRUCTURE_DENSE || b->given || ada_is_forced(b) || ada_breaks_low_rank(p))
+        return false;
+    return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
+}
+
+static ada_rank_task rank_task_of(const ada_attending *a, const ada_span *span) {
+    const ada_problem *p = a->p;
+    const int64_t keys = span->end - span->first, least = a->budget->least_rank, most = a->budget->most_rank;
+    ada_rank_task t = {.keys = (double)keys, .queries = (double)p->T, .D = p->D, .E = p->E};
+    t.most = most > 0 && most < ADA_MOST_RANK ? (int)most : ADA_MOST_RANK;
+    if (keys < t.most) t.most = (int)keys;
+    t.least = least < 1 ? 1 : least < t.most ? (int)least : t.most;
+    return t;
+}
+
+/* Heads that landmarks compute within the budget, faster than the choice that was made. Those that cannot
+ * gain by it are known by the profiles alone. */
+static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
+    ada_attending *a = context;
+    const ada_problem *p = a->p;
+    const ada_budget *b = a->budget;
+    ada_head *head = &b->heads[i];
+    const ada_head_state *s = &a->states[i];
+    const bool forced = b->structure == ADA_STRUCTURE_LOW_RANK;
+    const ada_rate *fp32 = &b->rates[1];
+    ada_span span;
+    if (ada_job_cancelled(job, worker) || !ada_sees_alike(p, i / p->H, &span) || (!forced && !s->n)) return;
+    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    const ada_rank_task sizes = rank_task_of(a, &span);
+    const int most =
+        forced ? sizes.most : ada_ranks_to_look_at(&head->forecast, &task, &sizes, fp32, s->seconds);
+    if (most == 0) return;
+    ada_rank_forecast ranks;
+    ada_rank_choice choice;
+    const double known = s->n ? head->forecast.out2 : 0;
+    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, sizes.least, most, known,
+                          sqrt(ada_rank_target2(&task, 1)), &ranks, a->scratch + worker * a->scratch_bytes);
+    const double out2 = known > 0 ? known : ranks.out2;
+    if (!ada_plan_low_rank(&ranks, out2, &task, &sizes, fp32, s->seconds, forced, &choice)) return;
+    head->dense = head->choice;
+    head->choice = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    head->rank = choice.rank, head->rank_gain = choice.gain;
+    head->budget2 = 0, head->kept = 1;
+    head->predicted_error = choice.error;
+}
+
+static ada_status plan_ranks(ada_attending *a, ada_error *error) {
+    const double work = (double)ada_head_count(a) * ADA_MOST_RANK * ADA_MOST_RANK;
+    return ada_run_tasks(a, rank_task, ada_head_count(a), work)
+               ? ADA_OK
+               : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
 /* ---- execute ---- */
@@ -390,7 +464,9 @@ const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
                                      .output_lse = ada_cpu_output_lse,
                                      .look_operations = LOOK_OPERATIONS};
 
-ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+/* apart: not even those that take all. */
+static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n, bool apart,
+                                ada_error *error) {
     ada_head *heads = a->budget->heads;
     int64_t *launch = a->list + ada_head_count(a);
     int64_t done = 0;
@@ -398,7 +474,7 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     for (int turn = 0; turn < 2 * pairs && done < n; turn++) { /* what takes all comes first */
         const int pair = turn % pairs;
         const ada_choice choice = {(ada_rung)(pair / ADA_RUNG_COUNT), (ada_rung)(pair % ADA_RUNG_COUNT)};
-        const bool all = takes_all(a, choice);
+        const bool all = !apart && takes_all(a, choice);
         int64_t count = 0;
         if (all != (turn < pairs)) continue;
         for (int64_t i = 0; i < n; i++) {
@@ -435,13 +511,44 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     return ADA_OK;
 }
 
+/* Those that fail are computed as if they had no landmarks. */
+static ada_status execute_ranks(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+    const ada_low_rank low = {a->rank, a->gain, a->shift2, a->failed};
+    int64_t *again = a->list + 3 * ada_head_count(a), count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const ada_head *head = &a->budget->heads[list[i]];
+        a->rank[i] = head->rank, a->gain[i] = head->rank_gain;
+    }
+    if (ada_execute_low_rank(a->p, &low, list, n, a->interrupt, a->context, error)) return error->status;
+    for (int64_t i = 0; i < n; i++) {
+        ada_head *head = &a->budget->heads[list[i]];
+        if (!a->failed[i]) continue;
+        head->rank = 0, head->choice = head->dense, head->retried = true;
+        const int c = ada_candidate_of(head->choice);
+        head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
+        again[count++] = list[i];
+    }
+    return count ? execute_dense(a, again, count, true, error) : ADA_OK;
+}
+
+ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+    int64_t *dense = a->list + 2 * ada_head_count(a), count = 0, ranks = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (a->budget->heads[list[i]].rank == 0) dense[count++] = list[i];
+    if (count && execute_dense(a, dense, count, false, error)) return error->status;
+    for (int64_t i = 0; i < n; i++)
+        if (a->budget->heads[list[i]].rank > 0) dense[ranks++] = list[i];
+    return ranks ? execute_ranks(a, dense, ranks, error) : ADA_OK;
+}
+
 /* ---- the call ---- */
 
 static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     const ada_problem *p = a->p;
     const int64_t heads = p->B * p->H, rows = heads * ADA_MOST_ROWS;
-    bool sparse = a->sparse != 0;
-    for (int64_t i = 0; a->budget->given && i < heads; i++) sparse |= a->budget->given[i].budget2 > 0;
+    bool sparse = a->sparse != 0 || a->ranks;
+    for (int64_t i = 0; a->budget->given && i < heads; i++)
+        sparse |= a->budget->given[i].budget2 > 0 || a->budget->given[i].rank > 0;
     ada_carver c = {memory, 0};
     a->keys = ada_carve(&c, a->key_heads * (int64_t)sizeof *a->keys);
     a->probes = ada_carve(&c, a->key_heads * a->probe_bytes);
@@ -458,7 +565,10 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->joint = ada_carve(&c, heads * (int64_t)sizeof *a->joint);
     a->shift2 = ada_carve(&c, sparse ? heads * p->T * (int64_t)sizeof *a->shift2 : 0);
     a->kept = ada_carve(&c, heads * (int64_t)sizeof *a->kept);
-    a->list = ada_carve(&c, 2 * heads * (int64_t)sizeof *a->list);
+    a->list = ada_carve(&c, 4 * heads * (int64_t)sizeof *a->list);
+    a->rank = ada_carve(&c, heads * (int64_t)sizeof *a->rank);
+    a->gain = ada_carve(&c, heads * (int64_t)sizeof *a->gain);
+    a->failed = ada_carve(&c, heads * (int64_t)sizeof *a->failed);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
     if (a->backend->carve) a->backend->carve(a, &c);
     return c.used;
@@ -479,6 +589,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     double now = seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
+    if (a->ranks && plan_ranks(a, error)) return error->status;
     now = seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;
@@ -501,9 +612,22 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
     budget->seconds[2] = seconds;
 }
 
+/* Refuses landmarks where something breaks their kernel. */
+static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
+    if (budget->structure != ADA_STRUCTURE_LOW_RANK) return ADA_OK;
+    const char *breaks = ada_breaks_low_rank(p);
+    ada_span span;
+    for (int64_t b = 0; !breaks && b < p->B; b++)
+        if (!ada_sees_alike(p, b, &span)) breaks = "queries that see different keys (causal, window)";
+    if (!breaks) return ADA_OK;
+    return ada_fail(error, ADA_ERR_ARGUMENT,
+                    "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", breaks);
+}
+
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
                       ada_error *error) {
     memset(budget->seconds, 0, sizeof budget->seconds);
+    if (check_structure(p, budget, error)) return error->status;
     if (p->on_gpu) return ada_gpu_attend(p, budget, interrupt, context, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     if (budget->tolerance == 0) {
@@ -530,6 +654,12 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.sparse = sparse_candidates(p, a.k, budget);
     a.probe_bytes = ada_key_probe_bytes(p, a.sparse != 0);
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
+    a.ranks = may_have_ranks(p, budget);
+    if (a.ranks) {
+        const ada_span all = {0, p->S};
+        const int64_t bytes = ada_landmark_scratch_bytes(p, rank_task_of(&a, &all).most);
+        a.scratch_bytes = bytes > a.scratch_bytes ? bytes : a.scratch_bytes;
+    }
     const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);

@@ -129,12 +129,13 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
     if (p->query.dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
-    double noise[ADA_CANDIDATES] = {0}, weights = 0;
+    double noise[ADA_CANDIDATES] = {0}, weights = 0, exponents = 0, apart = 0;
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];
         f->finite &= x->good;
         out2 += x->weight * x->out2;
         if (x->visible > 0) stds += x->weight * x->score_std;
+        exponents += x->weight * x->q2 * keys->total, apart += x->weight * x->p2d;
         if (x->visible > 1) {
             counted += x->weight;
             entropies += x->weight * x->entropy, entropies2 += x->weight * square(x->entropy);
@@ -160,6 +161,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;
     f->out2 = out2 / weights;
+    f->exponent2 = exponents / weights, f->noise2 = apart / out2;
     for (int k = 0; keys->block_mean && k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
 }
 
@@ -251,4 +253,66 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
                                       .seconds = seconds};
     }
     return found;
+}
+
+/* Sampled rows and keys say by this much too little of a rank's error. */
+#define RANK_MARGIN 1.15
+/* Landmarks take so much longer than their products: packing, residuals, rows that are computed exactly. */
+#define RANK_OVERHEAD 1.25
+/* Heads need this share of the landmarks that their dimensions and spread ask for, or more. */
+#define LEAST_RANKS 0.25
+
+double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+    ada_task part = *t;
+    part.operations =
+        RANK_OVERHEAD * ada_low_rank_operations(sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
+    part.elements = 0;
+    return ada_predicted_seconds(&part, fp32);
+}
+
+/* Of a kernel of scores that spread by s over d dimensions, terms of degree n + 1 of the exponential's series
+ * are s^(n + 1) / sqrt((n + 1)!) beside its size exp(s^2 / 2); those of n and less span (d + n)! / d! / n!.
+ */
+static double ranks_needed(const ada_forecast *f, double error) {
+    const double s = f->score_std, d = fmax(f->exponent2 / (s * s), 1);
+    double rest = s * exp(-s * s / 2), ranks = 1;
+    for (int n = 1; rest > error && ranks < 1e6; n++) {
+        ranks *= (d + n) / n;
+        rest *= s / sqrt(n + 1);
+    }
+    return ranks;
+}
+
+int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_rank_task *sizes,
+                         const ada_rate *fp32, double seconds) {
+    const double error = t->tolerance / sqrt(f->noise2);
+    if (!f->finite || !(f->out2 > 0)) return 0;
+    int most = sizes->most;
+    while (most > 0 && !(ada_low_rank_seconds(t, sizes, fp32, most) < PAYS * seconds))
+        most -= most > 16 ? 16 : most;
+    return most >= sizes->least && LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
+}
+
+double ada_rank_target2(const ada_task *t, double out2) {
+    return square(t->tolerance / t->margin / RANK_MARGIN) * out2;
+}
+
+bool ada_plan_low_rank(const ada_rank_forecast *ranks, double out2, const ada_task *t,
+                       const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
+                       ada_rank_choice *choice) {
+    const double target2 = ada_rank_target2(t, out2);
+    for (int i = 0; i < ranks->levels; i++) {
+        const ada_rank_level *level = &ranks->level[i];
+        const bool keeps =
+            level->error2 <= target2 && (level->rank >= sizes->least || i + 1 == ranks->levels);
+        if (!keeps && !(forced && i + 1 == ranks->levels)) continue;
+        *choice = (ada_rank_choice){.rank = level->rank,
+                                    .gain = keeps && target2 > 0 ? level->gain / target2 : 0,
+                                    .error = out2 > 0            ? sqrt(level->error2 / out2)
+                                             : level->error2 > 0 ? INFINITY
+                                                                 : 0,
+                                    .seconds = ada_low_rank_seconds(t, sizes, fp32, level->rank)};
+        return forced || choice->seconds < PAYS * seconds;
+    }
+    return false;
 }

@@ -1,0 +1,66 @@
+/* Low rank for diffuse heads: the exponential kernel H(x, y) = exp(x.y) of queries and centred keys, replaced
+ * by its projection onto few landmark keys, H(q, L) H(L, L)^-1 H(L, k). With F = H(., L) U, U U' the inverse,
+ *
+ *     out(q) = F(q) . (F' V) / F(q) . (F' 1),
+ *
+ * so that keys and values are read once for all queries. Landmarks are chosen by randomly pivoted Cholesky
+ * (Chen, Epperly, Tropp, Webber, arXiv 2207.06503; in blocks 2410.03969) among a sample of the keys.
+ *
+ * What the kernel of a query loses is executed for every row: the residual r(q) = H(q, q) - |F(q)|^2 bounds
+ * |H(q, k) - F(q).F(k)|^2 by r(q) r(k). A row's squared error is estimated as gain * r(q) / sum^2, with a
+ * gain that sampled rows and keys tell: rows that landmarks do not span have large residuals and are computed
+ * exactly.
+ */
+#ifndef ADA_LOWRANK_H
+#define ADA_LOWRANK_H
+
+#include "adaattn.h"
+#include "kernels.h"
+#include "visible.h"
+
+/* Most landmarks: their factor is R^2 for every query. */
+#define ADA_MOST_RANK 512
+#define ADA_RANK_LEVELS 10
+
+/* What a number of landmarks does to a head, by sampled rows. */
+typedef struct {
+    int rank;
+    double error2; /* mean squared error of a row of the output */
+    double gain;
+} ada_rank_level;
+
+typedef struct {
+    int levels; /* that were looked at, rank ascending; 0: numbers beyond what the kernel can hold */
+    ada_rank_level level[ADA_RANK_LEVELS];
+    double out2; /* mean squared norm of a row of the output, by the sample */
+} ada_rank_forecast;
+
+/* Whether all queries of sequence b see the same keys, and which. */
+bool ada_sees_alike(const ada_problem *p, int64_t b, ada_span *span);
+/* The first option or dtype that breaks the kernel, by its argument's name; NULL: none. */
+const char *ada_breaks_low_rank(const ada_problem *p);
+
+int64_t ada_landmark_scratch_bytes(const ada_problem *p, int most);
+/* Of head (b, h): levels of at least `least` and at most `most` landmarks, until the error of one, relative
+ * to the output's mean square out2 (0: the sample's), is within target or none will be. */
+void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int least,
+                           int most, double out2, double target, ada_rank_forecast *forecast, char *scratch);
+
+/* Heads to compute, in fp32. */
+typedef struct {
+    const int *rank;
+    const double *gain; /* over the budget of a row; 0: no row is recomputed for its residual */
+    float *shift2;      /* (B, H, T): the rows' estimates, in units of the budget; NULL: not wanted */
+    bool *failed;       /* [n] heads whose numbers or rows do not allow it: their outputs are undefined */
+} ada_low_rank;
+
+/* rank, gain and failed are in the order of the list. */
+ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, const int64_t *heads,
+                                int64_t n_heads, bool (*interrupt)(void *), void *context, ada_error *error);
+
+/* Operations of a head's landmarks and attention. */
+double ada_low_rank_operations(double keys, double queries, int64_t D, int64_t E, int rank);
+/* And of a forecast up to that rank. */
+double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank);
+
+#endif
