@@ -333,11 +333,11 @@ static double margin_of(const ada_attending *a, int64_t head) {
 
 /* The landmarks of a plan, but for a call with options that break them: that is dense then. */
 static void take_given_rank(const ada_problem *p, const ada_planned *given, int64_t b, ada_head *head) {
-    ada_span span;
+    ada_far_keys keys;
     if (given->rank == 0) return;
     head->dense = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     head->rank = given->rank, head->rank_gain = given->rank_gain;
-    if (!ada_breaks_low_rank(p) && ada_sees_alike(p, b, &span)) return;
+    if (!ada_breaks_low_rank(p) && ada_far_keys_of(p, b, &keys)) return;
     head->rank = 0, head->retried = true;
 }
 
@@ -391,12 +391,12 @@ static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
     return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
 }
 
-static ada_rank_task rank_task_of(const ada_attending *a, const ada_span *span) {
+static ada_rank_task rank_task_of(const ada_attending *a, const ada_far_keys *keys) {
     const ada_problem *p = a->p;
-    const int64_t keys = span->end - span->first, least = a->budget->least_rank, most = a->budget->most_rank;
-    ada_rank_task t = {.keys = (double)keys, .queries = (double)p->T, .D = p->D, .E = p->E};
+    const int64_t count = keys->end - keys->first, least = a->budget->least_rank, most = a->budget->most_rank;
+    ada_rank_task t = {.keys = *keys, .queries = (double)p->T, .D = p->D, .E = p->E};
     t.most = most > 0 && most < ADA_MOST_RANK ? (int)most : ADA_MOST_RANK;
-    if (keys < t.most) t.most = (int)keys;
+    if (count < t.most) t.most = (int)count;
     t.least = least < 1 ? 1 : least < t.most ? (int)least : t.most;
     return t;
 }
@@ -411,10 +411,10 @@ static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
     const ada_head_state *s = &a->states[i];
     const bool forced = b->structure == ADA_STRUCTURE_LOW_RANK;
     const ada_rate *fp32 = &b->rates[1];
-    ada_span span;
-    if (ada_job_cancelled(job, worker) || !ada_sees_alike(p, i / p->H, &span) || (!forced && !s->n)) return;
+    ada_far_keys keys;
+    if (ada_job_cancelled(job, worker) || !ada_far_keys_of(p, i / p->H, &keys) || (!forced && !s->n)) return;
     const ada_task task = ada_task_of(a, i, margin_of(a, i));
-    const ada_rank_task sizes = rank_task_of(a, &span);
+    const ada_rank_task sizes = rank_task_of(a, &keys);
     const int most =
         forced ? sizes.most : ada_ranks_to_look_at(&head->forecast, &task, &sizes, fp32, s->seconds);
     if (most == 0) return;
@@ -616,9 +616,9 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
 static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
     if (budget->structure != ADA_STRUCTURE_LOW_RANK) return ADA_OK;
     const char *breaks = ada_breaks_low_rank(p);
-    ada_span span;
+    ada_far_keys keys;
     for (int64_t b = 0; !breaks && b < p->B; b++)
-        if (!ada_sees_alike(p, b, &span)) breaks = "queries that see different keys (causal, window)";
+        if (!ada_far_keys_of(p, b, &keys)) breaks = "a window on the left, or a sequence without keys";
     if (!breaks) return ADA_OK;
     return ada_fail(error, ADA_ERR_ARGUMENT,
                     "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", breaks);
@@ -656,7 +656,7 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
     a.ranks = may_have_ranks(p, budget);
     if (a.ranks) {
-        const ada_span all = {0, p->S};
+        const ada_far_keys all = {.end = p->S};
         const int64_t bytes = ada_landmark_scratch_bytes(p, rank_task_of(&a, &all).most);
         a.scratch_bytes = bytes > a.scratch_bytes ? bytes : a.scratch_bytes;
     }

@@ -28,7 +28,7 @@
 #define MOST_EXPONENT 40
 /* Rows whose estimate exceeds the budget of a row by so much are computed exactly, where they are few. */
 #define MOST_OVER 16
-#define MOST_EXACT(T) ((T) / 32 + 4)
+#define MOST_EXACT(T) ((T) / 16 + 4)
 /* A head is given up where its rows' estimates exceed the budget so far. */
 #define MOST_SUM 2
 /* Landmarks after which an error is believed to fall no faster. */
@@ -41,10 +41,18 @@
 static int up_to(int n, int step) { return (n + step - 1) / step * step; }
 static double square(double x) { return x * x; }
 
-bool ada_sees_alike(const ada_problem *p, int64_t b, ada_span *span) {
-    const ada_span last = ada_visible_span(p, b, p->T - 1);
-    *span = ada_visible_span(p, b, 0);
-    return span->first == last.first && span->end == last.end && span->end > span->first;
+bool ada_far_keys_of(const ada_problem *p, int64_t b, ada_far_keys *keys) {
+    const ada_span span = ada_visible_span(p, b, 0), last = ada_visible_span(p, b, p->T - 1);
+    const int64_t n = last.end - last.first;
+    *keys = (ada_far_keys){last.first, last.end, n, 1};
+    if (span.end != last.end) keys->bin = ADA_BIN, keys->bins = n / ADA_BIN;
+    return span.first == last.first && n > 0;
+}
+
+/* The bins that query i sees whole. */
+static int64_t bins_seen(const ada_problem *p, const ada_far_keys *keys, int64_t b, int64_t i) {
+    const int64_t n = ada_visible_span(p, b, i).end - keys->first;
+    return n > 0 ? n / keys->bin : 0;
 }
 
 const char *ada_breaks_low_rank(const ada_problem *p) {
@@ -63,9 +71,11 @@ static double landmark_operations(double keys, int64_t D, int rank) {
     return sample * R * (2 * (double)D + 2 * R) + R * R * R;
 }
 
-double ada_low_rank_operations(double keys, double queries, int64_t D, int64_t E, int rank) {
-    const double R = rank, width = 2 * (double)(D + E);
-    return R * (keys * width + queries * (width + R)) + landmark_operations(keys, D, rank);
+double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t D, int64_t E, int rank) {
+    const double R = rank, width = 2 * (double)(D + E), count = (double)(keys->end - keys->first);
+    const double near = keys->bin < keys->end - keys->first ? ADA_BIN / 2 + ADA_LANES : 0;
+    return R * (count * width + queries * (width + R)) + queries * near * width +
+           (double)keys->bins * R * R * (double)(E + 1) + landmark_operations(count, D, rank);
 }
 
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank) {
@@ -101,9 +111,11 @@ typedef struct {
     float *kernel; /* [tiles * 64][64] what is left of H(k, q) */
     float *value;  /* [tiles * 64][E + 1]: how many keys it stands for, and that times its value */
     float *apart;  /* [tiles * 64] squared distance of a value from the mean output, times that twice */
-    float *sum;    /* [E + 1][64] */
-    float *out;    /* [E][64] of the sampled queries, by the sampled keys */
-    float *mass;   /* [64] */
+    int seen[ADA_LANES], far[ADA_LANES]; /* of the sampled keys: how many a query sees, and in whole bins */
+    double share[ADA_LANES];             /* of all keys that lie in its whole bins */
+    float *sum;                          /* [E + 1][64] */
+    float *out;                          /* [E][64] of the sampled queries, by the sampled keys */
+    float *mass;                         /* [64] */
 } sketch;
 
 static sketch sketch_of(const ada_problem *p, int most, ada_carver *c) {
@@ -148,9 +160,9 @@ static ada_tile_f32 tile_of(const sketch *s, float *q, int D) {
 
 /* Loads the sampled keys: those spread evenly over the span, a place in each stretch at random, then the ones
  * furthest from the mean. False where keys are not finite or too far apart. */
-static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_span span,
-                        sketch *s) {
-    const int64_t g = h / (p->H / p->G), keys = span.end - span.first;
+static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                        const ada_far_keys *all, sketch *s) {
+    const int64_t g = h / (p->H / p->G), keys = all->end - all->first;
     const int D = (int)p->D;
     float norm2[ADA_BLOCK], far2[FURTHEST];
     int64_t far[FURTHEST];
@@ -158,14 +170,14 @@ static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, i
     int found = 0;
     double norms = 0, query_norms = 0, live = 0;
     memset(s->mean, 0, (size_t)D * sizeof(float));
-    for (int64_t j = span.first; j < span.end; j += ADA_BLOCK) {
-        const int n = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
+    for (int64_t j = all->first; j < all->end; j += ADA_BLOCK) {
+        const int n = (int)(all->end - j < ADA_BLOCK ? all->end - j : ADA_BLOCK);
         const float *x = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
         k->columns(s->mean, s->pivots, x, ld, n, D);
     }
     for (int d = 0; d < D; d++) s->mean[d] /= (float)keys;
-    for (int64_t j = span.first; j < span.end; j += ADA_BLOCK) {
-        const int n = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
+    for (int64_t j = all->first; j < all->end; j += ADA_BLOCK) {
+        const int n = (int)(all->end - j < ADA_BLOCK ? all->end - j : ADA_BLOCK);
         const float *x = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
         k->squares(norm2, NULL, x, ld, n, D, s->mean, NULL);
         for (int i = 0; i < n; i++) {
@@ -193,7 +205,7 @@ static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, i
     s->even = (int)(keys < SAMPLE ? keys : SAMPLE);
     for (int i = 0; i < s->even; i++) {
         const double place = keys <= SAMPLE ? 0 : ada_uniform(SAMPLE_STREAM, i);
-        s->key[i] = span.first + (int64_t)(((double)i + place) * (double)keys / s->even);
+        s->key[i] = all->first + (int64_t)(((double)i + place) * (double)keys / s->even);
     }
     s->count = s->even;
     for (int i = 0; keys > SAMPLE && i < found; i++) s->key[s->count++] = far[i];
@@ -219,7 +231,8 @@ static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, i
 }
 
 /* Loads a tile of queries spread evenly. Those that are too far out count as zeros: they say nothing. */
-static void take_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, sketch *s) {
+static void take_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                         const ada_far_keys *keys, sketch *s) {
     const int D = (int)p->D, n = (int)(p->T < ADA_LANES ? p->T : ADA_LANES);
     float *own = s->own + s->tiles * ADA_LANES, *packed = s->packed + (ptrdiff_t)s->tiles * ADA_LANES * D;
     memset(s->rows, 0, (size_t)(ADA_LANES * D) * sizeof(float));
@@ -228,7 +241,14 @@ static void take_queries(const ada_problem *p, const ada_kernels *k, int64_t b, 
         const int64_t row = (int64_t)(((double)i + place) * (double)p->T / n);
         ada_load_rows_f32(k, s->rows + i * D, D, &p->query, b, h, row, 1, D);
         for (int d = 0; d < D; d++) s->rows[i * D + d] *= (float)s->query_factor;
+        const int64_t end = ada_visible_span(p, b, row).end;
+        const int64_t far = bins_seen(p, keys, b, row - row % ADA_LANES) * keys->bin;
+        s->seen[i] = s->far[i] = 0;
+        for (int j = 0; j < s->even; j++)
+            s->seen[i] += s->key[j] < end, s->far[i] += s->key[j] < keys->first + far;
+        s->share[i] = (double)far / s->keys;
     }
+    for (int i = n; i < ADA_LANES; i++) s->seen[i] = s->far[i] = 0;
     k->squares(own, NULL, s->rows, D, ADA_LANES, D, NULL, NULL);
     for (int i = 0; i < ADA_LANES; i++) {
         if (!(own[i] <= MOST_EXPONENT)) memset(s->rows + i * D, 0, (size_t)D * sizeof(float)), own[i] = 0;
@@ -357,6 +377,25 @@ static bool add_landmarks(const ada_problem *p, const ada_kernels *k, sketch *s,
 
 /* ---- forecast ---- */
 
+/* Adds the values of a block of sampled keys from j on, with what is in the kernel for them, to the sums; of
+ * queries that take only the first count[i] keys less. apart (may be NULL) gets the squares. */
+static void add_sampled(const ada_problem *p, const ada_kernels *k, const sketch *s, const int *count,
+                        float *apart) {
+    const int E = (int)p->E;
+    ada_tile_f32 t = tile_of(s, NULL, 0);
+    t.E = E + 1;
+    memset(s->sum, 0, (size_t)((E + 1) * ADA_LANES) * sizeof *s->sum);
+    for (int j = 0; j < s->tiles * ADA_LANES; j += ADA_BLOCK) {
+        memcpy(t.p, s->kernel + (ptrdiff_t)j * ADA_LANES, ADA_BLOCK * ADA_LANES * sizeof(float));
+        for (int i = 0; i < ADA_LANES; i++)
+            for (int a = count[i] > j ? count[i] - j : 0; a < ADA_BLOCK; a++) t.p[a * ADA_LANES + i] = 0;
+        k->values_f32(&t, s->value + (ptrdiff_t)j * (E + 1), E + 1, ADA_BLOCK);
+        for (int a = 0; apart && a < ADA_BLOCK; a++)
+            for (int i = 0; i < ADA_LANES; i++)
+                apart[i] += t.p[a * ADA_LANES + i] * t.p[a * ADA_LANES + i] * s->apart[j + a];
+    }
+}
+
 /* Kernel of sampled keys and queries; output and mass of the queries, values that stand for others. Returns
  * the mean squared norm of the output. */
 static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, sketch *s) {
@@ -364,7 +403,9 @@ static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b,
     const int64_t g = h / (p->H / p->G);
     const float stands = (float)(s->keys / s->even);
     double noise = 0, out2 = 0;
+    float own[ADA_LANES] = {0};
     memset(s->value, 0, (size_t)(s->tiles * ADA_LANES * (E + 1)) * sizeof(float));
+    memset(s->apart, 0, (size_t)(s->tiles * ADA_LANES) * sizeof(float));
     for (int i = 0; i < s->even; i++) {
         float *v = s->value + (ptrdiff_t)i * (E + 1);
         ada_load_rows_f32(k, v + 1, E, &p->value, b, g, s->key[i], 1, E);
@@ -372,37 +413,27 @@ static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b,
         for (int e = 1; e <= E; e++) v[e] *= stands;
     }
     ada_tile_f32 t = tile_of(s, s->packed + (ptrdiff_t)s->tiles * ADA_LANES * D, D);
-    t.E = E + 1;
     memset(s->m, 0, ADA_LANES * sizeof *s->m);
-    memset(s->sum, 0, (size_t)((E + 1) * ADA_LANES) * sizeof *s->sum);
     for (int j = 0; j < s->tiles * ADA_LANES; j += ADA_BLOCK) {
         t.p = s->kernel + (ptrdiff_t)j * ADA_LANES;
         k->scores_weights_f32(&t, s->point + (ptrdiff_t)j * D, D, ADA_BLOCK);
-        k->values_f32(&t, s->value + (ptrdiff_t)j * (E + 1), E + 1, ADA_BLOCK);
     }
+    add_sampled(p, k, s, s->seen, NULL);
     memcpy(s->mass, s->sum, ADA_LANES * sizeof *s->mass);
+    memset(s->rows, 0, (size_t)E * sizeof *s->rows);
     for (int e = 0; e < E; e++)
-        for (int i = 0; i < ADA_LANES; i++)
-            s->out[e * ADA_LANES + i] = s->sum[(e + 1) * ADA_LANES + i] / s->mass[i];
-    for (int e = 0; e < E; e++) {
-        float mean = 0;
         for (int i = 0; i < n; i++) {
-            const float x = s->out[e * ADA_LANES + i];
-            mean += x / (float)n, out2 += square((double)x) / n;
+            const float x = s->mass[i] > 0 ? s->sum[(e + 1) * ADA_LANES + i] / s->mass[i] : 0;
+            s->out[e * ADA_LANES + i] = x;
+            s->rows[e] += x * stands / (float)n, out2 += square((double)x) / n;
         }
-        s->rows[e] = mean * stands;
-    }
-    for (int j = 0; j < s->tiles * ADA_LANES; j++) {
+    for (int j = 0; j < s->even; j++) {
         const float *v = s->value + (ptrdiff_t)j * (E + 1) + 1;
-        s->apart[j] = 0;
-        for (int e = 0; j < s->even && e < E; e++) s->apart[j] += (v[e] - s->rows[e]) * (v[e] - s->rows[e]);
+        for (int e = 0; e < E; e++) s->apart[j] += (v[e] - s->rows[e]) * (v[e] - s->rows[e]);
     }
-    for (int i = 0; i < n; i++) {
-        double sum = 0;
-        for (int j = 0; j < s->even; j++)
-            sum += square((double)s->kernel[(ptrdiff_t)j * ADA_LANES + i]) * (double)s->apart[j];
-        noise += sum / square((double)s->mass[i]) / n;
-    }
+    add_sampled(p, k, s, s->seen, own);
+    for (int i = 0; i < n; i++)
+        if (s->mass[i] > 0) noise += (double)own[i] / square((double)s->mass[i]) / n;
     /* Few keys put noise into the output that all of them do not. */
     return fmax(out2 - noise * (1 - 1 / (double)stands), noise / (double)stands);
 }
@@ -421,35 +452,31 @@ static void lessen_kernel(const ada_kernels *k, sketch *s, int first) {
     }
 }
 
-/* What is left of the kernel moves the output of the sampled queries by. */
-static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, sketch *s) {
+/* What is left of the kernel moves the output of the sampled queries by; `row2` is a row's budget. */
+static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, const sketch *s, double row2) {
     const int E = (int)p->E, n = (int)(p->T < ADA_LANES ? p->T : ADA_LANES);
     const double stands = s->keys / s->even;
-    double together = 0, apart = 0, residuals = 0;
-    ada_tile_f32 t = tile_of(s, NULL, 0);
+    double together = 0, apart = 0, residual[ADA_LANES] = {0}, residuals = 0;
     float own[ADA_LANES] = {0};
-    t.E = E + 1;
-    memset(s->sum, 0, (size_t)((E + 1) * ADA_LANES) * sizeof *s->sum);
-    for (int j = 0; j < s->tiles * ADA_LANES; j += ADA_BLOCK) {
-        t.p = s->kernel + (ptrdiff_t)j * ADA_LANES;
-        k->values_f32(&t, s->value + (ptrdiff_t)j * (E + 1), E + 1, ADA_BLOCK);
-        for (int a = 0; a < ADA_BLOCK; a++)
-            for (int i = 0; i < ADA_LANES; i++)
-                own[i] += t.p[a * ADA_LANES + i] * t.p[a * ADA_LANES + i] * s->apart[j + a];
-    }
+    add_sampled(p, k, s, s->far, own);
     for (int i = 0; i < n; i++) {
         const double mass2 = square((double)s->mass[i]);
         const int at = s->tiles * ADA_LANES + i;
-        for (int e = 0; e < E; e++)
-            together +=
-                square((double)(s->sum[(e + 1) * ADA_LANES + i] - s->out[e * ADA_LANES + i] * s->sum[i])) /
-                mass2;
+        if (!(s->mass[i] > 0)) continue;
+        for (int e = 0; e < E; e++) {
+            const float *sum = s->sum + i;
+            const double off = (double)(sum[(e + 1) * ADA_LANES] - s->out[e * ADA_LANES + i] * sum[0]);
+            together += off * off / mass2;
+        }
         apart += (double)own[i] / mass2;
-        residuals += (double)fmaxf(s->residual[at], LEAST_RESIDUAL * s->own[at]) / mass2;
+        residual[i] = s->share[i] * (double)fmaxf(s->residual[at], LEAST_RESIDUAL * s->own[at]) / mass2;
+        residuals += residual[i];
     }
     /* Keys that stand for others say more of them together than those would, as their errors are alike. */
     const double error2 = stands > 1 ? fmax(together - apart, 0) + apart / stands : together;
-    return (ada_rank_level){s->rank, error2 / n, error2 / residuals};
+    ada_rank_level level = {s->rank, error2 / n, residuals > 0 ? error2 / residuals : 0, 0};
+    for (int i = 0; i < n; i++) level.exact += level.gain * residual[i] > MOST_OVER * row2 ? 1.0 / n : 0;
+    return level;
 }
 
 void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int least,
@@ -457,10 +484,10 @@ void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b
     static const int steps[ADA_RANK_LEVELS] = {16, 32, 48, 64, 96, 128, 192, 256, 384, ADA_MOST_RANK};
     ada_carver carver = {scratch, 0};
     sketch s = sketch_of(p, most, &carver);
-    ada_span span;
+    ada_far_keys keys;
     *forecast = (ada_rank_forecast){0};
-    if (!ada_sees_alike(p, b, &span) || !take_sample(p, k, b, h, span, &s)) return;
-    take_queries(p, k, b, h, &s);
+    if (!ada_far_keys_of(p, b, &keys) || !take_sample(p, k, b, h, &keys, &s)) return;
+    take_queries(p, k, b, h, &keys, &s);
     forecast->out2 = take_values(p, k, b, h, &s);
     const double target2 = square(target) * (out2 > 0 ? out2 : forecast->out2);
     bool more = true;
@@ -470,11 +497,11 @@ void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b
         while (more && s.rank < wanted) more = add_landmarks(p, k, &s, &draws, most - s.rank);
         if (s.rank == first) break;
         lessen_kernel(k, &s, first);
-        const ada_rank_level level = level_of(p, k, &s),
+        const ada_rank_level level = level_of(p, k, &s, target2),
                              before = forecast->levels ? forecast->level[forecast->levels - 1] : level;
         if (!isfinite(level.error2)) return;
         forecast->level[forecast->levels++] = level;
-        if (level.error2 <= target2 && s.rank >= least) return;
+        if (level.error2 <= target2 && level.exact < ADA_MOST_EXACT && s.rank >= least) return;
         /* The logarithm of the error falls about in proportion to the rank, later somewhat slower. */
         const double slope = level.rank > before.rank
                                  ? log(before.error2 / level.error2) / (level.rank - before.rank)
@@ -490,47 +517,56 @@ typedef struct {
     const ada_kernels *k;
     const ada_low_rank *low;
     const int64_t *heads;
-    int64_t n_heads, tiles, most_tiles; /* of queries, and of landmarks */
-    int64_t *offset;                    /* [n_heads] of a head's memory */
+    int64_t n_heads, tiles, most_tiles, most_bins; /* of queries, of landmarks, of keys */
+    int64_t *offset;                               /* [n_heads] of a head's memory */
     char *memory, *scratch;
     int64_t scratch_bytes;
     atomic_bool *failed;   /* [n_heads] */
     atomic_llong *exactly; /* [n_heads] rows that were computed exactly */
 } run;
 
-/* What a head's queries need. R: its rank up to 16. */
+/* What a head's queries need. */
 typedef struct {
-    int R, chunks;    /* of 64 columns: those of the values, and that of ones */
+    int R;            /* its rank up to PIVOTS */
+    ada_far_keys far; /* sums of the first keys, up to the end of each bin */
     double *factor;   /* query_factor */
     float *mean;      /* [D] */
     float *point;     /* [R][D] landmarks as the kernel takes them; zeros behind the last */
     float *packed;    /* [tiles][D][64] landmarks as the arrays' keys take them, in log2 units */
     float *reference; /* [tiles][64] what the mean of the keys is to them */
-    float *sums;      /* [tiles][E + 1][64] H(L, K) (V, 1) */
+    float *sums;      /* [tiles][bins][E + 1][64] H(L, K) (V, 1) */
     float *basis;     /* [R][R] */
-    float *values;    /* [chunks][R][64] F(K)' (V, 1) */
+    float *values;    /* [bins][chunks of 64 columns][R][64] F(K)' V */
+    float *masses;    /* [bins][R] F(K)' 1 */
 } state;
+
+static int64_t chunks_of(const ada_problem *p) { return (p->E + ADA_LANES - 1) / ADA_LANES; }
 
 static state state_of(const run *r, int64_t index, ada_carver *c) {
     const ada_problem *p = r->p;
     const int64_t real = sizeof(float);
-    state s = {.R = up_to(r->low->rank[index], PIVOTS),
-               .chunks = (int)((p->E + 1 + ADA_LANES - 1) / ADA_LANES)};
-    const int64_t lanes = up_to(s.R, ADA_LANES);
+    state s = {.R = up_to(r->low->rank[index], PIVOTS)};
+    ada_far_keys_of(p, r->heads[index] / p->H, &s.far);
+    const int64_t lanes = up_to(s.R, ADA_LANES), bins = s.far.bins;
     s.factor = ada_carve(c, (int64_t)sizeof *s.factor);
     s.mean = ada_carve(c, p->D * real);
     s.point = ada_carve(c, s.R * p->D * real);
     s.packed = ada_carve(c, lanes * p->D * real);
     s.reference = ada_carve(c, lanes * real);
-    s.sums = ada_carve(c, lanes * (p->E + 1) * real);
+    s.sums = ada_carve(c, lanes * bins * (p->E + 1) * real);
     s.basis = ada_carve(c, (int64_t)s.R * s.R * real);
-    s.values = ada_carve(c, (int64_t)s.chunks * s.R * ADA_LANES * real);
+    s.values = ada_carve(c, bins * chunks_of(p) * s.R * ADA_LANES * real);
+    s.masses = ada_carve(c, bins * s.R * real);
     return s;
 }
 
 static state state_at(const run *r, int64_t index) {
     ada_carver carver = {r->memory + r->offset[index], 0};
     return state_of(r, index, &carver);
+}
+
+static void fail(run *r, int64_t index) {
+    atomic_store_explicit(&r->failed[index], true, memory_order_relaxed);
 }
 
 /* The inverse of the factor at the landmarks, transposed: F = H(., L) basis. */
@@ -562,14 +598,13 @@ static void landmark_task(void *context, ada_job *job, int64_t index, int worker
     sketch s = sketch_of(p, rank, &carver);
     double *rows = ada_carve(&carver, (int64_t)s.most * s.most * (int64_t)sizeof *rows);
     const state to = state_at(r, index);
-    ada_span span;
     int draws = 0;
     if (ada_job_cancelled(job, worker)) return;
-    bool good = ada_sees_alike(p, b, &span) && take_sample(p, r->k, b, h, span, &s);
+    const bool good = take_sample(p, r->k, b, h, &to.far, &s);
     while (good && s.rank < rank && add_landmarks(p, r->k, &s, &draws, rank - s.rank)) {
     }
     if (!good || s.rank == 0) {
-        atomic_store_explicit(&r->failed[index], true, memory_order_relaxed);
+        fail(r, index);
         return;
     }
     *to.factor = s.query_factor;
@@ -581,12 +616,29 @@ static void landmark_task(void *context, ada_job *job, int64_t index, int worker
     for (int i = 0; i < to.R; i += ADA_LANES) {
         const int n = to.R - i < ADA_LANES ? to.R - i : ADA_LANES;
         const float factor = (float)(s.key_factor * ADA_LOG2E);
+        float *reference = to.reference + i;
         r->k->pack_f32(to.packed + i * D, to.point + i * D, D, n, D, ADA_LANES, factor);
-        r->k->row_scores_f32(to.reference + i, s.mean, 1, to.point + i * D, D, n, D);
-        for (int j = 0; j < n; j++) to.reference[i + j] *= factor;
-        for (int j = n; j < ADA_LANES; j++) to.reference[i + j] = to.reference[i + n - 1];
+        r->k->row_scores_f32(reference, s.mean, 1, to.point + i * D, D, n, D);
+        for (int j = 0; j < ADA_LANES; j++) reference[j] = j < n ? reference[j] * factor : reference[n - 1];
     }
     take_basis(&s, &to, rows);
+}
+
+/* Scores of a tile with the n keys from j on, in place where they can be read there, as weights; bits of
+ * lanes in visible (NULL: all). */
+static bool weigh_keys(const run *r, const ada_tile_f32 *t, int64_t b, int64_t g, int64_t j, int n,
+                       float *keys, const uint64_t *visible) {
+    const int D = (int)r->p->D;
+    ptrdiff_t ld;
+    const float *k = rows_at_f32(r->k, &r->p->key, b, g, j, n, keys, &ld);
+    if (n == ADA_BLOCK && !visible) return r->k->scores_weights_f32(t, k, ld, n);
+    if (n % ADA_KEY_STEP) { /* scores reads whole steps of keys */
+        for (int i = 0; k != keys && i < n; i++) memcpy(keys + i * D, k + i * ld, (size_t)D * sizeof *keys);
+        memset(keys + n * D, 0, (size_t)((ADA_BLOCK - n) * D) * sizeof *keys);
+        k = keys, ld = D;
+    }
+    r->k->scores_f32(t, k, ld, up_to(n, ADA_KEY_STEP));
+    return r->k->weights_f32(t, n, visible, NULL, NULL);
 }
 
 /* H(L, K) (V, 1) for a tile of landmarks. */
@@ -601,68 +653,70 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     float *keys = ada_carve(&carver, ADA_BLOCK * p->D * (int64_t)sizeof *keys);
     float *values = ada_carve(&carver, ADA_BLOCK * p->E * (int64_t)sizeof *values);
-    const int64_t left = s.R - tile * ADA_LANES;
-    float *sums = s.sums + tile * (E + 1) * ADA_LANES;
+    const int64_t left = s.R - tile * ADA_LANES, strip = (E + 1) * ADA_LANES;
     ada_tile_f32 t = {.q = s.packed + tile * D * ADA_LANES,
                       .p = ada_carve(&carver, ADA_BLOCK * ADA_LANES * (int64_t)sizeof *t.p),
-                      .o = sums,
                       .m = s.reference + tile * ADA_LANES,
-                      .l = sums + E * ADA_LANES,
                       .D = D,
                       .E = E,
                       .lanes = left < ADA_LANES ? (int)left : ADA_LANES};
-    ada_span span;
-    ada_sees_alike(p, b, &span);
-    memset(sums, 0, (size_t)((E + 1) * ADA_LANES) * sizeof *sums);
-    for (int64_t j = span.first; j < span.end; j += ADA_BLOCK) {
-        const int n = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
-        ptrdiff_t ldk, ldv;
-        if (ada_job_cancelled(job, worker)) return;
-        const float *k = rows_at_f32(r->k, &p->key, b, g, j, n, keys, &ldk);
-        const float *v = rows_at_f32(r->k, &p->value, b, g, j, n, values, &ldv);
-        bool good;
-        if (n == ADA_BLOCK) {
-            good = r->k->scores_weights_f32(&t, k, ldk, n);
-        } else { /* scores reads whole steps of keys */
-            for (int i = 0; k != keys && i < n; i++)
-                memcpy(keys + i * D, k + i * ldk, (size_t)D * sizeof *keys);
-            memset(keys + n * D, 0, (size_t)((ADA_BLOCK - n) * D) * sizeof *keys);
-            r->k->scores_f32(&t, keys, D, up_to(n, ADA_KEY_STEP));
-            good = r->k->weights_f32(&t, n, NULL, NULL, NULL);
+    for (int64_t bin = 0; bin < s.far.bins; bin++) {
+        const int64_t end = s.far.first + (bin + 1) * s.far.bin;
+        float *sums = s.sums + (tile * s.far.bins + bin) * strip;
+        if (bin)
+            memcpy(sums, sums - strip, (size_t)strip * sizeof *sums);
+        else
+            memset(sums, 0, (size_t)strip * sizeof *sums);
+        t.o = sums, t.l = sums + E * ADA_LANES;
+        for (int64_t j = end - s.far.bin; j < end; j += ADA_BLOCK) {
+            const int n = (int)(end - j < ADA_BLOCK ? end - j : ADA_BLOCK);
+            ptrdiff_t ld;
+            if (ada_job_cancelled(job, worker)) return;
+            if (!weigh_keys(r, &t, b, g, j, n, keys, NULL)) {
+                fail(r, index);
+                return;
+            }
+            const float *v = rows_at_f32(r->k, &p->value, b, g, j, n, values, &ld);
+            r->k->values_f32(&t, v, ld, n);
         }
-        if (!good) {
-            atomic_store_explicit(&r->failed[index], true, memory_order_relaxed);
-            return;
-        }
-        r->k->values_f32(&t, v, ldv, n);
     }
 }
 
-/* The basis's transpose times that. */
+/* The basis's transpose times that, for one bin. */
 static void values_task(void *context, ada_job *job, int64_t task, int worker) {
     run *r = context;
-    const int E = (int)r->p->E, chunks = (E + 1 + ADA_LANES - 1) / ADA_LANES;
-    const int64_t index = task / chunks;
-    const int chunk = (int)(task % chunks), first = chunk * ADA_LANES;
+    const int E = (int)r->p->E;
+    const int64_t index = task / r->most_bins, bin = task % r->most_bins, chunks = chunks_of(r->p);
     const state s = state_at(r, index);
-    if (ada_job_cancelled(job, worker) || r->failed[index]) return;
-    const int n = E + 1 - first < ADA_LANES ? E + 1 - first : ADA_LANES;
-    float *rows = (float *)(r->scratch + worker * r->scratch_bytes),
-          *out = s.values + (ptrdiff_t)chunk * s.R * ADA_LANES;
-    memset(rows, 0, (size_t)(s.R * ADA_LANES) * sizeof *rows);
-    memset(out, 0, (size_t)(s.R * ADA_LANES) * sizeof *out);
-    for (int l = 0; l < s.R; l++) {
-        const float *sums = s.sums + (ptrdiff_t)(l / ADA_LANES) * (E + 1) * ADA_LANES + l % ADA_LANES;
-        for (int e = 0; e < n; e++) rows[l * ADA_LANES + e] = sums[(first + e) * ADA_LANES];
+    if (bin >= s.far.bins || ada_job_cancelled(job, worker) || r->failed[index]) return;
+    float *rows = (float *)(r->scratch + worker * r->scratch_bytes), *masses = s.masses + bin * s.R;
+    memset(masses, 0, (size_t)s.R * sizeof *masses);
+    for (int64_t c = 0; c < chunks; c++) {
+        const int first = (int)c * ADA_LANES, n = E - first < ADA_LANES ? E - first : ADA_LANES;
+        float *out = s.values + (bin * chunks + c) * s.R * ADA_LANES;
+        memset(rows, 0, (size_t)(s.R * ADA_LANES) * sizeof *rows);
+        memset(out, 0, (size_t)(s.R * ADA_LANES) * sizeof *out);
+        for (int l = 0; l < s.R; l++) {
+            const float *sums =
+                s.sums + (l / ADA_LANES * s.far.bins + bin) * (E + 1) * ADA_LANES + l % ADA_LANES;
+            for (int e = 0; e < n; e++) rows[l * ADA_LANES + e] = sums[(first + e) * ADA_LANES];
+            for (int i = l; c == 0 && i < s.R; i++) masses[i] += sums[E * ADA_LANES] * s.basis[l * s.R + i];
+        }
+        for (int l = 0; l < s.R; l += ADA_BLOCK) {
+            const ada_tile_f32 t = {.p = rows + l * ADA_LANES,
+                                    .o = out + l * ADA_LANES,
+                                    .E = s.R - l,
+                                    .lanes = up_to(n, ADA_LANE_STEP)};
+            r->k->values_f32(&t, s.basis + l * s.R + l, s.R, s.R - l < ADA_BLOCK ? s.R - l : ADA_BLOCK);
+        }
     }
-    const ada_tile_f32 t = {.p = rows, .o = out, .E = s.R, .lanes = up_to(n, ADA_LANE_STEP)};
-    r->k->values_f32(&t, s.basis, s.R, s.R);
 }
 
 typedef struct {
-    float *q, *p, *f, *o, *m, *l, *factor; /* [D], [64], [R], [chunks * 64] of [64]; [64] */
+    float *q, *p, *f, *o, *m, *l, *factor; /* [D], [64], [R], [E up to 64] of [64]; [64] */
     float *rows;                           /* [64][max(D, E)] */
     float *own, *square, *shift;           /* [64] */
+    float *keys, *values;                  /* [64][D] and [64][E] */
     char *exact;
 } query_scratch;
 
@@ -672,7 +726,7 @@ static query_scratch query_scratch_of(const ada_problem *p, int R, ada_carver *c
     x.q = ada_carve(c, p->D * strip);
     x.p = ada_carve(c, ADA_BLOCK * strip);
     x.f = ada_carve(c, R * strip);
-    x.o = ada_carve(c, (p->E + ADA_LANES) * strip);
+    x.o = ada_carve(c, p->E * strip);
     x.m = ada_carve(c, strip);
     x.l = ada_carve(c, strip);
     x.factor = ada_carve(c, strip);
@@ -680,129 +734,179 @@ static query_scratch query_scratch_of(const ada_problem *p, int R, ada_carver *c
     x.own = ada_carve(c, strip);
     x.square = ada_carve(c, strip);
     x.shift = ada_carve(c, strip);
+    x.keys = ada_carve(c, ADA_BLOCK * p->D * real);
+    x.values = ada_carve(c, ADA_BLOCK * p->E * real);
     x.exact = ada_carve(c, ada_exact_scratch_bytes(p));
     return x;
 }
 
 /* Rows of a tile that are not to be had by landmarks; false where fp32 does not do for them. */
-static bool exact_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t first,
-                       uint64_t rows, const query_scratch *x) {
+static bool compute_exactly(const run *r, const ada_patch *patch, uint64_t rows, const query_scratch *x) {
+    const ada_problem *p = r->p;
     const int E = (int)p->E;
     while (rows) {
         int64_t queries[ADA_ROW_GROUP];
         int n = 0;
         ada_exact exact;
-        for (; rows && n < ADA_ROW_GROUP; rows &= rows - 1) queries[n++] = first + __builtin_ctzll(rows);
-        ada_exact_rows(p, k, false, false, b, h, queries, n, x->exact, &exact);
+        for (; rows && n < ADA_ROW_GROUP; rows &= rows - 1) queries[n++] = patch->i + __builtin_ctzll(rows);
+        ada_exact_rows(p, r->k, false, false, patch->b, patch->h, queries, n, x->exact, &exact);
         for (int i = 0; i < n; i++) {
             if (!exact.good[i]) return false;
-            ada_store_rows_f64(k, &p->out, b, h, queries[i], 1, E, exact.o + i * E, E);
-            ada_store_lse(p, b, h, queries[i], exact.lse[i]);
+            ada_store_rows_f64(r->k, &p->out, patch->b, patch->h, queries[i], 1, E, exact.o + i * E, E);
+            ada_store_lse(p, patch->b, patch->h, queries[i], exact.lse[i]);
         }
     }
     return true;
 }
 
-/* F of a tile's queries in x.f and its squared norms in x.square; a row beyond the exponents' range counts as
- * zero and is returned. */
-static uint64_t project_queries(const run *r, const state *s, const query_scratch *x,
-                                const ada_patch *patch) {
+/* Squared norms and products with the keys' mean of a tile's queries; those beyond the exponents' range count
+ * as zero and are returned. */
+static uint64_t load_queries(const run *r, const state *s, const query_scratch *x, const ada_patch *patch,
+                             const float **q, ptrdiff_t *ld) {
     const ada_problem *p = r->p;
     const int D = (int)p->D;
     const float factor = (float)*s->factor;
     uint64_t out = 0;
-    ptrdiff_t ld;
-    const float *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, x->rows, &ld);
-    memset(x->own, 0, ADA_LANES * sizeof *x->own);
-    r->k->squares(x->own, NULL, q, ld, patch->n, D, NULL, NULL);
-    r->k->row_scores_f32(x->shift, s->mean, 1, q, ld, patch->n, D);
+    *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, x->rows, ld);
+    r->k->squares(x->own, NULL, *q, *ld, patch->n, D, NULL, NULL);
+    r->k->row_scores_f32(x->shift, s->mean, 1, *q, *ld, patch->n, D);
     for (int i = 0; i < patch->n; i++) {
         x->own[i] *= factor * factor;
         if (!(x->own[i] <= MOST_EXPONENT)) out |= (uint64_t)1 << i;
     }
-    if (out) {
-        if (q != x->rows)
-            ada_load_rows_f32(r->k, x->rows, D, &p->query, patch->b, patch->h, patch->i, patch->n, D);
-        for (int i = 0; i < patch->n; i++)
-            if (out >> i & 1) memset(x->rows + i * D, 0, (size_t)D * sizeof *x->rows);
-        q = x->rows, ld = D;
-    }
-    ada_tile_f32 t = {
-        .q = x->q, .p = x->p, .m = x->m, .l = x->l, .D = D, .lanes = up_to(patch->n, ADA_LANE_STEP)};
-    r->k->pack_f32(x->q, q, ld, patch->n, D, t.lanes, factor * (float)ADA_LOG2E);
+    if (!out) return 0;
+    if (*q != x->rows)
+        ada_load_rows_f32(r->k, x->rows, D, &p->query, patch->b, patch->h, patch->i, patch->n, D);
+    *q = x->rows, *ld = D;
+    for (int i = 0; i < patch->n; i++)
+        if (out >> i & 1)
+            memset(x->rows + i * D, 0, (size_t)D * sizeof *x->rows), x->own[i] = x->shift[i] = 0;
+    return out;
+}
+
+/* F of a tile's queries and its squared norms, then sums over the first `bins` bins of keys: l, o. */
+static void attend_far(const run *r, const state *s, const query_scratch *x, ada_tile_f32 t, int64_t bins) {
+    const int64_t chunks = chunks_of(r->p);
+    const int E = (int)r->p->E;
     memset(x->m, 0, ADA_LANES * sizeof *x->m);
     memset(x->l, 0, ADA_LANES * sizeof *x->l);
     memset(x->f, 0, (size_t)(s->R * ADA_LANES) * sizeof *x->f);
     memset(x->square, 0, ADA_LANES * sizeof *x->square);
     for (int j = 0; j < s->R; j += ADA_BLOCK) {
         const int n = s->R - j < ADA_BLOCK ? s->R - j : ADA_BLOCK;
-        t.o = NULL, t.E = 0;
-        r->k->scores_weights_f32(&t, s->point + j * D, D, n); /* exponents are within MOST_EXPONENT */
+        t.E = 0;
+        r->k->scores_weights_f32(&t, s->point + j * t.D, t.D, n); /* exponents are within MOST_EXPONENT */
         t.o = x->f + j * ADA_LANES, t.E = s->R - j;
         r->k->values_f32(&t, s->basis + j * s->R + j, s->R, n);
     }
     for (int j = 0; j < s->R; j++)
         for (int i = 0; i < ADA_LANES; i++) x->square[i] += x->f[j * ADA_LANES + i] * x->f[j * ADA_LANES + i];
-    return out;
+    memset(x->l, 0, ADA_LANES * sizeof *x->l);
+    memset(x->o, 0, (size_t)E * ADA_LANES * sizeof *x->o);
+    if (bins == 0) return;
+    t.p = x->f, t.o = x->l, t.E = 1;
+    r->k->values_f32(&t, s->masses + (bins - 1) * s->R, 1, s->R);
+    for (int64_t c = 0; c < chunks; c++) {
+        const int64_t left = E - c * ADA_LANES;
+        t.o = x->o + c * ADA_LANES * ADA_LANES, t.E = left < ADA_LANES ? (int)left : ADA_LANES;
+        r->k->values_f32(&t, s->values + ((bins - 1) * chunks + c) * s->R * ADA_LANES, ADA_LANES, s->R);
+    }
+}
+
+/* Goes on with the keys from patch.j to end, exactly. False where fp32 does not do. */
+static bool attend_near(const run *r, const query_scratch *x, const ada_tile_f32 *t, ada_patch patch,
+                        int64_t end) {
+    const ada_problem *p = r->p;
+    const int64_t g = patch.h / (p->H / p->G);
+    for (; patch.j < end; patch.j += ADA_BLOCK) {
+        uint64_t bits[ADA_LANES];
+        ptrdiff_t ld;
+        patch.nk = (int)(end - patch.j < ADA_BLOCK ? end - patch.j : ADA_BLOCK);
+        const ada_sight sight = ada_visible_rows(p, &patch, bits);
+        if (sight == ADA_HIDDEN) continue;
+        if (sight == ADA_MIXED) {
+            for (int i = patch.n; i < ADA_LANES; i++) bits[i] = bits[patch.n - 1];
+            ada_transpose_bits(bits);
+        }
+        if (!weigh_keys(r, t, patch.b, g, patch.j, patch.nk, x->keys, sight == ADA_MIXED ? bits : NULL))
+            return false;
+        const float *v = rows_at_f32(r->k, &p->value, patch.b, g, patch.j, patch.nk, x->values, &ld);
+        r->k->values_f32(t, v, ld, patch.nk);
+    }
+    return true;
+}
+
+/* Lanes whose sums over the far keys cannot be right; they go on with none. */
+static uint64_t distrust(const state *s, const query_scratch *x, const ada_patch *patch, int64_t bins) {
+    const int64_t keys = s->far.end - s->far.first;
+    uint64_t bad = 0;
+    /* Scores of all centred keys have a mean of zero, so their exponentials one of at least one. */
+    const double least = s->far.bin == keys ? (double)keys / 2 : 0;
+    for (int i = 0; bins && i < patch->n; i++)
+        if (!((double)x->l[i] > least && x->l[i] < INFINITY)) bad |= (uint64_t)1 << i, x->l[i] = 1;
+    return bad;
 }
 
 static void query_task(void *context, ada_job *job, int64_t task, int worker) {
     run *r = context;
     const ada_problem *p = r->p;
-    const int64_t index = task / r->tiles, head = r->heads[index], i0 = task % r->tiles * ADA_LANES;
-    const int E = (int)p->E;
-    const ada_patch patch = {
-        head / p->H, head % p->H, i0, 0, (int)(p->T - i0 < ADA_LANES ? p->T - i0 : ADA_LANES), 0};
+    const int64_t index = task / r->tiles, head = r->heads[index], first = task % r->tiles * ADA_LANES;
+    const int E = (int)p->E, D = (int)p->D;
+    ada_patch patch = {
+        head / p->H, head % p->H, first, 0, (int)(p->T - first < ADA_LANES ? p->T - first : ADA_LANES), 0};
     if (ada_job_cancelled(job, worker) || r->failed[index]) return;
     const state s = state_at(r, index);
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     const query_scratch x = query_scratch_of(p, s.R, &carver);
-    ada_span span;
-    ada_sees_alike(p, patch.b, &span);
-    uint64_t exactly = project_queries(r, &s, &x, &patch);
-    ada_tile_f32 t = {.p = x.f, .D = 0, .lanes = up_to(patch.n, ADA_LANE_STEP)};
-    memset(x.o, 0, (size_t)((E + 1) * ADA_LANES) * sizeof *x.o);
-    for (int c = 0; c < s.chunks; c++) {
-        t.o = x.o + (ptrdiff_t)c * ADA_LANES * ADA_LANES;
-        t.E = E + 1 - c * ADA_LANES < ADA_LANES ? E + 1 - c * ADA_LANES : ADA_LANES;
-        r->k->values_f32(&t, s.values + (ptrdiff_t)c * s.R * ADA_LANES, ADA_LANES, s.R);
+    const int64_t bins = bins_seen(p, &s.far, patch.b, first), far = bins * s.far.bin;
+    const double scale = p->scale * ADA_LOG2E, share = (double)far / (double)(s.far.end - s.far.first);
+    const float *q;
+    ptrdiff_t ld;
+    ada_tile_f32 t = {.q = x.q, .p = x.p, .m = x.m, .l = x.l, .D = D, .lanes = up_to(patch.n, ADA_LANE_STEP)};
+    uint64_t exactly = load_queries(r, &s, &x, &patch, &q, &ld);
+    r->k->pack_f32(x.q, q, ld, patch.n, D, t.lanes, (float)(*s.factor * ADA_LOG2E));
+    attend_far(r, &s, &x, t, bins);
+    exactly |= distrust(&s, &x, &patch, bins);
+    for (int i = 0; i < ADA_LANES; i++)
+        x.m[i] = (float)((double)x.shift[i < patch.n ? i : patch.n - 1] * scale);
+    patch.j = s.far.first + far;
+    t.o = x.o, t.E = E;
+    bool good = true;
+    const int64_t end = ada_visible_span(p, patch.b, first + patch.n - 1).end;
+    if (patch.j < end) {
+        r->k->pack_f32(x.q, q, ld, patch.n, D, t.lanes, (float)scale);
+        good = attend_near(r, &x, &t, patch, end);
     }
-    const double gain = r->low->gain[index], keys = (double)(span.end - span.first);
-    const float *mass = x.o + E * ADA_LANES;
     for (int i = 0; i < ADA_LANES; i++) x.factor[i] = 0;
     for (int i = 0; i < patch.n; i++) {
         const uint64_t lane = (uint64_t)1 << i;
-        const double own = exp((double)x.own[i]), den = (double)mass[i];
+        const double own = exp((double)x.own[i]), mass = (double)x.l[i];
         const double residual = fmax(own - (double)x.square[i], (double)LEAST_RESIDUAL * own);
-        const double over = gain * residual / (den * den);
-        float *shift2 = r->low->shift2 ? r->low->shift2 + head * p->T + i0 + i : NULL;
-        /* Scores of centred keys have a mean of zero, so their exponentials one of at least one. */
-        if (!(exactly & lane) && (!(den > keys / 2 && den < INFINITY) || over > MOST_OVER)) exactly |= lane;
-        if (shift2) *shift2 = exactly & lane ? 0 : (float)over;
+        const double over = share > 0 ? r->low->gain[index] * share * residual / (mass * mass) : 0;
+        if (over > MOST_OVER) exactly |= lane;
+        if (r->low->shift2) r->low->shift2[head * p->T + first + i] = exactly & lane ? 0 : (float)over;
         if (exactly & lane) continue;
         double lse;
-        const double m = (double)x.shift[i] * p->scale * ADA_LOG2E;
-        x.factor[i] = (float)ada_row_factor(p, patch.h, m, den, p->lse ? &lse : NULL);
-        if (p->lse) ada_store_lse(p, patch.b, patch.h, i0 + i, lse);
+        x.factor[i] = (float)ada_row_factor(p, patch.h, (double)x.m[i], mass, p->lse ? &lse : NULL);
+        if (p->lse) ada_store_lse(p, patch.b, patch.h, first + i, lse);
     }
     const int many = __builtin_popcountll(exactly);
-    bool good = atomic_fetch_add_explicit(&r->exactly[index], many, memory_order_relaxed) + many <=
-                    MOST_EXACT(p->T) &&
-                r->k->unpack_f32(x.rows, E, x.o, x.factor, patch.n, E);
+    good &= atomic_fetch_add_explicit(&r->exactly[index], many, memory_order_relaxed) + many <=
+                MOST_EXACT(p->T) &&
+            r->k->unpack_f32(x.rows, E, x.o, x.factor, patch.n, E);
     if (good) {
-        ada_store_rows_f32(r->k, &p->out, patch.b, patch.h, i0, patch.n, E, x.rows, E);
-        good = exact_rows(p, r->k, patch.b, patch.h, i0, exactly, &x);
+        ada_store_rows_f32(r->k, &p->out, patch.b, patch.h, first, patch.n, E, x.rows, E);
+        good = compute_exactly(r, &patch, exactly, &x);
     }
-    if (!good) atomic_store_explicit(&r->failed[index], true, memory_order_relaxed);
+    if (!good) fail(r, index);
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static bool run_all(run *r, int threads, bool (*interrupt)(void *), void *context) {
-    const int64_t chunks = (r->p->E + 1 + ADA_LANES - 1) / ADA_LANES;
     return ada_parallel_for(r->n_heads, threads, landmark_task, r, interrupt, context) &&
            ada_parallel_for(r->n_heads * r->most_tiles, threads, keys_task, r, interrupt, context) &&
-           ada_parallel_for(r->n_heads * chunks, threads, values_task, r, interrupt, context) &&
+           ada_parallel_for(r->n_heads * r->most_bins, threads, values_task, r, interrupt, context) &&
            ada_parallel_for(r->n_heads * r->tiles, threads, query_task, r, interrupt, context);
 }
 
@@ -817,8 +921,11 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
     int most = 1;
     double work = 0;
     for (int64_t i = 0; i < n_heads; i++) {
+        ada_far_keys far;
+        ada_far_keys_of(p, heads[i] / p->H, &far);
         most = low->rank[i] > most ? low->rank[i] : most;
-        work += ada_low_rank_operations((double)p->S, (double)p->T, p->D, p->E, low->rank[i]) / 2;
+        r.most_bins = larger(r.most_bins, far.bins);
+        work += ada_low_rank_operations(&far, (double)p->T, p->D, p->E, low->rank[i]) / 2;
     }
     const int R = up_to(most, PIVOTS);
     r.most_tiles = (R + ADA_LANES - 1) / ADA_LANES;
@@ -829,20 +936,19 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
     const int64_t building = ada_landmark_scratch_bytes(p, R) + (int64_t)R * R * (int64_t)sizeof(double) + 64;
     r.scratch_bytes = larger(larger(size.used, blocks), larger(building, R * ADA_LANES * real));
     size.used = 0;
-    ada_carve(&size, threads * r.scratch_bytes);
-    ada_carve(&size, n_heads * (int64_t)sizeof *r.offset);
-    ada_carve(&size, n_heads * (int64_t)sizeof *r.failed);
-    ada_carve(&size, n_heads * (int64_t)sizeof *r.exactly);
+    r.scratch = ada_carve(&size, threads * r.scratch_bytes);
+    r.offset = ada_carve(&size, n_heads * (int64_t)sizeof *r.offset);
+    r.failed = ada_carve(&size, n_heads * (int64_t)sizeof *r.failed);
+    r.exactly = ada_carve(&size, n_heads * (int64_t)sizeof *r.exactly);
     const int64_t before = size.used;
     for (int64_t i = 0; i < n_heads; i++) state_of(&r, i, &size);
-    char *memory = ada_scratch_take(size.used);
-    if (!memory) return ada_no_scratch(size.used, error);
-    ada_carver carver = {memory, 0};
-    r.scratch = ada_carve(&carver, threads * r.scratch_bytes);
-    r.offset = ada_carve(&carver, n_heads * (int64_t)sizeof *r.offset);
-    r.failed = ada_carve(&carver, n_heads * (int64_t)sizeof *r.failed);
-    r.exactly = ada_carve(&carver, n_heads * (int64_t)sizeof *r.exactly);
-    r.memory = memory;
+    r.memory = ada_scratch_take(size.used);
+    if (!r.memory) return ada_no_scratch(size.used, error);
+    size = (ada_carver){r.memory, 0};
+    r.scratch = ada_carve(&size, threads * r.scratch_bytes);
+    r.offset = ada_carve(&size, n_heads * (int64_t)sizeof *r.offset);
+    r.failed = ada_carve(&size, n_heads * (int64_t)sizeof *r.failed);
+    r.exactly = ada_carve(&size, n_heads * (int64_t)sizeof *r.exactly);
     size = (ada_carver){NULL, before};
     for (int64_t i = 0; i < n_heads; i++) {
         r.offset[i] = size.used;
@@ -852,11 +958,10 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
     const bool done = run_all(&r, threads, interrupt, context);
     for (int64_t i = 0; i < n_heads; i++) {
         double over = 0;
-        low->failed[i] = r.failed[i];
         for (int64_t row = 0; done && low->shift2 && row < p->T; row++)
             over += (double)low->shift2[heads[i] * p->T + row];
-        low->failed[i] |= over > MOST_SUM * (double)p->T;
+        low->failed[i] = r.failed[i] || over > MOST_SUM * (double)p->T;
     }
-    ada_scratch_give_back(memory);
+    ada_scratch_give_back(r.memory);
     return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }

@@ -10,6 +10,10 @@
  * |H(q, k) - F(q).F(k)|^2 by r(q) r(k). A row's squared error is estimated as gain * r(q) / sum^2, with a
  * gain that sampled rows and keys tell: rows that landmarks do not span have large residuals and are computed
  * exactly.
+ *
+ * Where queries see different keys, as under a causal limit, sums over keys are kept at every ADA_BIN of
+ * them: a query takes those of the last whole bin that its tile sees, and goes on from there key by key,
+ * exactly.
  */
 #ifndef ADA_LOWRANK_H
 #define ADA_LOWRANK_H
@@ -27,7 +31,10 @@ typedef struct {
     int rank;
     double error2; /* mean squared error of a row of the output */
     double gain;
+    double exact; /* share of the rows that are to be computed exactly */
 } ada_rank_level;
+/* Levels with more of them are none. */
+#define ADA_MOST_EXACT 0.04
 
 typedef struct {
     int levels; /* that were looked at, rank ascending; 0: numbers beyond what the kernel can hold */
@@ -35,8 +42,17 @@ typedef struct {
     double out2; /* mean squared norm of a row of the output, by the sample */
 } ada_rank_forecast;
 
-/* Whether all queries of sequence b see the same keys, and which. */
-bool ada_sees_alike(const ada_problem *p, int64_t b, ada_span *span);
+#define ADA_BIN 256
+
+/* The keys of sequence b, from the first one on that its queries see. */
+typedef struct {
+    int64_t first, end;
+    int64_t bin,
+        bins; /* keys of a bin, and how many are whole; all keys are one where all queries see them */
+} ada_far_keys;
+
+/* False where queries do not begin with the same key, or see none. */
+bool ada_far_keys_of(const ada_problem *p, int64_t b, ada_far_keys *keys);
 /* The first option or dtype that breaks the kernel, by its argument's name; NULL: none. */
 const char *ada_breaks_low_rank(const ada_problem *p);
 
@@ -59,7 +75,7 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
                                 int64_t n_heads, bool (*interrupt)(void *), void *context, ada_error *error);
 
 /* Operations of a head's landmarks and attention. */
-double ada_low_rank_operations(double keys, double queries, int64_t D, int64_t E, int rank);
+double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t D, int64_t E, int rank);
 /* And of a forecast up to that rank. */
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank);
 

@@ -265,7 +265,7 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
 double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
     ada_task part = *t;
     part.operations =
-        RANK_OVERHEAD * ada_low_rank_operations(sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
+        RANK_OVERHEAD * ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
     part.elements = 0;
     return ada_predicted_seconds(&part, fp32);
 }
@@ -303,8 +303,8 @@ bool ada_plan_low_rank(const ada_rank_forecast *ranks, double out2, const ada_ta
     const double target2 = ada_rank_target2(t, out2);
     for (int i = 0; i < ranks->levels; i++) {
         const ada_rank_level *level = &ranks->level[i];
-        const bool keeps =
-            level->error2 <= target2 && (level->rank >= sizes->least || i + 1 == ranks->levels);
+        const bool keeps = level->error2 <= target2 && level->exact < ADA_MOST_EXACT &&
+                           (level->rank >= sizes->least || i + 1 == ranks->levels);
         if (!keeps && !(forced && i + 1 == ranks->levels)) continue;
         *choice = (ada_rank_choice){.rank = level->rank,
                                     .gain = keeps && target2 > 0 ? level->gain / target2 : 0,

@@ -83,7 +83,8 @@ typedef struct {
 } ada_rank_choice;
 /* The problem's sizes that it goes by. */
 typedef struct {
-    double keys, queries;
+    ada_far_keys keys;
+    double queries;
     int64_t D, E;
     int least, most; /* ranks that are allowed */
 } ada_rank_task;
