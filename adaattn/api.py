@@ -238,11 +238,12 @@ def attention(
         rates = None if tolerance is None else _rates_for(query, device)
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, min_rank, max_rank, verify, rates,
-        choices, False, return_lse, return_report, out, num_threads, _allocate, device,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, min_rank,
+        max_rank, verify, rates, choices, False, return_lse, return_report, out, num_threads, _allocate,
+        device,
     )  # fmt: skip
     if return_report:
-        *arrays, (heads, seconds, operations, sizes) = result
+        *arrays, (heads, seconds, operations, sizes, ruled_out) = result
         kept = arrays if isinstance(query, np.ndarray) else _as_kind_of(query, tuple(arrays), out)
         made = None
         if plan is None and tolerance is not None:
@@ -250,6 +251,7 @@ def attention(
                 heads,
                 sizes,
                 tolerance,
+                ruled_out,
                 min_precision=min_precision,
                 max_precision=max_precision,
                 forced=_given(precision),
@@ -325,15 +327,17 @@ def plan(
     tolerance = tolerance_of(tolerance, policy)
     if tolerance is None:
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
-    heads, _, _, sizes = _adaattn.attention(
+    heads, _, _, sizes, ruled_out = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, min_rank, max_rank, False,
-        _rates_for(query, device), None, True, return_lse, False, None, num_threads, _allocate, device,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, min_rank,
+        max_rank, False, _rates_for(query, device), None, True, return_lse, False, None, num_threads,
+        _allocate, device,
     )  # fmt: skip
     return Plan.of(
         heads,
         sizes,
         tolerance,
+        ruled_out,
         min_precision=min_precision,
         max_precision=max_precision,
         forced=False,

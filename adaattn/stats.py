@@ -76,6 +76,8 @@ class Plan:
         The caller named the precision.
     lse : bool
         The error of the lse counted too.
+    ruled_out : tuple of (str or None)
+        What of the call does not go with sparse heads, and with low rank.
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     predicted_error : (B, H) array
@@ -85,9 +87,10 @@ class Plan:
         all keys, else "dense".
     rank : (B, H) array of int
         Landmarks; 0: none.
-    rank_gain : (B, H) array
+    rank_gain, rank_limit : (B, H) arrays
         What the residual of a query's kernel beside its squared sum of weights is worth in estimated squared
-        error of its row, in units of what a row may have; 0: no row is computed exactly for its residual.
+        error of its row, in units of what a row may have; and the residual above which a row is computed
+        exactly.
     kept_fraction : (B, H) array
         Share of the visible blocks that are computed; predicted.
     sparse_budget, sparse_joint : (B, H) arrays
@@ -111,12 +114,14 @@ class Plan:
     max_precision: str
     forced: bool
     lse: bool
+    ruled_out: tuple[str | None, str | None]
     precision_qk: NDArray[np.str_]
     precision_pv: NDArray[np.str_]
     predicted_error: NDArray[np.float64]
     structure: NDArray[np.str_]
     rank: NDArray[np.int64]
     rank_gain: NDArray[np.float64]
+    rank_limit: NDArray[np.float64]
     kept_fraction: NDArray[np.float64]
     sparse_budget: NDArray[np.float64]
     sparse_joint: NDArray[np.float64]
@@ -134,6 +139,7 @@ class Plan:
         table: NDArray[np.float64],
         sizes: Sequence[Any],
         tolerance: float,
+        ruled_out: tuple[str | None, str | None],
         *,
         min_precision: str,
         max_precision: str,
@@ -150,12 +156,14 @@ class Plan:
             max_precision=max_precision,
             forced=forced,
             lse=lse,
+            ruled_out=ruled_out,
             precision_qk=_names(column["precision_qk"]),
             precision_pv=_names(column["precision_pv"]),
             predicted_error=column["predicted_error"],
             structure=_structures(column["sparse_budget"], column["rank"]),
             rank=column["rank"].astype(np.int64),
             rank_gain=column["rank_gain"],
+            rank_limit=column["rank_limit"],
             kept_fraction=column["kept_fraction"],
             sparse_budget=column["sparse_budget"],
             sparse_joint=column["sparse_joint"],
@@ -170,11 +178,19 @@ class Plan:
 
     def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
         """Sizes, indices of the rungs, (scores, values) of head after head, and (predicted error, sparse
-        budget, sparse joint, kept fraction, rank, rank's gain) likewise, as the engine takes them."""
+        budget, sparse joint, kept fraction, rank, its gain and limit) likewise, as the engine takes them."""
         index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
         pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
         rungs = [index[rung] for pair in pairs for rung in pair]
-        names = ("predicted_error", "sparse_budget", "sparse_joint", "kept_fraction", "rank", "rank_gain")
+        names = (
+            "predicted_error",
+            "sparse_budget",
+            "sparse_joint",
+            "kept_fraction",
+            "rank",
+            "rank_gain",
+            "rank_limit",
+        )
         numbers = np.stack([getattr(self, name) for name in names], axis=-1)
         return tuple(self.sizes.values()), rungs, numbers.reshape(-1)
 
@@ -305,6 +321,7 @@ class Report:
                     structure=structure,
                     rank=rank,
                     rank_gain=column["rank_gain"],
+                    rank_limit=column["rank_limit"],
                     kept_fraction=column["kept_fraction"],
                     sparse_budget=budget,
                     sparse_joint=column["sparse_joint"],
@@ -404,6 +421,9 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     for name in ("forced", "lse"):
         if type(result[name]) is not bool:
             raise ValueError(f"{name} {result[name]!r}")
+    ruled_out = result["ruled_out"] = tuple(result["ruled_out"])
+    if len(ruled_out) != 2 or not all(isinstance(what, (str, type(None))) for what in ruled_out):
+        raise ValueError(f"ruled_out {ruled_out}")
     candidates = result["candidates"] = tuple(result["candidates"])
     if not all(isinstance(name, str) for name in candidates):
         raise ValueError(f"candidates {candidates}")
@@ -414,7 +434,14 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
         *((name, int) for name in ("profiled_rows", "rank")),
         *(
             (name, float)
-            for name in ("predicted_error", "kept_fraction", "sparse_budget", "sparse_joint", "rank_gain")
+            for name in (
+                "predicted_error",
+                "kept_fraction",
+                "sparse_budget",
+                "sparse_joint",
+                "rank_gain",
+                "rank_limit",
+            )
         ),
     ):
         result[name] = _array(saved, name, heads, kind)

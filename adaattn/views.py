@@ -191,6 +191,9 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{plan.sizes['dtype']}, {sizes}; tolerance {_error(plan.tolerance)}; predicted times of one core"
     ]
+    names = zip(("sparse", "low rank"), plan.ruled_out, strict=True)
+    if ruled_out := [f"{name} by {what}" for name, what in names if what]:
+        lines.append(f"ruled out: {', '.join(ruled_out)}")
     for at in np.ndindex(plan.retried.shape):
         lines.append(f"head {at}: {_reason(plan, at)}")
         lines.extend(f"    {line}" for line in _candidates(plan, at))

@@ -268,14 +268,11 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
-/* Candidates of which blocks may stand in, by what was planned. Short heads win too little; where something
- * is added to the scores, fused kernels have no part. */
+/* Candidates of which blocks may stand in. Short heads win too little. */
 static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
-    const bool added = p->alibi_slopes.data || p->has_softcap || p->drop_below ||
-                       (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     unsigned candidates = 0;
-    if (b->structure != ADA_STRUCTURE_AUTO || b->given || ada_is_forced(b) || p->on_gpu || p->only_f64 ||
-        p->stored || added || p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
+    if (b->structure != ADA_STRUCTURE_AUTO || b->given || ada_is_forced(b) ||
+        ada_rules_out(p, ADA_STRUCTURE_SPARSE) || p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
         return 0;
     for (int c = 0; c < ADA_CANDIDATES; c++)
         if (b->rates[c].sparse < 1 && ada_may_stand_in(k, ada_candidates[c])) candidates |= 1u << c;
@@ -336,8 +333,8 @@ static void take_given_rank(const ada_problem *p, const ada_planned *given, int6
     ada_far_keys keys;
     if (given->rank == 0) return;
     head->dense = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
-    head->rank = given->rank, head->rank_gain = given->rank_gain;
-    if (!ada_breaks_low_rank(p) && ada_far_keys_of(p, b, &keys)) return;
+    head->rank = given->rank, head->rank_gain = given->rank_gain, head->rank_limit = given->rank_limit;
+    if (!ada_rules_out(p, ADA_STRUCTURE_LOW_RANK) && ada_far_keys_of(p, b, &keys)) return;
     head->rank = 0, head->retried = true;
 }
 
@@ -386,7 +383,8 @@ static void plan_heads(ada_attending *a) {
 
 /* Whether heads may have landmarks, by what was asked for and their options. Short ones win too little. */
 static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
-    if (b->structure == ADA_STRUCTURE_DENSE || b->given || ada_is_forced(b) || ada_breaks_low_rank(p))
+    if (b->structure == ADA_STRUCTURE_DENSE || b->given || ada_is_forced(b) ||
+        ada_rules_out(p, ADA_STRUCTURE_LOW_RANK))
         return false;
     return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
 }
@@ -420,14 +418,12 @@ static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
     if (most == 0) return;
     ada_rank_forecast ranks;
     ada_rank_choice choice;
-    const double known = s->n ? head->forecast.out2 : 0;
-    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, sizes.least, most, known,
-                          sqrt(ada_rank_target2(&task, 1)), &ranks, a->scratch + worker * a->scratch_bytes);
-    const double out2 = known > 0 ? known : ranks.out2;
-    if (!ada_plan_low_rank(&ranks, out2, &task, &sizes, fp32, s->seconds, forced, &choice)) return;
+    const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, s->n ? head->forecast.out2 : 0);
+    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks, a->scratch + worker * a->scratch_bytes);
+    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) return;
     head->dense = head->choice;
     head->choice = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
-    head->rank = choice.rank, head->rank_gain = choice.gain;
+    head->rank = choice.rank, head->rank_gain = choice.gain, head->rank_limit = choice.limit;
     head->budget2 = 0, head->kept = 1;
     head->predicted_error = choice.error;
 }
@@ -513,11 +509,11 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
 
 /* Those that fail are computed as if they had no landmarks. */
 static ada_status execute_ranks(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
-    const ada_low_rank low = {a->rank, a->gain, a->shift2, a->failed};
+    const ada_low_rank low = {a->rank, a->gain, a->limit, a->shift2, a->failed};
     int64_t *again = a->list + 3 * ada_head_count(a), count = 0;
     for (int64_t i = 0; i < n; i++) {
         const ada_head *head = &a->budget->heads[list[i]];
-        a->rank[i] = head->rank, a->gain[i] = head->rank_gain;
+        a->rank[i] = head->rank, a->gain[i] = head->rank_gain, a->limit[i] = head->rank_limit;
     }
     if (ada_execute_low_rank(a->p, &low, list, n, a->interrupt, a->context, error)) return error->status;
     for (int64_t i = 0; i < n; i++) {
@@ -568,6 +564,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->list = ada_carve(&c, 4 * heads * (int64_t)sizeof *a->list);
     a->rank = ada_carve(&c, heads * (int64_t)sizeof *a->rank);
     a->gain = ada_carve(&c, heads * (int64_t)sizeof *a->gain);
+    a->limit = ada_carve(&c, heads * (int64_t)sizeof *a->limit);
     a->failed = ada_carve(&c, heads * (int64_t)sizeof *a->failed);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
     if (a->backend->carve) a->backend->carve(a, &c);
@@ -612,16 +609,12 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
     budget->seconds[2] = seconds;
 }
 
-/* Refuses landmarks where something breaks their kernel. */
+/* Refuses landmarks where something does not go with them. */
 static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
-    if (budget->structure != ADA_STRUCTURE_LOW_RANK) return ADA_OK;
-    const char *breaks = ada_breaks_low_rank(p);
-    ada_far_keys keys;
-    for (int64_t b = 0; !breaks && b < p->B; b++)
-        if (!ada_far_keys_of(p, b, &keys)) breaks = "a window on the left, or a sequence without keys";
-    if (!breaks) return ADA_OK;
+    const char *what = ada_rules_out(p, budget->structure);
+    if (!what) return ADA_OK;
     return ada_fail(error, ADA_ERR_ARGUMENT,
-                    "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", breaks);
+                    "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", what);
 }
 
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,

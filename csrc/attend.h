@@ -5,14 +5,12 @@
 #include "adaattn.h"
 #include "plan.h"
 
-typedef enum { ADA_STRUCTURE_AUTO, ADA_STRUCTURE_DENSE, ADA_STRUCTURE_LOW_RANK } ada_structure;
-
 /* What became of one head. */
 typedef struct {
     ada_choice choice;
-    ada_choice dense; /* where landmarks do not do */
-    int rank;         /* landmarks; 0: none */
-    double rank_gain; /* as in ada_low_rank */
+    ada_choice dense;             /* where landmarks do not do */
+    int rank;                     /* landmarks; 0: none */
+    double rank_gain, rank_limit; /* as in ada_low_rank */
     ada_forecast forecast;
     double seconds[ADA_CANDIDATES]; /* predicted, of one core */
     double budget2, joint;          /* as in ada_sparse */
@@ -28,7 +26,7 @@ typedef struct {
     double predicted_error; /* NaN: not known */
     double budget2, joint, kept;
     int rank;
-    double rank_gain;
+    double rank_gain, rank_limit;
 } ada_planned;
 
 typedef struct {

@@ -95,7 +95,7 @@ struct ada_attending {
     double *kept;              /* [B * H] */
     int64_t *list;             /* [4][B * H] those to compute; and of ada_execute_heads */
     int *rank;                 /* [B * H], these and the next two as in ada_low_rank */
-    double *gain;
+    double *gain, *limit;
     bool *failed;
     char *scratch;
     int64_t scratch_bytes;

@@ -23,12 +23,15 @@
 /* Of a draw of pivots. */
 #define PIVOTS 16
 /* Residuals of fp32 are no better than this share of a kernel's own value. */
-#define LEAST_RESIDUAL 4e-6f
-/* Exponents up to which floats hold kernel and residual. */
-#define MOST_EXPONENT 40
-/* Rows whose estimate exceeds the budget of a row by so much are computed exactly, where they are few. */
+#define LEAST_RESIDUAL 1e-5f
+/* Exponents of H(x, x) up to which floats hold it, and a factor that takes its digits apart. Queries beyond are
+ * computed exactly, heads with such keys are not low rank. */
+#define MOST_EXPONENT 16
+/* Rows whose estimate exceeds the budget of a row by so much are computed exactly, where they are few, and a
+ * sample shows fewer. */
 #define MOST_OVER 16
 #define MOST_EXACT(T) ((T) / 16 + 4)
+#define MOST_SHARE 0.04
 /* A head is given up where its rows' estimates exceed the budget so far. */
 #define MOST_SUM 2
 /* Landmarks after which an error is believed to fall no faster. */
@@ -53,17 +56,6 @@ bool ada_far_keys_of(const ada_problem *p, int64_t b, ada_far_keys *keys) {
 static int64_t bins_seen(const ada_problem *p, const ada_far_keys *keys, int64_t b, int64_t i) {
     const int64_t n = ada_visible_span(p, b, i).end - keys->first;
     return n > 0 ? n / keys->bin : 0;
-}
-
-const char *ada_breaks_low_rank(const ada_problem *p) {
-    if (p->has_softcap) return "softcap";
-    if (p->alibi_slopes.data) return "alibi_slopes";
-    if (p->attn_mask.data) return "attn_mask";
-    if (p->drop_below) return "dropout_p";
-    if (p->stored) return "a KVCache";
-    if (p->on_gpu) return "arrays on a GPU";
-    if (p->query.dtype == ADA_F64) return "float64 arrays";
-    return p->only_f64 ? "scale" : NULL;
 }
 
 static double landmark_operations(double keys, int64_t D, int rank) {
@@ -452,11 +444,26 @@ static void lessen_kernel(const ada_kernels *k, sketch *s, int first) {
     }
 }
 
-/* What is left of the kernel moves the output of the sampled queries by; `row2` is a row's budget. */
-static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, const sketch *s, double row2) {
+/* The lse of the worst of thousands of rows is off by so many times the root mean square at most: rows differ
+ * by more than their residuals tell. */
+#define LARGEST_LSE 20
+
+/* The largest residual, over its squared sum, of a row whose lse is off by `error` at most: by the bound on
+ * each weight, or by what the sampled rows' sums are off by. */
+static double limit_of_lse(const sketch *s, double error, double per_residual) {
+    double roots = 0;
+    for (int j = 0; j < s->even; j++)
+        roots += sqrt((double)fmaxf(s->residual[j], LEAST_RESIDUAL * s->own[j]));
+    roots *= s->keys / s->even;
+    return square(error) * fmax(1 / square(roots), 1 / (square(LARGEST_LSE) * per_residual));
+}
+
+/* What is left of the kernel moves the output of the sampled queries by; a row's budget is row2. */
+static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, const sketch *s, double row2,
+                               double lse_error) {
     const int E = (int)p->E, n = (int)(p->T < ADA_LANES ? p->T : ADA_LANES);
     const double stands = s->keys / s->even;
-    double together = 0, apart = 0, residual[ADA_LANES] = {0}, residuals = 0;
+    double together = 0, apart = 0, residual[ADA_LANES] = {0}, residuals = 0, masses = 0;
     float own[ADA_LANES] = {0};
     add_sampled(p, k, s, s->far, own);
     for (int i = 0; i < n; i++) {
@@ -469,18 +476,32 @@ static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, const
             together += off * off / mass2;
         }
         apart += (double)own[i] / mass2;
+        masses += square((double)s->sum[i]) / mass2;
         residual[i] = s->share[i] * (double)fmaxf(s->residual[at], LEAST_RESIDUAL * s->own[at]) / mass2;
         residuals += residual[i];
     }
     /* Keys that stand for others say more of them together than those would, as their errors are alike. */
     const double error2 = stands > 1 ? fmax(together - apart, 0) + apart / stands : together;
-    ada_rank_level level = {s->rank, error2 / n, residuals > 0 ? error2 / residuals : 0, 0};
-    for (int i = 0; i < n; i++) level.exact += level.gain * residual[i] > MOST_OVER * row2 ? 1.0 / n : 0;
+    ada_rank_level level = {.rank = s->rank, .error2 = error2 / n, .limit = INFINITY};
+    if (residuals > 0) level.gain = error2 / residuals;
+    if (error2 > 0) level.limit = MOST_OVER * row2 / level.gain;
+    if (masses > 0) level.limit = fmin(level.limit, limit_of_lse(s, lse_error, masses / residuals));
+    for (int i = 0; i < n; i++) level.exact += residual[i] > level.limit ? 1.0 / n : 0;
     return level;
 }
 
-void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int least,
-                           int most, double out2, double target, ada_rank_forecast *forecast, char *scratch) {
+static double target2_of(const ada_rank_wish *wish, const ada_rank_forecast *f) {
+    return square(wish->error) * (wish->out2 > 0 ? wish->out2 : f->out2);
+}
+
+bool ada_fulfils(const ada_rank_wish *wish, const ada_rank_forecast *f, int level) {
+    const ada_rank_level *x = &f->level[level];
+    return x->error2 <= target2_of(wish, f) && x->exact <= MOST_SHARE && x->rank >= wish->least;
+}
+
+void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                           const ada_rank_wish *wish, ada_rank_forecast *forecast, char *scratch) {
+    const int least = wish->least, most = wish->most;
     static const int steps[ADA_RANK_LEVELS] = {16, 32, 48, 64, 96, 128, 192, 256, 384, ADA_MOST_RANK};
     ada_carver carver = {scratch, 0};
     sketch s = sketch_of(p, most, &carver);
@@ -489,7 +510,7 @@ void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b
     if (!ada_far_keys_of(p, b, &keys) || !take_sample(p, k, b, h, &keys, &s)) return;
     take_queries(p, k, b, h, &keys, &s);
     forecast->out2 = take_values(p, k, b, h, &s);
-    const double target2 = square(target) * (out2 > 0 ? out2 : forecast->out2);
+    const double target2 = target2_of(wish, forecast);
     bool more = true;
     for (int step = 0, draws = 0; more && step < ADA_RANK_LEVELS && s.rank < most; step++) {
         const int wanted = steps[step] < most ? steps[step] : most, first = s.rank;
@@ -497,11 +518,11 @@ void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b
         while (more && s.rank < wanted) more = add_landmarks(p, k, &s, &draws, most - s.rank);
         if (s.rank == first) break;
         lessen_kernel(k, &s, first);
-        const ada_rank_level level = level_of(p, k, &s, target2),
+        const ada_rank_level level = level_of(p, k, &s, target2, wish->lse_error),
                              before = forecast->levels ? forecast->level[forecast->levels - 1] : level;
         if (!isfinite(level.error2)) return;
         forecast->level[forecast->levels++] = level;
-        if (level.error2 <= target2 && level.exact < ADA_MOST_EXACT && s.rank >= least) return;
+        if (ada_fulfils(wish, forecast, forecast->levels - 1)) return;
         /* The logarithm of the error falls about in proportion to the rank, later somewhat slower. */
         const double slope = level.rank > before.rank
                                  ? log(before.error2 / level.error2) / (level.rank - before.rank)
@@ -882,8 +903,9 @@ static void query_task(void *context, ada_job *job, int64_t task, int worker) {
         const uint64_t lane = (uint64_t)1 << i;
         const double own = exp((double)x.own[i]), mass = (double)x.l[i];
         const double residual = fmax(own - (double)x.square[i], (double)LEAST_RESIDUAL * own);
-        const double over = share > 0 ? r->low->gain[index] * share * residual / (mass * mass) : 0;
-        if (over > MOST_OVER) exactly |= lane;
+        const double rest = share > 0 ? share * residual / (mass * mass) : 0,
+                     over = r->low->gain[index] * rest;
+        if (rest > r->low->limit[index]) exactly |= lane;
         if (r->low->shift2) r->low->shift2[head * p->T + first + i] = exactly & lane ? 0 : (float)over;
         if (exactly & lane) continue;
         double lse;

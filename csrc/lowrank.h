@@ -8,8 +8,8 @@
  *
  * What the kernel of a query loses is executed for every row: the residual r(q) = H(q, q) - |F(q)|^2 bounds
  * |H(q, k) - F(q).F(k)|^2 by r(q) r(k). A row's squared error is estimated as gain * r(q) / sum^2, with a
- * gain that sampled rows and keys tell: rows that landmarks do not span have large residuals and are computed
- * exactly.
+ * gain that sampled rows and keys tell: rows that landmarks do not span have large residuals, and are
+ * computed exactly.
  *
  * Where queries see different keys, as under a causal limit, sums over keys are kept at every ADA_BIN of
  * them: a query takes those of the last whole bin that its tile sees, and goes on from there key by key,
@@ -31,10 +31,9 @@ typedef struct {
     int rank;
     double error2; /* mean squared error of a row of the output */
     double gain;
+    double limit; /* of a residual; rows above it are to be computed exactly */
     double exact; /* share of the rows that are to be computed exactly */
 } ada_rank_level;
-/* Levels with more of them are none. */
-#define ADA_MOST_EXACT 0.04
 
 typedef struct {
     int levels; /* that were looked at, rank ascending; 0: numbers beyond what the kernel can hold */
@@ -53,21 +52,28 @@ typedef struct {
 
 /* False where queries do not begin with the same key, or see none. */
 bool ada_far_keys_of(const ada_problem *p, int64_t b, ada_far_keys *keys);
-/* The first option or dtype that breaks the kernel, by its argument's name; NULL: none. */
-const char *ada_breaks_low_rank(const ada_problem *p);
-
 int64_t ada_landmark_scratch_bytes(const ada_problem *p, int most);
-/* Of head (b, h): levels of at least `least` and at most `most` landmarks, until the error of one, relative
- * to the output's mean square out2 (0: the sample's), is within target or none will be. */
-void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int least,
-                           int most, double out2, double target, ada_rank_forecast *forecast, char *scratch);
+/* What ranks of a head are looked for by. */
+typedef struct {
+    int least, most;
+    double out2;      /* mean squared norm of a row of the output; 0: the sample's */
+    double error;     /* of the output, relative */
+    double lse_error; /* of any row; INFINITY: it is not wanted */
+} ada_rank_wish;
+
+/* Of head (b, h): levels from wish->least landmarks on, until one fulfils it or none will. */
+void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                           const ada_rank_wish *wish, ada_rank_forecast *forecast, char *scratch);
+/* Whether that is one which does. */
+bool ada_fulfils(const ada_rank_wish *wish, const ada_rank_forecast *forecast, int level);
 
 /* Heads to compute, in fp32. */
 typedef struct {
     const int *rank;
-    const double *gain; /* over the budget of a row; 0: no row is recomputed for its residual */
-    float *shift2;      /* (B, H, T): the rows' estimates, in units of the budget; NULL: not wanted */
-    bool *failed;       /* [n] heads whose numbers or rows do not allow it: their outputs are undefined */
+    const double *gain;  /* over the budget of a row */
+    const double *limit; /* of a row's residual over its squared sum; INFINITY: none is computed exactly */
+    float *shift2;       /* (B, H, T): the rows' estimates, in units of the budget; NULL: not wanted */
+    bool *failed;        /* [n] heads whose numbers or rows do not allow it: their outputs are undefined */
 } ada_low_rank;
 
 /* rank, gain and failed are in the order of the list. */

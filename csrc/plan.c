@@ -218,6 +218,46 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
 
 /* ---- structure ---- */
 
+static bool has_float_mask(const ada_problem *p) {
+    return p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL;
+}
+static bool has_mask(const ada_problem *p) { return p->attn_mask.data != NULL; }
+static bool has_softcap(const ada_problem *p) { return p->has_softcap; }
+static bool has_alibi(const ada_problem *p) { return p->alibi_slopes.data != NULL; }
+static bool has_dropout(const ada_problem *p) { return p->drop_below != 0; }
+static bool has_left_window(const ada_problem *p) { return p->window_left != ADA_UNBOUNDED; }
+static bool is_stored(const ada_problem *p) { return p->stored; }
+static bool is_on_gpu(const ada_problem *p) { return p->on_gpu; }
+static bool is_double(const ada_problem *p) { return p->query.dtype == ADA_F64; }
+static bool has_odd_scale(const ada_problem *p) { return p->only_f64; }
+
+/* Where something is added to the scores, the kernels that weigh blocks have no part. Landmarks need weights
+ * that are the exponential of a product, for all keys from the first on that queries see. */
+static const struct {
+    const char *what;
+    bool (*given)(const ada_problem *p);
+    bool sparse, low_rank;
+} rules[] = {{"softcap", has_softcap, false, false},
+             {"alibi_slopes", has_alibi, false, false},
+             {"a floating attn_mask", has_float_mask, false, false},
+             {"dropout_p", has_dropout, false, false},
+             {"a KVCache", is_stored, false, false},
+             {"arrays on a GPU", is_on_gpu, false, false},
+             {"a scale beyond fp32", has_odd_scale, false, false},
+             {"attn_mask", has_mask, true, false},
+             {"window[0]", has_left_window, true, false},
+             {"float64 arrays", is_double, true, false}};
+
+const char *ada_rules_out(const ada_problem *p, ada_structure structure) {
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
+        const bool goes = structure == ADA_STRUCTURE_SPARSE     ? rules[i].sparse
+                          : structure == ADA_STRUCTURE_LOW_RANK ? rules[i].low_rank
+                                                                : true;
+        if (!goes && rules[i].given(p)) return rules[i].what;
+    }
+    return NULL;
+}
+
 /* What few rows say of the error is taken so much larger. */
 #define STAND_MARGIN 1.15
 /* Reading the kept blocks one by one costs so much of the dense time on top. */
@@ -293,24 +333,27 @@ int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_ran
     return most >= sizes->least && LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
 }
 
-double ada_rank_target2(const ada_task *t, double out2) {
-    return square(t->tolerance / t->margin / RANK_MARGIN) * out2;
+ada_rank_wish ada_rank_wish_of(const ada_task *t, const ada_rank_task *sizes, int most, double out2) {
+    return (ada_rank_wish){.least = sizes->least < most ? sizes->least : most,
+                           .most = most,
+                           .out2 = out2,
+                           .error = t->tolerance / t->margin / RANK_MARGIN,
+                           .lse_error = t->lse ? fmax(t->tolerance, 1e-6) : INFINITY};
 }
 
-bool ada_plan_low_rank(const ada_rank_forecast *ranks, double out2, const ada_task *t,
+bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *t,
                        const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
                        ada_rank_choice *choice) {
-    const double target2 = ada_rank_target2(t, out2);
+    const double out2 = wish->out2 > 0 ? wish->out2 : ranks->out2, row2 = square(wish->error) * out2;
     for (int i = 0; i < ranks->levels; i++) {
         const ada_rank_level *level = &ranks->level[i];
-        const bool keeps = level->error2 <= target2 && level->exact < ADA_MOST_EXACT &&
-                           (level->rank >= sizes->least || i + 1 == ranks->levels);
+        const bool keeps = ada_fulfils(wish, ranks, i);
         if (!keeps && !(forced && i + 1 == ranks->levels)) continue;
+        const double relative2 = out2 > 0 ? level->error2 / out2 : level->error2 > 0 ? INFINITY : 0;
         *choice = (ada_rank_choice){.rank = level->rank,
-                                    .gain = keeps && target2 > 0 ? level->gain / target2 : 0,
-                                    .error = out2 > 0            ? sqrt(level->error2 / out2)
-                                             : level->error2 > 0 ? INFINITY
-                                                                 : 0,
+                                    .gain = keeps && row2 > 0 ? level->gain / row2 : 0,
+                                    .limit = keeps ? level->limit : INFINITY,
+                                    .error = sqrt(relative2),
                                     .seconds = ada_low_rank_seconds(t, sizes, fp32, level->rank)};
         return forced || choice->seconds < PAYS * seconds;
     }

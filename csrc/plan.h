@@ -65,6 +65,15 @@ bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], dou
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 
+typedef enum {
+    ADA_STRUCTURE_AUTO,
+    ADA_STRUCTURE_DENSE,
+    ADA_STRUCTURE_SPARSE,
+    ADA_STRUCTURE_LOW_RANK
+} ada_structure;
+/* What of a problem, by its argument's name, does not go with a structure; NULL: nothing. */
+const char *ada_rules_out(const ada_problem *p, ada_structure structure);
+
 /* What a head computes where some of its blocks stand in. */
 typedef struct {
     int candidate;
@@ -78,7 +87,7 @@ bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const a
 /* What a head of landmarks computes. */
 typedef struct {
     int rank;
-    double gain;           /* as in ada_low_rank */
+    double gain, limit;    /* as in ada_low_rank */
     double error, seconds; /* predicted */
 } ada_rank_choice;
 /* The problem's sizes that it goes by. */
@@ -93,10 +102,10 @@ double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, co
  * statistics say that it needs at least. */
 int ada_ranks_to_look_at(const ada_forecast *forecast, const ada_task *task, const ada_rank_task *sizes,
                          const ada_rate *fp32, double seconds);
-/* The squared error of a row that ranks are looked for by, of the output's mean square out2. */
-double ada_rank_target2(const ada_task *task, double out2);
+/* What a head's ranks are looked for by; out2 as there. */
+ada_rank_wish ada_rank_wish_of(const ada_task *task, const ada_rank_task *sizes, int most, double out2);
 /* The least rank within the budget that is faster than these seconds; forced: the one that comes nearest. */
-bool ada_plan_low_rank(const ada_rank_forecast *ranks, double out2, const ada_task *task,
+bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *task,
                        const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
                        ada_rank_choice *choice);
 

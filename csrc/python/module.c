@@ -188,26 +188,27 @@ PyDoc_STRVAR(
     "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
     "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, indices into RUNGS, "
     "scores and values of head after head, and of each predicted error, sparse budget and joint, kept "
-    "share, rank, rank's gain). "
+    "share, rank, its gain and limit). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
-    "its sizes (B, H, G, T, S, D, E, dtype); plan_only returns nothing else.");
+    "its sizes (B, H, G, T, S, D, E, dtype), and what rules out (sparse, low rank) heads, or None; "
+    "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 19, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 20, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
     "precision_qk",   "precision_pv",  "retried",      "finite",        "profiled_rows",
     "verified_rows",  "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error",
     "measured_error", "error_limit",   "lse_error",    "entropy",       "entropy_std",
-    "block_entropy",  "score_std",     "rank",         "rank_gain"};
+    "block_entropy",  "score_std",     "rank",         "rank_gain",     "rank_limit"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
     const double scalars[HEAD_SCALARS] = {
-        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,      f->rows,
-        head->verified_rows,  head->budget2,     head->joint,     head->kept,     head->predicted_error,
-        head->measured_error, head->error_limit, head->lse_error, f->entropy,     f->entropy_std,
-        f->block_entropy,     f->score_std,      head->rank,      head->rank_gain};
+        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,       f->rows,
+        head->verified_rows,  head->budget2,     head->joint,     head->kept,      head->predicted_error,
+        head->measured_error, head->error_limit, head->lse_error, f->entropy,      f->entropy_std,
+        f->block_entropy,     f->score_std,      head->rank,      head->rank_gain, head->rank_limit};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
@@ -227,7 +228,9 @@ static PyObject *new_report(const ada_module_state *state, const ada_problem *p,
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report = Py_BuildValue("(O(dddd)dN)", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p));
+        report =
+            Py_BuildValue("(O(dddd)dN(zz))", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p),
+                          ada_rules_out(p, ADA_STRUCTURE_SPARSE), ada_rules_out(p, ADA_STRUCTURE_LOW_RANK));
     }
     ada_view_release(&view);
     Py_XDECREF(table);
@@ -277,7 +280,7 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         return -1;
     if (ada_view_of_numbers(state, heads, "plan", ADA_F64, &numbers)) goto done;
     const ada_array *a = &view.array, *e = &numbers.array;
-    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 6 * p->B * p->H) {
+    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 7 * p->B * p->H) {
         PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
                      (long long)(p->B * p->H));
         goto done;
@@ -295,11 +298,11 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
-        double x[6];
-        for (int c = 0; c < 6; c++)
-            x[c] = *(const double *)((const char *)e->data + (6 * i + c) * e->stride[0]);
+        double x[7];
+        for (int c = 0; c < 7; c++)
+            x[c] = *(const double *)((const char *)e->data + (7 * i + c) * e->stride[0]);
         const int rank = x[4] >= 0 && x[4] <= ADA_MOST_RANK ? (int)x[4] : 0;
-        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3], rank, x[5]};
+        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3], rank, x[5], x[6]};
     }
     budget->given = *given;
     failed = 0;
@@ -455,7 +458,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                 &structure) ||
         ranks_of(state, args[MIN_RANK], args[MAX_RANK], &budget))
         goto done;
-    budget.structure = (ada_structure)structure;
+    budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
