@@ -451,8 +451,10 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     known = [rung for rung in _adaattn.RUNGS if rung != "auto"]
     if not (np.isin(qk, known) & np.isin(pv, known) & ((qk == "fp64") == (pv == "fp64"))).all():
         raise ValueError("a precision that is no rung")
-    if (result["structure"] != _structures(result["sparse_budget"], result["rank"])).any():
+    structure = _structures(result["sparse_budget"], result["rank"])
+    if (result["structure"] != structure).any():
         raise ValueError("a structure that its budget and rank do not have")
+    result["structure"] = structure
     return result
 
 

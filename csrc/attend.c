@@ -420,7 +420,10 @@ static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
     ada_rank_choice choice;
     const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, s->n ? head->forecast.out2 : 0);
     ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks, a->scratch + worker * a->scratch_bytes);
-    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) return;
+    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) {
+        head->retried |= forced;
+        return;
+    }
     head->dense = head->choice;
     head->choice = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     head->rank = choice.rank, head->rank_gain = choice.gain, head->rank_limit = choice.limit;

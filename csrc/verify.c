@@ -85,7 +85,7 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
     if (s->look && !head->forecast.finite) return 0;
-    if (head->predicted_error * ADA_FINER <= a->budget->tolerance) {
+    if (!ada_is_thinned(head) && head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
         const bool far = 16 * ADA_FINER * head->predicted_error <= a->budget->tolerance;
