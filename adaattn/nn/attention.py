@@ -1,4 +1,4 @@
-"""Modules of attention."""
+"""Modules of attention: projections, positions and statistics around `adaattn.attention`."""
 
 from __future__ import annotations
 
@@ -6,38 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from .. import api
-from ..errors import ArgumentError, ShapeError
+from ..backward import attention_backward
+from ..cache import KVCache
+from ..errors import ArgumentError
 from ..rates import RUNGS
 from ..stats import POLICIES, Plan, Report, tolerance_of
-from .layers import Linear
+from .layers import Linear, check_features
 from .module import Array, Module, Seed
+from .positions import alibi_slopes, factors, turn
 from .stats import AttentionStatistics, Tally
 
 
-def rotary(x: Array, base: float = 10_000.0, offset: int = 0) -> Array:
-    """Rotate (B, H, T, D) by position, counted from `offset`; coordinates j and j + D/2 form a pair.
-
-    Pair j turns by position · base^(-2j/D). Angles are float64, the result has x's dtype.
-    """
-    T, (half, odd) = x.shape[2], divmod(x.shape[3], 2)
-    if odd:
-        raise ArgumentError(f"x: expected an even head size, got {x.shape[3]}")
-    angle = np.arange(offset, offset + T)[:, None] * base ** (-np.arange(half) / half)
-    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
-    left, right = x[..., :half], x[..., half:]
-    return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
-class DenseAttention(Module):
-    """Multi-head attention, exact, with grouped keys and values: (B, T, C) -> (B, T, C).
+class MultiHeadAttention(Module):
+    """Multi-head attention with grouped keys and values: (B, T, C) -> (B, T, C).
 
     The rows of `qkv.weight` are queries, keys and values, each by head and then by coordinate; all attention
     modules have the same parameters, so `load_state_dict` moves them between modules. Results have NumPy's
-    common type of `x` and the parameters. `attend` computes the attention: `adaattn.attention`, unless
-    replaced by a function of the same signature.
+    common type of `x` and the parameters. `attend` computes the attention without a cache:
+    `adaattn.attention`, unless replaced by a function of the same signature.
 
     Statistics are collected while `collect_statistics`, an option and an attribute, is True; they come from
     the reports of the calls. Otherwise no report is made.
@@ -57,7 +46,9 @@ class DenseAttention(Module):
     dtype : dtype
         Of the parameters: float32 or float64.
     rotary_base : float, optional
-        Base of rotary positions; None: no positions.
+        Base of rotary positions; None: none.
+    alibi : bool
+        Whether scores fall with the distance, by the usual slopes.
     collect_statistics : bool
         Whether calls count in `get_statistics`.
     seed : int or numpy.random.Generator, optional
@@ -75,6 +66,7 @@ class DenseAttention(Module):
         bias: bool = True,
         dtype: DTypeLike = np.float32,
         rotary_base: float | None = None,
+        alibi: bool = False,
         collect_statistics: bool = False,
         seed: Seed = None,
     ) -> None:
@@ -86,8 +78,13 @@ class DenseAttention(Module):
             raise ArgumentError(f"embed_dim: expected a multiple of the {num_heads} heads, got {embed_dim}")
         if num_heads % num_kv_heads:
             raise ArgumentError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
+        if rotary_base is not None and embed_dim // num_heads % 2:
+            raise ArgumentError(f"rotary_base: expected None with an odd head size, got {rotary_base:g}")
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, embed_dim // num_heads
         self.causal, self.dropout, self.rotary_base = causal, dropout, rotary_base
+        self._options: dict[str, Any] = {"causal": causal}
+        if alibi:
+            self._options["alibi_slopes"] = alibi_slopes(num_heads)
         self.collect_statistics, self._tally = collect_statistics, Tally()
         self._rng = np.random.default_rng(seed)
         rows = (num_heads + 2 * num_kv_heads) * self.head_size
@@ -95,31 +92,82 @@ class DenseAttention(Module):
         self.out = Linear(embed_dim, embed_dim, bias=bias, dtype=dtype, seed=self._rng)
         self.attend: Callable[..., Any] = api.attention
 
-    def __call__(self, x: Array, cache: Cache | None = None) -> Array:
-        embed_dim = self.num_heads * self.head_size
-        if x.ndim != 3 or x.shape[2] != embed_dim:
-            raise ShapeError(f"x: expected shape (B, T, {embed_dim}), got {x.shape}")
-        B, T, C = x.shape
-        heads = self.qkv(x).reshape(B, T, -1, self.head_size).transpose(0, 2, 1, 3)
-        query, key, value = np.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
-        if self.rotary_base is not None:
-            offset = 0 if cache is None else cache.length
-            query, key = rotary(query, self.rotary_base, offset), rotary(key, self.rotary_base, offset)
-        if cache is not None:
-            key, value = cache.append(key, value)
-        options: dict[str, Any] = {"causal": self.causal}
-        if self.training and self.dropout:
-            options |= {"dropout_p": self.dropout, "seed": int(self._rng.integers(2**63))}
-        heads = self._attend(query, key, value, options)
-        return self.out(heads.transpose(0, 2, 1, 3).reshape(B, T, C))
+    def __call__(self, x: Array, cache: KVCache | None = None, lengths: ArrayLike | None = None) -> Array:
+        """The attention of `x` to itself, or to what `cache` holds and itself, which is appended.
 
-    def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Array:
+        Parameters
+        ----------
+        x : (B, T, C) array
+        cache : KVCache, optional
+            Of B sequences, G heads and the module's head size. Only a causal module is the same with and
+            without one.
+        lengths : (B,) ints, optional
+            How many of the T positions, the first ones, count; what comes out at the others has no meaning.
+            Not beside a cache that holds something.
+        """
+        B, T, C = x.shape if x.ndim == 3 else (0, 0, 0)
+        H, G, D = self.num_heads, self.num_kv_heads, self.head_size
+        if C != H * D:
+            check_features(x, H * D)
+        held = None if cache is None else cache.lengths
+        heads = self.qkv(x).reshape(B, T, H + 2 * G, D)
+        if self.rotary_base is not None:
+            turned = factors(D, self.rotary_base, heads.dtype, token_positions(held, T))
+            turn(heads[:, :, : H + G], *turned)
+        else:
+            turned = None
+        heads = heads.transpose(0, 2, 1, 3)
+        query, key, value = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
+        options = self._options
+        if cache is not None:
+            cache.append(key, value, lengths)
+        if cache is not None and held is not None and held.any():
+            if lengths is not None:
+                raise ArgumentError("lengths: expected None beside a cache that holds tokens, got some")
+            attended = self._attend_cached(cache, query, options)
+        else:
+            if lengths is not None:
+                options = options | {"kv_lengths": lengths}
+            if self.training:
+                if self.dropout:
+                    options = options | {"dropout_p": self.dropout, "seed": int(self._rng.integers(2**63))}
+                attended, lse = self._attend(query, key, value, options | {"return_lse": True})
+                self._saved = query, key, value, attended, lse, options, turned
+            else:
+                attended = self._attend(query, key, value, options)
+        return self.out(attended.transpose(0, 2, 1, 3).reshape(B, T, C))
+
+    def backward(self, grad_out: Array) -> Array:
+        query, key, value, attended, lse, options, turned = self._recall()
+        B, H, T, D = query.shape
+        G = key.shape[1]
+        grad = self.out.backward(grad_out).reshape(B, T, H, D).transpose(0, 2, 1, 3)
+        found = attention_backward(grad, query, key, value, attended, lse, **options)
+        heads = np.empty((B, T, H + 2 * G, D), query.dtype)
+        by_head = heads.transpose(0, 2, 1, 3)
+        by_head[:, :H], by_head[:, H : H + G], by_head[:, H + G :] = found.query, found.key, found.value
+        if turned is not None:
+            cos, sin = turned
+            turn(heads[:, :, : H + G], cos, -sin)
+        return self.qkv.backward(heads.reshape(B, T, -1))
+
+    def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
+        """`attend`'s result for the options, by the module's own choice of precision and structure."""
+        return self._collect(self.attend, (query, key, value), options, planned=False)
+
+    def _attend_cached(self, cache: KVCache, query: Array, options: dict[str, Any]) -> Any:
+        """As `_attend`, over what the cache holds."""
+        return self._collect(cache.attention, (query,), options, planned=False)
+
+    def _collect(
+        self, attend: Callable[..., Any], arrays: tuple[Array, ...], options: dict[str, Any], planned: bool
+    ) -> Any:
+        """The call's result; with a report, which the statistics count, where they are collected."""
         if not self.collect_statistics:
-            out: Array = self.attend(query, key, value, **options)
-            return out
-        out, report = self.attend(query, key, value, **options, return_report=True)
-        self._tally.add(report, planned=False)
-        return out
+            return attend(*arrays, **options)
+        *result, report = attend(*arrays, **options, return_report=True)
+        self._tally.add(report, planned)
+        return result[0] if len(result) == 1 else tuple(result)
 
     def get_statistics(self) -> AttentionStatistics:
         """What the calls collected since the last reset were computed with.
@@ -160,10 +208,14 @@ class DenseAttention(Module):
         self._tally = Tally()
 
 
-class AdaptivePrecisionAttention(DenseAttention):
+class DenseAttention(MultiHeadAttention):
+    """Exact multi-head attention: `MultiHeadAttention` by the name that sets it apart from the others."""
+
+
+class AdaptivePrecisionAttention(MultiHeadAttention):
     """Attention in the cheapest precision that keeps an error budget, chosen for every head and verified.
 
-    Parameters, inputs and outputs are `DenseAttention`'s. Every call plans by itself, so that its result
+    Parameters, inputs and outputs are `MultiHeadAttention`'s. Every call plans by itself, so that its result
     depends on its input alone, unless `replan_every` is given: then a plan serves that many calls in a row.
 
     Parameters
@@ -182,7 +234,7 @@ class AdaptivePrecisionAttention(DenseAttention):
         an error above the tolerance or had to retry a head. Decoding, with growing keys, plans every call.
         Plans do not carry `max_precision`: a head that is retried under an earlier one may go above it.
     **options
-        `DenseAttention`'s.
+        `MultiHeadAttention`'s.
     """
 
     def __init__(
@@ -222,22 +274,25 @@ class AdaptivePrecisionAttention(DenseAttention):
         self._plan_sizes: Any = None
         self._plan_calls = 0
 
-    def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Array:
-        budget: dict[str, Any] = {"tolerance": self._tolerance, **self._limits}
-        if self._replan_every is None and not self.collect_statistics:
-            out: Array = self.attend(query, key, value, **options, **budget)
-            return out
-        sizes = query.shape, key.shape, value.shape, query.dtype
+    def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
+        arrays = query, key, value
+        if self._replan_every is None:
+            return self._collect(self.attend, arrays, options | self._budget(), planned=True)
+        sizes = query.shape, key.shape, value.shape, query.dtype, "return_lse" in options
         plan = self._plan if sizes == self._plan_sizes else None
-        if plan is not None:
-            budget = {"plan": plan}
-        out, report = self.attend(query, key, value, **options, **budget, return_report=True)
+        budget = self._budget() if plan is None else {"plan": plan}
+        *result, report = self.attend(*arrays, **options, **budget, return_report=True)
         if self.collect_statistics:
             self._tally.add(report, planned=plan is None)
-        if self._replan_every is not None:
-            self._plan_calls = 1 if plan is None else self._plan_calls + 1
-            self._plan, self._plan_sizes = self._kept_plan(report), sizes
-        return out
+        self._plan_calls = 1 if plan is None else self._plan_calls + 1
+        self._plan, self._plan_sizes = self._kept_plan(report), sizes
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def _attend_cached(self, cache: KVCache, query: Array, options: dict[str, Any]) -> Any:
+        return self._collect(cache.attention, (query,), options | self._budget(), planned=True)
+
+    def _budget(self) -> dict[str, Any]:
+        return {"tolerance": self._tolerance, **self._limits}
 
     def _kept_plan(self, report: Report) -> Plan | None:
         """The call's plan, if it may serve another one."""
@@ -252,24 +307,18 @@ def attention(
     policy: str | None = None,
     tolerance: float | None = None,
     **options: Any,
-) -> DenseAttention:
+) -> MultiHeadAttention:
     """An adaptive module where there is a budget, else an exact one."""
     if policy is None and tolerance is None:
         return DenseAttention(embed_dim, num_heads, **options)
     return AdaptivePrecisionAttention(embed_dim, num_heads, policy=policy, tolerance=tolerance, **options)
 
 
-class Cache:
-    """One layer's past keys and values, filled from the front of arrays of fixed capacity."""
-
-    def __init__(self, attention: DenseAttention, batch: int, capacity: int) -> None:
-        shape = (batch, attention.num_kv_heads, capacity, attention.head_size)
-        dtype = attention.qkv.weight.dtype
-        self.key, self.value = np.empty(shape, dtype), np.empty(shape, dtype)
-        self.length = 0
-
-    def append(self, key: Array, value: Array) -> tuple[Array, Array]:
-        """Add (B, G, T, D) at the end; returns views of all that is held."""
-        start, self.length = self.length, self.length + key.shape[2]
-        self.key[:, :, start : self.length], self.value[:, :, start : self.length] = key, value
-        return self.key[:, :, : self.length], self.value[:, :, : self.length]
+def token_positions(held: Array | None, T: int) -> Any:
+    """Of T tokens behind those that are held: a slice where all sequences hold as many, else (B, T)."""
+    if held is None:
+        return slice(0, T)
+    first = int(held[0])
+    if (held == first).all():
+        return slice(first, first + T)
+    return held[:, None] + np.arange(T)
