@@ -12,11 +12,16 @@ from .module import Array
 
 # Φ(-z) = exp(-z²/2) P(z / (z + 3)) for z >= 0, where P is a minimax fit (Lawson's algorithm) of degree 9 with
 # relative error 8e-9 up to z = 14, where Φ leaves float32; a variable of this kind is from Shepherd and
-# Laframboise 1981 (Math. Comp. 36).
-_TAIL = (
-    0.02748017028, -0.09408148094, 0.08555027955, 0.00764204080, 0.06304473757,
-    -0.15903552938, -0.28691858334, 1.05315043562, -1.19682640364, 0.50000000113,
-)  # fmt: skip
+# Laframboise 1981 (Math. Comp. 36). Coefficients of u^0 … u^4, and those of u^5 … u^9: products of a matrix,
+# as a call of NumPy costs more than its arithmetic on a single token.
+_TAIL = np.array(
+    [
+        [0.50000000113, -1.19682640364, 1.05315043562, -0.28691858334, -0.15903552938],
+        [0.06304473757, 0.00764204080, 0.08555027955, -0.09408148094, 0.02748017028],
+    ],
+    np.float32,
+)
+_ZERO, _HALF, _THREE = (np.array(x, np.float32) for x in (0, -0.5, 3))
 
 _BLOCK = 8192  # elements that stay in the first cache while a formula passes over them several times
 
@@ -40,26 +45,50 @@ def _by_blocks(formula: Callable[..., Array]) -> Callable[..., Array]:
     return blocked
 
 
-def _normal_cdf(x: Array) -> Array:
-    """Φ(x) to a few roundings; from the complementary error function, as 1 + erf would cancel for x < 0."""
-    if x.dtype == np.float64:
-        exact: Array = 0.5 * _ERFC(x * -(0.5**0.5)).astype(np.float64)
-        return exact
-    u = np.abs(x)
-    u /= u + 3
-    tail = np.full_like(u, _TAIL[0])
-    for coefficient in _TAIL[1:]:
-        tail *= u
-        tail += np.float32(coefficient)
-    tail *= np.exp(np.float32(-0.5) * x * x)
-    return np.where(x < 0, tail, 1 - tail)
+def _tail(x: Array) -> Array:
+    """Φ(-|x|) of float32 numbers, to a few roundings."""
+    flat = x.reshape(-1)
+    powers = np.empty((5, flat.size), np.float32)
+    one, u, u2, u3, u4 = powers
+    one[...] = 1
+    np.abs(flat, out=u)
+    u /= u + _THREE
+    np.multiply(u, u, out=u2)
+    np.multiply(u, u2, out=u3)
+    np.multiply(u2, u2, out=u4)
+    tail, high = _TAIL @ powers
+    high *= u4
+    high *= u
+    tail += high
+    np.multiply(flat, flat, out=u)
+    u *= _HALF
+    np.exp(u, out=u)
+    tail *= u
+    return tail.reshape(x.shape)
 
 
 @_by_blocks
 def gelu(x: Array) -> Array:
-    """x Φ(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    y: Array = x * _normal_cdf(x)
+    """x Φ(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    In float32 to a few roundings, in float64 by the standard library's erfc, which is slow.
+    """
+    if x.dtype == np.float64:
+        exact: Array = x * _normal_cdf(x)
+        return exact
+    loss = np.abs(x)
+    loss *= _tail(x)
+    y: Array = np.maximum(x, _ZERO)
+    y -= loss
     return y
+
+
+def _normal_cdf(x: Array) -> Array:
+    if x.dtype == np.float64:
+        exact: Array = 0.5 * _ERFC(x * -(0.5**0.5)).astype(np.float64)
+        return exact
+    tail = _tail(x)
+    return np.where(x < 0, tail, 1 - tail)
 
 
 @_by_blocks

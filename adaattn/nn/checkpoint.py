@@ -36,6 +36,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: Transformer, optimizer:
     """
     arrays, metadata = files.read(path)
     config = files.config_of(path, metadata)
+    if "random_state" not in metadata:
+        raise ArgumentError(f"path: expected a checkpoint, got {os.fspath(path)}")
     if config != (own := json.loads(json.dumps(model.config))):
         other = sorted(name for name in own.keys() | config.keys() if own.get(name) != config.get(name))
         raise ArgumentError(f"path: expected a checkpoint of this model's config, got another {other}")

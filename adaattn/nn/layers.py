@@ -113,11 +113,16 @@ class RMSNorm(Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-        root = np.sqrt(mean_square + x.dtype.type(self.eps))
-        if self.training:
-            self._saved = x, root
-        y: Array = x / root * self.weight
+        if not self.training and x.size == x.shape[-1]:  # one row: fewer calls
+            row = x.reshape(-1)
+            x = x * (row.dot(row) / row.size + self.eps) ** -0.5
+        else:
+            mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+            root = np.sqrt(mean_square + x.dtype.type(self.eps))
+            if self.training:
+                self._saved = x, root
+            x = x / root
+        y: Array = x * self.weight
         return y
 
     def backward(self, grad_out: Array) -> Array:

@@ -150,6 +150,7 @@ class Transformer(Module):
         if not tied_embeddings:
             self.head = Linear(embed_dim, vocab_size, bias=False, dtype=dtype, seed=rng)
         self.drop = Dropout(dropout, seed=rng)
+        self._pack()
 
     def __call__(
         self,
