@@ -122,3 +122,104 @@ def test_embedding_gradient(rng: np.random.Generator) -> None:
     exact = np.zeros((7, 3))
     np.add.at(exact, tokens, grad)
     np.testing.assert_allclose(table.gradients()["weight"], exact, rtol=1e-12)
+
+
+# ---- beside torch
+
+
+def torch_logits(torch: Any, config: dict[str, Any], state: dict[str, Any], tokens: Any, lengths: Any) -> Any:
+    """The model by torch's functions, from its config and its parameters as tensors."""
+    functional = torch.nn.functional
+    B, T = tokens.shape
+    embed_dim, H = config["embed_dim"], config["num_heads"]
+    G, D = config["num_kv_heads"] or H, embed_dim // H
+    at, dtype = torch.arange(T), state["embed.weight"].dtype
+
+    def norm(x: Any, path: str) -> Any:
+        if config["norm"] == "layernorm":
+            return functional.layer_norm(x, (embed_dim,), state[f"{path}.weight"], state[f"{path}.bias"])
+        return functional.rms_norm(x, (embed_dim,), state[f"{path}.weight"], eps=2.0**-23)
+
+    def linear(x: Any, path: str) -> Any:
+        return functional.linear(x, state[f"{path}.weight"], state.get(f"{path}.bias"))
+
+    def turned(x: Any) -> Any:
+        if config["positions"] != "rotary":
+            return x
+        half = D // 2
+        angle = torch.outer(at.double(), 10_000.0 ** (-torch.arange(half).double() / half))
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat(
+            [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
+        )
+
+    bias = torch.zeros(B, H, T, T, dtype=dtype)
+    if config["positions"] == "alibi":
+        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / H) for h in range(H)], dtype=dtype)
+        bias = bias - slopes[:, None, None] * (at[:, None] - at).abs()
+    if config["causal"]:
+        bias = bias.masked_fill(at[:, None] < at, -torch.inf)
+    if lengths is not None:
+        bias = bias.masked_fill(at >= torch.as_tensor(lengths)[:, None, None, None], -torch.inf)
+
+    def attention(x: Any, path: str) -> Any:
+        heads = linear(x, f"{path}.qkv").view(B, T, H + 2 * G, D).transpose(1, 2)
+        query, key, value = turned(heads[:, :H]), turned(heads[:, H : H + G]), heads[:, H + G :]
+        key, value = (x.repeat_interleave(H // G, dim=1) for x in (key, value))
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return linear(out.transpose(1, 2).reshape(B, T, embed_dim), f"{path}.out")
+
+    def mlp(x: Any, path: str) -> Any:
+        activation = config["activation"]
+        if activation == "swiglu":
+            return linear(
+                functional.silu(linear(x, f"{path}.gate")) * linear(x, f"{path}.up"), f"{path}.down"
+            )
+        function = {
+            "gelu": functional.gelu,
+            "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+            "relu2": lambda y: functional.relu(y) ** 2,
+        }[activation]
+        return linear(function(linear(x, f"{path}.up")), f"{path}.down")
+
+    x = functional.embedding(tokens, state["embed.weight"])
+    if config["positions"] == "learned":
+        x = x + state["positions.weight"][:T]
+    for i in range(config["num_layers"]):
+        path = f"blocks.{i}"
+        if config["norm_position"] == "pre":
+            x = x + attention(norm(x, f"{path}.norm1"), f"{path}.attn")
+            x = x + mlp(norm(x, f"{path}.norm2"), f"{path}.mlp")
+        else:
+            x = norm(x + attention(x, f"{path}.attn"), f"{path}.norm1")
+            x = norm(x + mlp(x, f"{path}.mlp"), f"{path}.norm2")
+    if config["norm_position"] == "pre":
+        x = norm(x, "norm")
+    return functional.linear(x, state["embed.weight" if config["tied_embeddings"] else "head.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, F64])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_beside_torch(name: str, dtype: Any, rng: np.random.Generator) -> None:
+    """Logits and the gradient of every parameter."""
+    torch = pytest.importorskip("torch")
+    model = shaken(model_of(MODELS[name], dtype=dtype, dropout=0.0), rng)
+    tokens, targets = rng.integers(0, 11, (2, 3, 9))
+    lengths = None if model.config["causal"] else np.array([9, 4, 1])
+    if lengths is not None:
+        targets[np.arange(9) >= lengths[:, None]] = -100
+    state = {key: torch.from_numpy(x.copy()).requires_grad_() for key, x in model.state_dict().items()}
+    theirs = torch_logits(torch, model.config, state, torch.from_numpy(tokens), lengths)
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), torch.from_numpy(targets).flatten())
+    loss.backward()
+
+    logits = model(tokens, lengths=lengths)
+    ours, grad = nn.cross_entropy(logits, targets)
+    model.backward(grad)
+    near = 3e-6 if dtype == np.float32 else 1e-12
+    counted = targets != -100
+    assert ours == pytest.approx(loss.item(), rel=near)
+    np.testing.assert_allclose(logits[counted], theirs.detach().numpy()[counted], rtol=10 * near, atol=near)
+    for key, gradient in model.gradients().items():
+        exact = state[key].grad.numpy()
+        assert np.abs(gradient - exact).max() <= 10 * near * max(np.abs(exact).max(), 1e-3), key

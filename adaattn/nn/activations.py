@@ -56,6 +56,7 @@ def _tail(x: Array) -> Array:
     np.multiply(u, u, out=u2)
     np.multiply(u, u2, out=u3)
     np.multiply(u2, u2, out=u4)
+    tail: Array
     tail, high = _TAIL @ powers
     high *= u4
     high *= u

@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..rates import RUNGS
 from ..stats import POLICIES, Plan, Report, tolerance_of
 from .layers import Linear, check_features
-from .module import Array, Module, Seed
+from .module import Array, Module, Seed, at_least_one, check_dropout
 from .positions import alibi_slopes, factors, turn
 from .stats import AttentionStatistics, Tally
 
@@ -71,9 +71,8 @@ class MultiHeadAttention(Module):
         seed: Seed = None,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if count < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {count}")
+        at_least_one(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check_dropout(dropout)
         if embed_dim % num_heads:
             raise ArgumentError(f"embed_dim: expected a multiple of the {num_heads} heads, got {embed_dim}")
         if num_heads % num_kv_heads:

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from ..errors import ArgumentError, DTypeError, ShapeError
 from .activations import ACTIVATIONS, silu
-from .module import Array, Module, Seed, float_type, one_of
+from .module import Array, Module, Seed, check_dropout, float_type, one_of
 
 
 class Linear(Module):
@@ -172,8 +172,7 @@ class Dropout(Module):
     """In training zeroes numbers with probability `p` and divides the others by 1 - p; draws of its own."""
 
     def __init__(self, p: float, *, seed: Seed = None) -> None:
-        if not 0 <= p < 1:
-            raise ArgumentError(f"dropout: expected a number from 0 to below 1, got {p}")
+        check_dropout(p)
         self.p = p
         self._rng = np.random.default_rng(seed)
 

@@ -178,6 +178,19 @@ def float_type(dtype: DTypeLike) -> np.dtype[Any]:
     return kind
 
 
+def at_least_one(**sizes: int) -> None:
+    """Refuse sizes below 1, by name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {size}")
+
+
+def check_dropout(p: float) -> None:
+    """Refuse what is no probability, or 1."""
+    if not 0 <= p < 1:
+        raise ArgumentError(f"dropout: expected a number from 0 to below 1, got {p}")
+
+
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse an option that is not among its choices."""
     if value not in (choices := tuple(choices)):

@@ -22,7 +22,7 @@ from .layers import (
     project,
     project_backward,
 )
-from .module import Array, Module, Seed, float_type, one_of
+from .module import Array, Module, Seed, at_least_one, float_type, one_of
 from .stats import AttentionStatistics, ModelStatistics, Tally
 
 _ABOUT = "head_size", "rotary_style", "max_trained_length"  # in configs, besides options
@@ -100,6 +100,7 @@ class Transformer(Module):
         **options: Any,
     ) -> None:
         one_of("positions", positions, POSITIONS)
+        at_least_one(vocab_size=vocab_size, num_layers=num_layers, max_seq_len=max_seq_len)
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
             "num_layers": num_layers,
@@ -340,7 +341,7 @@ class Transformer(Module):
             model = cls(**config | options)
         except TypeError as error:
             raise ArgumentError(f"config: expected the options of Transformer, got {config}") from error
-        size = model.blocks[0].attn.head_size if model.blocks else None
+        size = model.blocks[0].attn.head_size
         if (asked := about.get("head_size", size)) != size:
             raise ArgumentError(f"config: expected head_size {size}, got {asked}")
         return model
