@@ -318,6 +318,6 @@ def token_positions(held: Array | None, T: int) -> Any:
     if held is None:
         return slice(0, T)
     first = int(held[0])
-    if (held == first).all():
+    if held.size == 1 or (held == first).all():
         return slice(first, first + T)
     return held[:, None] + np.arange(T)
