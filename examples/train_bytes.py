@@ -87,6 +87,7 @@ def bits_per_byte(model: nn.Transformer, text: Text, length: int) -> float:
     """On sequences of `length` from the start of the text, one after the other."""
     model.eval()
     count = min(max(1, (len(text) - 1) // length), MOST_CHECKED)
+    model.reset_statistics()  # so that they tell of these sequences
     losses = []
     for start in range(0, count * length, length):
         row = text[start : start + length + 1]
@@ -142,6 +143,7 @@ def new_run(name: str, options: argparse.Namespace, seed: int, **attention: Any)
         embed_dim=options.dim,
         dropout=options.dropout,
         seed=seed,
+        collect_statistics=True,
         **attention,
     )
     return Run(name, model, nn.AdamW(model, betas=(0.9, 0.95), weight_decay=0.1), seed)
@@ -173,14 +175,17 @@ def finish(runs: list[Run], text: Text, folder: Path, options: argparse.Namespac
     for run in runs:
         run.model.save(folder / f"{run.name}.safetensors")
         tail = run.losses[-max(1, len(run.losses) // 10) :]
+        bits = bits_per_byte(run.model, text, options.length)
+        rungs = run.model.statistics().total.precision_distribution
         told["runs"][run.name] = {
             "training_bits_per_byte": float(np.mean(tail) / np.log(2)),
-            "held_out_bits_per_byte": bits_per_byte(run.model, text, options.length),
+            "held_out_bits_per_byte": bits,
+            "rungs": {name: round(share, 3) for name, share in rungs.items()},
             "seconds": run.seconds,
         }
     if options.compare:
-        bits = [told["runs"][run.name]["held_out_bits_per_byte"] for run in runs]
-        told["adaptive_minus_exact"], told["other_seed_minus_exact"] = bits[1] - bits[0], bits[2] - bits[0]
+        exact, *others = (told["runs"][run.name]["held_out_bits_per_byte"] for run in runs)
+        told["adaptive_minus_exact"], told["other_seed_minus_exact"] = (bits - exact for bits in others)
     if plot(runs, folder / "loss.png"):
         told["picture"] = str(folder / "loss.png")
     prompt = np.frombuffer(b"def ", np.uint8)[None]
@@ -194,8 +199,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="file to learn; default: the standard library's sources")
     parser.add_argument("--out", type=Path, default=Path("train_bytes"), help="folder for results")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
-    parser.add_argument("--length", type=int, default=256, help="bytes per sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--length", type=int, default=512, help="bytes per sequence")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=None, help="steps; default a twentieth of all")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
