@@ -97,7 +97,7 @@ def bits_per_byte(model: nn.Transformer, text: Text, length: int) -> float:
 
 
 @contextmanager
-def progress(name: str, done: int, total: int) -> Iterator[Callable[[int, float], None]]:
+def progress(name: str, losses: list[float], total: int) -> Iterator[Callable[[int, float], None]]:
     """A function that shows the steps done and the loss: a bar with rich, else a line now and then."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -114,14 +114,16 @@ def progress(name: str, done: int, total: int) -> Iterator[Callable[[int, float]
         return
     columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as bar:
-        task = bar.add_task(name, total=total, completed=done, loss=float("nan"))
+        task = bar.add_task(
+            name, total=total, completed=len(losses), loss=losses[-1] if losses else float("nan")
+        )
         yield lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
 def train(run: Run, text: Text, folder: Path, options: argparse.Namespace) -> None:
     """From the last checkpoint, if there is one, to the last step."""
     run.resume(folder)
-    with progress(run.name, len(run.losses), options.steps) as show:
+    with progress(run.name, run.losses, options.steps) as show:
         for step in range(len(run.losses), options.steps):
             start = time.perf_counter()
             tokens, targets = batch(text, options.batch, options.length, run.seed, step)
