@@ -124,6 +124,12 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .plain = ada_plain_candidate(p)};
 }
 
+/* Whether no rung cheaper than the plain one is allowed, so that landmarks are all that may save time. */
+static bool only_ranks_pay(const ada_attending *a) {
+    return a->ranks && a->budget->cheapest != ADA_RUNG_AUTO &&
+           a->budget->cheapest <= ada_candidates[ada_plain_candidate(a->p)].qk;
+}
+
 /* Rows that are profiled before the choice: none where no cheaper candidate is in sight, or where looking
  * would cost more than it may save. */
 static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, int64_t head) {
@@ -132,7 +138,9 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     const ada_rate *rates = a->budget->rates;
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
     const int best = ada_plan_head(guess, &task, rates);
-    if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite || best <= task.plain) return 0;
+    if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite) return 0;
+    if (only_ranks_pay(a)) return rows;
+    if (best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
@@ -188,6 +196,7 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
 static bool pays(const ada_attending *a, int64_t head) {
     const ada_problem *p = a->p;
     if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
+    if (only_ranks_pay(a)) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
