@@ -231,7 +231,7 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
         kept = f"{name}: sparse, {float(plan.kept_fraction[at]):.0%} of the blocks, error {error_text(error)}"
         return f"{kept}; dense: {known[0]}" if c >= 0 else kept
     if plan.structure[at] == "low_rank":
-        return f"{name}: {int(plan.rank[at])} landmarks, error {_error(error)}"
+        return f"{name}: {int(plan.rank[at])} landmarks, error {error_text(error)}"
     if np.isnan(plan.candidate_error[at]).all():  # few queries, a cache, or a scale beyond fp32
         return f"{says}; nothing was looked at, since there is nothing to gain or to choose"
     if not plan.finite[at]:

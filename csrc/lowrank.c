@@ -24,8 +24,8 @@
 #define PIVOTS 16
 /* Residuals of fp32 are no better than this share of a kernel's own value. */
 #define LEAST_RESIDUAL 1e-5f
-/* Exponents of H(x, x) up to which floats hold it, and a factor that takes its digits apart. Queries beyond are
- * computed exactly, heads with such keys are not low rank. */
+/* Exponents of H(x, x) up to which floats hold it, and a factor that takes its digits apart. Queries beyond
+ * are computed exactly, heads with such keys are not low rank. */
 #define MOST_EXPONENT 16
 /* Rows whose estimate exceeds the budget of a row by so much are computed exactly, where they are few, and a
  * sample shows fewer. */
@@ -496,7 +496,8 @@ static double target2_of(const ada_rank_wish *wish, const ada_rank_forecast *f) 
 
 bool ada_fulfils(const ada_rank_wish *wish, const ada_rank_forecast *f, int level) {
     const ada_rank_level *x = &f->level[level];
-    return x->error2 <= target2_of(wish, f) && x->exact <= MOST_SHARE && x->rank >= wish->least;
+    return x->error2 <= target2_of(wish, f) && x->exact <= MOST_SHARE &&
+           (x->rank >= wish->least || (f->exhausted && level + 1 == f->levels));
 }
 
 void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
@@ -522,6 +523,7 @@ void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b
                              before = forecast->levels ? forecast->level[forecast->levels - 1] : level;
         if (!isfinite(level.error2)) return;
         forecast->level[forecast->levels++] = level;
+        forecast->exhausted = !more;
         if (ada_fulfils(wish, forecast, forecast->levels - 1)) return;
         /* The logarithm of the error falls about in proportion to the rank, later somewhat slower. */
         const double slope = level.rank > before.rank

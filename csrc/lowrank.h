@@ -38,7 +38,8 @@ typedef struct {
 typedef struct {
     int levels; /* that were looked at, rank ascending; 0: numbers beyond what the kernel can hold */
     ada_rank_level level[ADA_RANK_LEVELS];
-    double out2; /* mean squared norm of a row of the output, by the sample */
+    bool exhausted; /* the last one has all landmarks that residuals leave */
+    double out2;    /* mean squared norm of a row of the output, by the sample */
 } ada_rank_forecast;
 
 #define ADA_BIN 256
