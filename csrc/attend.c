@@ -208,9 +208,9 @@ static ada_look look_at(const ada_attending *a, int64_t head) {
 }
 
 int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first) {
-    *head = task / ADA_ROW_GROUPS, *first = (int)(task % ADA_ROW_GROUPS) * ADA_ROW_GROUP;
+    *head = task / ADA_ROW_GROUPS, *first = (int)(task % ADA_ROW_GROUPS) * ADA_EXACT_ROWS;
     const int left = a->states[*head].n - *first;
-    return left < ADA_ROW_GROUP ? left : ADA_ROW_GROUP;
+    return left < ADA_EXACT_ROWS ? left : ADA_EXACT_ROWS;
 }
 
 static void profile_task(void *context, ada_job *job, int64_t task, int worker) {

@@ -8,7 +8,7 @@
 
 #define ADA_MOST_ROWS 32
 /* Groups of rows of all heads are tasks. */
-#define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_ROW_GROUP)
+#define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_EXACT_ROWS)
 /* Fewer queries are not verified: that would cost as much as computing them. */
 #define ADA_LEAST_QUERIES 64
 /* Between a prediction that is not verified and the tolerance. */
