@@ -217,9 +217,9 @@ static ada_look look_at(const ada_attending *a, int64_t head) {
 }
 
 int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first) {
-    *head = task / ADA_ROW_GROUPS, *first = (int)(task % ADA_ROW_GROUPS) * ADA_ROW_GROUP;
+    *head = task / ADA_ROW_GROUPS, *first = (int)(task % ADA_ROW_GROUPS) * ADA_EXACT_ROWS;
     const int left = a->states[*head].n - *first;
-    return left < ADA_ROW_GROUP ? left : ADA_ROW_GROUP;
+    return left < ADA_EXACT_ROWS ? left : ADA_EXACT_ROWS;
 }
 
 static void profile_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -408,27 +408,42 @@ static ada_rank_task rank_task_of(const ada_attending *a, const ada_far_keys *ke
     return t;
 }
 
-/* Heads that landmarks compute within the budget, faster than the choice that was made. Those that cannot
- * gain by it are known by the profiles alone. */
-static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
+/* Most landmarks of a head that it may gain by, 0: none. Those that cannot are known by their profiles alone.
+ */
+static int ranks_to_look_at(const ada_attending *a, int64_t i) {
+    const ada_budget *b = a->budget;
+    const ada_head_state *s = &a->states[i];
+    ada_far_keys keys;
+    if (!ada_far_keys_of(a->p, i / a->p->H, &keys)) return 0;
+    const ada_rank_task sizes = rank_task_of(a, &keys);
+    if (b->structure == ADA_STRUCTURE_LOW_RANK) return sizes.most;
+    if (!s->n) return 0;
+    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &b->rates[1], s->seconds);
+}
+
+/* Landmarks for a head of a->list, at most a->rank of them, where they compute it within the budget and
+ * faster than the choice that was made. */
+static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
     const ada_budget *b = a->budget;
+    const int64_t i = a->list[index];
     ada_head *head = &b->heads[i];
     const ada_head_state *s = &a->states[i];
     const bool forced = b->structure == ADA_STRUCTURE_LOW_RANK;
     const ada_rate *fp32 = &b->rates[1];
     ada_far_keys keys;
-    if (ada_job_cancelled(job, worker) || !ada_far_keys_of(p, i / p->H, &keys) || (!forced && !s->n)) return;
-    const ada_task task = ada_task_of(a, i, margin_of(a, i));
-    const ada_rank_task sizes = rank_task_of(a, &keys);
-    const int most =
-        forced ? sizes.most : ada_ranks_to_look_at(&head->forecast, &task, &sizes, fp32, s->seconds);
-    if (most == 0) return;
     ada_rank_forecast ranks;
     ada_rank_choice choice;
-    const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, s->n ? head->forecast.out2 : 0);
-    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks, a->scratch + worker * a->scratch_bytes);
+    if (ada_job_cancelled(job, worker)) return;
+    ada_far_keys_of(p, i / p->H, &keys);
+    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    const ada_rank_task sizes = rank_task_of(a, &keys);
+    const ada_rank_wish wish =
+        ada_rank_wish_of(&task, &sizes, a->rank[index], s->n ? head->forecast.out2 : 0);
+    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks,
+                          a->rank_scratch + worker * a->rank_scratch_bytes);
     if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) {
         head->retried |= forced;
         return;
@@ -441,10 +456,25 @@ static void rank_task(void *context, ada_job *job, int64_t i, int worker) {
 }
 
 static ada_status plan_ranks(ada_attending *a, ada_error *error) {
-    const double work = (double)ada_head_count(a) * ADA_MOST_RANK * ADA_MOST_RANK;
-    return ada_run_tasks(a, rank_task, ada_head_count(a), work)
-               ? ADA_OK
-               : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
+    const ada_problem *p = a->p;
+    int64_t n = 0;
+    int largest = 0;
+    double work = 0;
+    for (int64_t i = 0; i < ada_head_count(a); i++) {
+        const int most = ranks_to_look_at(a, i);
+        if (most == 0) continue;
+        a->list[n] = i, a->rank[n++] = most;
+        largest = most > largest ? most : largest;
+        work += ada_forecast_operations((double)p->S, p->D, p->E, most) / 2;
+    }
+    if (n == 0) return ADA_OK;
+    const int threads = ada_threads_for(p, n, work);
+    a->rank_scratch_bytes = ada_landmark_scratch_bytes(p, largest);
+    a->rank_scratch = ada_scratch_take(threads * a->rank_scratch_bytes);
+    if (!a->rank_scratch) return ada_no_scratch(threads * a->rank_scratch_bytes, error);
+    const bool done = ada_parallel_for(n, threads, rank_task, a, a->interrupt, a->context);
+    ada_scratch_give_back(a->rank_scratch);
+    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
 /* ---- execute ---- */
@@ -592,7 +622,6 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
         budget->heads[i] = ada_unknown_head();
         a->states[i] = (ada_head_state){.look = look_at(a, i)};
         probed |= a->states[i].look != ADA_LOOK_NONE;
-        a->list[i] = i;
     }
     if (probed && a->backend->probe(a, error)) return error->status;
     double now = seconds_now();
@@ -602,6 +631,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     now = seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;
+    for (int64_t i = 0; i < ada_head_count(a); i++) a->list[i] = i;
     if (ada_execute_heads(a, a->list, ada_head_count(a), error)) return error->status;
     now = seconds_now();
     budget->seconds[2] = now - start, start = now;
@@ -660,11 +690,6 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.probe_bytes = ada_key_probe_bytes(p, a.sparse != 0);
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
     a.ranks = may_have_ranks(p, budget);
-    if (a.ranks) {
-        const ada_far_keys all = {.end = p->S};
-        const int64_t bytes = ada_landmark_scratch_bytes(p, rank_task_of(&a, &all).most);
-        a.scratch_bytes = bytes > a.scratch_bytes ? bytes : a.scratch_bytes;
-    }
     const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);

@@ -8,7 +8,7 @@
 
 #define ADA_MOST_ROWS 32
 /* Groups of rows of all heads are tasks. */
-#define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_ROW_GROUP)
+#define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_EXACT_ROWS)
 /* Fewer queries are not verified: that would cost as much as computing them. */
 #define ADA_LEAST_QUERIES 64
 /* Between a prediction that is not verified and the tolerance. */
@@ -96,6 +96,8 @@ struct ada_attending {
     int64_t *list;             /* [4][B * H] those to compute; and of ada_execute_heads */
     int *rank;                 /* [B * H], these and the next two as in ada_low_rank */
     double *gain, *limit;
+    char *rank_scratch; /* while ranks are looked for */
+    int64_t rank_scratch_bytes;
     bool *failed;
     char *scratch;
     int64_t scratch_bytes;

@@ -31,8 +31,8 @@ int64_t ada_exact_keys(const ada_problem *p) { return ada_block_count(p) * ADA_B
 #undef REAL_LARGEST
 
 static void carve_results(const ada_problem *p, ada_carver *c, bool weights, ada_exact *exact) {
-    exact->o = ada_carve(c, ADA_ROW_GROUP * p->E * (int64_t)sizeof *exact->o);
-    if (weights) exact->p = ada_carve(c, ADA_ROW_GROUP * ada_exact_keys(p) * (int64_t)sizeof *exact->p);
+    exact->o = ada_carve(c, ADA_EXACT_ROWS * p->E * (int64_t)sizeof *exact->o);
+    if (weights) exact->p = ada_carve(c, ADA_EXACT_ROWS * ada_exact_keys(p) * (int64_t)sizeof *exact->p);
 }
 
 int64_t ada_exact_scratch_bytes(const ada_problem *p) {

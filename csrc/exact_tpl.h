@@ -6,13 +6,13 @@ typedef struct {
 static KIND(exact_scratch) KIND(exact_scratch_of)(const ada_problem *p, ada_carver *c) {
     const int64_t real = sizeof(REAL), blocks = ada_exact_keys(p) / ADA_BLOCK;
     KIND(exact_scratch) s;
-    s.q = ada_carve(c, ADA_ROW_GROUP * p->D * real);
+    s.q = ada_carve(c, ADA_EXACT_ROWS * p->D * real);
     s.k = ada_carve(c, ADA_BLOCK * p->D * real);
     s.v = ada_carve(c, ADA_BLOCK * p->E * real);
-    s.o = ada_carve(c, ADA_ROW_GROUP * p->E * real);
-    s.s = ada_carve(c, ADA_ROW_GROUP * ADA_BLOCK * real);
+    s.o = ada_carve(c, ADA_EXACT_ROWS * p->E * real);
+    s.s = ada_carve(c, ADA_EXACT_ROWS * ADA_BLOCK * real);
     s.bias = ada_carve(c, ADA_BLOCK * real);
-    s.reference = ada_carve(c, ADA_ROW_GROUP * blocks * real); /* that weights of a block are relative to */
+    s.reference = ada_carve(c, ADA_EXACT_ROWS * blocks * real); /* that weights of a block are relative to */
     return s;
 }
 
@@ -49,7 +49,7 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
                              ada_exact *exact) {
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), keys = ada_exact_keys(p), blocks = keys / ADA_BLOCK;
-    KIND(ada_row) row[ADA_ROW_GROUP];
+    KIND(ada_row) row[ADA_EXACT_ROWS];
     ada_span span = {INT64_MAX, 0};
     for (int r = 0; r < rows; r++) {
         KIND(ada_load_rows)(k, s->q + r * D, D, &p->query, b, h, queries[r], 1, D);
@@ -71,8 +71,8 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
         ptrdiff_t ldk, ldv;
         const REAL *key = KIND(rows_at)(k, &p->key, b, g, j, nk, s->k, &ldk);
         const REAL *value = KIND(rows_at)(k, &p->value, b, g, j, nk, s->v, &ldv);
-        uint64_t visible[ADA_ROW_GROUP], common = all;
-        k->KIND(row_scores)(s->s, s->q, rows, key, ldk, nk, D);
+        uint64_t visible[ADA_EXACT_ROWS], common = all;
+        KIND(scores_of_rows)(k, s->s, s->q, rows, key, ldk, nk, D);
         for (int r = 0; r < rows; r++) {
             const ada_patch patch = {b, h, queries[r], j, 1, nk};
             REAL *x = s->s + r * ADA_BLOCK;
@@ -90,7 +90,7 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
             common &= visible[r];
         }
         if (common == all)
-            k->KIND(row_values)(s->o, E, s->s, rows, value, ldv, nk, E);
+            KIND(add_values_of_rows)(k, s->o, s->s, rows, value, ldv, nk, E);
         else
             for (int r = 0; r < rows; r++) ADA_FOR_RUNS(visible[r], first, n) /* what is hidden is not read */
         k->KIND(row_values)(s->o + r * E, E, s->s + r * ADA_BLOCK + first, 1, value + first * ldv, ldv, n, E);

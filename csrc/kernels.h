@@ -17,6 +17,7 @@
 #define ADA_BLOCK 64     /* keys of a block: K, V, P and Q of one block and tile stay in L2 at D = 128 */
 #define ADA_LANE_STEP 16 /* tiles with fewer queries compute a multiple of this many lanes */
 #define ADA_ROW_GROUP 4  /* single queries that share one pass over the keys */
+#define ADA_EXACT_ROWS 8 /* rows that are computed for themselves and share the reading of a block */
 #define ADA_KEY_STEP 16  /* scores are computed for a multiple of this many keys */
 
 /* The reference that weights are relative to is raised only when a score exceeds it by this many octaves:

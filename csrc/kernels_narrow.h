@@ -114,6 +114,23 @@ typedef void ada_squares_fn(float *norm2, float *square, const float *rows, ptrd
  * weight[i] * ((1 - joint) * apart[i] + joint * sum[i]^2). */
 typedef float ada_stand_in_fn(float *sum, float *apart, const float *x, const float *weight, float joint);
 
+/* Sums over the keys of one row, each in parts. p: a key's weight, d: squared distance of its value from the
+ * row's output, norm2 and value2: squared norms of the key and the value; more in probe.h. */
+enum { ADA_PARTS = 16 };
+typedef struct {
+    float p2d[ADA_PARTS], p2d_norm[ADA_PARTS], p2d_step[ADA_PARTS]; /* p^2 d, times norm2, times step */
+    float p2[ADA_PARTS], p2_norm[ADA_PARTS], p2_step[ADA_PARTS];    /* the same with 1 for d */
+    float p2v[ADA_PARTS], pv[ADA_PARTS];                            /* p^2 and p times value2 */
+    float round8[ADA_PARTS], round16[ADA_PARTS]; /* d times p^2, but at most times var8 and var16 */
+    float dropped[ADA_PARTS];                    /* p below half a step of 8 bits, whose square is 12 var8 */
+    float plog[ADA_PARTS];                       /* p log2(p), to 1e-3 */
+} ada_row_sums;
+
+/* Adds a block of ADA_BLOCK keys, whose values times the output (out2: squared norm) are dots; returns the
+ * sum of p. */
+typedef float ada_row_sums_fn(ada_row_sums *sums, const float *p, const float *dots, const float *norm2,
+                              const float *value2, float out2, float step, float var8, float var16);
+
 /* o[e][i] *= unit[e] for all lanes. */
 typedef void ada_scale_channels_fn(const ada_tile_f32 *t, const float *unit);
 
@@ -143,4 +160,5 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(encode_i8)                                                                                          \
     SLOT(encode_i16)                                                                                         \
     SLOT(turn_8)                                                                                             \
-    SLOT(turn_16) SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels)
+    SLOT(turn_16)                                                                                            \
+    SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)

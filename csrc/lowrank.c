@@ -768,10 +768,10 @@ static bool compute_exactly(const run *r, const ada_patch *patch, uint64_t rows,
     const ada_problem *p = r->p;
     const int E = (int)p->E;
     while (rows) {
-        int64_t queries[ADA_ROW_GROUP];
+        int64_t queries[ADA_EXACT_ROWS];
         int n = 0;
         ada_exact exact;
-        for (; rows && n < ADA_ROW_GROUP; rows &= rows - 1) queries[n++] = patch->i + __builtin_ctzll(rows);
+        for (; rows && n < ADA_EXACT_ROWS; rows &= rows - 1) queries[n++] = patch->i + __builtin_ctzll(rows);
         ada_exact_rows(p, r->k, false, false, patch->b, patch->h, queries, n, x->exact, &exact);
         for (int i = 0; i < n; i++) {
             if (!exact.good[i]) return false;

@@ -17,7 +17,7 @@
 #define KIND(name) name##_f32
 #include "read_tpl.h"
 
-enum { PARTS = 8 }; /* of a sum, so that it vectorises */
+enum { PARTS = ADA_PARTS }; /* of a sum, so that it vectorises */
 /* Rows whose scores spread more see one key, and rounding moves little. */
 #define MOST_SPREAD 16
 /* Rows that spread so much more than the mean are so few that a sample may miss them. */
@@ -67,13 +67,13 @@ typedef struct {
     float *rows;   /* [ADA_BLOCK][max(D, E, ADA_BLOCK)] */
     float *column; /* [max(D, E)] */
     float *sum;    /* [max(D, E)] */
-    float *out;    /* [ADA_ROW_GROUP][E] */
-    float *dots;   /* [ADA_ROW_GROUP][ADA_STRIP] */
+    float *out;    /* [ADA_EXACT_ROWS][E] */
+    float *dots;   /* [ADA_EXACT_ROWS][ADA_STRIP] */
     float *heavy;  /* [1 + ADA_HEAVY][D] */
     char *exact;
     /* Of the blocks that may stand in: */
-    float *off;        /* [blocks][ADA_ROW_GROUP][E] what that moves rows by */
-    ada_ranked *order; /* [ADA_ROW_GROUP][blocks] bounds */
+    float *off;        /* [blocks][ADA_EXACT_ROWS][E] what that moves rows by */
+    ada_ranked *order; /* [ADA_EXACT_ROWS][blocks] bounds */
 } probe_scratch;
 
 static probe_scratch scratch_of(const ada_problem *p, bool sparse, ada_carver *c) {
@@ -82,13 +82,13 @@ static probe_scratch scratch_of(const ada_problem *p, bool sparse, ada_carver *c
     s.rows = ada_carve(c, ADA_BLOCK * (width > ADA_BLOCK ? width : ADA_BLOCK) * real);
     s.column = ada_carve(c, width * real);
     s.sum = ada_carve(c, width * real);
-    s.out = ada_carve(c, ADA_ROW_GROUP * p->E * real);
-    s.dots = ada_carve(c, ADA_ROW_GROUP * ADA_STRIP * real);
+    s.out = ada_carve(c, ADA_EXACT_ROWS * p->E * real);
+    s.dots = ada_carve(c, ADA_EXACT_ROWS * ADA_STRIP * real);
     s.heavy = ada_carve(c, (1 + ADA_HEAVY) * p->D * real);
     s.exact = ada_carve(c, ada_exact_scratch_bytes(p));
     s.off = NULL, s.order = NULL;
     if (sparse) {
-        const int64_t pairs = ada_block_count(p) * ADA_ROW_GROUP;
+        const int64_t pairs = ada_block_count(p) * ADA_EXACT_ROWS;
         s.off = ada_carve(c, pairs * p->E * real);
         s.order = ada_carve(c, pairs * (int64_t)sizeof *s.order);
     }
@@ -222,12 +222,8 @@ static void profile_query(const ada_problem *p, const ada_query_figures *f, ada_
 static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
                       const probe_scratch *s, const float *x, ptrdiff_t ld, int n, const float *spread,
                       const double *keys_seen, double *crowd) {
-    float dots[(ADA_HEAVY / ADA_ROW_GROUP + 1) * ADA_ROW_GROUP * ADA_BLOCK];
-    for (int first = 0; first <= keys->heavies; first += ADA_ROW_GROUP) {
-        const int rows =
-            keys->heavies + 1 - first < ADA_ROW_GROUP ? keys->heavies + 1 - first : ADA_ROW_GROUP;
-        k->row_scores_f32(dots + first * ADA_BLOCK, s->heavy + first * p->D, rows, x, ld, n, (int)p->D);
-    }
+    float dots[(1 + ADA_HEAVY) * ADA_BLOCK];
+    scores_of_rows_f32(k, dots, s->heavy, keys->heavies + 1, x, ld, n, (int)p->D);
     for (int c = 1; c <= keys->heavies; c++) {
         const double share = (double)keys->value2[keys->heavy[c - 1]] / keys->value2_mean;
         for (int i = 0; i < n; i++) {
@@ -272,7 +268,8 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
             const ada_span span = ada_visible_span(p, b, first + i);
             count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
             /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-            crowd[i] = fmin(1, (double)expf(fminf(spread[i], 30)) / count[i]);
+            const double share = (double)expf(spread[i] < 30 ? spread[i] : 30) / count[i];
+            crowd[i] = share < 1 ? share : 1;
         }
         if (keys->heavies) {
             ptrdiff_t ld;
@@ -282,8 +279,9 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
         for (int i = 0; i < n; i++) {
             const double x = (double)spread[i];
             if (x > spreads.largest) spreads.largest = x;
+            const double most = x < MOST_SPREAD ? x : MOST_SPREAD;
             if (x > MOST_SPREAD && x > OUTLIER * sum / live) spreads.outliers += x;
-            size[first + i] = x >= 0 && isfinite(x) ? (float)((fmin(x, MOST_SPREAD) + 1) * crowd[i]) : 0;
+            size[first + i] = x >= 0 && x < INFINITY ? (float)((most + 1) * crowd[i]) : 0;
         }
     }
     return spreads;
@@ -353,71 +351,30 @@ int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int6
 
 /* ---- profiles ---- */
 
-/* log2(x) for x > 0 to 1e-3, some number for 0. */
-static inline float rough_log2(float x) {
-    union {
-        float f;
-        int32_t i;
-    } u = {x};
-    const float octave = (float)((u.i >> 23) - 127);
-    u.i = (u.i & 0x7fffff) | 0x3f800000;
-    const float m = u.f;
-    return octave - 2.1536207f + m * (3.0478842f + m * (-1.0518750f + m * 0.1582487f));
-}
-
-typedef struct {
-    float p2d[PARTS], p2d_norm[PARTS], p2d_step[PARTS], p2[PARTS], p2_norm[PARTS], p2_step[PARTS];
-    float p2v[PARTS], pv[PARTS], round8[PARTS], round16[PARTS], plog[PARTS];
-    float dropped[PARTS]; /* weights that 8 bits round to zero: their errors add up */
-} key_sums;
-
-/* Keys of one block for one row: dots are those of the values with the output. */
-static void add_block_sums(key_sums *sums, const float *p, const float *dots, const float *norm2,
-                           const float *value2, float out2, float step, float var8, float var16,
-                           float *mass) {
-    float m[PARTS] = {0};
-    for (int j = 0; j < ADA_BLOCK; j += PARTS)
-        for (int i = 0; i < PARTS; i++) {
-            const float w = p[j + i], w2 = w * w;
-            float d = value2[j + i] - 2 * dots[j + i] + out2;
-            d = d > 0 ? d : 0;
-            m[i] += w;
-            sums->p2d[i] += w2 * d;
-            sums->p2d_norm[i] += w2 * d * norm2[j + i];
-            sums->p2d_step[i] += w2 * d * step;
-            sums->p2[i] += w2;
-            sums->p2_norm[i] += w2 * norm2[j + i];
-            sums->p2_step[i] += w2 * step;
-            sums->p2v[i] += w2 * value2[j + i];
-            sums->pv[i] += w * value2[j + i];
-            sums->round8[i] += (w2 < var8 ? w2 : var8) * d;
-            sums->round16[i] += (w2 < var16 ? w2 : var16) * d;
-            sums->plog[i] += w * rough_log2(w);
-            sums->dropped[i] += w2 < 3 * var8 ? w : 0; /* below half a step */
-        }
-    *mass = (float)total_of(m);
-}
-
 /* Sums over one strip of keys for one row. */
-static void add_strip_sums(key_sums *sums, const ada_key_probe *keys, int64_t first, int blocks,
-                           const float *p, const float *dots, float out2, double *block_plog) {
-    float most = 0, sum = 0;
-    for (int j = 0; j < blocks * ADA_BLOCK; j++) most = p[j] > most ? p[j] : most;
-    if (most == 0) return;
-    for (int j = 0; j < blocks * ADA_BLOCK; j++) sum += p[j];
-    const float step8 = most / ADA_U8_MAX;
-    const float step16 = fmaxf(most / ADA_I16_MAX, sum / ADA_I16_WEIGHT_SUM);
+static void add_strip_sums(const ada_kernels *k, ada_row_sums *sums, const ada_key_probe *keys, int64_t first,
+                           int blocks, const float *p, const float *dots, float out2, double *block_plog) {
+    float most[PARTS] = {0}, parts[PARTS] = {0}, largest = 0;
+    for (int j = 0; j < blocks * ADA_BLOCK; j += PARTS)
+        for (int i = 0; i < PARTS; i++) {
+            most[i] = p[j + i] > most[i] ? p[j + i] : most[i];
+            parts[i] += p[j + i];
+        }
+    for (int i = 0; i < PARTS; i++) largest = most[i] > largest ? most[i] : largest;
+    if (largest == 0) return;
+    const float step8 = largest / ADA_U8_MAX;
+    const float step16 = fmaxf(largest / ADA_I16_MAX, (float)total_of(parts) / ADA_I16_WEIGHT_SUM);
     for (int i = 0; i < blocks; i++) {
         const int64_t block = first + i, at = block * ADA_BLOCK;
-        float mass;
-        add_block_sums(sums, p + i * ADA_BLOCK, dots + i * ADA_BLOCK, keys->norm2 + at, keys->value2 + at,
-                       out2, keys->largest[block] * keys->largest[block], step8 * step8 / 12,
-                       step16 * step16 / 12, &mass);
-        if (mass > 0) *block_plog += (double)(mass * rough_log2(mass));
+        const float reach = keys->largest[block];
+        const double mass = (double)k->row_sums(sums, p + i * ADA_BLOCK, dots + i * ADA_BLOCK,
+                                                keys->norm2 + at, keys->value2 + at, out2, reach * reach,
+                                                step8 * step8 / 12, step16 * step16 / 12);
+        if (mass > 0) *block_plog += mass * log2(mass);
     }
 }
 
-static void take_sums(ada_row_profile *x, const key_sums *sums) {
+static void take_sums(ada_row_profile *x, const ada_row_sums *sums) {
     x->p2d = total_of(sums->p2d), x->p2d_norm = total_of(sums->p2d_norm);
     x->p2d_step = total_of(sums->p2d_step), x->p2 = total_of(sums->p2);
     x->p2_norm = total_of(sums->p2_norm), x->p2_step = total_of(sums->p2_step);
@@ -432,12 +389,12 @@ static void take_sums(ada_row_profile *x, const key_sums *sums) {
  * them. */
 static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
                            const probe_scratch *s, int64_t b, int64_t h, const int64_t *rows, int n,
-                           const float *weights, ada_row_profile *profiles, int counts[ADA_ROW_GROUP]) {
+                           const float *weights, ada_row_profile *profiles, int counts[ADA_EXACT_ROWS]) {
     const int E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
     for (int64_t block = 0; block < blocks; block++) {
-        float w[ADA_ROW_GROUP * ADA_BLOCK], mass[ADA_ROW_GROUP];
-        float *off = s->off + block * ADA_ROW_GROUP * E;
+        float w[ADA_EXACT_ROWS * ADA_BLOCK], mass[ADA_EXACT_ROWS];
+        float *off = s->off + block * ADA_EXACT_ROWS * E;
         bool some = false;
         for (int r = 0; r < n; r++) {
             const int64_t i = rows[r] - rows[r] % ADA_LANES, left = p->T - i;
@@ -468,9 +425,11 @@ static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada
         const float *v = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, ADA_BLOCK, s->rows, &ld);
         const float *mean = keys->block_mean + block * E;
         memset(off, 0, (size_t)(n * E) * sizeof *off);
-        k->row_values_f32(off, E, w, n, v, ld, ADA_BLOCK, E);
-        for (int r = 0; r < n; r++)
-            for (int e = 0; e < E; e++) off[r * E + e] -= mass[r] * mean[e];
+        add_values_of_rows_f32(k, off, w, n, v, ld, ADA_BLOCK, E);
+        for (int r = 0; r < n; r++) {
+            const float m = mass[r]; /* or the compiler fears that off changes it */
+            for (int e = 0; e < E; e++) off[r * E + e] -= m * mean[e];
+        }
     }
 }
 
@@ -480,7 +439,7 @@ static void profile_stand_ins(const ada_problem *p, const ada_kernels *k, const 
                               const float *weights, ada_row_profile *profiles) {
     const int E = (int)p->E;
     const int64_t blocks = ada_block_count(p);
-    int counts[ADA_ROW_GROUP] = {0};
+    int counts[ADA_EXACT_ROWS] = {0};
     list_stand_ins(p, k, keys, s, b, h, rows, n, weights, profiles, counts);
     for (int r = 0; r < n; r++) {
         ada_ranked *order = s->order + r * blocks;
@@ -492,7 +451,7 @@ static void profile_stand_ins(const ada_problem *p, const ada_kernels *k, const 
         for (int level = ADA_LEVELS - 1; level >= 0; level--) {
             const double most = sqrt(keys->value2_mean * exp2(-4 - level));
             for (; chosen < counts[r] && together + (double)order[chosen].cost <= most; chosen++) {
-                const float *off = s->off + ((ptrdiff_t)order[chosen].block * ADA_ROW_GROUP + r) * E;
+                const float *off = s->off + ((ptrdiff_t)order[chosen].block * ADA_EXACT_ROWS + r) * E;
                 const float spread = order[chosen].cost;
                 float off2;
                 k->squares(&off2, NULL, off, E, 1, E, NULL, NULL);
@@ -514,8 +473,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
     const int E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
     ada_exact exact;
-    key_sums sums[ADA_ROW_GROUP] = {0};
-    double block_plog[ADA_ROW_GROUP] = {0};
+    ada_row_sums sums[ADA_EXACT_ROWS] = {0};
+    double block_plog[ADA_EXACT_ROWS] = {0};
     ada_exact_rows(p, k, false, true, b, h, rows, n, s.exact, &exact);
     for (int r = 0; r < n; r++) {
         ada_row_profile *x = &profiles[r];
@@ -540,11 +499,11 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         for (int i = 0; i < in_strip; i++) {
             const int64_t block = first + i;
             const int nk = ada_keys_of_block(p, block);
-            float dots[ADA_ROW_GROUP * ADA_BLOCK] = {0};
+            float dots[ADA_EXACT_ROWS * ADA_BLOCK] = {0};
             ptrdiff_t ld;
             if (keys->seen[block]) {
                 const float *v = rows_at_f32(k, &p->value, b, g, block * ADA_BLOCK, nk, s.rows, &ld);
-                k->row_scores_f32(dots, s.out, n, v, ld, nk, E);
+                scores_of_rows_f32(k, dots, s.out, n, v, ld, nk, E);
             }
             for (int r = 0; r < n; r++) {
                 float *to = s.dots + r * ADA_STRIP + i * ADA_BLOCK;
@@ -554,7 +513,7 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
             }
         }
         for (int r = 0; r < n; r++)
-            add_strip_sums(&sums[r], keys, first, in_strip, exact.p + r * all_keys + first * ADA_BLOCK,
+            add_strip_sums(k, &sums[r], keys, first, in_strip, exact.p + r * all_keys + first * ADA_BLOCK,
                            s.dots + r * ADA_STRIP, (float)profiles[r].out2, &block_plog[r]);
     }
     for (int r = 0; r < n; r++) {

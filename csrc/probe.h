@@ -96,7 +96,7 @@ void ada_add_shares(float *share, const float *size, const float *live, int64_t 
  * probability, exactly 1 for one that is certain. Depends on the shares, n and the stream alone; other shares
  * are other draws. */
 int ada_sample_rows(const float *share, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight);
-/* n <= ADA_ROW_GROUP of them; weight is left to the caller. */
+/* n <= ADA_EXACT_ROWS of them; weight is left to the caller. */
 void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                       const ada_key_probe *keys, const int64_t *rows, int n, ada_row_profile *profiles,
                       char *scratch);

@@ -22,6 +22,21 @@ static inline const REAL *KIND(rows_at)(const ada_kernels *k, const ada_array *a
     return copy;
 }
 
+/* The kernels of single queries for up to ADA_EXACT_ROWS of them, one group after the other while the keys
+ * and values of a block are at hand. */
+static inline void KIND(scores_of_rows)(const ada_kernels *k, REAL *s, const REAL *q, int rows,
+                                        const REAL *key, ptrdiff_t ldk, int n, int D) {
+    for (int r = 0; r < rows; r += ADA_ROW_GROUP)
+        k->KIND(row_scores)(s + r * ADA_BLOCK, q + r * D, rows - r < ADA_ROW_GROUP ? rows - r : ADA_ROW_GROUP,
+                            key, ldk, n, D);
+}
+static inline void KIND(add_values_of_rows)(const ada_kernels *k, REAL *o, const REAL *w, int rows,
+                                            const REAL *value, ptrdiff_t ldv, int n, int E) {
+    for (int r = 0; r < rows; r += ADA_ROW_GROUP)
+        k->KIND(row_values)(o + r * E, E, w + r * ADA_BLOCK,
+                            rows - r < ADA_ROW_GROUP ? rows - r : ADA_ROW_GROUP, value, ldv, n, E);
+}
+
 /* A float mask's values in natural units, row-major with a stride of ADA_BLOCK. */
 static inline void KIND(mask_rows)(const ada_problem *p, const ada_kernels *k, REAL *rows,
                                    const ada_patch *patch) {

@@ -37,8 +37,10 @@ static void load_f64(const ada_kernels *k, double *to, const char *from, ada_dty
         for (int i = 0; i < n; i++) to[i] = *(const double *)(from + i * stride_bytes);
         return;
     }
-    float wide[CHUNK];
-    load_f32(k, wide, from, dtype, stride_bytes, n);
+    float copy[CHUNK];
+    const float *wide = (const float *)from;
+    if (dtype != ADA_F32 || stride_bytes != (int64_t)sizeof *wide)
+        load_f32(k, copy, from, dtype, stride_bytes, n), wide = copy;
     for (int i = 0; i < n; i++) to[i] = wide[i];
 }
 

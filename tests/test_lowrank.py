@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -347,7 +348,7 @@ def test_bounds_of_ranks(rng):
     arrays = smooth(rng, 6)
     free = int(adaattn.plan(*arrays, tolerance=1e-2).rank[0, 0])
     assert adaattn.plan(*arrays, tolerance=1e-2, max_rank=free // 2).structure[0, 0] == "dense"
-    assert adaattn.plan(*arrays, tolerance=1e-2, min_rank=free + 30).rank[0, 0] >= free + 30
+    assert adaattn.plan(*arrays, tolerance=1e-2, min_rank=free + 20).rank[0, 0] >= free + 20
     with pytest.raises(adaattn.ArgumentError, match="max_rank: expected at least min_rank=9, got 8"):
         adaattn.plan(*arrays, tolerance=1e-2, min_rank=9, max_rank=8)
     for name, value in (("min_rank", 0), ("max_rank", -3)):
@@ -362,18 +363,23 @@ def test_bounds_of_ranks(rng):
 
 
 def test_no_memory(rng):
+    """Every allocation fails once, in threads of which none keeps memory of earlier calls."""
     arrays = smooth(rng, length=300)
-    failures = 0
-    for n in range(6):
+
+    def call(n: int) -> bool:
         _adaattn._alloc_fail_after(n)
         try:
-            low_rank(*arrays)
+            return bool(low_rank(*arrays)[1].structure[0, 0] == "low_rank")
         except MemoryError:
-            failures += 1
+            return False
         finally:
             _adaattn._alloc_fail_after(-1)
-    assert failures >= 1
-    assert low_rank(*arrays)[1].structure[0, 0] == "low_rank"
+
+    worked = []
+    for n in range(8):
+        with ThreadPoolExecutor(1) as fresh:
+            worked.append(fresh.submit(call, n).result())
+    assert worked[:3] == [False] * 3 and worked[-1] and worked == sorted(worked)
 
 
 def test_promise(rng):

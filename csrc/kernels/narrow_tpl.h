@@ -249,14 +249,25 @@ TURN(turn_32, uint32_t)
 
 /* As integers the bits of |x| order like the numbers, NaN above all. */
 static inline int32_t magnitude(float x) { return (int32_t)(bits_of_float(x) & 0x7fffffff); }
+static inline int32_t larger_int(int32_t a, int32_t b) { return a > b ? a : b; }
 
+/* Four rows at a time, so that what they are added to is read and written once. */
 void KERNEL(columns)(float *sum, float *largest, const float *rows, ptrdiff_t ld, int n, int width) {
     int32_t *most = (int32_t *)largest; /* positive floats */
-    for (int r = 0; r < n; r++, rows += ld)
+    int r = 0;
+    for (; r + 4 <= n; r += 4, rows += 4 * ld) {
+        const float *a = rows, *b = a + ld, *x = b + ld, *y = x + ld;
         for (int c = 0; c < width; c++) {
-            const int32_t x = magnitude(rows[c]);
+            const int32_t ab = larger_int(magnitude(a[c]), magnitude(b[c]));
+            const int32_t xy = larger_int(magnitude(x[c]), magnitude(y[c]));
+            sum[c] += (a[c] + b[c]) + (x[c] + y[c]);
+            most[c] = larger_int(most[c], larger_int(ab, xy));
+        }
+    }
+    for (; r < n; r++, rows += ld)
+        for (int c = 0; c < width; c++) {
             sum[c] += rows[c];
-            most[c] = x > most[c] ? x : most[c];
+            most[c] = larger_int(most[c], magnitude(rows[c]));
         }
 }
 
@@ -342,4 +353,39 @@ void KERNEL(scale_channels)(const ada_tile_f32 *t, const float *unit) {
         const float x = unit[e]; /* or the compiler fears that o changes it */
         for (int i = 0; i < ADA_LANES; i++) o[i] *= x;
     }
+}
+
+/* log2(x) for x > 0 to 1e-3, some number for 0. */
+static inline float rough_log2(float x) {
+    const uint32_t bits = bits_of_float(x);
+    const float octave = (float)((int32_t)(bits >> 23) - 127);
+    const float m = float_from_bits((bits & 0x7fffff) | 0x3f800000);
+    return octave - 2.1536207f + m * (3.0478842f + m * (-1.0518750f + m * 0.1582487f));
+}
+
+float KERNEL(row_sums)(ada_row_sums *sums, const float *p, const float *dots, const float *norm2,
+                       const float *value2, float out2, float step, float var8, float var16) {
+    float mass[ADA_PARTS] = {0}, p2[ADA_PARTS] = {0}, p2d[ADA_PARTS] = {0}, total = 0;
+    for (int j = 0; j < ADA_BLOCK; j += ADA_PARTS)
+        for (int i = 0; i < ADA_PARTS; i++) {
+            const float w = p[j + i], w2 = w * w, apart = value2[j + i] - 2 * dots[j + i] + out2;
+            const float d = apart > 0 ? apart : 0;
+            mass[i] += w;
+            p2[i] += w2;
+            p2d[i] += w2 * d;
+            sums->p2d_norm[i] += w2 * d * norm2[j + i];
+            sums->p2_norm[i] += w2 * norm2[j + i];
+            sums->p2v[i] += w2 * value2[j + i];
+            sums->pv[i] += w * value2[j + i];
+            sums->round8[i] += (w2 < var8 ? w2 : var8) * d;
+            sums->round16[i] += (w2 < var16 ? w2 : var16) * d;
+            sums->dropped[i] += w2 < 3 * var8 ? w : 0;
+            sums->plog[i] += w * rough_log2(w);
+        }
+    for (int i = 0; i < ADA_PARTS; i++) {
+        sums->p2[i] += p2[i], sums->p2_step[i] += p2[i] * step;
+        sums->p2d[i] += p2d[i], sums->p2d_step[i] += p2d[i] * step;
+        total += mass[i];
+    }
+    return total;
 }

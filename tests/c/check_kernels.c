@@ -82,6 +82,7 @@ static const struct {
     {"reach", make_reach, ADA_F32, ADA_F32},
     {"squares", make_squares, ADA_F32, ADA_F32},
     {"stand_in", make_stand_in, ADA_F32, ADA_F32},
+    {"row_sums", make_row_sums, ADA_F32, ADA_F32},
     {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
 

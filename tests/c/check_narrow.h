@@ -583,6 +583,43 @@ static void make_stand_in(check *c) {
     });
 }
 
+static void make_row_sums(check *c) {
+    enum { P2D, P2D_NORM, P2D_STEP, P2, P2_NORM, P2_STEP, P2V, PV, ROUND8, ROUND16, DROPPED, PLOG, SUMS };
+    buffer *sums = new_floats(c, "sums", SUMS * ADA_PARTS), *p = new_floats(c, "p", ADA_BLOCK);
+    buffer *dots = new_floats(c, "dots", ADA_BLOCK), *norm2 = new_floats(c, "norm2", ADA_BLOCK);
+    buffer *value2 = new_floats(c, "value2", ADA_BLOCK);
+    const float out2 = (float)uniform(c, 0, 3), step = (float)uniform(c, 0, 2);
+    const float var8 = (float)uniform(c, 0, 1), var16 = (float)uniform(c, 0, 0.1);
+    double mass = 0, found[SUMS][ADA_PARTS];
+    for (int i = 0; i < SUMS * ADA_PARTS; i++)
+        found[i / ADA_PARTS][i % ADA_PARTS] = (double)value_at(sums, i);
+    for (int j = 0; j < ADA_BLOCK; j++) {
+        if (chance(c, 0.1)) set(p, j, 0);
+        const int i = j % ADA_PARTS;
+        const float weight = value_at(p, j), square = weight * weight;
+        const double w = (double)weight, w2 = w * w, n = (double)value_at(norm2, j);
+        const double v = (double)value_at(value2, j);
+        const double d = fmax(v - 2 * (double)value_at(dots, j) + (double)out2, 0);
+        found[P2D][i] += w2 * d, found[P2][i] += w2;
+        found[P2D_NORM][i] += w2 * d * n, found[P2_NORM][i] += w2 * n;
+        found[P2D_STEP][i] += w2 * d * (double)step, found[P2_STEP][i] += w2 * (double)step;
+        found[P2V][i] += w2 * v, found[PV][i] += w * v;
+        found[ROUND8][i] += fmin(w2, (double)var8) * d, found[ROUND16][i] += fmin(w2, (double)var16) * d;
+        found[DROPPED][i] += square < 3 * var8 ? w : 0;
+        found[PLOG][i] += w > 0 ? w * log2(w) : 0;
+        mass += w;
+    }
+    for (int i = 0; i < SUMS * ADA_PARTS; i++)
+        expect_near(sums, i, found[i / ADA_PARTS][i % ADA_PARTS], i / ADA_PARTS == PLOG ? 0.02 : 2e-4, 0);
+    c->bytes = 4.0 * 4 * ADA_BLOCK;
+    RUN(c, {
+        const double total = (double)CALL_AS(c, row_sums, data(sums), data(p), data(dots), data(norm2),
+                                             data(value2), out2, step, var8, var16);
+        if (!c->bench && fabs(total - mass) > 1e-5 * mass)
+            fail(c, "returned %.9g, expected %.9g", total, mass);
+    });
+}
+
 static void make_squares(check *c) {
     const int n = pick(c, "n", 1, 10, 64), width = pick_size(c, "width");
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
