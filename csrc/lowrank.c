@@ -93,6 +93,7 @@ typedef struct {
     int *pivot;             /* [most] */
     int rank;
     double keys, query_factor, key_factor;
+    double beyond;    /* share of the queries beyond the exponents' range */
     float *rows;      /* [64][max(D, E, 64)] */
     float *pivots;    /* [PIVOTS][D] */
     float *before;    /* [most][PIVOTS] minus the factor at the pivots */
@@ -183,8 +184,8 @@ static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, i
     const int64_t step = (p->T + SAMPLE - 1) / SAMPLE;
     for (int64_t i = 0; i < p->T; i += step, live++) {
         const float *x = rows_at_f32(k, &p->query, b, h, i, 1, s->rows, &ld);
-        k->squares(norm2, NULL, x, ld, 1, D, NULL, NULL);
-        query_norms += (double)norm2[0];
+        k->squares(s->kernel + (int)live, NULL, x, ld, 1, D, NULL, NULL);
+        query_norms += (double)s->kernel[(int)live];
     }
     if (!isfinite(norms) || !isfinite(query_norms)) return false;
     /* Queries and keys of one size: balance is the fourth root of the ratio of their mean squares. */
@@ -193,6 +194,9 @@ static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, i
     s->key_factor = sqrt(p->scale) / balance, s->query_factor = sqrt(p->scale) * balance;
     const double most = (double)far2[0] * square(s->key_factor);
     if (!(most <= MOST_EXPONENT) || !isfinite(s->query_factor) || !(s->key_factor > 0)) return false;
+    s->beyond = 0;
+    for (int i = 0; i < (int)live; i++)
+        s->beyond += (double)s->kernel[i] * square(s->query_factor) > MOST_EXPONENT ? 1 / live : 0;
     s->keys = (double)keys;
     s->even = (int)(keys < SAMPLE ? keys : SAMPLE);
     for (int i = 0; i < s->even; i++) {
@@ -482,7 +486,7 @@ static ada_rank_level level_of(const ada_problem *p, const ada_kernels *k, const
     }
     /* Keys that stand for others say more of them together than those would, as their errors are alike. */
     const double error2 = stands > 1 ? fmax(together - apart, 0) + apart / stands : together;
-    ada_rank_level level = {.rank = s->rank, .error2 = error2 / n, .limit = INFINITY};
+    ada_rank_level level = {.rank = s->rank, .error2 = error2 / n, .limit = INFINITY, .exact = s->beyond};
     if (residuals > 0) level.gain = error2 / residuals;
     if (error2 > 0) level.limit = MOST_OVER * row2 / level.gain;
     if (masses > 0) level.limit = fmin(level.limit, limit_of_lse(s, lse_error, masses / residuals));
