@@ -417,7 +417,8 @@ static int ranks_to_look_at(const ada_attending *a, int64_t i) {
     if (!ada_far_keys_of(a->p, i / a->p->H, &keys)) return 0;
     const ada_rank_task sizes = rank_task_of(a, &keys);
     if (b->structure == ADA_STRUCTURE_LOW_RANK) return sizes.most;
-    if (!s->n) return 0;
+    /* A sample of keys does not tell what the few with far larger values lose. */
+    if (!s->n || a->keys[i / a->per_head].heavies) return 0;
     const ada_task task = ada_task_of(a, i, margin_of(a, i));
     return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &b->rates[1], s->seconds);
 }

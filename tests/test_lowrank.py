@@ -255,7 +255,12 @@ def test_what_is_not_finite_is_passed_on(rng, which, bad):
 def test_same_bits(rng, causal):
     """For any number of threads, and whatever other heads there are."""
     arrays = smooth(rng, heads=4, kv_heads=2)
-    options: dict[str, Any] = {"tolerance": 1e-2, "causal": causal, "return_lse": True}
+    options: dict[str, Any] = {
+        "tolerance": 1e-2,
+        "causal": causal,
+        "return_lse": True,
+        "structure": "low_rank",
+    }
     first = adaattn.attention(*arrays, **options, num_threads=1)
     for threads in (2, 3):
         assert same_bits(adaattn.attention(*arrays, **options, num_threads=threads), first)
