@@ -533,6 +533,19 @@ def test_state_that_does_not_fit(change: Any, error: type[Exception], message: s
 # ---- the language model
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi", "none"])
+def test_an_encoder_sees_both_sides_but_no_padding(positions: str, rng: np.random.Generator) -> None:
+    model, tokens = small(causal=False, positions=positions).eval(), rng.integers(0, 50, (3, 12))
+    lengths = np.array([12, 5, 1])
+    logits = model(tokens, lengths=lengths)
+    for row, length, found in zip(tokens, lengths, logits, strict=True):
+        alone = model(row[None, :length])[0]
+        np.testing.assert_allclose(found[:length], alone, rtol=1e-4, atol=1e-5)
+    changed = tokens.copy()
+    changed[0, 11] = (changed[0, 11] + 1) % 50
+    assert not np.allclose(model(changed, lengths=lengths)[0, 0], logits[0, 0], atol=1e-4)
+
+
 def test_future_tokens_change_nothing(rng: np.random.Generator) -> None:
     model, tokens = small(), rng.integers(0, 50, (2, 12))
     changed = tokens.copy()
