@@ -125,6 +125,14 @@ def test_alibi_slopes() -> None:
     assert nn.alibi_slopes(1).tolist() == [2.0**-8]
 
 
+@pytest.mark.filterwarnings("error")
+def test_activations_at_infinity() -> None:
+    x = np.array([np.inf, 3e38, -3e38, -np.inf, np.nan], np.float32)
+    for kind in (np.float32, np.float64):
+        assert str(nn.gelu(x[:3].astype(kind)) + 0) == str(np.array([np.inf, x[1], 0], kind))
+    assert str(nn.gelu(x) + 0) == str(np.array([np.inf, x[1], 0, 0, np.nan], np.float32))
+
+
 def test_rotary(rng: np.random.Generator) -> None:
     """Pairs turn as complex numbers do; a product of two rotated vectors depends on their distance alone."""
     x = rng.standard_normal((1, 1, 6, 8))
