@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .stats import PHASES, Report
+from ..stats import PHASES, Report
 
 
 @dataclass(frozen=True)
