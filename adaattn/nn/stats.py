@@ -63,6 +63,16 @@ class Tally:
         for phase, seconds in report.seconds.items():
             self.seconds[phase] += seconds
 
+    def merge(self, other: Tally) -> None:
+        """Count another tally's calls as well."""
+        for name, x in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(x, dict):
+                for key, value in x.items():
+                    mine[key] = mine.get(key, 0) + value
+            else:
+                setattr(self, name, float(np.fmax(mine, x)) if name == "error" else mine + x)
+
     def summary(self) -> AttentionStatistics:
         """The sums as they stand."""
         return AttentionStatistics(
