@@ -138,14 +138,21 @@ def test_a_tolerance_is_kept(rng: np.random.Generator) -> None:
     ("change", "error", "message"),
     [
         ({"qk_matmul_output_mode": 3}, adaattn.ArgumentError, "qk_matmul_output_mode: expected 0 or None"),
-        ({"past_key": np.zeros((B, G, P, D), np.float32)}, adaattn.ArgumentError, "past_value: expected both"),
+        (
+            {"past_key": np.zeros((B, G, P, D), np.float32)},
+            adaattn.ArgumentError,
+            "past_value: expected both",
+        ),
         ({"softmax_precision": 7}, adaattn.ArgumentError, "softmax_precision: expected "),
         ({"q_num_heads": 3}, adaattn.ShapeError, "Q: expected q_num_heads=3"),
         ({"Q": np.zeros((B, T, H * D), np.float32)}, adaattn.ArgumentError, "q_num_heads: expected a number"),
         ({"Q": np.zeros((B, T, 7), np.float32), "q_num_heads": H}, adaattn.ShapeError, "Q: expected a last"),
         ({"Q": np.zeros((T, D), np.float32)}, adaattn.ShapeError, "Q: expected three or four dimensions"),
         (
-            {"past_key": np.zeros((B, H, P, D), np.float32), "past_value": np.zeros((B, G, P, E), np.float32)},
+            {
+                "past_key": np.zeros((B, H, P, D), np.float32),
+                "past_value": np.zeros((B, G, P, E), np.float32),
+            },
             adaattn.ShapeError,
             r"past_key: expected shape \(2, 2, P, 8\)",
         ),

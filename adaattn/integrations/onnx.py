@@ -1,4 +1,4 @@
-"""The ONNX operator Attention (opsets 23 to 25) as a function of NumPy arrays: its inputs and attributes by name.
+"""The ONNX operator Attention (opsets 23 to 25) as a function of NumPy arrays.
 
 What its text leaves open is as in ONNX's reference implementation. ONNX itself is not needed.
 """
@@ -50,8 +50,8 @@ def attention(
 
     Parameters
     ----------
-    Q, K, V : arrays of shape (B, H, T, D), (B, G, S, D), (B, G, S, E); or (B, T, H D), (B, S, G D), (B, S, G E)
-        The latter with `q_num_heads` and `kv_num_heads`.
+    Q, K, V : arrays of shape (B, H, T, D), (B, G, S, D) and (B, G, S, E)
+        Or (B, T, H D), (B, S, G D) and (B, S, G E), with `q_num_heads` and `kv_num_heads`.
     attn_mask : array that broadcasts to (B, H, T, P + S), optional
         bool (True: takes part) or floating (added). Keys beyond its last dimension are hidden.
     past_key, past_value : arrays of shape (B, G, P, D) and (B, G, P, E), optional
@@ -59,7 +59,7 @@ def attention(
     nonpad_kv_seqlen : (B,) ints, optional
         How many keys of each sequence are there, if `K` and `V` are whole caches.
     is_causal : int
-        1: query i sees keys up to i + offset, where offset is P, ``nonpad_kv_seqlen - T``, or 0 without either.
+        1: query i sees keys up to i + offset, which is P, ``nonpad_kv_seqlen - T``, or 0 without either.
     left_window_size, right_window_size : int
         How far a query sees from i + offset to the left and to the right; -1: without a limit (opset 25).
     scale : float, optional
@@ -95,7 +95,8 @@ def attention(
         raise ArgumentError("nonpad_kv_seqlen: expected None beside past_key and past_value, got an array")
     if softmax_precision not in (None, _FLOAT, _FLOAT16, _DOUBLE, _BFLOAT16):
         raise ArgumentError(
-            f"softmax_precision: expected {_FLOAT}, {_FLOAT16}, {_DOUBLE} or {_BFLOAT16}, got {softmax_precision!r}"
+            f"softmax_precision: expected {_FLOAT}, {_FLOAT16}, {_DOUBLE} or {_BFLOAT16}, "
+            f"got {softmax_precision!r}"
         )
     query = _heads("Q", Q, "q_num_heads", q_num_heads)
     key = present_key = _joined(past_key, _heads("K", K, "kv_num_heads", kv_num_heads), "past_key")
@@ -128,7 +129,7 @@ def attention(
         num_threads=num_threads,
         out=out.transpose(0, 2, 1, 3),
     )
-    Y = out.reshape(B, T, -1) if Q.ndim == 3 else out.transpose(0, 2, 1, 3)
+    Y: NDArray[Any] = out.reshape(B, T, -1) if Q.ndim == 3 else out.transpose(0, 2, 1, 3)
     return Outputs(Y, present_key, present_value)
 
 
@@ -143,15 +144,23 @@ def _heads(name: str, x: NDArray[Any], attribute: str, count: int | None) -> NDA
     if count is None:
         raise ArgumentError(f"{attribute}: expected a number of heads beside three dimensions, got None")
     if count < 1 or x.shape[2] % count:
-        raise ShapeError(f"{name}: expected a last size that {attribute}={count} divides, got shape {x.shape}")
-    return x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3)
+        raise ShapeError(
+            f"{name}: expected a last size that {attribute}={count} divides, got shape {x.shape}"
+        )
+    heads: NDArray[Any] = x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3)
+    return heads
 
 
 def _joined(past: NDArray[Any] | None, x: NDArray[Any], name: str) -> NDArray[Any]:
     """Past and new keys or values, one after the other."""
     if past is None:
         return x
-    if past.ndim != 4 or past.shape[:2] != x.shape[:2] or past.shape[3] != x.shape[3] or past.dtype != x.dtype:
+    if (
+        past.ndim != 4
+        or past.shape[:2] != x.shape[:2]
+        or past.shape[3] != x.shape[3]
+        or past.dtype != x.dtype
+    ):
         raise ShapeError(
             f"{name}: expected shape ({x.shape[0]}, {x.shape[1]}, P, {x.shape[3]}) and dtype {x.dtype}, "
             f"got {past.shape} and {past.dtype}"

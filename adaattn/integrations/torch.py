@@ -1,28 +1,24 @@
 """Attention of PyTorch tensors: torch's own function, within an error budget, as a custom operator.
 
-A call that needs no gradient and is not traced goes straight to the engine, since an operator written in Python
-costs 10 µs; every other one goes through `adaattn::attention`, or `adaattn::attention_lse` where gradients will be
-asked for, since those need the lse and a tolerance counts its error.
+A call that needs no gradient and is not traced goes straight to the engine, since an operator in Python
+costs 10 µs. Every other one goes through `adaattn::attention`, or `adaattn::attention_lse` where gradients
+will be asked for: those need the lse, whose error a tolerance counts.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import api
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..stats import tolerance_of
+from .torch_operators import compute
 
 _AUTO = "auto"
 _DEVICES = ("cpu", "cuda")
-_NUMPY = frozenset((torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32))
-_BF16 = importlib.import_module("ml_dtypes").bfloat16 if importlib.util.find_spec("ml_dtypes") else None
 
 
 def scaled_dot_product_attention(
@@ -51,7 +47,7 @@ def scaled_dot_product_attention(
     return_lse: bool = False,
     num_threads: int | None = None,
 ) -> Any:
-    """`torch.nn.functional.scaled_dot_product_attention`, with an error budget and `adaattn.attention`'s options.
+    """Torch's function of this name, with an error budget and `adaattn.attention`'s options.
 
     Tensors are read and written in place, on the CPU or a CUDA GPU. Works under `torch.compile` and
     `torch.export`, under autocast, and is differentiable.
@@ -78,7 +74,7 @@ def scaled_dot_product_attention(
     precision, min_precision, max_precision, structure, verify
         As in `adaattn.attention`.
     return_lse : bool
-        Also return the logarithm of each row's sum of exponentials, (..., H, T), for which there is no gradient.
+        Also return the logarithm of each row's sum of exponentials, (..., H, T); it has no gradient.
     num_threads : int, optional
         At most this many threads; default ``torch.get_num_threads()``.
 
@@ -113,7 +109,7 @@ def scaled_dot_product_attention(
         or (alibi_slopes is not None and getattr(alibi_slopes, "requires_grad", False))
         or (sinks is not None and getattr(sinks, "requires_grad", False))
     )
-    if needs_grad or _is_traced(query):
+    if needs_grad or is_traced(query):
         left, right = window or (None, None)
         qk, pv = (precision, precision) if isinstance(precision, str) else precision
         vectors = (alibi_slopes, sinks, kv_lengths, query_offset)
@@ -137,82 +133,6 @@ def scaled_dot_product_attention(
     if batch is not None:
         out, lse = _unflatten(out, batch), None if lse is None else _unflatten(lse, batch)
     return (out, lse) if return_lse else out
-
-
-# ---- the engine
-
-
-def compute(
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    return_lse: bool = False,
-    return_report: bool = False,
-    num_threads: int | None = None,
-    **options: Any,
-) -> Any:
-    """`adaattn.attention` of four-dimensional tensors: no gradient, nothing traced, torch's threads.
-
-    On the CPU the engine gets NumPy's view of the memory, which takes a tenth of the time that DLPack takes.
-    """
-    out = _out_like(query, value)
-    if not (out.numel() and value.shape[2]):
-        return _nothing(out, return_lse)
-    _read(options)
-    results = api.attention(
-        _array(query),
-        _array(key),
-        _array(value),
-        **options,
-        return_lse=return_lse,
-        return_report=return_report,
-        out=_array(out),
-        num_threads=num_threads or torch.get_num_threads(),
-    )
-    if not (return_lse or return_report):
-        return out
-    _, *rest = results
-    if return_lse:
-        rest[0] = torch.as_tensor(rest[0])
-    return out, *rest
-
-
-def _read(options: dict[str, Any]) -> None:
-    """Tensors among the options as the engine takes them."""
-    for name in _TENSORS:
-        x = options.get(name)
-        if x is not None and isinstance(x, Tensor):
-            options[name] = int(x) if name == "seed" else _array(x)
-
-
-def _out_like(query: Any, value: Any) -> Any:
-    """(B, H, T, E), in memory (B, T, H, E): what follows attention wants the heads side by side."""
-    B, H, T, _ = query.shape
-    E = value.shape[3]
-    return query.new_empty_strided((B, H, T, E), (T * H * E, E, H * E, 1))
-
-
-def _nothing(out: Any, return_lse: bool) -> Any:
-    """The result where some size is zero: torch's zeros."""
-    out.zero_()
-    return (out, _lse_like(out).fill_(-torch.inf)) if return_lse else out
-
-
-def _lse_like(out: Any) -> Any:
-    dtype = torch.float64 if out.dtype is torch.float64 else torch.float32
-    return out.new_empty(out.shape[:3], dtype=dtype)
-
-
-def _array(x: Any) -> Any:
-    """What the engine takes: NumPy's view of a tensor where there is one."""
-    if x.requires_grad:
-        x = x.detach()
-    if not x.is_cpu:
-        return x
-    if x.dtype in _NUMPY:
-        return x.numpy()
-    return x.view(torch.int16).numpy().view(_BF16) if _BF16 and x.dtype is torch.bfloat16 else x
 
 
 # ---- tensors as torch's function takes them
@@ -286,7 +206,7 @@ def _autocast(*tensors: Any) -> Any:
     return (x.to(dtype) if x is not None and x.dtype in eligible else x for x in tensors)
 
 
-def _is_traced(query: Any) -> bool:
+def is_traced(query: Any) -> bool:
     """Whether something else than plain eager tensors is at work: a compiler, a dispatch mode, a subclass."""
     return (
         torch.compiler.is_compiling()
@@ -308,106 +228,218 @@ def _flag(verify: Any) -> bool:
     return verify
 
 
-# ---- operators
-
-_TENSORS = ("attn_mask", "alibi_slopes", "sinks", "kv_lengths", "query_offset", "seed")
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, "
-    + "".join(f"Tensor? {name}, " for name in _TENSORS)
-    + "str causal, SymInt? left, SymInt? right, float? softcap, float? scale, float dropout_p, float? tolerance, "
-    "str precision_qk, str precision_pv, str min_precision, str max_precision, str structure, bool verify, "
-    "int? num_threads"
-)
+# ---- the module
 
 
-def _options(tensors: Any, others: Any) -> dict[str, Any]:
-    """Options of `adaattn.attention` for an operator's arguments behind value."""
-    causal, left, right, softcap, scale, dropout_p, tolerance, qk, pv, least, most, structure, verify, n = others
-    options = dict(zip(_TENSORS, tensors, strict=True)) | {
-        "causal": causal or False,
-        "window": None if left is right is None else (left, right),
-        "softcap": softcap,
-        "scale": scale,
-        "dropout_p": dropout_p,
-        "tolerance": tolerance,
-        "precision": qk if qk == pv else (qk, pv),
-        "num_threads": n,
-    }
-    given = {"min_precision": least, "max_precision": most, "structure": structure}
-    return options | given | ({} if verify else {"verify": False})
+class AdaAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
+    """`torch.nn.MultiheadAttention` within an error budget: same parameters, state dict, inputs and outputs.
+
+    A row that sees no key gives zeros, and weights of zero, where torch's gives NaN if weights are asked for.
+    In training, weights are those before dropout.
+
+    Parameters
+    ----------
+    embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        As in `torch.nn.MultiheadAttention`.
+    tolerance, policy, precision, min_precision, max_precision, structure, verify, num_threads
+        As in `scaled_dot_product_attention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        tolerance: float | None = None,
+        policy: str | None = None,
+        precision: str | tuple[str, str] = _AUTO,
+        min_precision: str = _AUTO,
+        max_precision: str = _AUTO,
+        structure: str = _AUTO,
+        verify: bool | str = _AUTO,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self.options: dict[str, Any] = {
+            "tolerance": tolerance_of(tolerance, policy),
+            "precision": precision,
+            "min_precision": min_precision,
+            "max_precision": max_precision,
+            "structure": structure,
+            "verify": verify,
+            "num_threads": num_threads,
+        }
+
+    def _reset_parameters(self) -> None:
+        """Torch's, the last step of its __init__; then what keeps `torch.nn.TransformerEncoderLayer` from its
+        fused layer, which would pass `forward` by."""
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any = None,
+        need_weights: bool = True,
+        attn_mask: Any = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Any, Any]:
+        """As torch's: masks are True where attention is *not* allowed, or are added to the scores.
+
+        With `need_weights`, torch's default, exact weights are computed as well, in time and memory of T * S.
+        """
+        if query.is_nested:
+            raise ArgumentError(
+                "query: expected a dense tensor, got a nested one; make torch.nn.TransformerEncoder with "
+                "enable_nested_tensor=False"
+            )
+        if is_causal and attn_mask is None:
+            raise ArgumentError("attn_mask: expected the mask that is_causal tells of, got None")
+        batched, shared = query.dim() == 3, query is key and key is value
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        B, S = key.shape[:2]
+        query, key, value = (
+            x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for x in self._project(query, key, value, shared)
+        )
+        added = key.shape[2] - S
+        causal = is_causal and not added
+        seen = self._visible(None if causal else attn_mask, key_padding_mask, (B, query.shape[2], S), added)
+        out = scaled_dot_product_attention(
+            query, key, value, **seen, is_causal=causal, dropout_p=self.dropout if self.training else 0.0,
+            **self.options,
+        )  # fmt: skip
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not batched:
+            out = out[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        weights = _weights(query, key, causal, **seen)
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        return out, weights if batched else weights[0]
+
+    def _project(self, query: Any, key: Any, value: Any, shared: bool) -> Any:
+        """Queries, keys and values (B, n, C), with the keys and values that the module adds."""
+        if shared and self.in_proj_weight is not None:
+            query, key, value = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            if self.in_proj_weight is not None:
+                weights = self.in_proj_weight.chunk(3)
+            else:
+                weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            query, key, value = map(F.linear, (query, key, value), weights, biases)
+        if self.bias_k is not None:
+            key, value = (
+                torch.cat((x, bias.expand(len(x), 1, -1)), dim=1)
+                for x, bias in ((key, self.bias_k), (value, self.bias_v))
+            )
+        if self.add_zero_attn:
+            key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+        return query, key, value
+
+    def _visible(
+        self, attn_mask: Any, padding: Any, sizes: tuple[int, int, int], added: int
+    ) -> dict[str, Any]:
+        """Options for torch's two masks, over (B, T, S) and the keys that the module adds."""
+        B, T, S = sizes
+        for name, mask, shapes in (
+            ("attn_mask", attn_mask, [(T, S), (B * self.num_heads, T, S)]),
+            ("key_padding_mask", padding, [(B, S)]),
+        ):
+            if mask is None:
+                continue
+            if tuple(mask.shape) not in shapes:
+                raise ShapeError(
+                    f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}"
+                )
+            if mask.dtype is not torch.bool and not mask.is_floating_point():
+                raise DTypeError(f"{name}: expected bool or a floating dtype, got {mask.dtype}")
+        attn_mask, padding = (
+            None if mask is None else _positive(F.pad(mask, (0, added))) for mask in (attn_mask, padding)
+        )
+        if padding is not None and padding.dtype is torch.bool and attn_mask is None:
+            return hidden_keys(padding)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (B, self.num_heads))
+        if padding is not None:
+            padding = padding[:, None, None, :]
+        return {"attn_mask": padding if attn_mask is None else combined(attn_mask, padding)}
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    return compute(query, key, value, **_options(rest[: len(_TENSORS)], rest[len(_TENSORS) :]))
+def _positive(mask: Any) -> Any:
+    """A mask of `torch.nn.MultiheadAttention` as one of its function: True takes part."""
+    return ~mask if mask.dtype is torch.bool else mask
 
 
-def _attention_lse(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    options = _options(rest[: len(_TENSORS)], rest[len(_TENSORS) :])
-    return compute(query, key, value, return_lse=True, **options)
+def combined(mask: Any, other: Any) -> Any:
+    """Both of two masks, bool (True: takes part) or floating; None hides nothing."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    if mask.dtype is torch.bool and other.dtype is torch.bool:
+        return mask & other
+    if mask.dtype is torch.bool or other.dtype is torch.bool:
+        keep, bias = (mask, other) if mask.dtype is torch.bool else (other, mask)
+        return torch.where(keep, bias, -torch.inf)
+    return mask + other
 
 
-def _fake(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    return _out_like(query, value)
+def hidden_keys(keep: Any) -> dict[str, Any]:
+    """Options that hide the keys of which keep (B, S) says False: lengths where those end each sequence."""
+    if not torch.compiler.is_compiling():
+        S = keep.shape[1]
+        lengths = keep.sum(dim=-1)
+        if bool((lengths == S).all()):
+            return {}
+        if bool((keep == (torch.arange(S, device=keep.device) < lengths[:, None])).all()):
+            return {"kv_lengths": lengths}
+    return {"attn_mask": keep[:, None, None, :]}
 
 
-def _fake_lse(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    out = _fake(query, key, value)
-    return out, _lse_like(out)
-
-
-_GRADIENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
-
-
-def _backward(grad_out: Any, out: Any, lse: Any, needs: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    options = _options(rest[: len(_TENSORS)], rest[len(_TENSORS) :])
-    inputs = {"query": query, "key": key, "value": value} | options
-    wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
-    if not (out.numel() and key.shape[2]):
-        return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
-    for name in ("tolerance", "precision", "min_precision", "max_precision", "structure", "verify"):
-        options.pop(name, None)  # the gradient is that of exact attention
-    _read(options)
-    options["num_threads"] = options["num_threads"] or torch.get_num_threads()
-    arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
-    gradients = api.attention_backward(*arrays, needs=wanted, **options)
-    return [torch.as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
-
-
-def _fake_backward(grad_out: Any, out: Any, lse: Any, needs: Any, *inputs: Any) -> Any:
-    arrays = (*inputs[:4], inputs[4], inputs[5])
-    return [x.new_empty(x.shape) for x, need in zip(arrays, needs, strict=True) if need]
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    tensors = inputs[: 3 + len(_TENSORS)]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.others = inputs[len(tensors) :]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
-    *tensors, out, lse = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
-    found = iter(
-        torch.ops.adaattn.attention_backward(grad_out, out, lse, needs, *tensors, *ctx.others)
-    )
-    nothing = [None] * (len(tensors) - len(_GRADIENTS) + len(ctx.others))
-    return (*(next(found) if need else None for need in needs), *nothing)
-
-
-def _operator(name: str, function: Any, fake: Any, schema: str) -> Any:
-    operator = torch.library.custom_op(f"adaattn::{name}", function, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
-    return operator
-
-
-_operator("attention", _attention, _fake, f"({_ARGUMENTS}) -> Tensor")
-_operator("attention_lse", _attention_lse, _fake_lse, f"({_ARGUMENTS}) -> (Tensor, Tensor)").register_autograd(
-    _gradients, setup_context=_save
-)
-_operator(
-    "attention_backward",
-    _backward,
-    _fake_backward,
-    f"(Tensor grad_out, Tensor out, Tensor lse, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
-)
+def _weights(query: Any, key: Any, causal: bool, attn_mask: Any = None, kv_lengths: Any = None) -> Any:
+    """Weights (B, H, T, S) of exact attention; zeros for a row that sees no key."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    T, S = scores.shape[-2:]
+    at = torch.arange(S, device=scores.device)
+    mask = attn_mask
+    if kv_lengths is not None:
+        mask = combined(mask, (at < kv_lengths[:, None])[:, None, None, :])
+    if causal:
+        mask = combined(mask, at <= at[:T, None])
+    if mask is None:
+        return scores.softmax(dim=-1)
+    bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype is torch.bool else mask
+    empty = bias.isneginf().all(dim=-1, keepdim=True)
+    weights = (scores + bias).masked_fill(empty, 0.0).softmax(dim=-1)
+    return weights.masked_fill(empty, 0.0)

@@ -1,8 +1,9 @@
-"""Attention of Hugging Face transformers: one name for ``attn_implementation``, whose calls keep an error budget.
+"""Attention of Hugging Face transformers: a name for ``attn_implementation`` that keeps an error budget.
 
-A model asks for its mask once and hands it to every layer. Where the pattern is known (causal, a window, padding) it
-gets a `Visibility`: a tensor that holds the pattern and makes its entries only if somebody looks at them, so that the
-engine skips what is hidden and nothing of size T * S exists. Every other pattern is sdpa's boolean mask.
+A model asks for its mask once and hands it to every layer. Where the pattern is known (causal, a window,
+padding) it gets a `Visibility`, a tensor that knows the pattern and makes its entries only if somebody looks
+at them: the engine skips what is hidden, and nothing of size T * S exists. Other patterns are the boolean masks
+of sdpa.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from ..errors import ArgumentError
 from ..nn.stats import AttentionStatistics, Tally
 from ..stats import tolerance_of
-from . import torch as ours
+from .torch import combined, hidden_keys, is_traced, scaled_dot_product_attention
+from .torch_operators import compute
 
 _tallies: WeakKeyDictionary[Any, Tally] = WeakKeyDictionary()  # modules with attention to what they computed
 _registered: set[str] = set()
@@ -69,7 +71,9 @@ def register(
     >>> model = transformers.AutoModel.from_config(config, attn_implementation="adaattn")
     """
     if name not in _registered and (
-        name == "eager" or name in AttentionInterface().valid_keys() or name in AttentionMaskInterface().valid_keys()
+        name == "eager"
+        or name in AttentionInterface().valid_keys()
+        or name in AttentionMaskInterface().valid_keys()
     ):
         raise ArgumentError(f"name: expected one that is free, got {name!r}, which transformers has already")
     options = {
@@ -83,7 +87,12 @@ def register(
     }
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **arguments: Any,
     ) -> tuple[Tensor, None]:
         return _attention(module, query, key, value, attention_mask, options, collect_statistics, **arguments)
 
@@ -121,67 +130,70 @@ def _attention(
         is_causal = getattr(module, "is_causal", True)
     seen = _visible(attention_mask, query, key, bool(is_causal), sliding_window)
     if position_bias is not None:
-        seen["attn_mask"] = _biased(seen.get("attn_mask"), position_bias)
+        seen["attn_mask"] = combined(seen.get("attn_mask"), position_bias)
     if s_aux is not None:
         s_aux = s_aux.reshape(-1)
     tensors = (query, key, value, s_aux, position_bias)
     plain = not (
         dropout
-        or ours._is_traced(query)
+        or is_traced(query)
         or query.shape[0] != key.shape[0]
         or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
     )
     if plain:
-        out = ours.compute(
-            query, key, value, **seen, scale=scaling, softcap=softcap, sinks=s_aux, return_report=collect, **options
+        out = compute(
+            query,
+            key,
+            value,
+            **seen,
+            scale=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            return_report=collect,
+            **options,
         )
         if collect and isinstance(out, tuple):
             out, report = out
             _tallies.setdefault(module, Tally()).add(report, planned=report.plan is not None)
     else:
         seen["is_causal"] = {"upper_left": True}.get(seen.pop("causal"), False)
-        out = ours.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             query, key, value, **seen, dropout_p=dropout, scale=scaling, enable_gqa=True, softcap=softcap,
             sinks=s_aux, **options,
         )  # fmt: skip
     return out.transpose(1, 2), None
 
 
-def _visible(
-    mask: Any, query: Any, key: Any, is_causal: bool, sliding_window: int | None
-) -> dict[str, Any]:
+def _visible(mask: Any, query: Any, key: Any, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
     """Options for what queries may attend to."""
     if isinstance(mask, Visibility):
         if mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2]):
             return dict(mask.options)
         mask = mask.entries()
-    causal = False
+    causal: bool | str = False
     window = None
-    if mask is None:  # as sdpa reads it: the diagonal starts at the first key, but for a single query at the last
+    if (
+        mask is None
+    ):  # as sdpa reads it: the diagonal starts at the first key, but for a single query at the last
         causal = "upper_left" if is_causal and query.shape[2] > 1 else False
         if sliding_window is not None:
             window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
     return {"attn_mask": mask, "causal": causal, "window": window}
 
 
-def _biased(mask: Any, bias: Any) -> Any:
-    """A float mask of a bias and a mask, bool or float."""
-    if mask is None:
-        return bias
-    return bias + mask if mask.dtype is not torch.bool else torch.where(mask, bias, -math.inf)
-
-
 # ---- masks
 
 
-class Visibility(Tensor):
-    """A boolean mask (B, 1, T, S) as options of the engine; any operation sees its entries, made when asked for."""
+class Visibility(Tensor):  # type: ignore[misc]
+    """A boolean mask (B, 1, T, S) as options of the engine; any operation sees its entries."""
 
     options: dict[str, Any]
     make: Callable[[], Any]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], device: Any, options: dict[str, Any], make: Callable[[], Any]) -> Any:
+    def __new__(
+        cls, shape: tuple[int, ...], device: Any, options: dict[str, Any], make: Callable[[], Any]
+    ) -> Any:
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         self.options, self.make = options, make
         return self
@@ -213,7 +225,7 @@ def _mask(
     device: Any = "cpu",
     **arguments: Any,
 ) -> Any:
-    """transformers' contract: what queries q_offset + i see of keys kv_offset + j, or None for what sdpa takes so."""
+    """transformers' contract: which keys kv_offset + j queries q_offset + i see, or None as for sdpa."""
 
     def make(skip: bool = False) -> Any:
         return masking_utils.sdpa_mask(
@@ -233,21 +245,10 @@ def _mask(
     options["query_offset"] = int(q_offset) - kv_offset
     if attention_mask is not None:
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        options |= _padding(padding[:, kv_offset : kv_offset + kv_length])
+        options |= hidden_keys(padding[:, kv_offset : kv_offset + kv_length])
     if len(options) == 3 and not causal and options["window"] is None:
         return None
     return Visibility((batch_size, 1, q_length, kv_length), device, options, make)
-
-
-def _padding(keep: Any) -> dict[str, Any]:
-    """Options that hide what keep (B, S) says False of: lengths where that is the end of each sequence."""
-    lengths = keep.sum(dim=-1)
-    S = keep.shape[1]
-    if bool((lengths == S).all()):
-        return {}
-    if bool((keep == (torch.arange(S, device=keep.device) < lengths[:, None])).all()):
-        return {"kv_lengths": lengths}
-    return {"attn_mask": keep[:, None, None, :]}
 
 
 def _pattern(function: Any) -> tuple[bool, int | None, int | None] | None:
@@ -266,7 +267,8 @@ def _pattern(function: Any) -> tuple[bool, int | None, int | None] | None:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return None
-        lefts, rights = ([part[i] for part in known if part[i] is not None] for i in (1, 2))
+        lefts = [left for _, left, _ in known if left is not None]
+        rights = [right for _, _, right in known if right is not None]
         return any(part[0] for part in known), min(lefts, default=None), min(rights, default=None)
     if isinstance(window, int) and name == "sliding_window_overlay.<locals>.inner_mask":
         return False, window - 1, None
