@@ -2,8 +2,8 @@
 
 A model asks for its mask once and hands it to every layer. Where the pattern is known (causal, a window,
 padding) it gets a `Visibility`, a tensor that knows the pattern and makes its entries only if somebody looks
-at them: the engine skips what is hidden, and nothing of size T * S exists. Other patterns are the boolean masks
-of sdpa.
+at them: the engine skips what is hidden, and nothing of size T * S exists. Other patterns are the masks of
+sdpa.
 """
 
 from __future__ import annotations
