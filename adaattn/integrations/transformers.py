@@ -314,7 +314,7 @@ class ModelStatistics:
 
 
 def statistics(model: Any) -> ModelStatistics:
-    """Statistics of every layer of a model, and of all of them together, where `register` was told to collect.
+    """Statistics of every layer of a model, and of all of them together, if `register` was told to collect.
 
     Parameters
     ----------
