@@ -297,7 +297,9 @@ class Transformer(Module):
 
     def statistics(self) -> ModelStatistics:
         """Those of all layers, and of the model as a whole, with `table()`, `to_json()` and `plot()`."""
-        total = Tally.total(block.attn._tally for block in self.blocks)
+        total = Tally()
+        for block in self.blocks:
+            total.merge(block.attn._tally)
         return ModelStatistics(tuple(self.per_layer_statistics()), total.summary())
 
     def reset_statistics(self) -> None:
