@@ -300,7 +300,8 @@ class Transformer(Module):
         total = Tally()
         for block in self.blocks:
             total.merge(block.attn._tally)
-        return ModelStatistics(tuple(self.per_layer_statistics()), total.summary())
+        layers = {str(i): layer for i, layer in enumerate(self.per_layer_statistics())}
+        return ModelStatistics(layers, total.summary())
 
     def reset_statistics(self) -> None:
         """Forget the calls that were collected in all layers."""
