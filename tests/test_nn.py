@@ -230,18 +230,6 @@ def test_block_is_pre_norm_with_residuals(x: Any) -> None:
 
 # ---- attention within a budget
 
-GFLOPS = {"fp64": 50, "fp32": 100, "bf16x6": 100, "bf16x3": 60, "int16": 180, "fp16": 60, "bf16": 220}
-GFLOPS |= {"int8/bf16": 290, "int8": 400}
-
-
-@pytest.fixture
-def every_rung_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of a machine where cheaper rungs are so much faster that looking at small heads pays as well."""
-    dear = "fp64", "fp32", "bf16x6"
-    speed = [GFLOPS[rung] * (1 if rung in dear else 100) for rung in rates.RUNGS]
-    rows = np.array([(x, x, 0.0) for x in speed])
-    monkeypatch.setattr(rates, "_table", rows)
-
 
 @pytest.fixture
 def long(rng: np.random.Generator) -> Any:
