@@ -437,11 +437,14 @@ static struct {
 
 static void *member_main(void *ignored) {
     (void)ignored;
+    CHECK(fesetround(FE_UPWARD) == 0);
+    const unsigned mine = rounding();
     for (int done = 0;; done++) {
         pthread_mutex_lock(&lent.mutex);
         while (lent.jobs == done) pthread_cond_wait(&lent.changed, &lent.mutex);
         pthread_mutex_unlock(&lent.mutex);
         lent.function(lent.context);
+        CHECK(rounding() == mine && mine != 0);
         pthread_mutex_lock(&lent.mutex);
         lent.running--;
         pthread_cond_broadcast(&lent.changed);
