@@ -13,16 +13,12 @@ typedef ada_product_f64 product_t;
 typedef ada_backward_tile_f64 tile_t;
 #endif
 
-/* ROWS rows from r on, NV vectors from column on, of which the last holds `left` elements if it is alone;
- * terms first ... end - 1. */
-INLINE void product_group(const product_t *x, int r, int column, int left, int first, int end, bool add,
-                          const int ROWS, const int NV) {
-    const ptrdiff_t a_row = x->a_row, a_step = x->a_step, ldb = x->ldb, ldc = x->ldc;
-    const REAL *a = x->a + r * a_row + first * a_step, *b = x->b + first * ldb + column;
-    REAL *c = x->c + r * ldc + column;
-    vec acc[GROUP_ROWS * TILE_NV];
+/* Sums over n terms: ROWS rows of a, NV vectors of b, of which the last holds `left` elements if it is alone.
+ */
+INLINE void sums(vec acc[], const REAL *a, ptrdiff_t a_row, ptrdiff_t a_step, const REAL *b, ptrdiff_t ldb,
+                 int n, int left, const int ROWS, const int NV) {
     UNROLL for (int i = 0; i < ROWS * NV; i++) acc[i] = v_zero();
-    for (int k = first; k < end; k++, a += a_step, b += ldb) {
+    for (int k = 0; k < n; k++, a += a_step, b += ldb) {
         vec y[TILE_NV];
         UNROLL for (int v = 0; v < NV; v++) {
             y[v] = NV == 1 && left < VL ? v_load_n(b, left) : v_loadu(b + v * VL);
@@ -33,6 +29,10 @@ INLINE void product_group(const product_t *x, int r, int column, int left, int f
             UNROLL for (int v = 0; v < NV; v++) acc[i * NV + v] = v_fma(y[v], z, acc[i * NV + v]);
         }
     }
+}
+
+INLINE void store_sums(REAL *c, ptrdiff_t ldc, const vec acc[], int left, bool add, const int ROWS,
+                       const int NV) {
     if (NV == 1 && left < VL) {
         UNROLL for (int i = 0; i < ROWS; i++)
             v_store_n(c + i * ldc, add ? v_add(v_load_n(c + i * ldc, left), acc[i]) : acc[i], left);
@@ -45,10 +45,15 @@ INLINE void product_group(const product_t *x, int r, int column, int left, int f
     }
 }
 
+INLINE int chain_end(int k, int n) { return n - k < CHAIN ? n : k + CHAIN; }
+
 INLINE void product_rows(const product_t *x, int r, int column, int left, const int ROWS, const int NV) {
-    for (int k = 0; k < x->depth; k += CHAIN)
-        product_group(x, r, column, left, k, x->depth - k < CHAIN ? x->depth : k + CHAIN, x->add || k, ROWS,
-                      NV);
+    for (int k = 0; k < x->depth; k += CHAIN) {
+        vec acc[GROUP_ROWS * TILE_NV];
+        sums(acc, x->a + r * x->a_row + k * x->a_step, x->a_row, x->a_step, x->b + k * x->ldb + column,
+             x->ldb, chain_end(k, x->depth) - k, left, ROWS, NV);
+        store_sums(x->c + r * x->ldc + column, x->ldc, acc, left, x->add || k, ROWS, NV);
+    }
 }
 
 INLINE void product_strip(const product_t *x, int column, int left, const int NV) {
