@@ -154,8 +154,8 @@ def attention(
         why). All four name the argument, what was expected and what came. Also what the CUDA runtime
         reports: the call, its code and text.
     NumericalError
-        A precision or a structure by name misses the tolerance beyond doubt: the lower limit of a head's measured error lies
-        above it. The error names the head; `out` is then undefined.
+        A precision or a structure by name misses the tolerance beyond doubt: the lower limit of a head's
+        measured error lies above it. The error names the head; `out` is then undefined.
     MemoryError
         No memory for the output or the scratch space.
     KeyboardInterrupt
