@@ -221,6 +221,14 @@ static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ad
     return true;
 }
 
+/* Asks for rows i ... i + n - 1 of (b, h). */
+static void KIND(prefetch_rows)(const ada_array *a, int64_t b, int64_t h, int64_t i, int64_t n) {
+    const int64_t bytes = a->shape[3] * ada_dtype_bytes(a->dtype);
+    if (a->stride[3] != ada_dtype_bytes(a->dtype)) return;
+    for (int64_t row = i; row < i + n && row < a->shape[2]; row++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ada_row_at(a, b, h, row) + at, 0, 2);
+}
+
 /* One part of the keys of a key head against one part of the queries of its heads. */
 static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, int64_t query_part,
                             ada_job *job, int worker) {
@@ -252,6 +260,11 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
                     (REAL *)r->sums[ADA_OF_QUERY] + ((at * per_group + patch.h - h) * p->T + patch.i) * D;
                 double *slope = r->slopes + (b * p->H + patch.h) * r->key_parts + key_part;
                 if (!KIND(tile_back)(r, &s, &patch, &t, dq, dk, dv, slope)) return false;
+                /* The next block, a slice for each tile. */
+                const int64_t next = j + ADA_BLOCK + (tile - tiles.first) * SLICE;
+                if (next >= j + 2 * ADA_BLOCK) continue;
+                KIND(prefetch_rows)(&p->key, b, group % p->G, next, SLICE);
+                KIND(prefetch_rows)(&p->value, b, group % p->G, next, SLICE);
             }
     }
     return true;
