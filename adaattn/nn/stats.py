@@ -81,16 +81,22 @@ class Tally:
         for phase, seconds in report.seconds.items():
             self.seconds[phase] += seconds
 
+    def merge(self, other: Tally) -> None:
+        """Count another tally's calls as well."""
+        for name, x in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(x, dict):
+                for key, value in x.items():
+                    mine[key] = mine.get(key, 0) + value
+            else:
+                setattr(self, name, float(np.fmax(mine, x)) if name == "error" else mine + x)
+
     @classmethod
     def total(cls, tallies: Iterable[Tally]) -> Tally:
         """One tally of all."""
         total = cls()
         for tally in tallies:
-            for name in ("calls", "plans", "retried", "profiled", "ranks", "entropy", "heads", "structures"):
-                setattr(total, name, getattr(total, name) + getattr(tally, name))
-            total.error = float(np.fmax(total.error, tally.error))
-            for phase, seconds in tally.seconds.items():
-                total.seconds[phase] += seconds
+            total.merge(tally)
         return total
 
     def summary(self) -> AttentionStatistics:
