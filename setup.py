@@ -103,7 +103,7 @@ class BuildEngine(build_ext):
                 depends=ext.depends,
             )
         if len(left_out) == len(ISAS):
-            self.warn("no kernels but the scalar ones are built, which are slow: those for vector units are for x86-64")
+            self.warn("only scalar kernels are built, which are slow: the others are for x86-64")
         ext.define_macros.append(("ADA_BUILD_LEFT_OUT", '"' + "; ".join(left_out) + '"'))
         super().build_extension(ext)
         self.build_backend(ext)
