@@ -104,8 +104,9 @@ def _style(theme: Theme) -> Iterator[None]:
         "xtick.color",
         "ytick.color",
     )
-    style = dict.fromkeys(names, theme.text) | {
+    style: dict[str, Any] = {name: theme.text for name in names} | {
         "axes.facecolor": theme.ground,
+        "axes.axisbelow": True,
         "axes.grid": True,
         "axes.spines.right": False,
         "axes.spines.top": False,
@@ -236,15 +237,13 @@ def _draw_front(run: Run, theme: Theme) -> Any:
         [p.error for p in front], [1e3 * p.seconds for p in front], where="post", color=theme.grid,
         linewidth=6, solid_capstyle="round", zorder=1, label="Pareto front",
     )  # fmt: skip
-    axes.plot(
-        [p.error for p in dense], [1e3 * p.seconds for p in dense], "o", color=theme.colors["dense"],
-        label="a rung by name", zorder=3,
-    )  # fmt: skip
-    if others:
-        axes.plot(
-            [p.error for p in others], [1e3 * p.seconds for p in others], "s", color=theme.colors["structure"],
-            label="a rung with structure", zorder=3,
-        )  # fmt: skip
+    for marker, color, label, own in (
+        ("o", "dense", "a rung by name", dense),
+        ("s", "structure", "a rung with structure", others),
+    ):
+        if own:
+            x, y = [p.error for p in own], [1e3 * p.seconds for p in own]
+            axes.plot(x, y, marker, color=theme.colors[color], label=label, zorder=3)
     axes.plot(
         [p.error for p in planned], [1e3 * p.seconds for p in planned], "o", color=theme.colors["both"],
         markersize=13, markeredgewidth=1.8, fillstyle="none", linestyle="none", zorder=2,
@@ -253,27 +252,42 @@ def _draw_front(run: Run, theme: Theme) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="relative error against float64", ylabel="ms")
     axes.margins(x=0.1, y=0.14)
     _plain_ticks(axes.yaxis)
-    for point in dense:
-        _label(axes, point, point.name, theme, (0, 7))
-    for point in others:
-        _label(axes, point, f"{point.name} {point.structure}", theme, (0, -14))
+    _name_points(axes, [*dense, *others], theme)
     figure.suptitle(f"Error against time of every rung: {run.front[0].heads}, one head")
     _legend(figure, axes)
     return figure
 
 
-def _label(axes: Any, point: Point, text: str, theme: Theme, offset: tuple[float, float]) -> None:
-    axes.annotate(
-        text, (point.error, 1e3 * point.seconds), offset, textcoords="offset points", ha="center", fontsize=8.5,
-        color=theme.text,
-    )  # fmt: skip
+def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
+    """Names above points, or below where one stands above another one close by; one text for those that lie
+    on each other."""
+    groups: list[tuple[Point, str]] = []
+    for point in sorted(points, key=lambda p: (p.error, -p.seconds)):
+        name = point.name if point.structure == "dense" else f"{point.name} {point.structure}"
+        for i, (other, text) in enumerate(groups):
+            if abs(math.log(point.error / other.error)) < 0.1 > abs(math.log(point.seconds / other.seconds)):
+                groups[i] = other, f"{text}, {name}"
+                break
+        else:
+            groups.append((point, name))
+    for point, text in groups:
+        crowded = any(
+            other is not point
+            and abs(math.log(point.error / other.error)) < 1.2
+            and 0 < math.log(other.seconds / point.seconds) < 0.2
+            for other, _ in groups
+        )
+        axes.annotate(
+            text, (point.error, 1e3 * point.seconds), (0, -14) if crowded else (0, 7), ha="center",
+            textcoords="offset points", fontsize=8.5, color=theme.text,
+        )  # fmt: skip
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers as they are, at 1, 2 and 5 of each decade."""
+    """Numbers as they are, some in each decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -372,10 +386,9 @@ def _draw_roofline(run: Run, theme: Theme) -> Any:
     top = max(run.ceilings.get(unit, 0) for unit in units)
     start = min(row.tflops * 1e3 for row, _ in found) / 2
     axes.plot([start / bandwidth, top / bandwidth], [start, top], color=theme.text, linewidth=1.2)
-    middle = math.sqrt(start * top)
     axes.annotate(
-        f"memory: {bandwidth:.0f} GB/s", (middle / bandwidth, middle), (6, -4), textcoords="offset points",
-        fontsize=9, va="top",
+        f"memory: {bandwidth:.0f} GB/s", (start / bandwidth, start), (12, 0), textcoords="offset points",
+        fontsize=9,
     )  # fmt: skip
     for name in names:
         own = [(x, 1e3 * row.tflops) for row, x in found if row.name == name]
@@ -408,16 +421,15 @@ def _draw_spectra(run: Run, theme: Theme) -> Any:
     groups: dict[str, list[Spectrum]] = {}
     for one in run.spectra:
         groups.setdefault(one.heads.split(",")[0].split(" ")[0], []).append(one)
-    speeds = [math.log2(one.dense_seconds / one.seconds) for one in run.spectra]
-    limit = {"vmin": min(-0.1, *speeds), "vmax": max(0.1, *speeds)}
+    most = max(0.1, *(abs(math.log2(one.dense_seconds / one.seconds)) for one in run.spectra))
     shown = None
     for marker, (name, ones) in zip("osD^vP*X" * 9, groups.items(), strict=False):
         shown = axes.scatter(
             [one.entropy / math.log(one.keys) for one in ones],
             [one.rank / one.rows for one in ones],
             c=[math.log2(one.dense_seconds / one.seconds) for one in ones],
-            marker=marker, s=46, cmap="cividis", edgecolors=theme.text, linewidths=0.6, label=name, zorder=3,
-            **limit,
+            marker=marker, s=46, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors=theme.text, linewidths=0.6,
+            label=name, zorder=3,
         )  # fmt: skip
     axes.set(
         xlabel="entropy of a row's weights / ln(number of keys)",
@@ -425,12 +437,14 @@ def _draw_spectra(run: Run, theme: Theme) -> Any:
         xlim=(-0.02, 1.02),
     )
     bar = figure.colorbar(shown, ax=axes, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(lambda x, _: f"{2.0**x:.2g}")
+    ticks = [x for x in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16) if abs(math.log2(x)) <= most]
+    bar.set_ticks([math.log2(x) for x in ticks], labels=[f"{x:g}" for x in ticks])
     bar.set_label("times as fast as dense, exact")
     bar.outline.set_visible(False)
     figure.suptitle(f"Single heads: entropy against rank against time, tolerance {run.tolerance:g}")
     _legend(figure, axes)
     for handle in figure.legends[0].legend_handles:
+        handle.set_array(None)
         handle.set_facecolor(theme.grid)
         handle.set_edgecolor(theme.text)
     return figure

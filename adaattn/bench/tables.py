@@ -42,8 +42,10 @@ def tables(run: Run) -> Iterator[Table]:
             f"All rungs on one head: {run.front[0].heads}",
             ["rung", "structure", "tolerance", "chosen", "time", "error"],
             [
-                [p.name, p.structure, scientific(p.tolerance), "yes" if p.planned else "", duration(p.seconds),
-                 scientific(p.error)]
+                [
+                    p.name, p.structure, scientific(p.tolerance), "yes" if p.planned else "",
+                    duration(p.seconds), scientific(p.error),
+                ]
                 for p in points
             ],
         )  # fmt: skip
