@@ -120,7 +120,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "lines.markersize": 5.5,
         "svg.hashsalt": "adaattn",  # the same drawing gives the same file
     }
-    with rc_context(style):
+    with rc_context(style):  # type: ignore[arg-type]  # its names are literals
         yield
 
 
@@ -156,7 +156,7 @@ def _draw_configurations(run: Run, theme: Theme) -> Any:
     width = 0.84 / len(names)
     for i, name in enumerate(names):
         at = {(row.heads, row.case): row.over_torch for row in rows if row.name == name}
-        shown = [(y, at[case]) for y, case in enumerate(cases) if case in at]
+        shown = [(y, float(at[case] or 1)) for y, case in enumerate(cases) if case in at]
         places = [y + (i - (len(names) - 1) / 2) * width for y, _ in shown]
         values = [x for _, x in shown]
         bars = axes.barh(
@@ -194,7 +194,11 @@ def _draw_sweep(run: Run, theme: Theme) -> Any:
         above, below = grid[:, column]
         for name in _names(rows):
             line = sorted((r.shape[3], r) for r in rows if r.heads == kind and r.name == name)
-            style = {"color": theme.colors[name], "marker": _MARKERS[name], "label": LABELS[name]}
+            style: dict[str, Any] = {
+                "color": theme.colors[name],
+                "marker": _MARKERS[name],
+                "label": LABELS[name],
+            }
             if name not in CONFIGURATIONS:
                 style |= {"linewidth": 1, "linestyle": "--"}
             above.plot([S for S, _ in line], [1e3 * row.seconds for _, row in line], **style)
@@ -284,10 +288,13 @@ def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers as they are, some in each decade."""
+    """Numbers as they are: more in each decade, the fewer decades there are."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < 1.3 else (1, 2, 5) if decades < 2.5 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -77,7 +77,8 @@ def errors(out: Any, exact: Array) -> Array:
     """Relative Frobenius error of each head, (B, H): 0 for zeros that should be zeros."""
     difference = np.linalg.norm(np.asarray(out, np.float64) - exact, axis=(2, 3))
     norm = np.linalg.norm(exact, axis=(2, 3))
-    return np.divide(difference, norm, out=np.where(difference > 0, np.inf, 0.0), where=norm > 0)
+    found: Array = np.divide(difference, norm, out=np.where(difference > 0, np.inf, 0.0), where=norm > 0)
+    return found
 
 
 def gaussian(
@@ -123,7 +124,8 @@ def smooth(S: int, D: int = 64, *, waves: int = 8, seed: int = 0) -> Heads:
         for _ in range(3)
     )
     q *= 0.5 / np.std(q @ k[:: max(1, S // 256)].T / np.sqrt(D))
-    return Heads("built smooth", *(x.astype(np.float32)[None, None] for x in (q, k, v)))
+    q, k, v = (x.astype(np.float32)[None, None] for x in (q, k, v))
+    return Heads("built smooth", q, k, v)
 
 
 def many(make: Callable[[int], Heads], batch: int, heads: int) -> Heads:
@@ -214,7 +216,8 @@ def bundled(length: int) -> Iterator[Heads]:
 
     def record(query: Array, key: Array, value: Array, **options: Any) -> Array:
         calls.append((query, key, value))
-        return api.attention(query, key, value, **options)
+        out: Array = api.attention(query, key, value, **options)
+        return out
 
     for block in model.blocks:
         block.attn.attend = record

@@ -65,7 +65,7 @@ def _measure(name: str, heads: Heads, tolerance: float, threads: int) -> int:
     peak = _status("VmHWM") - before
     del kept
     B, H, T, _ = heads.query.shape
-    return max(0, peak - 4 * B * H * T * heads.value.shape[3])
+    return max(0, peak - 4 * B * H * T * int(heads.value.shape[3]))
 
 
 def _serve() -> None:
