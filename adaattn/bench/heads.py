@@ -124,8 +124,8 @@ def smooth(S: int, D: int = 64, *, waves: int = 8, seed: int = 0) -> Heads:
         for _ in range(3)
     )
     q *= 0.5 / np.std(q @ k[:: max(1, S // 256)].T / np.sqrt(D))
-    q, k, v = (x.astype(np.float32)[None, None] for x in (q, k, v))
-    return Heads("built smooth", q, k, v)
+    query, key, value = (x.astype(np.float32)[None, None] for x in (q, k, v))
+    return Heads("built smooth", query, key, value)
 
 
 def many(make: Callable[[int], Heads], batch: int, heads: int) -> Heads:

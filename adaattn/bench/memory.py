@@ -11,9 +11,9 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from .contenders import build
@@ -23,11 +23,11 @@ from .heads import Heads
 class MemoryMeter:
     """The process; `measure` asks it. Raises OSError where memory cannot be measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, libraries: Sequence[str]) -> None:
         if not os.path.exists("/proc/self/clear_refs"):
             raise OSError("/proc/self/clear_refs does not exist")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", __name__, *libraries],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -65,13 +65,13 @@ def _measure(name: str, heads: Heads, tolerance: float, threads: int) -> int:
     peak = _status("VmHWM") - before
     del kept
     B, H, T, _ = heads.query.shape
-    return max(0, peak - 4 * B * H * T * int(heads.value.shape[3]))
+    out_bytes: int = 4 * B * H * T * heads.value.shape[3]
+    return max(0, peak - out_bytes)
 
 
 def _serve() -> None:
-    for module in ("torch", "onnxruntime", "onnx"):
-        if find_spec(module):
-            import_module(module)
+    for library in sys.argv[1:]:
+        import_module(library)
     while True:
         try:
             request: Any = pickle.load(sys.stdin.buffer)

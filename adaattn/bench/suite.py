@@ -154,7 +154,7 @@ def run(
     except OSError as why:
         left_out["ceilings"] = str(why)
     try:
-        meter = MemoryMeter()
+        meter = MemoryMeter([name for name in ("torch", "onnxruntime") if name not in left_out])
     except OSError as why:
         left_out["memory"] = str(why)
     threads = threads or api.get_num_threads()
