@@ -2,6 +2,7 @@
 
 from . import _adaattn, errors, linalg, reference
 from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads
+from .backward import Gradients, attention_backward
 from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .gpu import gpu_info
@@ -15,6 +16,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Error",
+    "Gradients",
     "KVCache",
     "NumericalError",
     "Plan",
@@ -22,6 +24,7 @@ __all__ = [
     "ShapeError",
     "__version__",
     "attention",
+    "attention_backward",
     "calibrate",
     "cpu_info",
     "errors",

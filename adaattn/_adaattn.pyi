@@ -36,6 +36,29 @@ def attention(
     device: Any,
     /,
 ) -> Any: ...
+def attention_backward(
+    grad_out: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    attn_mask: Any,
+    causal: Any,
+    window: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    kv_lengths: Any,
+    query_offset: Any,
+    scale: Any,
+    dropout_p: Any,
+    seed: Any,
+    needs: Any,
+    num_threads: Any,
+    allocate: Any,
+    /,
+) -> tuple[Any, ...]: ...
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, allocate: Any, /) -> Any: ...
 def _cache_count(cache_key: Any, cache_value: Any, key: Any, value: Any, /) -> int: ...
 def _cache_append(

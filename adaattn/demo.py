@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import api, reference
 from .nn import Transformer
-from .nn_stats import rungs
+from .nn.stats import rungs
 from .stats import POLICIES, Report
 
 DATA = Path(__file__).with_name("data")

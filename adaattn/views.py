@@ -28,7 +28,7 @@ def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
     return float(1.25 * math.sqrt(1 + 3.8 * math.sqrt(1.2 / rows)))
 
 
-def _error(x: float) -> str:
+def error_text(x: float) -> str:
     """Two digits and an exponent: 6.1e-3."""
     if not math.isfinite(x):
         return "" if math.isnan(x) else "inf"
@@ -38,7 +38,7 @@ def _error(x: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     if math.isnan(seconds):
         return ""
     unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-5 else ("µs", 1e6)
@@ -57,7 +57,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header, and a row for each head."""
 
     def errors(array: Any) -> list[str]:
-        return [_error(float(x)) for x in array.flat]
+        return [error_text(float(x)) for x in array.flat]
 
     def numbers(array: Any) -> list[str]:
         return ["" if np.isnan(x) else f"{x:.3g}" for x in array.flat]
@@ -88,9 +88,9 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def _summary(report: Report) -> str:
     times = {phase: seconds for phase, seconds in report.seconds.items() if seconds > 0}
-    parts = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in times.items())
-    total = f"{_time(sum(times.values()))} ({parts})" if len(times) > 1 else parts
-    promised = "" if report.plan is None else f"tolerance {_error(report.plan.tolerance)}; "
+    parts = ", ".join(f"{phase} {time_text(seconds)}" for phase, seconds in times.items())
+    total = f"{time_text(sum(times.values()))} ({parts})" if len(times) > 1 else parts
+    promised = "" if report.plan is None else f"tolerance {error_text(report.plan.tolerance)}; "
     return f"{promised}{total}; {report.flops / 1e9:.3g} GFLOP"
 
 
@@ -189,7 +189,7 @@ def plot(report: Report) -> Figure:
 def explain(plan: Plan) -> str:
     sizes = ", ".join(f"{name}={size}" for name, size in plan.sizes.items() if name != "dtype")
     lines = [
-        f"{plan.sizes['dtype']}, {sizes}; tolerance {_error(plan.tolerance)}; predicted times of one core"
+        f"{plan.sizes['dtype']}, {sizes}; tolerance {error_text(plan.tolerance)}; predicted times of one core"
     ]
     for at in np.ndindex(plan.retried.shape):
         lines.append(f"head {at}: {_reason(plan, at)}")
@@ -201,8 +201,8 @@ def _candidates(plan: Plan, at: tuple[int, ...]) -> Iterator[str]:
     for c, name in enumerate(plan.candidates):
         error, lse = plan.candidate_error[at][c], plan.candidate_lse_error[at][c]
         if not math.isnan(error):
-            also = f", lse {_error(lse)}" if plan.lse else ""
-            yield f"{name:<9}  {_time(plan.candidate_seconds[at][c]):>7}, error {_error(error)}{also}"
+            also = f", lse {error_text(lse)}" if plan.lse else ""
+            yield f"{name:<9}  {time_text(plan.candidate_seconds[at][c]):>7}, error {error_text(error)}{also}"
 
 
 def _allowed(plan: Plan, candidate: str) -> bool:
@@ -217,15 +217,15 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     name = _pair(plan.precision_qk[at], plan.precision_pv[at])
     c = plan.candidates.index(name) if name in plan.candidates else -1
     error = float(plan.predicted_error[at])
-    known = [] if c < 0 else [_time(float(plan.candidate_seconds[at][c]))]
-    known += [] if math.isnan(error) else [f"error {_error(error)}"]
+    known = [] if c < 0 else [time_text(float(plan.candidate_seconds[at][c]))]
+    known += [] if math.isnan(error) else [f"error {error_text(error)}"]
     says = f"{name}: {', '.join(filter(None, known))}" if any(known) else name
     if plan.forced:
         return f"{says}; forced"
     if plan.retried[at]:
         return f"{says}; a cheaper one was tried and failed"
     if plan.structure[at] == "sparse":
-        kept = f"{name}: sparse, {float(plan.kept_fraction[at]):.0%} of the blocks, error {_error(error)}"
+        kept = f"{name}: sparse, {float(plan.kept_fraction[at]):.0%} of the blocks, error {error_text(error)}"
         return f"{kept}; dense: {known[0]}" if c >= 0 else kept
     if np.isnan(plan.candidate_error[at]).all():  # few queries, a cache, or a scale beyond fp32
         return f"{says}; nothing was looked at, since there is nothing to gain or to choose"
@@ -237,7 +237,7 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     plain = "fp64" if plan.sizes["dtype"] == "float64" else "fp32"
     offered = ~np.isnan(plan.candidate_error[at])
     own = min(margin, 1.25) if name == plain and offered[2:].any() else margin  # is a choice
-    limit, promised = plan.tolerance / margin, f"{_error(plan.tolerance)} / {own:.2g}"
+    limit, promised = plan.tolerance / margin, f"{error_text(plan.tolerance)} / {own:.2g}"
     lse_limit = max(limit, 1e-6)
     lse_of = plan.candidate_lse_error[at]
     if error > plan.tolerance / own:
@@ -245,18 +245,18 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     says += f" <= {promised}"
     if plan.lse:
         if lse_of[c] > max(plan.tolerance / own, 1e-6):
-            return f"{says}, but lse {_error(lse_of[c])}; nothing that is allowed is more exact"
-        says += f", lse {_error(lse_of[c])}"
+            return f"{says}, but lse {error_text(lse_of[c])}; nothing that is allowed is more exact"
+        says += f", lse {error_text(lse_of[c])}"
     others = []
     for i in np.argsort(plan.candidate_seconds[at], kind="stable")[::-1]:
         saves = plan.candidate_seconds[at][i] < 0.95 * plan.candidate_seconds[at][c]  # less would be scatter
         if not (saves and offered[i]):
             continue
-        would = f"{plan.candidates[i]} would be {_time(plan.candidate_seconds[at][i])}"
+        would = f"{plan.candidates[i]} would be {time_text(plan.candidate_seconds[at][i])}"
         if not _allowed(plan, plan.candidates[i]):
             others.append(f"{would} but is not allowed")
         elif not plan.candidate_error[at][i] <= limit:
-            others.append(f"{would} but {_error(plan.candidate_error[at][i])}")
+            others.append(f"{would} but {error_text(plan.candidate_error[at][i])}")
         elif plan.lse and lse_of[i] > lse_limit:
-            others.append(f"{would} but its lse is off by {_error(lse_of[i])}")
+            others.append(f"{would} but its lse is off by {error_text(lse_of[i])}")
     return "; ".join([says, *(others or ["nothing is faster"])])

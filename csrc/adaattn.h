@@ -146,6 +146,24 @@ ada_status ada_merge_init(const ada_merge_problem *merge, ada_error *error);
 ada_status ada_merge(const ada_merge_problem *merge, bool (*interrupt)(void *), void *context,
                      ada_error *error);
 
+/* Gradients of a call with respect to its inputs, in this order. */
+enum { ADA_OF_QUERY, ADA_OF_KEY, ADA_OF_VALUE, ADA_OF_MASK, ADA_OF_SINKS, ADA_OF_SLOPES, ADA_GRADIENTS };
+const char *ada_gradient_name(int which);
+
+/* From the gradient with respect to the output of the call p, its output and its lse. The caller fills all
+ * but the results, ada_backward_init checks it and says what those must be; then they are attached. */
+typedef struct {
+    ada_problem p; /* its own out and lse are not used */
+    ada_array grad_out, out, lse;
+    bool needs[ADA_GRADIENTS];
+    ada_array results[ADA_GRADIENTS]; /* C-contiguous; only where needed */
+} ada_backward_problem;
+/* To the four dimensions of a mask, with stride 0 where the array repeats; false when it does not fit. */
+bool ada_broadcast(const ada_problem *problem, ada_array *array);
+ada_status ada_backward_init(ada_backward_problem *backward, ada_error *error);
+ada_status ada_backward(const ada_backward_problem *backward, bool (*interrupt)(void *), void *context,
+                        ada_error *error);
+
 /* The bytes that an array covers, from its lowest to behind its highest element. */
 void ada_array_extent(const ada_array *array, uintptr_t *low, uintptr_t *high);
 

@@ -56,3 +56,32 @@ typedef struct {
  * and keep are keys; bias (-inf hides) may be NULL. False when a visible score is NaN or infinite. */
 typedef bool KIND_FN(ada_row_weights)(KIND(ada_row) * row, ADA_REAL *s, int n, uint64_t visible,
                                       const ADA_REAL *bias, uint64_t keep);
+
+/* One product of a backward pass: c = a b, or c += a b. No alignment; c lies apart from a and b. */
+typedef struct {
+    ADA_REAL *c;       /* [rows][width], ldc apart */
+    const ADA_REAL *a; /* element (r, k) is a[r * a_row + k * a_step] */
+    const ADA_REAL *b; /* [depth][width], ldb apart */
+    ptrdiff_t ldc, a_row, a_step, ldb;
+    int rows, depth, width; /* each >= 1 */
+    bool add;
+} KIND(ada_product);
+typedef void KIND_FN(ada_product)(const KIND(ada_product) * product);
+
+/* One tile of queries, here the rows, against one block of keys, here the lanes, on the way back. */
+typedef struct {
+    ADA_REAL *s;             /* [ADA_LANES][ADA_BLOCK] scores in log2 units; then weights */
+    ADA_REAL *g;             /* [ADA_LANES][ADA_BLOCK] gradients of the weights, then of the scores in natural
+                                units; NULL: not wanted */
+    const ADA_REAL *bias;    /* [ADA_LANES][ADA_BLOCK] added to s, -inf hides; NULL: none */
+    const ADA_REAL *lse;     /* [rows] log2 units */
+    const ADA_REAL *delta;   /* [rows] sum over keys of weight times its gradient */
+    const uint64_t *visible; /* [rows] bit per key; NULL: all */
+    const uint64_t *keep;    /* [rows] the same, of dropout; NULL: all */
+    ADA_REAL kept;           /* what it multiplies those with */
+    int rows, width;         /* keys, a multiple of ADA_KEY_STEP */
+} KIND(ada_backward_tile);
+
+/* w = 2^(s + bias - lse), 0 where hidden. s becomes w, where there is keep kept * w or 0; g becomes
+ * w * (g - delta), 0 where hidden, with g likewise kept or 0. False when a result is NaN or infinite. */
+typedef bool KIND_FN(ada_backward)(const KIND(ada_backward_tile) * tile);

@@ -104,28 +104,32 @@ static ada_status check_inputs(ada_problem *p, ada_error *error) {
     return ADA_OK;
 }
 
-/* To four dimensions, with stride 0 where the mask repeats. */
-static ada_status broadcast_mask(ada_problem *p, ada_error *error) {
-    ada_array *mask = &p->attn_mask, wide = *mask;
+bool ada_broadcast(const ada_problem *p, ada_array *a) {
     const int64_t target[4] = {p->B, p->H, p->T, p->S};
+    ada_array wide = *a;
+    bool fits = a->ndim <= 4;
+    for (int i = 3, j = a->ndim - 1; fits && i >= 0; i--, j--) {
+        int64_t size = j < 0 ? 1 : a->shape[j];
+        fits = size == target[i] || size == 1;
+        wide.shape[i] = target[i];
+        wide.stride[i] = size == 1 ? 0 : a->stride[j];
+    }
+    wide.ndim = 4;
+    if (fits) *a = wide;
+    return fits;
+}
+
+static ada_status broadcast_mask(ada_problem *p, ada_error *error) {
+    ada_array *mask = &p->attn_mask;
     if (!mask->data) return ADA_OK;
     if (mask->dtype != ADA_BOOL && !is_floating(mask->dtype))
         return ada_fail(error, ADA_ERR_DTYPE, "attn_mask: expected bool or a floating dtype, got %s",
                         ada_dtype_name(mask->dtype));
-    bool fits = mask->ndim <= 4;
-    for (int i = 3, j = mask->ndim - 1; fits && i >= 0; i--, j--) {
-        int64_t size = j < 0 ? 1 : mask->shape[j];
-        fits = size == target[i] || size == 1;
-        wide.shape[i] = target[i];
-        wide.stride[i] = size == 1 ? 0 : mask->stride[j];
-    }
-    if (!fits)
+    if (!ada_broadcast(p, mask))
         return ada_fail(error, ADA_ERR_SHAPE,
                         "attn_mask: expected a shape that broadcasts to (%lld, %lld, %lld, %lld), got %s",
                         (long long)p->B, (long long)p->H, (long long)p->T, (long long)p->S,
                         shape_of(mask).text);
-    wide.ndim = 4;
-    *mask = wide;
     return ADA_OK;
 }
 
@@ -330,4 +334,45 @@ ada_status ada_merge_init(const ada_merge_problem *m, ada_error *error) {
                         ada_dtype_name(m->lse_a.dtype));
     if (check_merged(&m->lse_a, "lse_a", &lse, "out_a", 3, error)) return error->status;
     return check_merged(&m->lse_b, "lse_b", &m->lse_a, "lse_a", 3, error);
+}
+
+const char *ada_gradient_name(int which) {
+    static const char *const names[] = {"query", "key", "value", "attn_mask", "sinks", "alibi_slopes"};
+    return names[which];
+}
+
+/* What belongs to the output of a call. */
+static ada_status check_output(const ada_problem *p, const ada_array *a, const char *name, bool is_lse,
+                               ada_error *error) {
+    const ada_dtype dtype = !is_lse ? p->query.dtype : p->query.dtype == ADA_F64 ? ADA_F64 : ADA_F32;
+    const ada_array expected = {.ndim = is_lse ? 3 : 4, .shape = {p->B, p->H, p->T, p->E}};
+    if (a->dtype != dtype)
+        return ada_fail(error, ADA_ERR_DTYPE, "%s: expected %s%s, got %s", name,
+                        is_lse ? "for query's dtype " : "query's dtype ", ada_dtype_name(dtype),
+                        ada_dtype_name(a->dtype));
+    if (a->ndim != expected.ndim || memcmp(a->shape, expected.shape, (size_t)a->ndim * sizeof a->shape[0]))
+        return ada_fail(error, ADA_ERR_SHAPE, "%s: expected shape %s, got %s", name, shape_of(&expected).text,
+                        shape_of(a).text);
+    return ADA_OK;
+}
+
+ada_status ada_backward_init(ada_backward_problem *x, ada_error *error) {
+    const ada_array *inputs[] = {&x->p.query,     &x->p.key,   &x->p.value,
+                                 &x->p.attn_mask, &x->p.sinks, &x->p.alibi_slopes};
+    ada_array shapes[ADA_GRADIENTS];
+    for (int i = 0; i < ADA_GRADIENTS; i++) shapes[i] = *inputs[i];
+    if (ada_problem_init(&x->p, error) || check_output(&x->p, &x->grad_out, "grad_out", false, error) ||
+        check_output(&x->p, &x->out, "out", false, error) || check_output(&x->p, &x->lse, "lse", true, error))
+        return error->status;
+    for (int i = 0; i < ADA_GRADIENTS; i++) {
+        if (!x->needs[i]) continue;
+        if (!inputs[i]->data || (i == ADA_OF_MASK && inputs[i]->dtype == ADA_BOOL))
+            return ada_fail(error, ADA_ERR_ARGUMENT, "needs: expected '%s' only with %s, got %s",
+                            ada_gradient_name(i),
+                            i == ADA_OF_MASK ? "a floating attn_mask" : ada_gradient_name(i),
+                            inputs[i]->data ? "a bool one" : "None");
+        x->results[i] = shapes[i];
+        x->results[i].dtype = i < ADA_OF_MASK ? x->p.query.dtype : x->lse.dtype;
+    }
+    return ADA_OK;
 }

@@ -1,11 +1,12 @@
-"""The modules against formulas written out, model files against their format, generation against reading."""
+"""The modules against formulas written out, and what they tell of their attention."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from pathlib import Path
+import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,73 @@ def test_gelu_is_the_exact_one() -> None:
     assert (np.abs(nn.gelu(x) - exact) <= rounding * np.abs(exact) + 1e-37).all()
 
 
+def test_layer_norm(x: Any) -> None:
+    norm = nn.LayerNorm(16, eps=1e-3)
+    norm.weight[...], norm.bias[...] = np.arange(16), 3
+    wide = x.astype(float)
+    exact = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(norm(x), exact * np.arange(16) + 3, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_of_a_single_row_in_evaluation(x: Any) -> None:
+    """One token takes a shorter way."""
+    for norm in (
+        nn.RMSNorm(16, eps=1e-3).eval(),
+        nn.LayerNorm(16).eval(),
+        nn.RMSNorm(16, dtype=float).eval(),
+    ):
+        norm.weight[...] = np.arange(16)
+        np.testing.assert_allclose(norm(x[:1, 3:4]), norm(x)[:1, 3:4], rtol=1e-6, atol=1e-6)
+        assert norm(x[:1, 3:4]).dtype == norm(x).dtype
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "relu2"])
+def test_activations(activation: str, x: Any) -> None:
+    z = 3 * x.astype(float)
+    phi = np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)))
+    exact = {
+        "gelu": z * phi(z),
+        "gelu_tanh": z / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+        "silu": z / (1 + np.exp(-z)),
+        "relu": np.where(z > 0, z, 0),
+        "relu2": np.where(z > 0, z * z, 0),
+    }[activation]
+    function = getattr(nn, activation)
+    np.testing.assert_allclose(function(z), exact, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(function(3 * x), exact, rtol=1e-5, atol=1e-6)
+    many = np.resize(3 * x, (70, 300))
+    np.testing.assert_array_equal(function(many).ravel()[: x.size], function(3 * x).ravel())
+
+
+def test_feed_forward(x: Any) -> None:
+    plain, gated = nn.FeedForward(16, seed=0), nn.FeedForward(16, activation="swiglu", seed=0)
+    np.testing.assert_array_equal(plain(x), plain.down(nn.gelu(plain.up(x))))
+    np.testing.assert_array_equal(gated(x), gated.down(nn.silu(gated.gate(x)) * gated.up(x)))
+    assert plain.up.weight.shape == (64, 16) and gated.gate.weight.shape == gated.up.weight.shape == (48, 16)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    drop = nn.Dropout(0.25, seed=0)
+    y = drop(np.ones((200, 300), np.float32))
+    assert set(np.unique(y)) == {0, np.float32(4 / 3)} and abs(y.mean() - 1) < 0.01
+    np.testing.assert_array_equal(drop.backward(np.ones_like(y)), y)
+    np.testing.assert_array_equal(drop.eval()(y), y)
+
+
+def test_alibi_slopes() -> None:
+    np.testing.assert_allclose(nn.alibi_slopes(4), [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
+    np.testing.assert_allclose(nn.alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
+    assert nn.alibi_slopes(1).tolist() == [2.0**-8]
+
+
+@pytest.mark.filterwarnings("error")
+def test_activations_at_infinity() -> None:
+    x = np.array([np.inf, 3e38, -3e38, -np.inf, np.nan], np.float32)
+    for kind in (np.float32, np.float64):
+        assert str(nn.gelu(x[:3].astype(kind)) + 0) == str(np.array([np.inf, x[1], 0], kind))
+    assert str(nn.gelu(x) + 0) == str(np.array([np.inf, x[1], 0, 0, np.nan], np.float32))
+
+
 def test_rotary(rng: np.random.Generator) -> None:
     """Pairs turn as complex numbers do; a product of two rotated vectors depends on their distance alone."""
     x = rng.standard_normal((1, 1, 6, 8))
@@ -96,11 +164,33 @@ def test_attention_module(num_kv_heads: int | None, causal: bool, x: Any) -> Non
         ({"num_kv_heads": 3}, r"^num_kv_heads: expected a divisor of 4 heads, got 3$"),
         ({"num_heads": 0}, r"^num_heads: expected at least 1, got 0$"),
         ({"num_kv_heads": 0}, r"^num_kv_heads: expected at least 1, got 0$"),
+        ({"dropout": 1}, r"^dropout: expected a number from 0 to below 1, got 1$"),
+        (
+            {"num_heads": 16, "rotary_base": 1e4},
+            r"^rotary_base: expected None with an odd head size, got 10000$",
+        ),
     ],
 )
 def test_heads_that_do_not_fit(options: dict[str, int], message: str) -> None:
     with pytest.raises(adaattn.ArgumentError, match=message):
         nn.DenseAttention(16, **({"num_heads": 4} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 0}, r"^num_layers: expected at least 1, got 0$"),
+        ({"max_seq_len": 0}, r"^max_seq_len: expected at least 1, got 0$"),
+        ({"dropout": -0.1}, r"^dropout: expected a number from 0 to below 1, got -0.1$"),
+        ({"norm": "batchnorm"}, r"^norm: expected one of 'rmsnorm', 'layernorm', got 'batchnorm'$"),
+        ({"norm_position": "mid"}, r"^norm_position: expected one of 'pre', 'post', got 'mid'$"),
+        ({"positions": "sine"}, r"^positions: expected one of 'rotary', 'learned', .* got 'sine'$"),
+        ({"activation": "elu"}, r"^activation: expected one of 'gelu', .*, 'swiglu', got 'elu'$"),
+    ],
+)
+def test_models_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(adaattn.ArgumentError, match=message):
+        nn.Transformer(50, **options)
 
 
 def test_dropout_in_training_only(x: Any) -> None:
@@ -160,10 +250,10 @@ def long(rng: np.random.Generator) -> Any:
 
 
 def adaptive(**options: Any) -> nn.AdaptivePrecisionAttention:
-    return nn.AdaptivePrecisionAttention(64, 4, **({"seed": 5} | options))
+    return nn.AdaptivePrecisionAttention(64, 4, **({"seed": 5} | options)).eval()
 
 
-def watch(layer: nn.DenseAttention) -> list[Any]:
+def watch(layer: nn.MultiHeadAttention) -> list[Any]:
     """The options of the calls to come, and what they returned."""
     calls = []
 
@@ -364,7 +454,7 @@ def test_statistics_of_exact_attention(x: Any) -> None:
 
 def test_statistics_that_nobody_collected(x: Any) -> None:
     """No report is made; asking is an error, and what was collected before stays."""
-    layer = nn.DenseAttention(16, 4)
+    layer = nn.DenseAttention(16, 4).eval()
     calls = watch(layer)
     layer(x)
     assert calls[0][0] == {"causal": False}
@@ -408,6 +498,12 @@ def test_parameters_count() -> None:
     assert sum(p.size for p in model.parameters()) == model.num_parameters()
 
 
+@pytest.mark.parametrize("tied_embeddings", [False, True])
+def test_logits_start_small(tied_embeddings: bool, rng: np.random.Generator) -> None:
+    model = nn.Transformer(50, num_layers=1, tied_embeddings=tied_embeddings, seed=0)
+    assert 0.3 < model(rng.integers(0, 50, (2, 20))).std() < 1.5
+
+
 def test_state_moves_between_models() -> None:
     tokens = np.arange(10)[None] % 50
     one, two = small(seed=1), small(seed=2)
@@ -445,6 +541,19 @@ def test_state_that_does_not_fit(change: Any, error: type[Exception], message: s
 # ---- the language model
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi", "none"])
+def test_an_encoder_sees_both_sides_but_no_padding(positions: str, rng: np.random.Generator) -> None:
+    model, tokens = small(causal=False, positions=positions).eval(), rng.integers(0, 50, (3, 12))
+    lengths = np.array([12, 5, 1])
+    logits = model(tokens, lengths=lengths)
+    for row, length, found in zip(tokens, lengths, logits, strict=True):
+        alone = model(row[None, :length])[0]
+        np.testing.assert_allclose(found[:length], alone, rtol=1e-4, atol=1e-5)
+    changed = tokens.copy()
+    changed[0, 11] = (changed[0, 11] + 1) % 50
+    assert not np.allclose(model(changed, lengths=lengths)[0, 0], logits[0, 0], atol=1e-4)
+
+
 def test_future_tokens_change_nothing(rng: np.random.Generator) -> None:
     model, tokens = small(), rng.integers(0, 50, (2, 12))
     changed = tokens.copy()
@@ -452,15 +561,6 @@ def test_future_tokens_change_nothing(rng: np.random.Generator) -> None:
     changed %= 50
     np.testing.assert_allclose(model(tokens)[:, :7], model(changed)[:, :7], rtol=1e-5, atol=1e-6)
     assert not np.allclose(model(tokens)[:, 7:], model(changed)[:, 7:])
-
-
-def test_generation_agrees_with_reading_again(rng: np.random.Generator) -> None:
-    model, tokens = small().eval(), rng.integers(0, 50, (2, 5))
-    generated = model.generate(tokens, 8)
-    for _ in range(8):
-        tokens = np.concatenate([tokens, model(tokens)[:, -1:].argmax(-1)], axis=1)
-    np.testing.assert_array_equal(generated, tokens)
-    np.testing.assert_array_equal(model.generate(tokens, 0), tokens)
 
 
 @pytest.mark.usefixtures("every_rung_pays")
@@ -488,18 +588,11 @@ def test_model_in_float64(rng: np.random.Generator) -> None:
     assert model.generate(np.array([[1, 2]]), 2).shape == (1, 4)
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], np.zeros((1, 0), int), np.zeros((0, 2), int)], ids=str)
-def test_prompts_that_are_refused(prompt: Any) -> None:
-    with pytest.raises(adaattn.ShapeError, match=r"^prompt: expected shape \(B, T\) with B, T >= 1, got "):
-        small().generate(prompt, 1)
-
-
-# ---- model files
+# ---- the bundled model
 
 
 @pytest.fixture
 def bundled() -> nn.Transformer:
-    pytest.importorskip("safetensors")
     return nn.Transformer.load(MODEL)
 
 
@@ -516,37 +609,80 @@ def test_bundled_model_on_its_first_bytes(bundled: nn.Transformer) -> None:
     assert abs(demo.bits_per_byte(bundled(text[None, :-1])[0], text, 512) - 1.706354) < 1e-4
 
 
+# ---- a whole model's statistics
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Any:
-    """Function that writes the small model with a config, and gives its path."""
-    numpy_io = pytest.importorskip("safetensors.numpy")
-    config = {"vocab_size": 50, "num_layers": 2, "num_heads": 4, "embed_dim": 16, "activation": "gelu"}
-
-    def save(metadata: bool = True, **changes: Any) -> Path:
-        text = {"config": json.dumps(config | changes)} if metadata else None
-        state = {key: value.astype(np.float16) for key, value in small().state_dict().items()}
-        numpy_io.save_file(state, tmp_path / "model.safetensors", metadata=text)
-        return tmp_path / "model.safetensors"
-
-    return save
+def told(rng: np.random.Generator) -> Any:
+    """Statistics of a model whose second layer is called more often than its first."""
+    model = small(tolerance=0.5, collect_statistics=True).eval()
+    model(rng.integers(0, 50, (2, 128)))
+    model.blocks[1].attn(rng.standard_normal((1, 70, 16)).astype(np.float32))
+    return model.statistics()
 
 
-def test_file_of_a_model(saved: Any) -> None:
-    model = nn.Transformer.load(saved())
-    for key, value in small().state_dict().items():
-        np.testing.assert_array_equal(model.state_dict()[key], value.astype(np.float16))
+def test_statistics_of_a_model(told: nn.ModelStatistics) -> None:
+    assert [layer.call_count for layer in told.layers] == [1, 2] and told.total.call_count == 3
+    assert told.total.measured_error == max(layer.measured_error for layer in told.layers)
+    heads = [8, 12]
+    for name, share in told.total.precision_distribution.items():
+        parts = [layer.precision_distribution.get(name, 0) for layer in told.layers]
+        assert share == pytest.approx(np.dot(parts, heads) / 20)
+    assert told.total.sparse_ratio == told.total.low_rank_ratio == 0
+    assert math.isnan(told.total.mean_rank)
+    for phase, seconds in told.total.seconds.items():
+        assert seconds == pytest.approx(sum(layer.seconds[phase] for layer in told.layers))
 
 
-def test_files_that_are_refused(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        adaattn.ArgumentError, match=r"^path: expected a file with config in its metadata, got .*model"
-    ):
-        nn.Transformer.load(saved(metadata=False))
-    with pytest.raises(
-        adaattn.ArgumentError, match=r"^path: expected a model with activation 'gelu', got 'relu'"
-    ):
-        nn.Transformer.load(saved(activation="relu"))
-    with pytest.raises(adaattn.ArgumentError, match=r"^state: expected every parameter"):
-        nn.Transformer.load(saved(num_layers=3))
-    with pytest.raises(FileNotFoundError):
-        nn.Transformer.load("nowhere.safetensors")
+def test_structures_count(told: nn.ModelStatistics, long: Any) -> None:
+    """Whatever reports say: heads of low rank and sparse ones, and the rank of the former."""
+    layer = nn.DenseAttention(64, 4, collect_statistics=True).eval()
+    attend = layer.attend
+
+    def structured(*arrays: Any, **options: Any) -> Any:
+        out, report = attend(*arrays, **options)
+        structure = np.array([["dense", "sparse", "low_rank", "low_rank"]] * 2)
+        rank = np.where(structure == "low_rank", [10, 10, 10, 30], 0)
+        return out, dataclasses.replace(report, structure=structure, rank=rank)
+
+    layer.attend = structured
+    layer(long)
+    statistics = layer.get_statistics()
+    assert (statistics.sparse_ratio, statistics.low_rank_ratio, statistics.mean_rank) == (0.25, 0.5, 20)
+
+
+def test_views_of_statistics(told: nn.ModelStatistics) -> None:
+    header, *lines = told.table().splitlines()
+    assert header.split()[:3] == ["layer", "calls", "precision"]
+    assert [line.split()[:2] for line in lines] == [["0", "1"], ["1", "2"], ["all", "3"]]
+    assert all("%" in line and "s" in line for line in lines)
+    plain = json.loads(told.to_json())
+    assert [layer["call_count"] for layer in plain["layers"]] == [1, 2]
+    assert plain["total"]["mean_rank"] is None and plain["total"]["seconds"]["execute"] > 0
+
+
+def test_figure_of_statistics(told: nn.ModelStatistics, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    precision, seconds = told.plot().axes
+    heights = [sum(bar[i].get_height() for bar in precision.containers) for i in range(2)]
+    assert heights == pytest.approx([1, 1])
+    for axes in (precision, seconds):
+        for below, above in pairwise(axes.containers):
+            assert all(
+                b.get_y() == pytest.approx(a.get_y() + a.get_height())
+                for a, b in zip(below, above, strict=True)
+            )
+    total = sum(bar.get_height() for bars in seconds.containers for bar in bars)
+    assert total == pytest.approx(1e3 * sum(told.total.seconds.values()))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"^ModelStatistics.plot needs matplotlib: "):
+        told.plot()
+
+
+def test_a_model_forgets_its_statistics() -> None:
+    model = small(collect_statistics=True).eval()
+    model.generate(np.array([[1, 2, 3]]), 4)
+    assert [layer.call_count for layer in model.per_layer_statistics()] == [4, 4]
+    model.reset_statistics()
+    assert model.statistics().total.call_count == 0
+    assert math.isnan(model.statistics().total.sparse_ratio)

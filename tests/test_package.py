@@ -335,14 +335,6 @@ def test_demo_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["demo"]) == 130
 
 
-def test_demo_without_safetensors(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert cli.main(["demo"]) == 1
-    assert "pip install adaattn[demo]" in capsys.readouterr().err
-
-
 def _loaded_twice() -> bool:
     """A second copy of the extension module beside the first: nothing is shared but the thread pool."""
     import importlib

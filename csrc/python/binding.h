@@ -66,6 +66,32 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view);
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like);
 bool ada_is_numpy(PyObject *object);
 
+/* arguments.c: 0, or -1 with an exception that names the argument. */
+int ada_number_of(const ada_module_state *state, PyObject *object, const char *name, double *value);
+/* Values beyond 64 bits become the nearest one. */
+int ada_integer_of(const ada_module_state *state, PyObject *object, const char *name, const char *expected,
+                   int64_t *value);
+/* One of the names, as its index. */
+int ada_name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
+                const char *const names[], int n, int *index);
+/* causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset, scale, dropout_p, seed. */
+enum { ADA_OPTION_VIEWS = 5 };
+int ada_options_of(const ada_module_state *state, PyObject *const *args, ada_view *views, ada_problem *p);
+int ada_threads_of(const ada_module_state *state, PyObject *object, ada_problem *p);
+
+/* module.c */
+typedef struct {
+    PyThreadState *thread;
+} ada_released_gil;
+/* For the engine: whether a signal's handler raised an exception. context: an ada_released_gil. */
+bool ada_interrupted(void *context);
+/* A new output of the kind that query is: a NumPy array, or what allocate(query, shape, dtype name) makes. */
+PyObject *ada_new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim,
+                         const int64_t *shape);
+
+/* backward.c */
+PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
 /* device.c */
 /* Where a call with this query and this device argument works. Opens the CUDA backend if it is on a GPU. */
 int ada_place_of(PyObject *query, PyObject *device, ada_place *place);

@@ -18,79 +18,7 @@
 
 static ada_module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
 
-/* ---- scalars ---- */
-
-/* Replaces a TypeError or OverflowError by ours. */
-static int type_error(const ada_module_state *state, const char *name, const char *expected,
-                      PyObject *object) {
-    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError))
-        PyErr_Format(state->argument_error, "%s: expected %s, got one beyond the range of float64", name,
-                     expected);
-    else if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError))
-        PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, Py_TYPE(object)->tp_name);
-    return -1;
-}
-
-static int number_of(const ada_module_state *state, PyObject *object, const char *name, double *value) {
-    *value = PyBool_Check(object) ? -1 : PyFloat_AsDouble(object);
-    return *value == -1 && (PyBool_Check(object) || PyErr_Occurred())
-               ? type_error(state, name, "a number", object)
-               : 0;
-}
-
-/* Values beyond 64 bits become the nearest one. */
-static int integer_of(const ada_module_state *state, PyObject *object, const char *name, const char *expected,
-                      int64_t *value) {
-    int overflow;
-    PyObject *number = PyBool_Check(object) ? NULL : PyNumber_Index(object);
-    if (!number) return type_error(state, name, expected, object);
-    *value = PyLong_AsLongLongAndOverflow(number, &overflow);
-    Py_DECREF(number);
-    if (overflow) *value = overflow > 0 ? INT64_MAX : INT64_MIN;
-    return *value == -1 && PyErr_Occurred() ? -1 : 0;
-}
-
-/* One of the names, as its index. */
-static int name_of(const ada_module_state *state, PyObject *object, const char *argument,
-                   const char *expected, const char *const names[], int n, int *index) {
-    if (!PyUnicode_Check(object)) return type_error(state, argument, expected, object);
-    for (*index = 0; *index < n; ++*index)
-        if (PyUnicode_CompareWithASCIIString(object, names[*index]) == 0) return 0;
-    PyErr_Format(state->argument_error, "%s: expected %s, got %R", argument, expected, object);
-    return -1;
-}
-
-static int causal_of(const ada_module_state *state, PyObject *object, ada_causal *causal) {
-    static const char *const names[] = {"lower_right", "upper_left"};
-    int index;
-    if (object == Py_False || object == Py_True) {
-        *causal = object == Py_True ? ADA_LOWER_RIGHT : ADA_NOT_CAUSAL;
-        return 0;
-    }
-    if (name_of(state, object, "causal", "a bool, 'lower_right' or 'upper_left'", names, 2, &index))
-        return -1;
-    *causal = index ? ADA_UPPER_LEFT : ADA_LOWER_RIGHT;
-    return 0;
-}
-
-static int window_of(const ada_module_state *state, PyObject *object, ada_problem *p) {
-    static const char expected[] = "None or a pair (left, right) of integers or None";
-    int64_t *sides[2] = {&p->window_left, &p->window_right};
-    p->window_left = p->window_right = ADA_UNBOUNDED;
-    if (object == Py_None) return 0;
-    if (!PyTuple_Check(object) && !PyList_Check(object)) return type_error(state, "window", expected, object);
-    if (PySequence_Size(object) != 2) {
-        PyErr_Format(state->argument_error, "window: expected %s, got %R", expected, object);
-        return -1;
-    }
-    for (int i = 0; i < 2; i++) {
-        PyObject *side = PySequence_GetItem(object, i);
-        int failed = !side || (side != Py_None && integer_of(state, side, "window", expected, sides[i]));
-        Py_XDECREF(side);
-        if (failed) return -1;
-    }
-    return 0;
-}
+/* ---- precision ---- */
 
 /* "auto" or a rung. */
 static int rung_of(const ada_module_state *state, PyObject *object, const char *argument, ada_rung *rung) {
@@ -99,7 +27,7 @@ static int rung_of(const ada_module_state *state, PyObject *object, const char *
     const char *names[ADA_RUNG_COUNT];
     int index;
     for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
-    if (name_of(state, object, argument, expected, names, ADA_RUNG_COUNT, &index)) return -1;
+    if (ada_name_of(state, object, argument, expected, names, ADA_RUNG_COUNT, &index)) return -1;
     *rung = (ada_rung)index;
     return 0;
 }
@@ -118,49 +46,25 @@ static int precision_of(const ada_module_state *state, PyObject *object, ada_cho
         return -1;
     }
     for (int i = 0; i < 2; i++) /* a pair has no "auto" */
-        if (name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected, names + pair,
-                    ADA_RUNG_COUNT - pair, &index[i]))
+        if (ada_name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected,
+                        names + pair, ADA_RUNG_COUNT - pair, &index[i]))
             return -1;
     *choice = (ada_choice){(ada_rung)(index[0] + pair), (ada_rung)(index[1] + pair)};
     return 0;
 }
 
-static int scalars_of(const ada_module_state *state, ada_problem *p, PyObject *causal, PyObject *window,
-                      PyObject *softcap, PyObject *scale, PyObject *dropout_p, PyObject *precision,
-                      PyObject *tolerance, PyObject *num_threads) {
-    p->has_softcap = softcap != Py_None;
-    p->has_scale = scale != Py_None;
-    p->has_tolerance = tolerance != Py_None;
-    p->has_num_threads = num_threads != Py_None;
-    if (causal_of(state, causal, &p->causal) || window_of(state, window, p) ||
-        (p->has_softcap && number_of(state, softcap, "softcap", &p->softcap)) ||
-        (p->has_scale && number_of(state, scale, "scale", &p->scale)) ||
-        number_of(state, dropout_p, "dropout_p", &p->dropout_p) ||
-        (p->has_tolerance && number_of(state, tolerance, "tolerance", &p->tolerance)) ||
-        (p->has_num_threads &&
-         integer_of(state, num_threads, "num_threads", "an int or None", &p->num_threads)) ||
-        precision_of(state, precision, &p->precision))
-        return -1;
-    return 0;
-}
-
 /* ---- attention ---- */
 
-typedef struct {
-    PyThreadState *thread;
-} released_gil;
-
-static bool interrupted(void *context) {
-    released_gil *gil = context;
+bool ada_interrupted(void *context) {
+    ada_released_gil *gil = context;
     PyEval_RestoreThread(gil->thread);
     bool raised = PyErr_CheckSignals() != 0;
     gil->thread = PyEval_SaveThread();
     return raised;
 }
 
-/* A new output of the kind that query is: a NumPy array, or what allocate(query, shape, dtype name) makes. */
-static PyObject *new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim,
-                            const int64_t *shape) {
+PyObject *ada_new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, int ndim,
+                         const int64_t *shape) {
     if (ada_is_numpy(query)) return ada_new_array(dtype, ndim, shape, query);
     PyObject *sizes = PyTuple_New(ndim);
     if (!sizes) return NULL;
@@ -392,23 +296,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         p.stored |= stored;
         *arrays[i].array = view->array;
     }
-    const struct {
-        int arg;
-        const char *name;
-        ada_dtype dtype;
-        ada_array *array;
-    } vectors[] = {{ALIBI, "alibi_slopes", ADA_F64, &p.alibi_slopes},
-                   {SINKS, "sinks", ADA_F64, &p.sinks},
-                   {LENGTHS, "kv_lengths", ADA_I64, &p.kv_lengths},
-                   {OFFSET, "query_offset", ADA_I64, &p.query_offset},
-                   {SEED, "seed", ADA_U64, &p.seed}};
-    for (int i = 0; i < 5; i++, view++) {
-        if (ada_view_of_numbers(state, args[vectors[i].arg], vectors[i].name, vectors[i].dtype, view))
-            goto done;
-        *vectors[i].array = view->array;
-    }
-    if (scalars_of(state, &p, args[CAUSAL], args[WINDOW], args[SOFTCAP], args[SCALE], args[DROPOUT],
-                   args[PRECISION], args[TOLERANCE], args[NUM_THREADS]) ||
+    p.has_tolerance = args[TOLERANCE] != Py_None;
+    if (ada_options_of(state, args + CAUSAL, view, &p) || ada_threads_of(state, args[NUM_THREADS], &p) ||
+        (p.has_tolerance && ada_number_of(state, args[TOLERANCE], "tolerance", &p.tolerance)) ||
+        precision_of(state, args[PRECISION], &p.precision) ||
         rung_of(state, args[MIN_PRECISION], "min_precision", &budget.cheapest) ||
         rung_of(state, args[MAX_PRECISION], "max_precision", &budget.dearest))
         goto done;
@@ -418,12 +309,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                      args[MIN_PRECISION], args[MAX_PRECISION]);
         goto done;
     }
+    view += ADA_OPTION_VIEWS;
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
     static const char *const structures[] = {"auto", "dense"};
     int structure;
-    if (name_of(state, args[STRUCTURE], "structure", "'auto' or 'dense'", structures, 2, &structure))
+    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto' or 'dense'", structures, 2, &structure))
         goto done;
     budget.dense = structure == 1;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
@@ -451,7 +343,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto run;
     }
     out = args[OUT] != Py_None ? Py_NewRef(args[OUT])
-                               : new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
+                               : ada_new_output(args[QUERY], args[ALLOCATE], p.query.dtype, 4, out_shape);
     if (!out || ada_view_of(state, out, "out", true, &place, view)) goto done;
     p.out = view->array;
     if (ada_problem_check_out(&p, &error)) {
@@ -459,15 +351,15 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto done;
     }
     if (return_lse) {
-        lse = new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3,
-                         out_shape);
+        lse = ada_new_output(args[QUERY], args[ALLOCATE], p.query.dtype == ADA_F64 ? ADA_F64 : ADA_F32, 3,
+                             out_shape);
         if (!lse || ada_view_of(state, lse, "lse", true, &place, &lse_view)) goto done;
         p.lse = lse_view.array.data;
     }
 
 run:;
-    released_gil gil = {PyEval_SaveThread()};
-    ada_status status = ada_attend(&p, &budget, interrupted, &gil, &error);
+    ada_released_gil gil = {PyEval_SaveThread()};
+    ada_status status = ada_attend(&p, &budget, ada_interrupted, &gil, &error);
     if (!status && place.wait) status = ada_gpu_wait(&p, &error);
     PyEval_RestoreThread(gil.thread);
     if (status) {
@@ -512,14 +404,14 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         ada_raise(state, &error);
         goto done;
     }
-    out = new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
-    lse = out ? new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
+    out = ada_new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
+    lse = out ? ada_new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
     if (!lse || ada_view_of(state, out, "out", true, &ada_on_cpu, &views[4]) ||
         ada_view_of(state, lse, "lse", true, &ada_on_cpu, &views[5]))
         goto done;
     m.out = views[4].array, m.lse = views[5].array;
-    released_gil gil = {PyEval_SaveThread()};
-    ada_status status = ada_merge(&m, interrupted, &gil, &error);
+    ada_released_gil gil = {PyEval_SaveThread()};
+    ada_status status = ada_merge(&m, ada_interrupted, &gil, &error);
     PyEval_RestoreThread(gil.thread);
     result = status ? ada_raise(state, &error) : PyTuple_Pack(2, out, lse);
 done:
@@ -679,7 +571,7 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     const ada_module_state *state = state_of(module);
     int64_t n = 0;
     if (object != Py_None) {
-        if (integer_of(state, object, "n", "an int or None", &n)) return NULL;
+        if (ada_integer_of(state, object, "n", "an int or None", &n)) return NULL;
         if (n < 1)
             return PyErr_Format(state->argument_error, "n: expected an int of at least 1, got %S", object);
     }
@@ -687,6 +579,10 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(backward_doc, "attention_backward($module, grad_out, query, key, value, out, lse, attn_mask, "
+                           "causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset, scale, "
+                           "dropout_p, seed, needs, num_threads, allocate, /)\n--\n\n"
+                           "adaattn.attention_backward with every argument by position; a tuple.");
 PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
                            "Opens the CUDA backend at this path, once for the process.");
 PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /)\n--\n\n"
@@ -715,7 +611,7 @@ PyDoc_STRVAR(fail_doc,
 
 static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
     int64_t n;
-    if (integer_of(state_of(module), object, "n", "an int", &n)) return NULL;
+    if (ada_integer_of(state_of(module), object, "n", "an int", &n)) return NULL;
     ada_alloc_fail_after((int)n);
     Py_RETURN_NONE;
 }
@@ -724,6 +620,8 @@ static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
 
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
+    {"attention_backward", (PyCFunction)(void (*)(void))ada_py_attention_backward, METH_FASTCALL,
+     backward_doc},
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
     {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
     {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},

@@ -1,0 +1,393 @@
+/* Gradients of a call with respect to its inputs, from its output and its lse.
+ *
+ * One pass of five products over tiles of queries (rows) and blocks of keys (lanes): weights and their
+ * gradients from two, then what they add to dQ, dK and dV. Recomputing them for dQ and for dK, dV apart would
+ * take seven. Queries and keys of a head are cut into parts by its sizes alone; in every step each part of
+ * the keys meets another part of the queries, as in a Latin square, so no two tasks of a step add to the same
+ * sums, and every sum has one order for any number of threads. A key head whose sums are not finite in float
+ * is computed again in double.
+ */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "execute.h"
+
+/* Parts of the queries and of the keys: at least so many tiles, as keys are packed once for each. */
+#define PART_TILES 4
+#define MOST_PARTS 8
+
+typedef struct {
+    int64_t first, end;
+} ada_range;
+
+typedef struct {
+    const ada_backward_problem *x;
+    const ada_problem *p;
+    const ada_kernels *k;
+    char *scratch; /* of worker w: from scratch + w * scratch_bytes */
+    int64_t scratch_bytes;
+    int64_t tiles, blocks; /* of a head: queries and keys */
+    int64_t query_parts, key_parts, steps, step;
+    bool scores;           /* their gradients are wanted */
+    double *delta;         /* [B][H][T] sums of grad_out * out */
+    double *reference;     /* [B][H][T] log2 units, of rows whose bias swallows more of the lse than rounding,
+                              else 0; NULL where nothing is added to scores */
+    double *lse;           /* [B][H][T] log2 units, beyond the reference */
+    double *sinks;         /* [B][H][query_parts] */
+    double *slopes;        /* [B][H][key_parts] */
+    void *sums[3];         /* REAL: of queries, keys and values from key head first on */
+    int64_t first, groups; /* key heads b * G + g */
+    ada_array mask;        /* its gradient, in four dimensions */
+    bool careful;          /* in double, and what is hidden is left out pair by pair where it is not finite */
+    atomic_bool *unfit;    /* [B * G] float does not hold it */
+} back_run;
+
+static ada_range part_of(int64_t n, int64_t parts, int64_t part) {
+    return (ada_range){n * part / parts, n * (part + 1) / parts};
+}
+
+static int64_t count_parts(int64_t tiles) {
+    const int64_t parts = (tiles + PART_TILES - 1) / PART_TILES;
+    return parts < MOST_PARTS ? parts : MOST_PARTS;
+}
+
+static int up_to_step(int n) { return (n + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP; }
+
+static uint64_t first_keys(int n) { return n < 64 ? ((uint64_t)1 << n) - 1 : UINT64_MAX; }
+
+/* Elements of a key head's queries, keys or values. */
+static int64_t sum_size(const ada_problem *p, int which) {
+    return which == ADA_OF_QUERY ? p->H / p->G * p->T * p->D : p->S * (which == ADA_OF_KEY ? p->D : p->E);
+}
+
+static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
+    const char *at = ada_row_at(lse, b, h, i);
+    return lse->dtype == ADA_F64 ? *(const double *)at : (double)*(const float *)at;
+}
+
+#define REAL float
+#define KIND(name) name##_f32
+#define KIND_FN(name) name##_f32_fn
+#include "backward_tpl.h"
+#undef REAL
+#undef KIND
+#undef KIND_FN
+
+#define REAL double
+#define KIND(name) name##_f64
+#define KIND_FN(name) name##_f64_fn
+#include "backward_tpl.h"
+#undef REAL
+#undef KIND
+#undef KIND_FN
+
+static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
+
+/* Reference and lse of some rows of a tile (bits of rows), computed again. */
+static void recompute_lse(const back_run *r, ada_patch patch, uint64_t rows, char *scratch) {
+    const ada_problem *p = r->p;
+    ada_carver carver = {scratch, 0};
+    const scratch_f64 s = scratch_of_f64(p, &carver);
+    const double sink = ada_sink(p, patch.h) * ADA_LOG2E;
+    double m[ADA_LANES], l[ADA_LANES] = {0};
+    for (int i = 0; i < ADA_LANES; i++) m[i] = sink;
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t block = 0; block < r->blocks; block++) {
+            ada_backward_tile_f64 t;
+            patch.j = block * ADA_BLOCK, patch.nk = ada_keys_of_block(p, block);
+            if (!see_tile_f64(r, &s, &patch, &t)) continue;
+            take_block_f64(r, &s, &patch);
+            score_tile_f64(r, &s, &t, take_rows_f64(r, &p->query, &patch, s.q));
+            for (int i = 0; i < patch.n; i++) {
+                const uint64_t seen = rows >> i & 1 ? seen_keys_f64(&t, i, patch.nk) : 0;
+                for (int j = 0; j < patch.nk; j++) {
+                    const int at = i * ADA_BLOCK + j;
+                    if (!(seen >> j & 1)) continue;
+                    const double x = s.s[at] + (t.bias ? t.bias[at] : 0);
+                    if (pass)
+                        l[i] += exp2(x - m[i]);
+                    else
+                        m[i] = fmax(m[i], x);
+                }
+            }
+        }
+    const int64_t row = (patch.b * p->H + patch.h) * p->T + patch.i;
+    for (int i = 0; i < patch.n; i++)
+        if (rows >> i & 1) {
+            r->reference[row + i] = m[i];
+            r->lse[row + i] = log2(l[i] + exp2(sink - m[i]));
+        }
+}
+
+static bool sees_keys(const back_run *r, int64_t b, int64_t h, int64_t i) {
+    int64_t block = 0;
+    float rows[ADA_BLOCK];
+    return ada_row_sees(r->p, r->k, b, h, i, &block, rows);
+}
+
+/* What the rows of a part of the queries of a head need, and the gradient of its sink from them. */
+static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
+    const back_run *r = context;
+    const ada_problem *p = r->p;
+    const int64_t head = task / r->query_parts, b = head / p->H, h = head % p->H;
+    const ada_range tiles = part_of(r->tiles, r->query_parts, task % r->query_parts);
+    const double sink = ada_sink(p, h) * ADA_LOG2E;
+    double sum = 0;
+    char *scratch = r->scratch + worker * r->scratch_bytes;
+    for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
+        ada_carver carver = {scratch, 0};
+        const int64_t i = tile * ADA_LANES, row = head * p->T + i;
+        const int n = (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES);
+        if (ada_job_cancelled(job, worker)) return;
+        if (p->query.dtype == ADA_F64) {
+            const scratch_f64 s = scratch_of_f64(p, &carver);
+            delta_rows_f64(r, b, h, i, n, &s, r->delta + row);
+        } else {
+            const scratch_f32 s = scratch_of_f32(p, &carver);
+            delta_rows_f32(r, b, h, i, n, &s, r->delta + row);
+        }
+        uint64_t again = 0;
+        for (int x = 0; x < n; x++) {
+            const double lse = lse_at(&r->x->lse, b, h, i + x) * ADA_LOG2E;
+            r->lse[row + x] = lse;
+            if (!isfinite(r->delta[row + x]) && !sees_keys(r, b, h, i + x)) r->delta[row + x] = 0;
+            if (!r->reference) continue;
+            r->reference[row + x] = 0;
+            if (isfinite(lse) && fabs(lse) > p->most_bias) again |= (uint64_t)1 << x;
+        }
+        if (again) {
+            recompute_lse(r, (ada_patch){.b = b, .h = h, .i = i, .n = n}, again, scratch);
+            /* Nor do floats hold the scores. */
+            atomic_store_explicit(&r->unfit[b * p->G + h / (p->H / p->G)], true, memory_order_relaxed);
+        }
+        for (int x = 0; sink > -INFINITY && x < n; x++)
+            sum -=
+                exp2(sink - (r->reference ? r->reference[row + x] : 0) - r->lse[row + x]) * r->delta[row + x];
+    }
+    r->sinks[task] = sum;
+}
+
+/* Zeroes the sums of a key head. */
+static void clear_task(void *context, ada_job *job, int64_t task, int worker) {
+    const back_run *r = context;
+    const int64_t bytes = is_double(r) ? sizeof(double) : sizeof(float), per_group = r->p->H / r->p->G;
+    (void)job, (void)worker;
+    for (int i = 0; i <= ADA_OF_VALUE; i++) {
+        const int64_t n = sum_size(r->p, i) * bytes;
+        if (r->x->needs[i]) memset((char *)r->sums[i] + task * n, 0, (size_t)n);
+    }
+    memset(r->slopes + (r->first + task) * per_group * r->key_parts, 0,
+           (size_t)(per_group * r->key_parts) * sizeof *r->slopes);
+}
+
+static void step_task(void *context, ada_job *job, int64_t task, int worker) {
+    const back_run *r = context;
+    const int64_t group = r->first + task / r->key_parts, key_part = task % r->key_parts;
+    const int64_t query_part = (key_part + r->step) % r->steps;
+    if (query_part >= r->query_parts) return;
+    if (!r->careful && atomic_load_explicit(&r->unfit[group], memory_order_relaxed)) return;
+    if (!(is_double(r) ? part_back_f64(r, group, key_part, query_part, job, worker)
+                       : part_back_f32(r, group, key_part, query_part, job, worker)))
+        atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
+}
+
+/* Completes the sums of a key head and, where they are not the results themselves, brings them there. */
+static void finish_task(void *context, ada_job *job, int64_t task, int worker) {
+    const back_run *r = context;
+    const ada_problem *p = r->p;
+    const int64_t group = r->first + task, b = group / p->G, g = group % p->G, per_group = p->H / p->G;
+    (void)job, (void)worker;
+    if (!r->careful && atomic_load_explicit(&r->unfit[group], memory_order_relaxed)) return;
+    if (!(is_double(r) ? scale_sums_f64(r, group) : scale_sums_f32(r, group)) && !r->careful) {
+        atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
+        return;
+    }
+    for (int i = 0; i <= ADA_OF_VALUE; i++) {
+        const ada_array *to = &r->x->results[i];
+        if (!r->x->needs[i] || (!r->careful && r->sums[i] == to->data)) continue;
+        const int64_t heads = i == ADA_OF_QUERY ? per_group : 1, rows = to->shape[2], width = to->shape[3];
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t row = 0; row < rows; row += ADA_LANES) {
+                const int64_t at = ((task * heads + h) * rows + row) * width;
+                const int n = (int)(rows - row < ADA_LANES ? rows - row : ADA_LANES);
+                if (is_double(r))
+                    ada_store_rows_f64(r->k, to, b, g * heads + h, row, n, (int)width,
+                                       (const double *)r->sums[i] + at, width);
+                else
+                    ada_store_rows_f32(r->k, to, b, g * heads + h, row, n, (int)width,
+                                       (const float *)r->sums[i] + at, width);
+            }
+    }
+}
+
+/* The gradient of one tile of a mask, [64][64] or what of it the mask does not repeat. */
+static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
+    const back_run *r = context;
+    const ada_problem *p = r->p;
+    const ada_array *mask = &r->mask;
+    const bool wide = mask->stride[3] != 0, tall = mask->stride[2] != 0;
+    const int64_t columns = wide ? r->blocks : 1, rows = tall ? r->tiles : 1;
+    const int64_t heads = mask->stride[1] ? p->H : 1;
+    const int64_t column = task % columns, row = task / columns % rows;
+    const int64_t head = task / (columns * rows) % heads, batch = task / (columns * rows * heads);
+    double sum[ADA_LANES * ADA_BLOCK] = {0};
+    const ada_range all_b = {mask->stride[0] ? batch : 0, mask->stride[0] ? batch + 1 : p->B};
+    const ada_range all_h = {mask->stride[1] ? head : 0, mask->stride[1] ? head + 1 : p->H};
+    const ada_range all_i = {tall ? row : 0, tall ? row + 1 : r->tiles};
+    const ada_range all_j = {wide ? column : 0, wide ? column + 1 : r->blocks};
+    for (int64_t b = all_b.first; b < all_b.end; b++)
+        for (int64_t h = all_h.first; h < all_h.end; h++)
+            for (int64_t tile = all_i.first; tile < all_i.end; tile++)
+                for (int64_t block = all_j.first; block < all_j.end; block++) {
+                    const int64_t i = tile * ADA_LANES, j = block * ADA_BLOCK, left = ada_key_count(p, b) - j;
+                    const ada_patch patch = {b,
+                                             h,
+                                             i,
+                                             j,
+                                             (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES),
+                                             (int)(left < ADA_BLOCK ? left : ADA_BLOCK)};
+                    if (ada_job_cancelled(job, worker)) return;
+                    if (left <= 0) break;
+                    const bool unfit = r->unfit[b * p->G + h / (p->H / p->G)] || is_double(r);
+                    if (unfit || !mask_back_f32(r, &patch, tall * ADA_BLOCK, wide, sum, worker))
+                        mask_back_f64(r, &patch, tall * ADA_BLOCK, wide, sum, worker);
+                }
+    const int64_t i = row * ADA_LANES, j = column * ADA_BLOCK;
+    const int n = tall ? (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES) : 1;
+    const int nk = wide ? ada_keys_of_block(p, column) : 1;
+    ada_array to = *mask;
+    to.data = (char *)to.data + j * to.stride[3];
+    ada_store_rows_f64(r->k, &to, batch, head, i, n, nk, sum, ADA_BLOCK);
+}
+
+/* Sums over the parts of each head, and over sequences where the vector has none of its own. */
+static void store_vector(const ada_problem *p, const ada_array *to, const double *sums, int64_t parts) {
+    const int64_t B = to->ndim == 2 ? p->B : 1;
+    for (int64_t i = 0; i < B * p->H; i++) {
+        double sum = 0;
+        for (int64_t b = 0; b < (to->ndim == 2 ? 1 : p->B); b++)
+            for (int64_t part = 0; part < parts; part++) sum += sums[(i + b * p->H) * parts + part];
+        if (to->dtype == ADA_F64)
+            ((double *)to->data)[i] = sum;
+        else
+            ((float *)to->data)[i] = (float)sum;
+    }
+}
+
+typedef struct {
+    bool (*interrupt)(void *);
+    void *context;
+    int threads;
+} back_caller;
+
+static bool run_tasks(back_run *r, const back_caller *c, ada_task_fn *task, int64_t tasks, double work) {
+    const int threads = ada_threads_for(r->p, tasks, work);
+    return ada_parallel_for(tasks, threads < c->threads ? threads : c->threads, task, r, c->interrupt,
+                            c->context);
+}
+
+/* The three gradients of the key heads from first on. */
+static bool run_steps(back_run *r, const back_caller *c) {
+    const ada_problem *p = r->p;
+    const double heads = (double)(r->groups * (p->H / p->G)), T = (double)p->T, S = (double)p->S;
+    const double work = heads * T * S * (double)(p->D + p->E) * 2.5,
+                 elements = heads * (T + S) * (double)p->D;
+    if (!run_tasks(r, c, clear_task, r->groups, elements)) return false;
+    for (r->step = 0; r->step < r->steps; r->step++)
+        if (!run_tasks(r, c, step_task, r->groups * r->key_parts, work / (double)r->steps)) return false;
+    return run_tasks(r, c, finish_task, r->groups, elements);
+}
+
+/* The key heads that are not finite, one after the other, in the memory behind. */
+static bool run_unfit(back_run *r, const back_caller *c, double *memory) {
+    back_run one = *r;
+    one.careful = true, one.groups = 1;
+    for (int i = 0; i <= ADA_OF_VALUE; i++) {
+        one.sums[i] = memory;
+        if (r->x->needs[i]) memory += sum_size(r->p, i);
+    }
+    for (one.first = 0; one.first < r->groups; one.first++)
+        if (r->unfit[one.first] && !run_steps(&one, c)) return false;
+    return true;
+}
+
+static bool run_mask(back_run *r, const back_caller *c) {
+    const ada_problem *p = r->p;
+    const ada_array *mask = &r->mask;
+    const int64_t tasks = (mask->stride[0] ? p->B : 1) * (mask->stride[1] ? p->H : 1) *
+                          (mask->stride[2] ? r->tiles : 1) * (mask->stride[3] ? r->blocks : 1);
+    const double work = (double)(p->B * p->H) * (double)p->T * (double)p->S * (double)(p->D + p->E);
+    return run_tasks(r, c, mask_task, tasks, work);
+}
+
+static bool run_all(back_run *r, const back_caller *c, double *spare) {
+    const ada_problem *p = r->p;
+    const ada_backward_problem *x = r->x;
+    const bool *needs = x->needs;
+    const double rows = (double)(p->B * p->H * p->T);
+    for (int64_t i = 0; i < r->groups; i++)
+        atomic_init(&r->unfit[i], p->only_f64 && p->query.dtype != ADA_F64);
+    if (!run_tasks(r, c, rows_task, p->B * p->H * r->query_parts, rows * (double)p->E)) return false;
+    if (needs[ADA_OF_QUERY] || needs[ADA_OF_KEY] || needs[ADA_OF_VALUE] || needs[ADA_OF_SLOPES])
+        if (!run_steps(r, c) || !run_unfit(r, c, spare)) return false;
+    if (needs[ADA_OF_SINKS]) store_vector(p, &x->results[ADA_OF_SINKS], r->sinks, r->query_parts);
+    if (needs[ADA_OF_SLOPES]) store_vector(p, &x->results[ADA_OF_SLOPES], r->slopes, r->key_parts);
+    r->scores = true;
+    return !needs[ADA_OF_MASK] || run_mask(r, c);
+}
+
+ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *), void *context,
+                        ada_error *error) {
+    const ada_problem *p = &x->p;
+    if (ada_check_mask(p, interrupt, context, error)) return error->status;
+    back_run r = {.x = x,
+                  .p = p,
+                  .k = ada_kernels_get(),
+                  .tiles = (p->T + ADA_LANES - 1) / ADA_LANES,
+                  .blocks = ada_block_count(p),
+                  .scores = x->needs[ADA_OF_QUERY] || x->needs[ADA_OF_KEY] || x->needs[ADA_OF_SLOPES],
+                  .groups = p->B * p->G};
+    r.query_parts = count_parts(r.tiles), r.key_parts = count_parts(r.blocks);
+    r.steps = r.query_parts > r.key_parts ? r.query_parts : r.key_parts;
+    const int64_t heads = p->B * p->H, most_tasks = heads * r.tiles * r.blocks;
+    const back_caller caller = {interrupt, context, ada_threads_for(p, most_tasks, INFINITY)};
+    if (x->needs[ADA_OF_MASK]) {
+        r.mask = x->results[ADA_OF_MASK];
+        ada_broadcast(p, &r.mask);
+    }
+    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
+    const bool half = ada_dtype_bytes(p->query.dtype) == 2;
+
+    ada_carver size = {NULL, 0};
+    scratch_of_f64(p, &size);
+    r.scratch_bytes = size.used;
+    /* Twice: first to count the bytes. */
+    ada_carver carver = {NULL, 0};
+    double *spare = NULL;
+    for (int turn = 0; turn < 2; turn++) {
+        if (turn && !(carver.base = ada_scratch_take(carver.used)))
+            return ada_fail(error, ADA_ERR_MEMORY, "attention_backward: no memory for %lld bytes of scratch",
+                            (long long)carver.used);
+        carver.used = 0;
+        r.scratch = ada_carve(&carver, caller.threads * r.scratch_bytes);
+        const int64_t row_bytes = heads * p->T * (int64_t)sizeof(double);
+        r.delta = ada_carve(&carver, row_bytes), r.lse = ada_carve(&carver, row_bytes);
+        r.reference = biased ? ada_carve(&carver, row_bytes) : NULL;
+        r.sinks = ada_carve(&carver, heads * r.query_parts * (int64_t)sizeof(double));
+        r.slopes = ada_carve(&carver, heads * r.key_parts * (int64_t)sizeof(double));
+        r.unfit = ada_carve(&carver, r.groups * (int64_t)sizeof *r.unfit);
+        int64_t spare_size = 0;
+        for (int i = 0; i <= ADA_OF_VALUE; i++) {
+            r.sums[i] = x->results[i].data;
+            if (!x->needs[i]) continue;
+            if (half) r.sums[i] = ada_carve(&carver, r.groups * sum_size(p, i) * (int64_t)sizeof(float));
+            spare_size += sum_size(p, i);
+        }
+        spare = ada_carve(&carver, spare_size * (int64_t)sizeof(double));
+    }
+    const bool done = run_all(&r, &caller, spare);
+    ada_scratch_give_back(r.scratch);
+    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention_backward: interrupted");
+}
