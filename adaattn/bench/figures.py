@@ -251,40 +251,66 @@ def _draw_front(run: Run, theme: Theme) -> Any:
     axes.plot(
         [p.error for p in planned], [1e3 * p.seconds for p in planned], "o", color=theme.colors["both"],
         markersize=13, markeredgewidth=1.8, fillstyle="none", linestyle="none", zorder=2,
-        label="the planner's choice, planning and verifying included",
+        label="the planner's choices",
     )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="relative error against float64", ylabel="ms")
-    axes.margins(x=0.1, y=0.14)
+    axes.margins(x=0.1, y=0.16)
     _plain_ticks(axes.yaxis)
     _name_points(axes, [*dense, *others], theme)
-    figure.suptitle(f"Error against time of every rung: {run.front[0].heads}, one head")
+    figure.suptitle(
+        f"Error against time of every rung: one head of {run.front[0].heads}\n"
+        "(choices with planning and verifying)"
+    )
     _legend(figure, axes)
     return figure
 
 
 def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
-    """Names above points, or below where one stands above another one close by; one text for those that lie
-    on each other."""
-    groups: list[tuple[Point, str]] = []
-    for point in sorted(points, key=lambda p: (p.error, -p.seconds)):
+    """A name at each point where it is in nobody's way; one text for those that lie on each other."""
+    groups: list[tuple[Point, list[str]]] = []
+    for point in points:
         name = point.name if point.structure == "dense" else f"{point.name} {point.structure}"
-        for i, (other, text) in enumerate(groups):
-            if abs(math.log(point.error / other.error)) < 0.1 > abs(math.log(point.seconds / other.seconds)):
-                groups[i] = other, f"{text}, {name}"
+        for other, names in groups:
+            near = abs(math.log(point.error / other.error)) < 0.25
+            if near and abs(math.log(point.seconds / other.seconds)) < 0.06:
+                names += [name] if name not in names else []
                 break
         else:
-            groups.append((point, name))
-    for point, text in groups:
-        crowded = any(
-            other is not point
-            and abs(math.log(point.error / other.error)) < 1.2
-            and 0 < math.log(other.seconds / point.seconds) < 0.2
-            for other, _ in groups
-        )
+            groups.append((point, [name]))
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+
+    def place(point: Point) -> tuple[float, float]:
+        """In points of the page, as far as the layout is known by now."""
+        x = math.log(point.error / left) / math.log(right / left)
+        y = math.log(1e3 * point.seconds / low) / math.log(high / low)
+        return 530 * x, 290 * y
+
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(place, points)]
+    for point, names in groups:
+        text = ", ".join(names)
+        x, y = place(point)
+        for dx, dy, align in _PLACES:
+            start = x + dx - {"center": 0.5, "left": 0.0, "right": 1.0}[align] * 4.9 * len(text)
+            box = start, y + dy - 1, start + 4.9 * len(text), y + dy + 8
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
         axes.annotate(
-            text, (point.error, 1e3 * point.seconds), (0, -14) if crowded else (0, 7), ha="center",
-            textcoords="offset points", fontsize=8.5, color=theme.text,
+            text, (point.error, 1e3 * point.seconds), (dx, dy), ha=align, textcoords="offset points",
+            fontsize=8.5, color=theme.text,
         )  # fmt: skip
+
+
+_Box = tuple[float, float, float, float]  # left, low, right, high
+_PLACES = (
+    (0, 8, "center"), (0, -15, "center"), (9, -3, "left"), (-9, -3, "right"), (7, 8, "left"),
+    (-7, 8, "right"), (7, -14, "left"), (-7, -14, "right"), (0, 20, "center"), (0, -27, "center"),
+    (-9, -27, "right"),
+)  # fmt: skip
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -384,10 +410,9 @@ def _draw_roofline(run: Run, theme: Theme) -> Any:
             axes.plot([left, right], [peak, peak], color=theme.text, linewidth=1.2)
             axes.annotate(
                 f"{label}: {peak:.0f}",
-                (right, peak),
-                (-2, 3),
+                (left, peak),
+                (3, 3),
                 textcoords="offset points",
-                ha="right",
                 fontsize=9,
             )
     top = max(run.ceilings.get(unit, 0) for unit in units)

@@ -262,7 +262,7 @@ def run_model(folder: str, tokens: int, text: str | None) -> None:
     if vocabulary is None:
         raise ArgumentError(f"{folder}: expected a model that reads tokens, got {config.model_type!r}")
     length = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
-    ids = _tokens(transformers, folder, text)[:length]
+    ids = _tokens(transformers, folder, text, length)
     if len(ids) < length and text is None:
         ids = np.random.default_rng(0).integers(0, vocabulary, length).tolist()
     inputs = {"input_ids": torch.tensor([ids])}
@@ -272,14 +272,15 @@ def run_model(folder: str, tokens: int, text: str | None) -> None:
         model.eval()(**inputs)
 
 
-def _tokens(transformers: Any, folder: str, text: str | None) -> list[int]:
-    """Of the text, or the package's English one; none without a tokenizer."""
+def _tokens(transformers: Any, folder: str, text: str | None, length: int) -> list[int]:
+    """Of the text, or the package's English one, at most `length`; none without a tokenizer or its words."""
     source = DATA / "english.txt" if text is None else Path(text)
     content = source.read_text(encoding="utf-8")
     with suppress(Exception):  # whatever a folder without one makes transformers raise
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids: list[int] = tokenizer(content)["input_ids"]
-        return ids
+        ids: list[int] = tokenizer(content, truncation=True, max_length=length)["input_ids"]
+        if not set(ids) <= set(tokenizer.all_special_ids):
+            return ids
     if text is not None:
         raise ArgumentError(f"--text: expected a tokenizer in {folder!r}, got none")
     return []
@@ -307,6 +308,11 @@ def profile(
     ArgumentError
         It is no script and no model, or computes no attention that could be recorded.
     """
+    for t in tolerances:
+        if not 0 < t < 1:
+            raise ArgumentError(f"--tolerances: expected numbers between 0 and 1, got tolerance {t:g}")
+    if tokens <= FEW:
+        raise ArgumentError(f"--tokens: expected at least {FEW + 1}, got {tokens}")
     if not os.path.exists(subject):
         raise FileNotFoundError(f"{subject}: expected a Python script or a model's folder, got no such file")
     progress(f"running {subject}", 0.0)
