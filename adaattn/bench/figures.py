@@ -358,7 +358,7 @@ def _draw_choices(run: Run, theme: Theme) -> Any:
     from matplotlib.patches import Patch
 
     scale = matplotlib.colormaps["cividis"]
-    colors = {rung: scale(0.05 + 0.9 * RUNGS.index(rung) / (len(RUNGS) - 1)) for rung in rungs}
+    colors = {rung: scale(0.05 + 0.9 * i / max(1, len(rungs) - 1)) for i, rung in enumerate(rungs)}
     structures = False
     for axes, (name, layers) in zip(panels, sets.items(), strict=True):
         for y, row in enumerate(layers):
@@ -374,7 +374,7 @@ def _draw_choices(run: Run, theme: Theme) -> Any:
                 if head.structure != "dense":
                     structures = True
                     text += f"\n{head.structure.replace('_', ' ')} {head.kept:.0%}"
-                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7.5, linespacing=0.95)
+                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7.5, linespacing=1.15)
         H = max(len(row.choices) for row in layers)
         axes.set(xlim=(-0.5, H - 0.5), ylim=(len(layers) - 0.5, -0.5), ylabel="layer", title=name)
         axes.set_xticks(range(H))
@@ -411,7 +411,7 @@ def _draw_roofline(run: Run, theme: Theme) -> Any:
             axes.annotate(
                 f"{label}: {peak:.0f}",
                 (left, peak),
-                (3, 3),
+                (12, 3),
                 textcoords="offset points",
                 fontsize=9,
             )
