@@ -177,7 +177,6 @@ def run(
             heads = case.make()
             progress(f"{case.section}: {case.label}, {heads.key.shape[2]} keys", i / len(cases))
             suite.measure(case, heads)
-            gc.collect()
         progress("done", 1.0)
     finally:
         if collecting:
