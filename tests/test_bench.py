@@ -501,6 +501,17 @@ def test_what_scatters_more_must_change_more() -> None:
     assert verdicts(made(), moved)["both"] == {""}
 
 
+def test_hitches_of_torch_are_not_ours() -> None:
+    assert verdicts(made(), made({"torch": 50.0}, seed=1)) == {"dense": {""}, "both": {""}}
+    after = made(seed=1)
+    for row in after.rows[:5]:  # of one case, all peers but one
+        if row.name in ("torch", "numpy"):
+            row.seconds /= 50
+        elif row.over_torch:
+            row.over_torch /= 50
+    assert verdicts(made(), after) == {"dense": {""}, "both": {""}}
+
+
 def test_times_count_where_torch_is_missing() -> None:
     before = made(torch=False)
     assert verdicts(before, made({"both": 4.0}, seed=1, torch=False))["both"] == {"slower"}

@@ -1,8 +1,10 @@
 """What changed between two saved runs beyond noise.
 
 Times of two runs differ because the machine does, so where both runs have torch on a case, the change of the
-ratio to torch's time of the same rounds counts; elsewhere that of the time itself. A change is more than
-noise if it exceeds three standard errors and 3 %. The error of a median follows from the quartiles of its
+ratio to torch's time of the same rounds counts; elsewhere that of the time itself. Where the times of peers,
+the middle one of the case's and of all, contradict that beyond noise, the least change that is seen counts:
+torch's own hitches must not pass for ours. A change is more than noise if it exceeds three standard errors
+and 3 %. The error of a median follows from the quartiles of its
 rounds; on top comes what runs differ by without reason: how far the ratios of onnxruntime and NumPy, which
 did not change, lie apart, or without those 3 % (10 % of times themselves).
 """
@@ -13,6 +15,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ArgumentError
 from .contenders import CONFIGURATIONS, LABELS
@@ -96,7 +99,15 @@ def compare(before: Run, after: Run) -> Comparison:
         if new.name in steady and new.name != "torch" and _has_torch(old, new)
     ]
     unexplained = _spread(controls) if by_torch and len(controls) >= 5 else None
-    changes = [_change(old, new, by_torch, unexplained) for old, new in ours]
+    peers: dict[tuple[Any, ...], list[float]] = {}
+    for old, new in both:
+        if new.name in steady:
+            peers.setdefault(new.key[:-1], []).append(new.seconds / old.seconds)
+    drift = statistics.median(x for own in peers.values() for x in own) if peers else 1.0
+    changes = []
+    for old, new in ours:
+        machine = drift, statistics.median(peers.get(new.key[:-1], [drift]))
+        changes.append(_change(old, new, by_torch, unexplained, machine))
     return Comparison(changes, list(_notes(before, after, steady, both)))
 
 
@@ -114,8 +125,18 @@ def _factor(old: Row, new: Row, by_torch: bool) -> float:
     return new.seconds / old.seconds
 
 
-def _change(old: Row, new: Row, by_torch: bool, unexplained: float | None) -> Change:
+def _change(
+    old: Row, new: Row, by_torch: bool, unexplained: float | None, machine: Sequence[float]
+) -> Change:
+    """`machine`: how many times as long peers take that did not change."""
     ratios = by_torch and _has_torch(old, new)
+    factor = _factor(old, new, by_torch)
+    if ratios:
+        seen = [factor, *(new.seconds / old.seconds / x for x in machine)]
+        scatter = SIGMAS * math.hypot(*(_deviation(row, False) for row in (old, new)), _UNEXPLAINED_TIMES)
+        if any(abs(math.log(factor / x)) > scatter for x in seen):
+            least = min(seen, key=lambda x: abs(math.log(x)))
+            factor = least if max(seen) < 1 or min(seen) > 1 else 1.0
     default = _UNEXPLAINED if ratios else _UNEXPLAINED_TIMES
     between = unexplained if ratios and unexplained is not None else default
     deviation = math.hypot(_deviation(old, ratios), _deviation(new, ratios), between)
@@ -125,7 +146,7 @@ def _change(old: Row, new: Row, by_torch: bool, unexplained: float | None) -> Ch
     known = old.memory is not None and new.memory is not None
     return Change(
         row=new,
-        factor=_factor(old, new, by_torch),
+        factor=factor,
         noise=math.exp(max(SIGMAS * deviation, math.log1p(LEAST))),
         choices=chosen,
         error=f"error {scientific(old.error)} -> {scientific(new.error)}" if off else "",

@@ -373,7 +373,7 @@ def _draw_choices(run: Run, theme: Theme) -> Any:
                 text = head.rung
                 if head.structure != "dense":
                     structures = True
-                    text += f"\n{head.structure.replace('_', ' ')} {head.kept:.0%}"
+                    text += f"\nrank {head.rank}" if head.rank else f"\n{head.structure} {head.kept:.0%}"
                 axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=7.5, linespacing=1.15)
         H = max(len(row.choices) for row in layers)
         axes.set(xlim=(-0.5, H - 0.5), ylim=(len(layers) - 0.5, -0.5), ylabel="layer", title=name)

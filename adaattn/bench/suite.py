@@ -56,7 +56,7 @@ class Scope:
 
 _SHAPES = ((4, 256, 256, 4), (4, 512, 256, 4), (4, 512, 512, 8))
 FULL = Scope(_SHAPES, KINDS, tuple(128 << i for i in range(9)), 2048, (128, 512), 11, 0.03, 6.0)
-QUICK = Scope(_SHAPES, ("gaussian",), (128, 256, 512, 1024, 2048), 1024, (), 3, 0.01, 0.7)
+QUICK = Scope(_SHAPES, ("gaussian",), (128, 512, 2048), 1024, (), 3, 0.006, 0.5)
 
 
 @dataclass(frozen=True)
