@@ -86,11 +86,11 @@ def attention_backward(
 
     Notes
     -----
-    The gradient is always that of exact attention, computed in the precision of the dtype: products in float32
-    (float64 for float64 arrays), whatever tolerance the forward pass had; gradients of half arrays are rounded
-    once. Where float32 overflows, float64 is used. What is hidden has no influence, NaN included: gradients of
-    rows that see no key, and of keys that no row sees, are zero. A NaN or an infinity that takes part reaches
-    the gradients as in plain arithmetic.
+    The gradient is always that of exact attention, in the precision of the dtype, whatever tolerance the
+    forward pass had: products in float32 (float64 for float64 arrays), gradients of half arrays rounded once.
+    Where float32 overflows, float64 is used. What is hidden has no influence, NaN included: gradients of rows
+    that see no key, and of keys that no row sees, are zero. A NaN or an infinity that takes part reaches the
+    gradients as in plain arithmetic.
 
     Five products of a tile of 64 queries and 64 keys (FlashAttention-2, arXiv 2307.08691); tiles that share a
     sum are computed one after the other in an order that the sizes of one head fix.

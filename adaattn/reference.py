@@ -1,4 +1,5 @@
-"""The float64 oracle: attention in plain NumPy, with the signature and the semantics of `adaattn.attention`.
+"""The float64 oracle: attention and its gradient in plain NumPy, with the signatures and the semantics of
+`adaattn.attention` and `adaattn.attention_backward`.
 
 Every other path of the library is tested against this file, so it favours being plainly right over being
 fast: one head at a time, `ROWS` queries at a time, the order of operations read from top to bottom. It is
@@ -7,10 +8,13 @@ independent of the engine and validates nothing. Results stay in float64 whateve
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .backward import Gradients
 
 ROWS = 512  # queries per step: scores take ROWS x S doubles, whatever T is
 
@@ -63,8 +67,130 @@ def attention(
     lse : ndarray of float64, (B, H, T)
         Natural logarithm of the softmax's denominator; only with ``return_lse=True``.
     """
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    (B, H, T, _), E = np.shape(query), np.shape(value)[-1]
+    result, lse = np.empty((B, H, T, E)), np.empty((B, H, T))
+    with np.errstate(all="ignore"):
+        for x in _steps(
+            query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths,
+            query_offset, scale, dropout_p, seed,
+        ):  # fmt: skip
+            lse[x.b, x.h, x.rows] = x.lse
+            result[x.b, x.h, x.rows] = weigh(x.p if x.keep is None else x.p * x.keep, x.visible, x.v)
+        if out is not None:
+            out[...] = result
+    return (result, lse) if return_lse else result
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    *,
+    attn_mask: ArrayLike | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    query_offset: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | ArrayLike | None = None,
+    needs: Iterable[str] = ("query", "key", "value"),
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients in float64; see `adaattn.attention_backward` for the meaning of the arguments.
+
+    Parameters
+    ----------
+    out, lse, num_threads
+        Taken for the signature's sake; they have no influence: weights and sums are those of the inputs.
+
+    Returns
+    -------
+    Gradients
+        Of float64 arrays, None where not asked for.
+    """
+    grad_out, query, key, value = (np.asarray(x) for x in (grad_out, query, key, value))
     (B, H, T, D), (_, G, S, E) = query.shape, value.shape
+    factor = 1 / np.sqrt(D) if scale is None else scale
+    sink = np.broadcast_to(-np.inf if sinks is None else np.asarray(sinks, np.float64), H)
+    needs = set(needs)
+    dq, dk, dv = np.zeros((B, H, T, D)), np.zeros((B, G, S, D)), np.zeros((B, G, S, E))
+    bias = np.zeros((B, H, T, S) if "attn_mask" in needs else (1, 1, 1, 1))
+    sink_parts, slope_parts = np.zeros((B, H)), np.zeros((B, H))
+    with np.errstate(all="ignore"):
+        for x in _steps(
+            query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths,
+            query_offset, scale, dropout_p, seed,
+        ):  # fmt: skip
+            b, h, g, rows = x.b, x.h, x.h * G // H, x.rows
+            go = grad_out[b, h, rows].astype(np.float64)
+            dp = np.where(x.visible, go @ x.v.T, 0)
+            if x.keep is not None:
+                dp *= x.keep
+            delta = (x.p * dp).sum(axis=1)
+            ds = np.where(x.visible, x.p * (dp - delta[:, None]), 0)
+            if sink[h] > -np.inf:
+                sink_parts[b, h] -= np.exp(sink[h] - x.lse) @ delta
+            slope_parts[b, h] -= (ds * np.abs(x.distance)).sum()
+            if "attn_mask" in needs:
+                bias[b, h, rows, x.keys] = ds
+            if softcap is not None:
+                ds = ds * (1 - np.square(x.capped / softcap))
+            dq[b, h, rows] = factor * _add_up(ds, x.k, x.visible)
+            dk[b, g, x.keys] += factor * _add_up(ds.T, x.q, x.visible.T)
+            weights = x.p if x.keep is None else x.p * x.keep
+            dv[b, g, x.keys] += _add_up(weights.T, go, x.visible.T)
+    per_sequence = alibi_slopes is not None and np.ndim(alibi_slopes) == 2
+    slopes = slope_parts if per_sequence else slope_parts.sum(axis=0)
+    results = {
+        "query": dq, "key": dk, "value": dv, "sinks": sink_parts.sum(axis=0), "alibi_slopes": slopes,
+        "attn_mask": _shrink(bias, np.shape(np.asarray(attn_mask))) if "attn_mask" in needs else None,
+    }  # fmt: skip
+    return Gradients(*(results[name] if name in needs else None for name in Gradients._fields))
+
+
+class _Step(NamedTuple):
+    """Some rows of one head against the keys that any of them sees."""
+
+    b: int
+    h: int
+    rows: _Array
+    keys: slice
+    q: _Array
+    k: _Array
+    v: _Array
+    visible: _Array  # (rows, keys), like the following
+    distance: _Array  # of each key after its query's position
+    capped: _Array  # scores behind the softcap
+    p: _Array
+    keep: _Array | None  # what dropout multiplies p with
+    lse: _Array
+
+
+def _steps(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    attn_mask: ArrayLike | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    alibi_slopes: ArrayLike | None,
+    sinks: ArrayLike | None,
+    kv_lengths: ArrayLike | None,
+    query_offset: ArrayLike | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Any,
+) -> Iterator[_Step]:
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    (B, H, T, D), (_, G, S, _) = query.shape, value.shape
     scale = 1 / np.sqrt(D) if scale is None else scale
     if query_offset is None:
         query_offset = 0 if causal == "upper_left" else S - T
@@ -73,29 +199,24 @@ def attention(
     slopes = None if alibi_slopes is None else np.broadcast_to(alibi_slopes, (B, H)).astype(np.float64)
     sink = np.broadcast_to(-np.inf if sinks is None else np.asarray(sinks, np.float64), H)
     mask = None if attn_mask is None else np.broadcast_to(np.asarray(attn_mask), (B, H, T, S))
+    seeds = sequence_seeds(seed, B) if dropout_p > 0 else None
+    for b, h, start in np.ndindex(B, H, -(-T // ROWS)):
+        rows = np.arange(start * ROWS, min((start + 1) * ROWS, T))
+        distance = np.arange(S) - (rows + offset[b])[:, None]
+        bias = None if mask is None else _widen(mask[b, h, rows])
+        visible = visible_keys(distance, lengths[b], bool(causal), window, bias)
+        keys = _span(visible)
+        visible, bias = visible[:, keys], None if bias is None else bias[:, keys]
+        columns, g, distance = np.arange(S)[keys], h * G // H, distance[:, keys]
+        q, k, v = (x.astype(np.float64) for x in (query[b, h, rows], key[b, g, keys], value[b, g, keys]))
 
-    result, lse = np.empty((B, H, T, E)), np.empty((B, H, T))
-    with np.errstate(all="ignore"):
-        seeds = sequence_seeds(seed, B) if dropout_p > 0 else None
-        for b, h, start in np.ndindex(B, H, -(-T // ROWS)):
-            rows = np.arange(start * ROWS, min((start + 1) * ROWS, T))
-            distance = np.arange(S) - (rows + offset[b])[:, None]  # of each key after its query's position
-            bias = None if mask is None else _widen(mask[b, h, rows])
-            visible = visible_keys(distance, lengths[b], bool(causal), window, bias)
-            keys = _span(visible)
-            visible, bias = visible[:, keys], None if bias is None else bias[:, keys]
-            columns, g = np.arange(S)[keys], h * G // H
-            q, k, v = (x.astype(np.float64) for x in (query[b, h, rows], key[b, g, keys], value[b, g, keys]))
-
-            penalty = None if slopes is None else slopes[b, h] * np.abs(distance[:, keys])
-            s = scores(q, k, scale, softcap, penalty, bias)
-            p, lse[b, h, rows] = softmax(s, visible, sink[h])
-            if seeds is not None:
-                p *= dropout_keep(seeds[b], h, rows, columns, dropout_p) / (1 - dropout_p)
-            result[b, h, rows] = weigh(p, visible, v)
-        if out is not None:
-            out[...] = result
-    return (result, lse) if return_lse else result
+        penalty = None if slopes is None else slopes[b, h] * np.abs(distance)
+        capped = scores(q, k, scale, softcap)
+        p, lse = softmax(biased(capped, penalty, bias), visible, sink[h])
+        keep = None
+        if seeds is not None:
+            keep = dropout_keep(seeds[b], h, rows, columns, dropout_p) / (1 - dropout_p)
+        yield _Step(b, h, rows, keys, q, k, v, visible, distance, capped, p, keep, lse)
 
 
 def visible_keys(
@@ -119,18 +240,19 @@ def visible_keys(
     return visible
 
 
-def scores(
-    q: _Array, k: _Array, scale: float, softcap: float | None, penalty: _Array | None, mask: _Array | None
-) -> _Array:
+def scores(q: _Array, k: _Array, scale: float, softcap: float | None) -> _Array:
     """Scores of q (rows, D) against k (S, D), in the order that the interface fixes: (rows, S)."""
     s: _Array = q @ k.T
     s *= scale
-    if softcap is not None:
-        s = softcap * np.tanh(s / softcap)
+    return s if softcap is None else softcap * np.tanh(s / softcap)
+
+
+def biased(s: _Array, penalty: _Array | None, mask: _Array | None) -> _Array:
+    """What comes on top of the scores."""
     if penalty is not None:
-        s -= penalty
+        s = s - penalty
     if mask is not None and mask.dtype != bool:
-        s += mask
+        s = s + mask
     return s
 
 
@@ -159,6 +281,22 @@ def weigh(p: _Array, visible: _Array, v: _Array) -> _Array:
         nan, up, down = (reach @ kind > 0 for kind in (np.isnan(v), v == np.inf, v == -np.inf))
         out += np.select([nan | (up & down), up, down], [np.nan, np.inf, -np.inf], 0.0)
     return out
+
+
+def _add_up(w: _Array, x: _Array, visible: _Array) -> _Array:
+    """w @ x, where pairs that do not see each other add nothing, not even NaN."""
+    if np.isfinite(x).all() and np.isfinite(w).all():
+        sums: _Array = w @ x
+        return sums
+    return np.stack([(w[i, see, None] * x[see]).sum(axis=0) for i, see in enumerate(visible)])
+
+
+def _shrink(x: _Array, shape: tuple[int, ...]) -> _Array:
+    """Sums over what an array of this shape was broadcast along."""
+    wide = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(i for i, size in enumerate(wide) if size != x.shape[i])
+    sums: _Array = x.sum(axis=axes, keepdims=True)
+    return sums.reshape(shape)
 
 
 def sequence_seeds(seed: Any, B: int) -> _Array:

@@ -31,7 +31,10 @@ typedef struct {
     int64_t tiles, blocks; /* of a head: queries and keys */
     int64_t query_parts, key_parts, steps, step;
     bool scores;           /* their gradients are wanted */
-    double *delta;         /* [B][H][T] */
+    double *delta;         /* [B][H][T] sums of grad_out * out */
+    double *reference;     /* [B][H][T] log2 units, of rows whose bias swallows more of the lse than rounding,
+                              else 0; NULL where nothing is added to scores */
+    double *lse;           /* [B][H][T] log2 units, beyond the reference */
     double *sinks;         /* [B][H][query_parts] */
     double *slopes;        /* [B][H][key_parts] */
     void *sums[3];         /* REAL: of queries, keys and values from key head first on */
@@ -60,7 +63,7 @@ static int64_t sum_size(const ada_problem *p, int which) {
 }
 
 static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
-    const char *at = (const char *)lse->data + b * lse->stride[0] + h * lse->stride[1] + i * lse->stride[2];
+    const char *at = ada_row_at(lse, b, h, i);
     return lse->dtype == ADA_F64 ? *(const double *)at : (double)*(const float *)at;
 }
 
@@ -82,30 +85,86 @@ static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
 
 static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
 
-/* The sums over values of a part of the queries of a head, and what its sink has of them. */
-static void delta_task(void *context, ada_job *job, int64_t task, int worker) {
+/* Reference and lse of some rows of a tile (bits of rows), computed again. */
+static void recompute_lse(const back_run *r, ada_patch patch, uint64_t rows, char *scratch) {
+    const ada_problem *p = r->p;
+    ada_carver carver = {scratch, 0};
+    const scratch_f64 s = scratch_of_f64(p, &carver);
+    const double sink = ada_sink(p, patch.h) * ADA_LOG2E;
+    double m[ADA_LANES], l[ADA_LANES] = {0};
+    for (int i = 0; i < ADA_LANES; i++) m[i] = sink;
+    for (int pass = 0; pass < 2; pass++)
+        for (int64_t block = 0; block < r->blocks; block++) {
+            ada_backward_tile_f64 t;
+            patch.j = block * ADA_BLOCK, patch.nk = ada_keys_of_block(p, block);
+            if (!see_tile_f64(r, &s, &patch, &t)) continue;
+            take_block_f64(r, &s, &patch);
+            score_tile_f64(r, &s, &t, take_rows_f64(r, &p->query, &patch, s.q));
+            for (int i = 0; i < patch.n; i++) {
+                const uint64_t seen = rows >> i & 1 ? seen_keys_f64(&t, i, patch.nk) : 0;
+                for (int j = 0; j < patch.nk; j++) {
+                    const int at = i * ADA_BLOCK + j;
+                    if (!(seen >> j & 1)) continue;
+                    const double x = s.s[at] + (t.bias ? t.bias[at] : 0);
+                    if (pass)
+                        l[i] += exp2(x - m[i]);
+                    else
+                        m[i] = fmax(m[i], x);
+                }
+            }
+        }
+    const int64_t row = (patch.b * p->H + patch.h) * p->T + patch.i;
+    for (int i = 0; i < patch.n; i++)
+        if (rows >> i & 1) {
+            r->reference[row + i] = m[i];
+            r->lse[row + i] = log2(l[i] + exp2(sink - m[i]));
+        }
+}
+
+static bool sees_keys(const back_run *r, int64_t b, int64_t h, int64_t i) {
+    int64_t block = 0;
+    float rows[ADA_BLOCK];
+    return ada_row_sees(r->p, r->k, b, h, i, &block, rows);
+}
+
+/* What the rows of a part of the queries of a head need, and the gradient of its sink from them. */
+static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
     const back_run *r = context;
     const ada_problem *p = r->p;
     const int64_t head = task / r->query_parts, b = head / p->H, h = head % p->H;
     const ada_range tiles = part_of(r->tiles, r->query_parts, task % r->query_parts);
-    const double sink = ada_sink(p, h);
+    const double sink = ada_sink(p, h) * ADA_LOG2E;
     double sum = 0;
-    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
+    char *scratch = r->scratch + worker * r->scratch_bytes;
     for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
-        const int64_t i = tile * ADA_LANES;
+        ada_carver carver = {scratch, 0};
+        const int64_t i = tile * ADA_LANES, row = head * p->T + i;
         const int n = (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES);
-        double *delta = r->delta + head * p->T + i;
         if (ada_job_cancelled(job, worker)) return;
-        carver.used = 0;
         if (p->query.dtype == ADA_F64) {
             const scratch_f64 s = scratch_of_f64(p, &carver);
-            delta_rows_f64(r, b, h, i, n, &s, delta);
+            delta_rows_f64(r, b, h, i, n, &s, r->delta + row);
         } else {
             const scratch_f32 s = scratch_of_f32(p, &carver);
-            delta_rows_f32(r, b, h, i, n, &s, delta);
+            delta_rows_f32(r, b, h, i, n, &s, r->delta + row);
+        }
+        uint64_t again = 0;
+        for (int x = 0; x < n; x++) {
+            const double lse = lse_at(&r->x->lse, b, h, i + x) * ADA_LOG2E;
+            r->lse[row + x] = lse;
+            if (!isfinite(r->delta[row + x]) && !sees_keys(r, b, h, i + x)) r->delta[row + x] = 0;
+            if (!r->reference) continue;
+            r->reference[row + x] = 0;
+            if (isfinite(lse) && fabs(lse) > p->most_bias) again |= (uint64_t)1 << x;
+        }
+        if (again) {
+            recompute_lse(r, (ada_patch){.b = b, .h = h, .i = i, .n = n}, again, scratch);
+            /* Nor do floats hold the scores. */
+            atomic_store_explicit(&r->unfit[b * p->G + h / (p->H / p->G)], true, memory_order_relaxed);
         }
         for (int x = 0; sink > -INFINITY && x < n; x++)
-            sum -= exp(sink - lse_at(&r->x->lse, b, h, i + x)) * delta[x];
+            sum -=
+                exp2(sink - (r->reference ? r->reference[row + x] : 0) - r->lse[row + x]) * r->delta[row + x];
     }
     r->sinks[task] = sum;
 }
@@ -134,16 +193,16 @@ static void step_task(void *context, ada_job *job, int64_t task, int worker) {
         atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
 }
 
-/* Looks at the sums of a key head and, where they are not the results themselves, brings them there. */
+/* Completes the sums of a key head and, where they are not the results themselves, brings them there. */
 static void finish_task(void *context, ada_job *job, int64_t task, int worker) {
     const back_run *r = context;
     const ada_problem *p = r->p;
     const int64_t group = r->first + task, b = group / p->G, g = group % p->G, per_group = p->H / p->G;
     (void)job, (void)worker;
-    if (!r->careful) {
-        if (!(is_double(r) ? sums_are_finite_f64(r, group) : sums_are_finite_f32(r, group)))
-            atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
-        if (r->unfit[group]) return;
+    if (!r->careful && atomic_load_explicit(&r->unfit[group], memory_order_relaxed)) return;
+    if (!(is_double(r) ? scale_sums_f64(r, group) : scale_sums_f32(r, group)) && !r->careful) {
+        atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
+        return;
     }
     for (int i = 0; i <= ADA_OF_VALUE; i++) {
         const ada_array *to = &r->x->results[i];
@@ -270,7 +329,7 @@ static bool run_all(back_run *r, const back_caller *c, double *spare) {
     const double rows = (double)(p->B * p->H * p->T);
     for (int64_t i = 0; i < r->groups; i++)
         atomic_init(&r->unfit[i], p->only_f64 && p->query.dtype != ADA_F64);
-    if (!run_tasks(r, c, delta_task, p->B * p->H * r->query_parts, rows * (double)p->E)) return false;
+    if (!run_tasks(r, c, rows_task, p->B * p->H * r->query_parts, rows * (double)p->E)) return false;
     if (needs[ADA_OF_QUERY] || needs[ADA_OF_KEY] || needs[ADA_OF_VALUE] || needs[ADA_OF_SLOPES])
         if (!run_steps(r, c) || !run_unfit(r, c, spare)) return false;
     if (needs[ADA_OF_SINKS]) store_vector(p, &x->results[ADA_OF_SINKS], r->sinks, r->query_parts);
@@ -298,6 +357,7 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
         r.mask = x->results[ADA_OF_MASK];
         ada_broadcast(p, &r.mask);
     }
+    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     const bool half = ada_dtype_bytes(p->query.dtype) == 2;
 
     ada_carver size = {NULL, 0};
@@ -312,7 +372,9 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
                             (long long)carver.used);
         carver.used = 0;
         r.scratch = ada_carve(&carver, caller.threads * r.scratch_bytes);
-        r.delta = ada_carve(&carver, heads * p->T * (int64_t)sizeof(double));
+        const int64_t row_bytes = heads * p->T * (int64_t)sizeof(double);
+        r.delta = ada_carve(&carver, row_bytes), r.lse = ada_carve(&carver, row_bytes);
+        r.reference = biased ? ada_carve(&carver, row_bytes) : NULL;
         r.sinks = ada_carve(&carver, heads * r.query_parts * (int64_t)sizeof(double));
         r.slopes = ada_carve(&carver, heads * r.key_parts * (int64_t)sizeof(double));
         r.unfit = ada_carve(&carver, r.groups * (int64_t)sizeof *r.unfit);

@@ -4,30 +4,31 @@
 #include "read_tpl.h"
 
 typedef struct {
-    REAL *keys;               /* [D][ADA_LANES] of the present block, turned, times scale * log2(e) */
-    REAL *values;             /* [E][ADA_LANES] turned */
-    REAL *scaled;             /* [ADA_BLOCK][D] keys times scale */
-    REAL *dk, *dv;            /* [ADA_BLOCK][D] and [ADA_BLOCK][E], sums over queries */
-    REAL *s, *g;              /* [ADA_LANES][ADA_BLOCK] */
-    REAL *derivative;         /* of the softcap, the same */
-    REAL *bias;               /* the same */
-    REAL *q, *go;             /* [ADA_LANES][D] and [ADA_LANES][E], rows that could not be read in place */
-    REAL *rows;               /* [ADA_BLOCK][max(D, E)] */
-    REAL *lse, *delta;        /* [ADA_LANES] */
-    uint64_t *visible, *keep; /* [ADA_LANES] */
+    REAL *keys;       /* [D][ADA_LANES] of the present block, turned, times scale * log2(e) */
+    REAL *values;     /* [E][ADA_LANES] turned */
+    REAL *copy;       /* [ADA_BLOCK][D] keys as they are */
+    REAL *dk, *dv;    /* [ADA_BLOCK][D] and [ADA_BLOCK][E], sums over queries */
+    REAL *s, *g;      /* [ADA_LANES][ADA_BLOCK] */
+    REAL *derivative; /* of the softcap, the same */
+    REAL *bias;       /* the same */
+    REAL *q, *go;     /* [ADA_LANES][D] and [ADA_LANES][E], rows that could not be read in place */
+    REAL *rows;       /* [ADA_BLOCK][max(D, E)] */
+    REAL *lse, *reference, *delta; /* [ADA_LANES] */
+    uint64_t *visible, *keep;      /* [ADA_LANES] */
 } KIND(scratch);
 
 static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     const int64_t real = sizeof(REAL), tile = ADA_LANES * ADA_BLOCK * real;
     const int64_t keys = ADA_LANES * p->D * real, values = ADA_LANES * p->E * real;
     KIND(scratch) s;
-    s.keys = ada_carve(c, keys), s.values = ada_carve(c, values), s.scaled = ada_carve(c, keys);
+    s.keys = ada_carve(c, keys), s.values = ada_carve(c, values), s.copy = ada_carve(c, keys);
     s.dk = ada_carve(c, keys), s.dv = ada_carve(c, values);
     s.s = ada_carve(c, tile), s.g = ada_carve(c, tile);
     s.derivative = ada_carve(c, p->has_softcap ? tile : 0), s.bias = ada_carve(c, tile);
     s.q = ada_carve(c, keys), s.go = ada_carve(c, values);
     s.rows = ada_carve(c, keys > values ? keys : values);
-    s.lse = ada_carve(c, ADA_LANES * real), s.delta = ada_carve(c, ADA_LANES * real);
+    s.lse = ada_carve(c, ADA_LANES * real), s.reference = ada_carve(c, ADA_LANES * real);
+    s.delta = ada_carve(c, ADA_LANES * real);
     s.visible = ada_carve(c, ADA_LANES * sizeof(uint64_t)),
     s.keep = ada_carve(c, ADA_LANES * sizeof(uint64_t));
     return s;
@@ -41,8 +42,7 @@ static void KIND(take_block)(const back_run *r, const KIND(scratch) * s, const a
     ptrdiff_t ld;
     const REAL *k = KIND(rows_at)(r->k, &p->key, patch->b, g, patch->j, nk, s->rows, &ld);
     r->k->KIND(pack)(s->keys, k, ld, nk, D, lanes, (REAL)(p->scale * ADA_LOG2E));
-    for (int j = 0; j < nk; j++)
-        for (int d = 0; d < D; d++) s->scaled[j * D + d] = k[j * ld + d] * (REAL)p->scale;
+    for (int j = 0; j < nk; j++) memcpy(s->copy + j * D, k + j * ld, (size_t)D * sizeof *k);
     const REAL *v = KIND(rows_at)(r->k, &p->value, patch->b, g, patch->j, nk, s->rows, &ld);
     r->k->KIND(pack)(s->values, v, ld, nk, E, lanes, 1);
 }
@@ -74,10 +74,11 @@ static bool KIND(see_tile)(const back_run *r, const KIND(scratch) * s, const ada
     const bool whole = sight == ADA_PLAIN && patch->nk == t->width;
     for (int i = 0; sight == ADA_PLAIN && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
     if (!whole) t->visible = s->visible;
-    const double *delta = r->delta + (patch->b * p->H + patch->h) * p->T + patch->i;
+    const int64_t row = (patch->b * p->H + patch->h) * p->T + patch->i;
     for (int i = 0; i < patch->n; i++) {
-        const double lse = lse_at(&r->x->lse, patch->b, patch->h, patch->i + i);
-        s->lse[i] = (REAL)(lse * ADA_LOG2E), s->delta[i] = (REAL)delta[i];
+        const double lse = r->lse[row + i];
+        s->lse[i] = (REAL)lse, s->delta[i] = (REAL)r->delta[row + i];
+        s->reference[i] = r->reference ? (REAL)r->reference[row + i] : 0;
         if (lse != -INFINITY) continue;
         t->visible = s->visible;
         s->visible[i] = 0; /* it sees nothing */
@@ -102,17 +103,45 @@ static bool KIND(cap_tile)(const back_run *r, const KIND(scratch) * s, const KIN
     return finite;
 }
 
-/* Weights in s and, where wanted, gradients of the scores behind the softcap in g. False when REAL does not
- * hold them. */
-static bool KIND(weigh_tile)(const back_run *r, const KIND(scratch) * s, const KIND(ada_backward_tile) * t,
-                             const REAL *q, const REAL *go) {
-    const int D = (int)r->p->D, E = (int)r->p->E;
+/* Scores of a tile. False when one is not finite and the softcap would make it so. */
+static bool KIND(score_tile)(const back_run *r, const KIND(scratch) * s, const KIND(ada_backward_tile) * t,
+                             const REAL *q) {
+    const int D = (int)r->p->D;
     r->k->KIND(product)(
         &(KIND(ada_product)){s->s, q, s->keys, ADA_BLOCK, D, 1, ADA_LANES, t->rows, D, t->width, false});
+    return !r->p->has_softcap || KIND(cap_tile)(r, s, t);
+}
+
+/* Where a row has a reference: adds the bias to the scores, which may swallow them, and then takes the
+ * references away. */
+static void KIND(refer_tile)(const KIND(scratch) * s, KIND(ada_backward_tile) * t) {
+    bool any = false;
+    for (int i = 0; i < t->rows; i++) any |= s->reference[i] != 0;
+    if (!any) return;
+    for (int i = 0; i < t->rows; i++) {
+        uint64_t seen = t->visible ? t->visible[i] : UINT64_MAX;
+        for (int j = 0; j < t->width; j++) {
+            const int at = i * ADA_BLOCK + j;
+            if (!(seen >> j & 1)) continue;
+            if (t->bias[at] == -INFINITY) seen &= ~((uint64_t)1 << j);
+            s->s[at] = s->s[at] + t->bias[at] - s->reference[i];
+        }
+        s->visible[i] = seen;
+    }
+    t->visible = s->visible;
+    t->bias = NULL;
+}
+
+/* Weights in s and, where wanted, gradients of the scores behind the softcap in g. False when REAL does not
+ * hold them. */
+static bool KIND(weigh_tile)(const back_run *r, const KIND(scratch) * s, KIND(ada_backward_tile) * t,
+                             const REAL *q, const REAL *go) {
+    const int E = (int)r->p->E;
+    const bool finite = KIND(score_tile)(r, s, t, q);
     if (t->g)
         r->k->KIND(product)(&(KIND(ada_product)){s->g, go, s->values, ADA_BLOCK, E, 1, ADA_LANES, t->rows, E,
                                                  t->width, false});
-    const bool finite = !r->p->has_softcap || KIND(cap_tile)(r, s, t);
+    if (t->bias) KIND(refer_tile)(s, t);
     return r->k->KIND(backward)(t) && finite;
 }
 
@@ -162,7 +191,7 @@ static void KIND(add_pairs)(const back_run *r, const KIND(scratch) * s, const KI
             if (!(seen >> j & 1)) continue;
             for (int e = 0; e < E; e++) s->dv[j * E + e] += w * go[i * E + e];
             for (int d = 0; needs[ADA_OF_KEY] && d < D; d++) s->dk[j * D + d] += g * q[i * D + d];
-            for (int d = 0; needs[ADA_OF_QUERY] && d < D; d++) dq[i * D + d] += g * s->scaled[j * D + d];
+            for (int d = 0; needs[ADA_OF_QUERY] && d < D; d++) dq[i * D + d] += g * s->copy[j * D + d];
         }
     }
 }
@@ -180,7 +209,7 @@ static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ad
     if (t->g) KIND(uncap_tile)(r, s, t);
     if (r->careful && (t->visible || t->bias) &&
         !(KIND(rows_are_finite)(q, (int64_t)n * D) && KIND(rows_are_finite)(go, (int64_t)n * E) &&
-          KIND(rows_are_finite)(s->scaled, (int64_t)nk * D) && finite)) {
+          KIND(rows_are_finite)(s->copy, (int64_t)nk * D) && finite)) {
         KIND(add_pairs)(r, s, t, patch, q, go, dq);
         return true;
     }
@@ -189,7 +218,7 @@ static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ad
     if (r->x->needs[ADA_OF_KEY])
         r->k->KIND(product)(&(KIND(ada_product)){s->dk, s->g, q, D, 1, ADA_BLOCK, D, nk, n, D, true});
     if (r->x->needs[ADA_OF_QUERY])
-        r->k->KIND(product)(&(KIND(ada_product)){dq, s->g, s->scaled, D, ADA_BLOCK, 1, D, n, nk, D, true});
+        r->k->KIND(product)(&(KIND(ada_product)){dq, s->g, s->copy, D, ADA_BLOCK, 1, D, n, nk, D, true});
     return true;
 }
 
@@ -228,21 +257,25 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
         if (!taken) continue;
         REAL *dk = (REAL *)r->sums[ADA_OF_KEY] + (at * p->S + j) * D;
         REAL *dv = (REAL *)r->sums[ADA_OF_VALUE] + (at * p->S + j) * E;
-        for (int64_t x = 0; r->x->needs[ADA_OF_KEY] && x < patch.nk * D; x++)
-            dk[x] += s.dk[x] * (REAL)p->scale;
+        for (int64_t x = 0; r->x->needs[ADA_OF_KEY] && x < patch.nk * D; x++) dk[x] += s.dk[x];
         for (int64_t x = 0; r->x->needs[ADA_OF_VALUE] && x < patch.nk * E; x++) dv[x] += s.dv[x];
     }
     return true;
 }
 
-/* Whether the sums of a key head are finite. */
-static bool KIND(sums_are_finite)(const back_run *r, int64_t group) {
-    const int64_t at = group - r->first;
+/* Multiplies those of a key head's sums that lack it with the scale; whether all are finite. */
+static bool KIND(scale_sums)(const back_run *r, int64_t group) {
+    const REAL scale = (REAL)r->p->scale;
+    bool finite = true;
     for (int i = 0; i <= ADA_OF_VALUE; i++) {
         const int64_t n = sum_size(r->p, i);
-        if (r->x->needs[i] && !KIND(rows_are_finite)((const REAL *)r->sums[i] + at * n, n)) return false;
+        REAL *sums = (REAL *)r->sums[i] + (group - r->first) * n;
+        for (int64_t x = 0; r->x->needs[i] && x < n; x++) {
+            if (i != ADA_OF_VALUE) sums[x] *= scale;
+            finite &= (bool)isfinite(sums[x]);
+        }
     }
-    return true;
+    return finite;
 }
 
 /* Sums of grad_out * out over each of some rows, in double. */

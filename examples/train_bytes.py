@@ -87,6 +87,7 @@ def bits_per_byte(model: nn.Transformer, text: Text, length: int) -> float:
     """On sequences of `length` from the start of the text, one after the other."""
     model.eval()
     count = min(max(1, (len(text) - 1) // length), MOST_CHECKED)
+    model.reset_statistics()  # so that they tell of these sequences
     losses = []
     for start in range(0, count * length, length):
         row = text[start : start + length + 1]
@@ -96,7 +97,7 @@ def bits_per_byte(model: nn.Transformer, text: Text, length: int) -> float:
 
 
 @contextmanager
-def progress(name: str, done: int, total: int) -> Iterator[Callable[[int, float], None]]:
+def progress(name: str, losses: list[float], total: int) -> Iterator[Callable[[int, float], None]]:
     """A function that shows the steps done and the loss: a bar with rich, else a line now and then."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -113,14 +114,16 @@ def progress(name: str, done: int, total: int) -> Iterator[Callable[[int, float]
         return
     columns = "[bold]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as bar:
-        task = bar.add_task(name, total=total, completed=done, loss=float("nan"))
+        task = bar.add_task(
+            name, total=total, completed=len(losses), loss=losses[-1] if losses else float("nan")
+        )
         yield lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
 def train(run: Run, text: Text, folder: Path, options: argparse.Namespace) -> None:
     """From the last checkpoint, if there is one, to the last step."""
     run.resume(folder)
-    with progress(run.name, len(run.losses), options.steps) as show:
+    with progress(run.name, run.losses, options.steps) as show:
         for step in range(len(run.losses), options.steps):
             start = time.perf_counter()
             tokens, targets = batch(text, options.batch, options.length, run.seed, step)
@@ -142,6 +145,7 @@ def new_run(name: str, options: argparse.Namespace, seed: int, **attention: Any)
         embed_dim=options.dim,
         dropout=options.dropout,
         seed=seed,
+        collect_statistics=True,
         **attention,
     )
     return Run(name, model, nn.AdamW(model, betas=(0.9, 0.95), weight_decay=0.1), seed)
@@ -173,14 +177,17 @@ def finish(runs: list[Run], text: Text, folder: Path, options: argparse.Namespac
     for run in runs:
         run.model.save(folder / f"{run.name}.safetensors")
         tail = run.losses[-max(1, len(run.losses) // 10) :]
+        bits = bits_per_byte(run.model, text, options.length)
+        rungs = run.model.statistics().total.precision_distribution
         told["runs"][run.name] = {
             "training_bits_per_byte": float(np.mean(tail) / np.log(2)),
-            "held_out_bits_per_byte": bits_per_byte(run.model, text, options.length),
+            "held_out_bits_per_byte": bits,
+            "rungs": {name: round(share, 3) for name, share in rungs.items()},
             "seconds": run.seconds,
         }
     if options.compare:
-        bits = [told["runs"][run.name]["held_out_bits_per_byte"] for run in runs]
-        told["adaptive_minus_exact"], told["other_seed_minus_exact"] = bits[1] - bits[0], bits[2] - bits[0]
+        exact, *others = (told["runs"][run.name]["held_out_bits_per_byte"] for run in runs)
+        told["adaptive_minus_exact"], told["other_seed_minus_exact"] = (bits - exact for bits in others)
     if plot(runs, folder / "loss.png"):
         told["picture"] = str(folder / "loss.png")
     prompt = np.frombuffer(b"def ", np.uint8)[None]
@@ -194,8 +201,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="file to learn; default: the standard library's sources")
     parser.add_argument("--out", type=Path, default=Path("train_bytes"), help="folder for results")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
-    parser.add_argument("--length", type=int, default=256, help="bytes per sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--length", type=int, default=512, help="bytes per sequence")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--warmup", type=int, default=None, help="steps; default a twentieth of all")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")

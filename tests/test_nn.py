@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -489,6 +490,12 @@ def test_parameters_count() -> None:
     assert sum(p.size for p in model.parameters()) == model.num_parameters()
 
 
+@pytest.mark.parametrize("tied_embeddings", [False, True])
+def test_logits_start_small(tied_embeddings: bool, rng: np.random.Generator) -> None:
+    model = nn.Transformer(50, num_layers=1, tied_embeddings=tied_embeddings, seed=0)
+    assert 0.3 < model(rng.integers(0, 50, (2, 20))).std() < 1.5
+
+
 def test_state_moves_between_models() -> None:
     tokens = np.arange(10)[None] % 50
     one, two = small(seed=1), small(seed=2)
@@ -638,6 +645,12 @@ def test_figure_of_statistics(told: nn.ModelStatistics, monkeypatch: pytest.Monk
     precision, seconds = told.plot().axes
     heights = [sum(bar[i].get_height() for bar in precision.containers) for i in range(2)]
     assert heights == pytest.approx([1, 1])
+    for axes in (precision, seconds):
+        for below, above in pairwise(axes.containers):
+            assert all(
+                b.get_y() == pytest.approx(a.get_y() + a.get_height())
+                for a, b in zip(below, above, strict=True)
+            )
     total = sum(bar.get_height() for bars in seconds.containers for bar in bars)
     assert total == pytest.approx(1e3 * sum(told.total.seconds.values()))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

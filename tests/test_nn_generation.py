@@ -197,6 +197,17 @@ def test_prompts_that_are_refused(prompt: Any) -> None:
         small().generate(prompt, 1)
 
 
+def test_caches_that_are_refused() -> None:
+    model, tokens = small(), np.array([[1, 2, 3]])
+    with pytest.raises(adaattn.ArgumentError, match=r"^cache: expected None in training, got a KVCache$"):
+        model(tokens, model.caches(1, 8))
+    caches = model.eval().caches(1, 8)
+    model(tokens, caches, lengths=[2])
+    with pytest.raises(adaattn.ArgumentError, match=r"^lengths: expected None beside a cache that holds"):
+        model(tokens, caches, lengths=[2])
+    assert caches[0].lengths.tolist() == [2], "nothing was appended"
+
+
 def test_models_that_cannot_generate() -> None:
     with pytest.raises(adaattn.ArgumentError, match=r"^causal: expected a causal model to generate with"):
         small(causal=False).generate(np.array([[1]]), 1)

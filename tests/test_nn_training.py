@@ -154,7 +154,11 @@ def test_backward_needs_a_call_in_training() -> None:
     model.backward(grad)
     with pytest.raises(adaattn.ArgumentError, match=r"^backward: expected a call in training before it"):
         model.backward(grad)
-    model.eval()(tokens)
+    model(tokens)
+    model.eval()
+    with pytest.raises(adaattn.ArgumentError, match=r"^backward: expected a call in training before it"):
+        model.backward(grad)
+    model(tokens)
     with pytest.raises(adaattn.ArgumentError, match=r"^backward: expected a call in training before it"):
         model.backward(grad)
 

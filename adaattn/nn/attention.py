@@ -98,17 +98,27 @@ class MultiHeadAttention(Module):
         ----------
         x : (B, T, C) array
         cache : KVCache, optional
-            Of B sequences, G heads and the module's head size. Only a causal module is the same with and
-            without one.
+            Of B sequences, G heads and the module's head size; in evaluation only. Only a causal module is
+            the same with and without one.
         lengths : (B,) ints, optional
             How many of the T positions, the first ones, count; what comes out at the others has no meaning.
             Not beside a cache that holds something.
+
+        Raises
+        ------
+        ShapeError, ArgumentError
+            Naming the argument, what was expected and what came.
         """
         B, T, C = x.shape if x.ndim == 3 else (0, 0, 0)
         H, G, D = self.num_heads, self.num_kv_heads, self.head_size
         if C != H * D:
             check_features(x, H * D)
         held = None if cache is None else cache.lengths
+        continued = held is not None and held.any()
+        if cache is not None and self.training:
+            raise ArgumentError("cache: expected None in training, got a KVCache")
+        if continued and lengths is not None:
+            raise ArgumentError("lengths: expected None beside a cache that holds tokens, got some")
         heads = self.qkv(x).reshape(B, T, H + 2 * G, D)
         if self.rotary_base is not None:
             turned = factors(D, self.rotary_base, heads.dtype, token_positions(held, T))
@@ -120,9 +130,7 @@ class MultiHeadAttention(Module):
         options = self._options
         if cache is not None:
             cache.append(key, value, lengths)
-        if cache is not None and held is not None and held.any():
-            if lengths is not None:
-                raise ArgumentError("lengths: expected None beside a cache that holds tokens, got some")
+        if cache is not None and continued:
             attended = self._attend_cached(cache, query, options)
         else:
             if lengths is not None:
@@ -318,6 +326,6 @@ def token_positions(held: Array | None, T: int) -> Any:
     if held is None:
         return slice(0, T)
     first = int(held[0])
-    if (held == first).all():
+    if held.size == 1 or (held == first).all():
         return slice(first, first + T)
     return held[:, None] + np.arange(T)

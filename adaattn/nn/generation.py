@@ -30,8 +30,7 @@ class Sampler:
         if top_p is not None and not 0 < top_p <= 1:
             raise ArgumentError(f"top_p: expected a number above 0 and up to 1, got {top_p}")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        rng = np.random.default_rng(seed)
-        self._seeds: np.random.SeedSequence = rng.bit_generator.seed_seq  # type: ignore[assignment]
+        self._rng = np.random.default_rng(seed)
         self._rngs: list[np.random.Generator] = []
 
     def __call__(self, logits: Array) -> Tokens:
@@ -43,7 +42,8 @@ class Sampler:
             likeliest: Tokens = logits.argmax(axis=-1)
             return likeliest
         if not self._rngs:
-            self._rngs = [np.random.default_rng(seed) for seed in self._seeds.spawn(len(logits))]
+            seeds = self._rng.integers(2**63, size=len(logits))
+            self._rngs = [np.random.default_rng(seed) for seed in seeds]
         order = np.argsort(-logits, axis=-1, kind="stable")[:, : self.top_k]
         sums = np.exp((np.take_along_axis(logits, order, 1) - best) / float(self.temperature)).cumsum(axis=-1)
         drawn = np.empty(len(logits), np.intp)

@@ -262,7 +262,7 @@ class Transformer(Module):
         top_p : float, optional
             Only the likeliest tokens that together have this probability, or just above, may be drawn.
         seed : int or numpy.random.Generator, optional
-            Of what is drawn; each sequence has a generator of its own, spawned from it.
+            Of what is drawn; each sequence has a generator of its own, whose seed it draws.
         stop_tokens : sequence of int
             A sequence ends with the first of these.
         on_tokens : callable, optional

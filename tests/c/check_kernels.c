@@ -13,6 +13,7 @@
 #    include "../../benchmarks/roofline.c"
 #    pragma GCC pop_options
 #endif
+#include "check_backward.h"
 #include "check_narrow.h"
 
 #include <signal.h>
@@ -51,6 +52,8 @@ static const struct {
     REALS(values, make_values),
     REALS(unpack, make_unpack),
     REALS(row_weights, make_row_weights),
+    REALS(product, make_product),
+    REALS(backward, make_backward),
     REALS(row_scores, make_row_scores),
     HALF(row_scores, make_row_scores),
     {"row_scores_i8", make_row_scores, ADA_F32, ADA_I8},
