@@ -216,6 +216,92 @@ def test_refused(shapes: Any, options: Any, error: Any, message: str) -> None:
         scaled_dot_product_attention(*normal(*shapes), **options)
 
 
+# ---- gradients
+
+
+def gradients(attention: Any, arrays: list[Any], options: dict[str, Any]) -> list[Any]:
+    """Of a fixed combination of the outputs, by all arrays and a floating mask."""
+    leaves = [x.detach().clone().requires_grad_() for x in arrays]
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        leaves.append(mask.detach().clone().requires_grad_())
+        options = options | {"attn_mask": leaves[-1]}
+    out = attention(*leaves[:3], **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return list(torch.autograd.grad(out, leaves, weights.to(out.dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES)
+def test_gradients_as_torch(case: str, dtype: Any) -> None:
+    """Both against float64, of which torch may be as far as it is."""
+    *shapes, options = SHAPES[case]
+    arrays = normal(*shapes, dtype=dtype)
+    options = {name: x() if callable(x) else x for name, x in options.items()}
+    mask, wide = options.get("attn_mask"), options
+    if mask is not None and mask.is_floating_point():
+        options = options | {"attn_mask": mask.to(dtype)}
+        wide = options | {"attn_mask": mask.to(dtype).double()}
+    expected = gradients(F.scaled_dot_product_attention, [x.double() for x in arrays], wide)
+    found = gradients(scaled_dot_product_attention, arrays, options)
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert all(x.dtype == dtype for x in found[:3])
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=4 * DTYPES[dtype], rtol=4 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradients_of_every_option(dropout_p: float) -> None:
+    """Finite differences along random directions, by mask, sinks and slopes as well."""
+    arrays = [
+        x.requires_grad_()
+        for x in (*grouped(torch.float64), *normal((B, 1, T, S), (H,), dtype=torch.float64))
+    ]
+    slopes = torch.rand(H, dtype=torch.float64, requires_grad=True)
+
+    def attend(query: Any, key: Any, value: Any, mask: Any, sinks: Any, slopes: Any) -> Any:
+        torch.manual_seed(2)
+        return scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, "lower_right", 0.7, True, sinks=sinks, alibi_slopes=slopes,
+            window=(4, None), softcap=2.0, kv_lengths=torch.tensor([S, 7]), query_offset=torch.tensor([4, 2]),
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(attend, (*arrays, slopes), fast_mode=True)
+
+
+def test_the_lse_has_no_gradient() -> None:
+    arrays = [x.requires_grad_() for x in grouped()]
+    out, lse = scaled_dot_product_attention(*arrays, enable_gqa=True, return_lse=True)
+    assert out.requires_grad and not lse.requires_grad
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_lse", "attention_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_pass_torchs_checks(name: str, dtype: Any) -> None:
+    inputs = [*grouped(dtype), torch.randn(B, 1, T, S), torch.rand(H), torch.randn(H)]
+    options = ("lower_right", 3, None, 2.0, 0.3, 0.0, 1e-3, *("auto",) * 5, True, 1)
+    vectors = (torch.tensor([S, 7]), torch.tensor([3, 2]), None)
+    operator = getattr(torch.ops.adaattn, name).default
+    if name == "attention_backward":
+        out, lse = torch.ops.adaattn.attention_lse(*inputs, *vectors, *options)
+        arguments = (torch.randn_like(out), out, lse, [True] * 6, *inputs, *vectors, *options)
+    else:
+        differentiable = name == "attention_lse"
+        arguments = (*(x.requires_grad_(differentiable) for x in inputs), *vectors, *options)
+    torch.library.opcheck(operator, arguments)
+
+
+def test_compiled_training() -> None:
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        return attend(query, key, value).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    arrays = [x.requires_grad_() for x in grouped()]
+    expected, found = (torch.autograd.grad(function(*arrays), arrays) for function in (loss, compiled))
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 # ---- compilers
 
 
@@ -369,6 +455,16 @@ def test_encoder_layer_does_not_pass_the_module_by(monkeypatch: pytest.MonkeyPat
         found = layer(x)
     assert [call["tolerance"] for call in calls] == [1e-5]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_module_trains_as_torch() -> None:
+    theirs, ours = (module.train() for module in modules(batch_first=True))
+    (x,) = normal((3, T, 16))
+    for module in (theirs, ours):
+        module(x, x, x, need_weights=False)[0].square().sum().backward()
+    for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert mine.grad is not None, name
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

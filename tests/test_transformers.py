@@ -196,6 +196,24 @@ def test_compiled_and_exported() -> None:
         assert (found[seen] - expected[seen]).norm() <= 1e-5 * expected[seen].norm()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "bert", "t5"])
+def test_training(name: str) -> None:
+    """Every parameter's gradient, sinks and position biases among them."""
+    mask = padding("right")
+    labels = tokens().masked_fill(mask == 0, -100)
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "labels": labels}
+    trained, found = model(name), []
+    for kind in ("eager", "adaattn"):
+        trained.set_attn_implementation(kind)
+        trained.zero_grad()
+        trained(**inputs).loss.backward()
+        found.append({key: x.grad.clone() for key, x in trained.named_parameters() if x.grad is not None})
+    expected, ours = found
+    assert ours.keys() == expected.keys()
+    for key, x in ours.items():
+        assert (x - expected[key]).norm() <= 1e-4 * expected[key].norm() + 1e-7, key
+
+
 # ---- masks
 
 PATTERNS: dict[str, Any] = {

@@ -63,8 +63,8 @@ def scaled_dot_product_attention(
         zeros, as torch's does.
     dropout_p : float
         Applied whether or not anything is in training; the seed is drawn from torch's generator of the CPU.
-    is_causal : bool or "lower_right"
-        True: query i sees keys up to i (upper left), also beside a mask. "lower_right": up to S - T + i.
+    is_causal : bool, "upper_left" or "lower_right"
+        True is "upper_left": query i sees keys up to i, also beside a mask. "lower_right": up to S - T + i.
     scale : float, optional
         Default 1 / sqrt(D); above 0.
     enable_gqa : bool

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import api
+from ..backward import attention_backward
 
 _NUMPY = frozenset((torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32))
 _BF16 = importlib.import_module("ml_dtypes").bfloat16 if importlib.util.find_spec("ml_dtypes") else None
@@ -47,7 +48,7 @@ def compute(
         return out
     _, *rest = results
     if return_lse:
-        rest[0] = torch.as_tensor(rest[0])
+        rest[0] = _as_tensor(rest[0])
     return out, *rest
 
 
@@ -86,6 +87,13 @@ def _array(x: Any) -> Any:
     if x.dtype in _NUMPY:
         return x.numpy()
     return x.view(torch.int16).numpy().view(_BF16) if _BF16 and x.dtype is torch.bfloat16 else x
+
+
+def _as_tensor(x: Any) -> Any:
+    """What the engine made of arrays or tensors."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.from_numpy(x.view("int16")).view(torch.bfloat16) if x.dtype == _BF16 else torch.from_numpy(x)
 
 
 # ---- operators
@@ -153,8 +161,8 @@ def _backward(
     _read(options)
     options["num_threads"] = options["num_threads"] or torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
-    gradients = api.attention_backward(*arrays, needs=wanted, **options)
-    return [torch.as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
+    gradients = attention_backward(*arrays, needs=wanted, **options)
+    return [_as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
 
 
 def _fake_backward(grad_out: Any, out: Any, lse: Any, needs: Any, *inputs: Any) -> Any:

@@ -156,7 +156,7 @@ def _attention(
             out, report = out
             _tallies.setdefault(module, Tally()).add(report, planned=report.plan is not None)
     else:
-        seen["is_causal"] = {"upper_left": True}.get(seen.pop("causal"), False)
+        seen["is_causal"] = seen.pop("causal")
         out = scaled_dot_product_attention(
             query, key, value, **seen, dropout_p=dropout, scale=scaling, enable_gqa=True, softcap=softcap,
             sinks=s_aux, **options,
