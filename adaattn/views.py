@@ -132,7 +132,7 @@ def plot(report: Report) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("Report.plot needs matplotlib: pip install adaattn[report]") from error
+        raise ImportError("Report.plot needs matplotlib: pip install adaattn[plots]") from error
     import matplotlib
 
     B, H = report.retried.shape

@@ -288,7 +288,7 @@ def test_figure_without_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(module, "run", lambda progress: pytest.fail("it ran"))
     assert cli.main(["demo", "--plot", "demo.png"]) == 1
-    assert "pip install adaattn[bench]" in capsys.readouterr().err
+    assert "pip install adaattn[plots]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("as_json", [False, True])

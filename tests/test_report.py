@@ -216,7 +216,7 @@ def test_plot(options: dict[str, Any], rng: np.random.Generator, tmp_path: Path)
 
 def test_plot_without_matplotlib(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "matplotlib", "matplotlib.colors", "matplotlib.figure", "matplotlib.patches")
-    with pytest.raises(ImportError, match=r"^Report.plot needs matplotlib: pip install adaattn\[report\]$"):
+    with pytest.raises(ImportError, match=r"^Report.plot needs matplotlib: pip install adaattn\[plots\]$"):
         measured(rng).plot()
 
 

@@ -155,7 +155,7 @@ class ModelStatistics:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[report]") from error
+            raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[plots]") from error
         figure = Figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6), layout="constrained")
         precision, time = figure.subplots(2, 1, sharex=True)
         shares = [layer.precision_distribution for layer in self.layers]
