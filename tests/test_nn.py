@@ -125,6 +125,14 @@ def test_alibi_slopes() -> None:
     assert nn.alibi_slopes(1).tolist() == [2.0**-8]
 
 
+@pytest.mark.filterwarnings("error")
+def test_activations_at_infinity() -> None:
+    x = np.array([np.inf, 3e38, -3e38, -np.inf, np.nan], np.float32)
+    for kind in (np.float32, np.float64):
+        assert str(nn.gelu(x[:3].astype(kind)) + 0) == str(np.array([np.inf, x[1], 0], kind))
+    assert str(nn.gelu(x) + 0) == str(np.array([np.inf, x[1], 0, 0, np.nan], np.float32))
+
+
 def test_rotary(rng: np.random.Generator) -> None:
     """Pairs turn as complex numbers do; a product of two rotated vectors depends on their distance alone."""
     x = rng.standard_normal((1, 1, 6, 8))
@@ -531,6 +539,19 @@ def test_state_that_does_not_fit(change: Any, error: type[Exception], message: s
 
 
 # ---- the language model
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi", "none"])
+def test_an_encoder_sees_both_sides_but_no_padding(positions: str, rng: np.random.Generator) -> None:
+    model, tokens = small(causal=False, positions=positions).eval(), rng.integers(0, 50, (3, 12))
+    lengths = np.array([12, 5, 1])
+    logits = model(tokens, lengths=lengths)
+    for row, length, found in zip(tokens, lengths, logits, strict=True):
+        alone = model(row[None, :length])[0]
+        np.testing.assert_allclose(found[:length], alone, rtol=1e-4, atol=1e-5)
+    changed = tokens.copy()
+    changed[0, 11] = (changed[0, 11] + 1) % 50
+    assert not np.allclose(model(changed, lengths=lengths)[0, 0], logits[0, 0], atol=1e-4)
 
 
 def test_future_tokens_change_nothing(rng: np.random.Generator) -> None:

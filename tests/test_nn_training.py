@@ -233,11 +233,11 @@ def final(out: Path, name: str = "exact") -> dict[str, Any]:
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="needs a checkout")
 def test_a_killed_run_loses_at_most_one_interval(text: Path, tmp_path: Path) -> None:
     """Killed at whatever point, it continues from its last checkpoint and ends in the same bits."""
-    whole, killed, environment = tmp_path / "whole", tmp_path / "killed", os.environ | PATH
-    subprocess.run(command(text, whole, 40), env=environment, check=True, capture_output=True)
+    whole, killed, environment, total = tmp_path / "whole", tmp_path / "killed", os.environ | PATH, 300
+    subprocess.run(command(text, whole, total), env=environment, check=True, capture_output=True)
     checkpoint, reached = killed / "exact.checkpoint.safetensors", [0]
-    for _ in range(3):
-        run = subprocess.Popen(command(text, killed, 40), env=environment, stdout=subprocess.PIPE)
+    for _ in range(2):
+        run = subprocess.Popen(command(text, killed, total), env=environment, stdout=subprocess.PIPE)
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         end = time.monotonic() + 60
         while time.monotonic() < end and run.poll() is None:
@@ -247,10 +247,10 @@ def test_a_killed_run_loses_at_most_one_interval(text: Path, tmp_path: Path) -> 
         run.send_signal(signal.SIGKILL)
         run.communicate()
         steps = len(json.loads(files.read(checkpoint)[1]["extra"])["losses"])
-        assert steps % 4 == 0 and steps > reached[-1]
+        assert steps % 4 == 0 and reached[-1] < steps < total
         reached.append(steps)
-    assert reached[1] < 40, "the first run was killed before its end"
-    subprocess.run(command(text, killed, 40), env=environment, check=True, capture_output=True)
+    checkpoint.with_name(checkpoint.name + ".tmp").write_bytes(b"half a checkpoint")
+    subprocess.run(command(text, killed, total), env=environment, check=True, capture_output=True)
     for name, parameter in final(whole).items():
         np.testing.assert_array_equal(final(killed)[name], parameter)
 
