@@ -126,14 +126,26 @@ def html(report: Report) -> str:
 # ---- plot
 
 
+def empty_figure(**options: Any) -> Figure:
+    """A figure of matplotlib that notebooks show as it is, whether or not pyplot is there."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Shown(layout="constrained", **options)
+
+
 def plot(report: Report) -> Figure:
     try:
+        import matplotlib
         from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("Report.plot needs matplotlib: pip install adaattn[plots]") from error
-    import matplotlib
 
     B, H = report.retried.shape
     pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
@@ -144,9 +156,7 @@ def plot(report: Report) -> Figure:
     colours = [scale((order[qk] + order[pv] - 2) / (top - 2)) for qk, pv in used]
     grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
 
-    figure = Figure(
-        figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)), layout="constrained"
-    )
+    figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))
     rungs, errors = figure.subplots(2, 1, height_ratios=[0.6 + 0.25 * min(B, 16), 3])
     limits = {"vmin": -0.5, "vmax": len(used) - 0.5}
     rungs.imshow(grid, cmap=ListedColormap(colours), aspect="auto", interpolation="nearest", **limits)

@@ -23,7 +23,7 @@ except ImportError:
 
 import adaattn.integrations.transformers as integration
 
-PAGES = 32  # of the documentation, the longest ones
+PAGES = 16  # of the documentation, the longest ones
 TOKENS = 512  # of each page: what MiniLM was made for
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    integration.register("adaattn", tolerance=options.tolerance)
+    integration.register("adaattn", tolerance=options.tolerance, collect_statistics=True)
 
     names = sorted(topics, key=lambda name: -len(topics[name]))[:PAGES]
     pages = [topics[name] for name in names]

@@ -199,6 +199,7 @@ def test_plot(options: dict[str, Any], rng: np.random.Generator, tmp_path: Path)
     figure = report.plot()
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5_000
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what notebooks show
     rungs, errors = figure.axes
     (image,) = rungs.images
     names = [text.get_text() for text in rungs.get_legend().get_texts()]

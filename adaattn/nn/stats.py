@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..stats import PHASES, Report
-from ..views import error_text, time_text
+from ..views import empty_figure, error_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,10 +153,9 @@ class ModelStatistics:
             Without matplotlib.
         """
         try:
-            from matplotlib.figure import Figure
+            figure = empty_figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6))
         except ImportError as error:
             raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[plots]") from error
-        figure = Figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6), layout="constrained")
         precision, time = figure.subplots(2, 1, sharex=True)
         shares = [layer.precision_distribution for layer in self.layers]
         milliseconds = [{name: 1e3 * s for name, s in layer.seconds.items()} for layer in self.layers]
