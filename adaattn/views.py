@@ -108,7 +108,7 @@ def table(report: Report) -> str:
     for row in rows:
         view.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=1000, color_system=None, force_terminal=False).print(view)
+    Console(file=text, width=1000, color_system=None, force_terminal=False, force_jupyter=False).print(view)
     return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), _summary(report)])
 
 
@@ -139,9 +139,15 @@ def empty_figure(**options: Any) -> Figure:
     return Shown(layout="constrained", **options)
 
 
+#: Of Okabe and Ito, which the colour-blind tell apart too; brown is any other pair.
+_COLOURS = {
+    "fp64": "black", "fp32": "#0072B2", "bf16x6": "#999999", "bf16x3": "#CC79A7", "int16": "#009E73",
+    "fp16": "#F0E442", "bf16": "#E69F00", "int8/bf16": "#56B4E9", "int8": "#D55E00",
+}  # fmt: skip
+
+
 def plot(report: Report) -> Figure:
     try:
-        import matplotlib
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
     except ImportError as error:
@@ -151,9 +157,7 @@ def plot(report: Report) -> Figure:
     pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
     order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
     used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
-    scale = matplotlib.colormaps["turbo"]  # dark blue: dear, dark red: cheap, the same in every figure
-    top = 2 * max(order.values())
-    colours = [scale((order[qk] + order[pv] - 2) / (top - 2)) for qk, pv in used]
+    colours = [_COLOURS.get(_pair(*pair), "tab:brown") for pair in used]
     grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
 
     figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))

@@ -151,8 +151,10 @@ def test_table_shows_what_is_not_plain(rng: np.random.Generator, monkeypatch: py
     assert rows[1].split()[2:5] == ["low_r", "32", "1"] and "0.25" in rows[2].split()
 
 
-def test_table_of_rich(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("notebook", [False, True])
+def test_table_of_rich(notebook: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: notebook)  # there, rich would show it by itself
     report = measured(rng)
     lines = report.table().splitlines()
     assert len(lines) == 1 + 1 + 6 + 1 and set(lines[1]) <= {"\u2500", " "}
