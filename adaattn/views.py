@@ -140,7 +140,7 @@ def empty_figure(**options: Any) -> Figure:
 
 
 #: Of Okabe and Ito, which the colour-blind tell apart too; brown is any other pair.
-_COLOURS = {
+COLOURS = {
     "fp64": "black", "fp32": "#0072B2", "bf16x6": "#999999", "bf16x3": "#CC79A7", "int16": "#009E73",
     "fp16": "#F0E442", "bf16": "#E69F00", "int8/bf16": "#56B4E9", "int8": "#D55E00",
 }  # fmt: skip
@@ -157,7 +157,7 @@ def plot(report: Report) -> Figure:
     pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
     order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
     used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
-    colours = [_COLOURS.get(_pair(*pair), "tab:brown") for pair in used]
+    colours = [COLOURS.get(_pair(*pair), "tab:brown") for pair in used]
     grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
 
     figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))

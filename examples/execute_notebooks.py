@@ -41,6 +41,7 @@ def execute(path: Path, timeout: int = 120) -> Any:
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()

@@ -60,7 +60,7 @@ def main() -> None:
     pages = [topics[name] for name in names]
     found = {}
     for implementation in ("sdpa", "adaattn"):
-        model.set_attn_implementation(implementation)  # or from_pretrained(..., attn_implementation="adaattn")
+        model.set_attn_implementation(implementation)  # or as attn_implementation= of from_pretrained
         embed(model, tokenizer, pages[:2])
         integration.reset_statistics(model)
         start = time.perf_counter()

@@ -22,7 +22,7 @@ import numpy as np
 import adaattn
 from adaattn import demo, nn
 
-ROWS = 64  # of a head, the last ones, that are compared with float64
+ROWS = 64  # of a head, the last ones, that are compared with float64 for the error of the worst head
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -49,14 +49,12 @@ def errors(out: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def prefill(layers: list[tuple[np.ndarray, ...]]) -> None:
-    query = layers[0][0]
-    matrix = query.shape[1] * query.shape[2] ** 2 * 4 / 2**20
-    print(f"Attention over {query.shape[2]:,} tokens, {query.shape[1]} heads; weights would be {matrix:,.0f} MB")
+    H, T = layers[0][0].shape[1:3]
+    print(f"Attention over {T:,} tokens, {H} heads; their weights would fill {4 * H * T**2 / 2**20:,.0f} MB")
     for layer, (query, key, value) in enumerate(layers):
         exact = adaattn.reference.attention(query[:, :, -ROWS:], key, value, causal=True)
         base = None
         for tolerance in (None, 1e-2, 5e-2):
-            before = peak_mb()
             (out, report), seconds = timed(
                 lambda q=query, k=key, v=value, t=tolerance: adaattn.attention(
                     q, k, v, causal=True, tolerance=t, return_report=True
@@ -64,10 +62,10 @@ def prefill(layers: list[tuple[np.ndarray, ...]]) -> None:
             )
             base = base or seconds
             name = "exact" if tolerance is None else f"within {tolerance:g}"
-            print(f"  layer {layer}, {name:<12} {seconds:6.2f} s ({base / seconds:.1f} x)", end="")
-            print(f"   worst head, last {ROWS} rows: {errors(out[:, :, -ROWS:], exact).max():.1e}", end="")
             kept = ", ".join(f"{share:.0%}" for share in report.kept_fraction[0])
-            print(f"   blocks kept: {kept}   {peak_mb() - before:+.0f} MB at the peak")
+            print(f"  layer {layer}, {name:<12} {seconds:6.2f} s, {base / seconds:.1f} x", end="")
+            print(f"   worst head {errors(out[:, :, -ROWS:], exact).max():.1e}   blocks kept {kept}")
+    print(f"  most memory that this process held, Python and model included: {peak_mb():,.0f} MB")
 
 
 def decode(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
@@ -81,7 +79,7 @@ def decode(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
         out, seconds = timed(lambda cache=cache: [cache.attention(one) for _ in range(20)][-1])
         per_token = cache.nbytes / cache.capacity
         print(f"  {dtype:<5} {per_token:6,.0f} bytes per token   {1e3 * seconds / 20:6.2f} ms", end="")
-        print(f"   worst head: {errors(out, exact).max():.1e}")
+        print(f"   worst head {errors(out, exact).max():.1e}")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def gradients() -> None:
     print("\nGradients of the sum of the squared output, beside torch's in float64:")
     tensors = torch.randn(3, 1, 4, 512, 64, dtype=torch.float64)
 
-    def of(attention: Callable[..., torch.Tensor], dtype: torch.dtype, **options: float) -> list[torch.Tensor]:
+    def of(attention: Callable, dtype: torch.dtype, **options: float) -> list[torch.Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in tensors]
         attention(*leaves, is_causal=True, **options).square().sum().backward()
         return [leaf.grad.double() for leaf in leaves]

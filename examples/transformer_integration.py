@@ -30,10 +30,8 @@ def train(model: nn.Transformer, text: np.ndarray, steps: int) -> None:
         model.backward(grad)
         norm = nn.clip_grad_norm(model, 1.0)
         optimizer.step()
-        seconds = time.perf_counter() - start
-        print(
-            f"  step {step}: {loss / np.log(2):.2f} bits per byte, gradient {norm:.2f}, {1e3 * seconds:.0f} ms"
-        )
+        ms = 1e3 * (time.perf_counter() - start)
+        print(f"  step {step}: {loss / np.log(2):.2f} bits per byte, gradient {norm:.2f}, {ms:.0f} ms")
 
 
 def main() -> None:
@@ -43,7 +41,15 @@ def main() -> None:
     options = parser.parse_args()
 
     text = np.frombuffer((demo.DATA / "sample.txt").read_bytes(), np.uint8)
-    model = nn.Transformer(256, policy=options.policy, collect_statistics=True, seed=0)  # 4, 8, 256 by default
+    model = nn.Transformer(
+        256,
+        num_layers=4,
+        num_heads=8,
+        embed_dim=256,
+        policy=options.policy,
+        collect_statistics=True,
+        seed=0,
+    )
     print(f"{model.num_parameters():,} parameters; attention: {options.policy}")
 
     print(f"\nTraining on {BATCH} x {LENGTH} bytes:")
@@ -52,7 +58,7 @@ def main() -> None:
     print(model.statistics().table())
 
     # The same weights with exact attention; options of attention are no part of a model's state.
-    exact = nn.Transformer(256, seed=0)
+    exact = nn.Transformer(256, num_layers=4, num_heads=8, embed_dim=256)
     exact.load_state_dict(model.state_dict())
     prompt = text[None, :1024]
     outputs = {}
@@ -66,11 +72,11 @@ def main() -> None:
         seconds = time.perf_counter() - start
         loss, _ = nn.cross_entropy(outputs[name][:, :-1], prompt[:, 1:])
         print(f"  {name:<9} {loss / np.log(2):.4f} bits per byte, {1e3 * seconds:.0f} ms")
-    difference = np.linalg.norm(outputs[options.policy] - outputs["exact"]) / np.linalg.norm(outputs["exact"])
-    total = model.statistics().total
-    allowed = model.blocks[0].attn.tolerance
-    print(f"  logits differ by {difference:.1e}; a head's error was promised to be at most {allowed:.0e}", end="")
-    print(f" and measured as {total.measured_error:.1e} at most")
+    exact_logits, logits = outputs["exact"], outputs[options.policy]
+    difference = np.linalg.norm(logits - exact_logits) / np.linalg.norm(exact_logits)
+    promised, measured = model.blocks[0].attn.tolerance, model.statistics().total.measured_error
+    print(f"  logits differ by {difference:.1e};", end=" ")
+    print(f"errors of heads: promised {promised:.0e}, measured {measured:.1e}")
 
     print("\nGenerating 24 bytes with a cache of keys and values:")
     written = model.generate(text[None, :64], 24, temperature=0.7, seed=0)[0, 64:]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..stats import PHASES, Report
-from ..views import empty_figure, error_text, time_text
+from ..views import COLOURS, empty_figure, error_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,7 +164,7 @@ class ModelStatistics:
             bottom = np.zeros(len(bars))
             for name in names:
                 heights = np.array([bar.get(name, 0.0) for bar in bars])
-                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name)
+                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name, color=COLOURS.get(name))
                 bottom += heights
             if names:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
