@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -81,10 +82,11 @@ def test_plain_text_is_current() -> None:
 
 def test_documentation_builds_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("sphinx")
-    for package in ("furo", "myst_nb", "numpydoc", "sphinx_copybutton"):
+    for package in ("furo", "latex2mathml", "myst_nb", "numpydoc", "sphinx_copybutton"):
         pytest.importorskip(package)
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the package that is tested here
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for page, anchor in (("attention", "adaattn.attention"), ("nn", "adaattn.nn.Transformer.generate")):
         text = (tmp_path / "reference" / f"{page}.html").read_text(encoding="utf-8")

@@ -96,9 +96,9 @@ LENGTH = 30
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:
-    integration.register()
-    integration.register("adaattn-balanced", policy="balanced")
-    integration.register("adaattn-silent", collect_statistics=False)
+    integration.register(collect_statistics=True)
+    integration.register("adaattn-balanced", policy="balanced", collect_statistics=True)
+    integration.register("adaattn-silent")
     transformers.logging.set_verbosity_error()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models of this size have no work for more
@@ -321,7 +321,7 @@ def test_names_of_others_are_refused() -> None:
     for name in ("sdpa", "eager", "flash_attention_2"):
         with pytest.raises(adaattn.ArgumentError, match=f"^name: .*'{name}'"):
             integration.register(name)
-    integration.register("adaattn")
+    integration.register("adaattn", collect_statistics=True)  # once more is no error
 
 
 def test_weights_are_refused() -> None:
@@ -356,7 +356,7 @@ def test_minilm() -> None:
     encoder = transformers.AutoModel.from_pretrained(folder).eval()
     batch = tokenizer(paragraphs(), padding=True, return_tensors="pt")
     assert batch["attention_mask"].sum(dim=1).unique().numel() > 8
-    integration.register("adaattn-quality", policy="quality")
+    integration.register("adaattn-quality", policy="quality", collect_statistics=True)
 
     def embed(implementation: str) -> Any:
         encoder.set_attn_implementation(implementation)
