@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from support import in_new_process
 
 import adaattn
 
@@ -300,6 +306,57 @@ def test_compiled_training() -> None:
     expected, found = (torch.autograd.grad(function(*arrays), arrays) for function in (loss, compiled))
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
+
+
+# ---- threads
+
+
+def _on_torchs_threads() -> tuple[bool, bool, list[int]]:
+    """Same bits as one thread's; whether the engine has own threads; exit codes of two children of
+    fork(), the second of a signal's handler in the midst of a job, which it then finishes."""
+    query = np.random.default_rng(0).standard_normal((1, 4, 3000, 64), np.float32)
+    expected = adaattn.attention(query, query, query, num_threads=1)
+    torch.set_num_threads(4)
+    same = [np.array_equal(adaattn.attention(query, query, query, num_threads=4), expected)]
+    names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    children: list[int] = []
+
+    def compute() -> None:
+        same.append(np.array_equal(adaattn.attention(query, query, query, num_threads=4), expected))
+        if children and children[-1] == 0:
+            os._exit(0 if all(same) else 1)
+
+    children.append(os.fork())
+    compute()
+    signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    while len(children) < 2:
+        compute()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return all(same), any(name.startswith("adaattn-") for name in names), codes
+
+
+@pytest.mark.skipif(not hasattr(torch_operators.openmp(), "GOMP_parallel"), reason="torch has no such OpenMP")
+def test_the_engine_runs_on_torchs_threads() -> None:
+    assert in_new_process(_on_torchs_threads) == (True, False, [0, 0])
+
+
+def _interrupted() -> float:
+    """Seconds from Ctrl-C to its exception."""
+    torch.set_num_threads(2)
+    row = np.zeros((1, 1, 1, 64), np.float32)
+    arrays = [np.broadcast_to(row, (1, 1, 400_000, 64)) for _ in range(3)]
+    sent: list[float] = []
+    threading.Timer(0.5, lambda: (sent.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))).start()
+    try:
+        adaattn.attention(*arrays, num_threads=2)
+    except KeyboardInterrupt:
+        return time.monotonic() - sent[0]
+    raise AssertionError("the call ended by itself")
+
+
+def test_ctrl_c() -> None:
+    assert in_new_process(_interrupted) < 1.0
 
 
 # ---- compilers

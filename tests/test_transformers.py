@@ -184,6 +184,15 @@ def test_another_chunk_after_a_cache() -> None:
     assert (second - expected[:, 17:]).norm() <= 1e-5 * expected.norm()
 
 
+def test_autocast() -> None:
+    """Rotated queries and keys are float32 beside values in bfloat16; so are the logits' differences."""
+    decoder, inputs = model("llama"), {"input_ids": tokens(), "attention_mask": padding("right")}
+    seen = inputs["attention_mask"].bool()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = (logits(decoder, kind, **inputs)[seen].float() for kind in ("sdpa", "adaattn"))
+    assert 0 < (found - expected).norm() <= 3e-2 * expected.norm()
+
+
 def test_compiled_and_exported() -> None:
     decoder, inputs = model("llama"), {"input_ids": tokens(), "attention_mask": padding("left")}
     expected = logits(decoder, "adaattn", **inputs)

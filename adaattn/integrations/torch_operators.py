@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import api
+from .. import _adaattn, api
 from ..backward import attention_backward
 
 _NUMPY = frozenset((torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32))
 _BF16 = importlib.import_module("ml_dtypes").bfloat16 if importlib.util.find_spec("ml_dtypes") else None
+
+
+def openmp() -> Any:
+    """The OpenMP that torch runs on, where there is one to be found (on Linux), with GNU's names."""
+    try:
+        folder = Path(torch.__file__).parent
+        return ctypes.CDLL(str(folder / "lib/libtorch_cpu.so"), os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return None
+
+
+def _borrow_threads(library: Any) -> None:
+    """Let the engine run on the threads of torch's OpenMP.
+
+    They spin for milliseconds after each of torch's operations, in case there is more to do; threads of the
+    engine's own would share the cores with them meanwhile.
+    """
+    if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_max_threads"):
+        functions = (library.GOMP_parallel, library.omp_get_max_threads)
+        _adaattn._lend_team(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+
+
+_borrow_threads(openmp())
 
 
 def compute(

@@ -138,6 +138,7 @@ def _attention(
     plain = not (
         dropout
         or is_traced(query)
+        or torch.is_autocast_enabled(query.device.type)
         or query.shape[0] != key.shape[0]
         or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
     )
@@ -173,9 +174,8 @@ def _visible(mask: Any, query: Any, key: Any, is_causal: bool, sliding_window: i
         mask = mask.entries()
     causal: bool | str = False
     window = None
-    if (
-        mask is None
-    ):  # as sdpa reads it: the diagonal starts at the first key, but for a single query at the last
+    if mask is None:
+        # As sdpa reads it: the diagonal starts at the first key, but for a single query at the last one.
         causal = "upper_left" if is_causal and query.shape[2] > 1 else False
         if sliding_window is not None:
             window = (sliding_window - 1, 0 if is_causal else sliding_window - 1)
