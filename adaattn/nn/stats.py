@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +90,6 @@ class Tally:
             else:
                 setattr(self, name, float(np.fmax(mine, x)) if name == "error" else mine + x)
 
-    @classmethod
-    def total(cls, tallies: Iterable[Tally]) -> Tally:
-        """One tally of all."""
-        total = cls()
-        for tally in tallies:
-            total.merge(tally)
-        return total
-
     def summary(self) -> AttentionStatistics:
         """The sums as they stand."""
         heads = self.heads.total()
@@ -123,25 +114,29 @@ class ModelStatistics:
 
     Attributes
     ----------
-    layers : tuple of AttentionStatistics
+    layers : dict
+        Name of each layer to its `AttentionStatistics`.
     total : AttentionStatistics
         Of all layers' calls as if one module had made them.
     """
 
-    layers: tuple[AttentionStatistics, ...]
+    layers: dict[str, AttentionStatistics]
     total: AttentionStatistics
 
     def table(self) -> str:
         """A line for each layer and one for the whole; what is not known is left empty."""
         header = "layer", "calls", "precision", "sparse", "low rank", "entropy", "measured", "retried", "time"
-        named = [*((str(i), layer) for i, layer in enumerate(self.layers)), ("all", self.total)]
-        rows = [header, *((name, *_cells(told)) for name, told in named)]
+        rows = [
+            header,
+            *((name, *_cells(told)) for name, told in (*self.layers.items(), ("all", self.total))),
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def to_json(self) -> str:
         """All of it; NaN becomes null."""
-        told = {"layers": [_plain(layer) for layer in self.layers], "total": _plain(self.total)}
+        layers = {name: _plain(layer) for name, layer in self.layers.items()}
+        told = {"layers": layers, "total": _plain(self.total)}
         return json.dumps(told, allow_nan=False)
 
     def plot(self) -> Figure:
@@ -157,8 +152,9 @@ class ModelStatistics:
         except ImportError as error:
             raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[plots]") from error
         precision, time = figure.subplots(2, 1, sharex=True)
-        shares = [layer.precision_distribution for layer in self.layers]
-        milliseconds = [{name: 1e3 * s for name, s in layer.seconds.items()} for layer in self.layers]
+        layers = self.layers.values()
+        shares = [layer.precision_distribution for layer in layers]
+        milliseconds = [{name: 1e3 * s for name, s in layer.seconds.items()} for layer in layers]
         for axes, bars in ((precision, shares), (time, milliseconds)):
             names = list(dict.fromkeys(name for bar in bars for name, height in bar.items() if height))
             bottom = np.zeros(len(bars))
@@ -169,7 +165,8 @@ class ModelStatistics:
             if names:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
         precision.set(ylabel="share of the heads")
-        time.set(ylabel="milliseconds", xlabel="layer", xticks=range(len(self.layers)))
+        time.set(ylabel="milliseconds", xlabel="layer")
+        time.set_xticks(range(len(layers)), list(self.layers))
         return figure
 
 
