@@ -24,6 +24,8 @@ def attention(
     min_precision: Any,
     max_precision: Any,
     structure: Any,
+    min_rank: Any,
+    max_rank: Any,
     verify: Any,
     rates: Any,
     choices: Any,

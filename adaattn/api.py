@@ -37,6 +37,8 @@ def attention(
     min_precision: str = "auto",
     max_precision: str = "auto",
     structure: str = "auto",
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     plan: Plan | None = None,
     verify: bool | str = "auto",
     return_lse: bool = False,
@@ -96,10 +98,15 @@ def attention(
     max_precision : "auto" or the name of a rung
         The most exact rung that it may choose. A head that none of the allowed rungs keeps within the
         tolerance is computed on the most exact of them, and the report shows by how much it misses.
-    structure : "auto" or "dense"
-        Whether a tolerance may leave out values of long heads (from 2,048 queries and keys on) where that is
-        faster: blocks of 64 keys, whose scores are all computed, then count as one key of their mean value
-        for queries to which it makes little difference. See the notes.
+    structure : "auto", "dense" or "low_rank"
+        Whether a tolerance may leave something out of long heads (from 2,048 queries and keys on) where that
+        is faster. Sparse heads: blocks of 64 keys, whose scores are all computed, count as one key of their
+        mean value for queries to which it makes little difference. Heads of low rank: few landmarks stand for
+        all keys. "dense" leaves nothing out. "low_rank" by name wins over the planner, at any length: it is
+        verified, and replaced only where the head's numbers do not allow landmarks. See the notes.
+    min_rank, max_rank : int, optional
+        Least and most landmarks of a head of low rank; the least rank that keeps the tolerance is taken. By
+        default from 1 to 512, as many as keys at most.
     plan : Plan, optional
         Made by `plan` or taken from a report: its tolerance and choices instead of new ones, for arrays of
         the same sizes and dtype; other arguments of this group than `verify` must be left alone. The choices
@@ -140,14 +147,15 @@ def attention(
         An argument of the wrong type, or arrays of a dtype that is not taken.
     ArgumentError
         A value that makes no sense, or arguments that exclude each other: a policy beside a tolerance, a plan
-        for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance.
+        for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance,
+        landmarks beside an option that does not go with them.
     DeviceError
         Arrays that do not all lie on the CPU or on one GPU, or a GPU that cannot be used (`gpu_info` says
         why). All four name the argument, what was expected and what came. Also what the CUDA runtime
         reports: the call, its code and text.
     NumericalError
-        A precision by name misses the tolerance beyond doubt: the lower limit of a head's measured error lies
-        above it. The error names the head; `out` is then undefined.
+        A precision or a structure by name misses the tolerance beyond doubt: the lower limit of a head's
+        measured error lies above it. The error names the head; `out` is then undefined.
     MemoryError
         No memory for the output or the scratch space.
     KeyboardInterrupt
@@ -188,6 +196,18 @@ def attention(
     are drawn by their estimates too. Blocks where something is hidden are never left out, and with softcap,
     ALiBi, dropout, a float mask or a precision by name nothing is. The lse is that of all keys.
 
+    Such a long head may instead be of low rank, where its scores are those of few dimensions and spread
+    little. The exponential kernel of queries and centred keys is projected onto landmarks, keys that randomly
+    pivoted Cholesky draws from a sample of 1,024 (arXiv 2207.06503, 2410.03969), with a fixed seed; sums over
+    keys then take O(R) for a query, in fp32. Under a causal limit these sums are kept at every 256 keys, and
+    a query goes on from the last of them key by key. The least rank is taken at which sampled queries and
+    keys are within the budget and that is faster. What the projection loses is computed for every row, as the
+    residual of the query's own kernel; a row with much of it, one that looks where no landmark lies, is
+    computed exactly, and so is the head where these are many. Residuals bound what each weight is off by, but
+    by far more than it is: how they scale to errors comes from the sample, so ``error_bound`` stays NaN. Rows
+    to verify are drawn by these estimates too. Landmarks do not go with softcap, ALiBi, masks, dropout, a
+    window on the left or float64 arrays (`Plan.ruled_out`).
+
     What a tolerance promises is statistical. Errors are predicted from statistics of the head and a few exact
     rows. Then, from 64 query rows on, other rows, drawn with known probabilities, are compared with exact
     ones (float64, or fp32 where that is fine enough), and a head whose upper limit of the error lies above
@@ -222,18 +242,26 @@ def attention(
     rates = choices = None
     no_budget = tolerance is None and policy is None and plan is None  # by identity: small calls take 2 µs
     no_limits = min_precision is _AUTO and max_precision is _AUTO and structure is _AUTO
+    no_limits = no_limits and min_rank is None and max_rank is None
     if not (no_budget and no_limits and verify is _AUTO):
         tolerance, choices = _budget(
-            tolerance, policy, plan, precision, min_precision, max_precision, structure, verify
+            tolerance,
+            policy,
+            plan,
+            precision,
+            {"min_precision": min_precision, "max_precision": max_precision, "structure": structure},
+            {"min_rank": min_rank, "max_rank": max_rank},
+            verify,
         )
         rates = None if tolerance is None else _rates_for(query, device)
     result = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, verify, rates,
-        choices, False, return_lse, return_report, out, num_threads, _allocate, device,
+        scale, dropout_p, seed, precision, tolerance, min_precision, max_precision, structure, min_rank,
+        max_rank, verify, rates, choices, False, return_lse, return_report, out, num_threads, _allocate,
+        device,
     )  # fmt: skip
     if return_report:
-        *arrays, (heads, seconds, operations, sizes) = result
+        *arrays, (heads, seconds, operations, sizes, ruled_out) = result
         kept = arrays if isinstance(query, np.ndarray) else _as_kind_of(query, tuple(arrays), out)
         made = None
         if plan is None and tolerance is not None:
@@ -241,6 +269,7 @@ def attention(
                 heads,
                 sizes,
                 tolerance,
+                ruled_out,
                 min_precision=min_precision,
                 max_precision=max_precision,
                 forced=_given(precision),
@@ -271,6 +300,8 @@ def plan(
     min_precision: str = "auto",
     max_precision: str = "auto",
     structure: str = "auto",
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     return_lse: bool = False,
     num_threads: int | None = None,
     device: str | None = None,
@@ -280,7 +311,7 @@ def plan(
     Parameters
     ----------
     query, key, value, attn_mask, ... : as in `attention`
-    tolerance, policy, min_precision, max_precision, structure
+    tolerance, policy, min_precision, max_precision, structure, min_rank, max_rank
         As in `attention`; one of the first two is needed.
     return_lse : bool
         Whether the lse will be asked for: its error counts then too.
@@ -314,15 +345,17 @@ def plan(
     tolerance = tolerance_of(tolerance, policy)
     if tolerance is None:
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
-    heads, _, _, sizes = _adaattn.attention(
+    heads, _, _, sizes, ruled_out = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
-        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, False,
-        _rates_for(query, device), None, True, return_lse, False, None, num_threads, _allocate, device,
+        scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, min_rank,
+        max_rank, False, _rates_for(query, device), None, True, return_lse, False, None, num_threads,
+        _allocate, device,
     )  # fmt: skip
     return Plan.of(
         heads,
         sizes,
         tolerance,
+        ruled_out,
         min_precision=min_precision,
         max_precision=max_precision,
         forced=False,
@@ -338,27 +371,28 @@ def _budget(
     policy: Any,
     plan: Any,
     precision: Any,
-    min_precision: Any,
-    max_precision: Any,
-    structure: Any,
+    limits: dict[str, Any],
+    ranks: dict[str, Any],
     verify: Any,
 ) -> tuple[Any, Any]:
     """The tolerance and the choices of a plan, of arguments that go together."""
     choices = None
-    limits = {"min_precision": min_precision, "max_precision": max_precision, "structure": structure}
     if plan is not None:
         if not isinstance(plan, Plan):
             raise DTypeError(f"plan: expected a Plan or None, got {_type(plan)}")
-        given = {"tolerance": tolerance, "policy": policy, "precision": precision} | limits
+        given = {"tolerance": tolerance, "policy": policy, "precision": precision} | limits | ranks
         _refuse("nothing beside a plan, which carries it", given)
         tolerance, choices = plan.tolerance, plan.choices()
     elif tolerance is None and policy is None:
         _refuse("'auto' without a tolerance", limits)
+        _refuse("None without a tolerance", ranks)
     else:
         tolerance = tolerance_of(tolerance, policy)
         if _given(precision):
-            del limits["structure"]
+            if limits["structure"] == "dense":
+                del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
+            _refuse("None beside a precision by name", ranks)
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
         raise kind(f"verify: expected True, False or 'auto', got {got}")

@@ -56,8 +56,8 @@ def _names(indices: NDArray[np.float64]) -> NDArray[np.str_]:
     return names
 
 
-def _structures(budget: NDArray[np.float64]) -> NDArray[np.str_]:
-    return np.where(budget > 0, "sparse", "dense")
+def _structures(budget: NDArray[np.float64], rank: NDArray[Any]) -> NDArray[np.str_]:
+    return np.where(rank > 0, "low_rank", np.where(budget > 0, "sparse", "dense"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +76,21 @@ class Plan:
         The caller named the precision.
     lse : bool
         The error of the lse counted too.
+    ruled_out : tuple of (str or None)
+        What of the call does not go with sparse heads, and with low rank.
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     predicted_error : (B, H) array
         Relative Frobenius error of the output; NaN where it is not known.
     structure : (B, H) array of str
-        "sparse" where the values of some blocks of keys are left out, else "dense".
+        "sparse" where the values of some blocks of keys are left out, "low_rank" where landmarks stand for
+        all keys, else "dense".
+    rank : (B, H) array of int
+        Landmarks; 0: none.
+    rank_gain, rank_limit : (B, H) arrays
+        What the residual of a query's kernel beside its squared sum of weights is worth in estimated squared
+        error of its row, in units of what a row may have; and the residual above which a row is computed
+        exactly.
     kept_fraction : (B, H) array
         Share of the visible blocks that are computed; predicted.
     sparse_budget, sparse_joint : (B, H) arrays
@@ -105,10 +114,14 @@ class Plan:
     max_precision: str
     forced: bool
     lse: bool
+    ruled_out: tuple[str | None, str | None]
     precision_qk: NDArray[np.str_]
     precision_pv: NDArray[np.str_]
     predicted_error: NDArray[np.float64]
     structure: NDArray[np.str_]
+    rank: NDArray[np.int64]
+    rank_gain: NDArray[np.float64]
+    rank_limit: NDArray[np.float64]
     kept_fraction: NDArray[np.float64]
     sparse_budget: NDArray[np.float64]
     sparse_joint: NDArray[np.float64]
@@ -126,6 +139,7 @@ class Plan:
         table: NDArray[np.float64],
         sizes: Sequence[Any],
         tolerance: float,
+        ruled_out: tuple[str | None, str | None],
         *,
         min_precision: str,
         max_precision: str,
@@ -142,10 +156,14 @@ class Plan:
             max_precision=max_precision,
             forced=forced,
             lse=lse,
+            ruled_out=ruled_out,
             precision_qk=_names(column["precision_qk"]),
             precision_pv=_names(column["precision_pv"]),
             predicted_error=column["predicted_error"],
-            structure=_structures(column["sparse_budget"]),
+            structure=_structures(column["sparse_budget"], column["rank"]),
+            rank=column["rank"].astype(np.int64),
+            rank_gain=column["rank_gain"],
+            rank_limit=column["rank_limit"],
             kept_fraction=column["kept_fraction"],
             sparse_budget=column["sparse_budget"],
             sparse_joint=column["sparse_joint"],
@@ -160,11 +178,19 @@ class Plan:
 
     def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
         """Sizes, indices of the rungs, (scores, values) of head after head, and (predicted error, sparse
-        budget, sparse joint, kept fraction) likewise, as the engine takes them."""
+        budget, sparse joint, kept fraction, rank, its gain and limit) likewise, as the engine takes them."""
         index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
         pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
         rungs = [index[rung] for pair in pairs for rung in pair]
-        names = ("predicted_error", "sparse_budget", "sparse_joint", "kept_fraction")
+        names = (
+            "predicted_error",
+            "sparse_budget",
+            "sparse_joint",
+            "kept_fraction",
+            "rank",
+            "rank_gain",
+            "rank_limit",
+        )
         numbers = np.stack([getattr(self, name) for name in names], axis=-1)
         return tuple(self.sizes.values()), rungs, numbers.reshape(-1)
 
@@ -207,7 +233,8 @@ class Report:
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     structure : (B, H) array of str
-        "sparse" where the values of some blocks of keys were left out, else "dense".
+        "sparse" where the values of some blocks of keys were left out, "low_rank" where landmarks stood for
+        all keys, else "dense".
     rank : (B, H) array of int
         Landmarks; 0: none.
     kept_fraction : (B, H) array
@@ -279,7 +306,8 @@ class Report:
         qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
         predicted, retried = column["predicted_error"], column["retried"].astype(bool)
         budget = column["sparse_budget"]
-        structure = _structures(budget)
+        rank = column["rank"].astype(np.int64)
+        structure = _structures(budget, rank)
         if given is not None:
             kept = (qk == given.precision_qk) & (pv == given.precision_pv) & (structure == given.structure)
             predicted = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
@@ -291,6 +319,9 @@ class Report:
                     precision_pv=pv,
                     predicted_error=predicted,
                     structure=structure,
+                    rank=rank,
+                    rank_gain=column["rank_gain"],
+                    rank_limit=column["rank_limit"],
                     kept_fraction=column["kept_fraction"],
                     sparse_budget=budget,
                     sparse_joint=column["sparse_joint"],
@@ -300,7 +331,7 @@ class Report:
             precision_qk=qk,
             precision_pv=pv,
             structure=structure,
-            rank=np.zeros(shape, np.int64),
+            rank=rank,
             kept_fraction=column["kept_fraction"],
             predicted_error=predicted,
             measured_error=column["measured_error"],
@@ -390,6 +421,9 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     for name in ("forced", "lse"):
         if type(result[name]) is not bool:
             raise ValueError(f"{name} {result[name]!r}")
+    ruled_out = result["ruled_out"] = tuple(result["ruled_out"])
+    if len(ruled_out) != 2 or not all(isinstance(what, (str, type(None))) for what in ruled_out):
+        raise ValueError(f"ruled_out {ruled_out}")
     candidates = result["candidates"] = tuple(result["candidates"])
     if not all(isinstance(name, str) for name in candidates):
         raise ValueError(f"candidates {candidates}")
@@ -397,8 +431,18 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     for name, kind in (
         *((name, str) for name in ("precision_qk", "precision_pv", "structure")),
         *((name, bool) for name in ("retried", "finite")),
-        ("profiled_rows", int),
-        *((name, float) for name in ("predicted_error", "kept_fraction", "sparse_budget", "sparse_joint")),
+        *((name, int) for name in ("profiled_rows", "rank")),
+        *(
+            (name, float)
+            for name in (
+                "predicted_error",
+                "kept_fraction",
+                "sparse_budget",
+                "sparse_joint",
+                "rank_gain",
+                "rank_limit",
+            )
+        ),
     ):
         result[name] = _array(saved, name, heads, kind)
     for name in ("candidate_error", "candidate_lse_error", "candidate_seconds"):
@@ -407,8 +451,10 @@ def _plan_fields(saved: Any) -> dict[str, Any]:
     known = [rung for rung in _adaattn.RUNGS if rung != "auto"]
     if not (np.isin(qk, known) & np.isin(pv, known) & ((qk == "fp64") == (pv == "fp64"))).all():
         raise ValueError("a precision that is no rung")
-    if (result["structure"] != _structures(result["sparse_budget"])).any():
-        raise ValueError("a structure that its budget does not have")
+    structure = _structures(result["sparse_budget"], result["rank"])
+    if (result["structure"] != structure).any():
+        raise ValueError("a structure that its budget and rank do not have")
+    result["structure"] = structure
     return result
 
 

@@ -205,6 +205,9 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{plan.sizes['dtype']}, {sizes}; tolerance {error_text(plan.tolerance)}; predicted times of one core"
     ]
+    names = zip(("sparse", "low rank"), plan.ruled_out, strict=True)
+    if ruled_out := [f"{name} by {what}" for name, what in names if what]:
+        lines.append(f"ruled out: {', '.join(ruled_out)}")
     for at in np.ndindex(plan.retried.shape):
         lines.append(f"head {at}: {_reason(plan, at)}")
         lines.extend(f"    {line}" for line in _candidates(plan, at))
@@ -241,6 +244,8 @@ def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     if plan.structure[at] == "sparse":
         kept = f"{name}: sparse, {float(plan.kept_fraction[at]):.0%} of the blocks, error {error_text(error)}"
         return f"{kept}; dense: {known[0]}" if c >= 0 else kept
+    if plan.structure[at] == "low_rank":
+        return f"{name}: {int(plan.rank[at])} landmarks, error {error_text(error)}"
     if np.isnan(plan.candidate_error[at]).all():  # few queries, a cache, or a scale beyond fp32
         return f"{says}; nothing was looked at, since there is nothing to gain or to choose"
     if not plan.finite[at]:

@@ -28,8 +28,9 @@ PEAKED = 6  # of the 16 heads: those that keep least at the larger tolerance
 #: Times as fast as dense: in all, and for the peaked heads.
 WANTED = {
     ("bytelm 8192", 1e-2): 1.25, ("bytelm 8192", 5e-2): 1.8, ("bytelm 16384", 1e-2): 1.4,
-    ("bytelm 16384", 5e-2): 2.3, ("built sparse 16384", 1e-2): 4.0, ("gaussian 1.5, 16384", 1e-2): 1 / 1.03,
-    ("gaussian 1.5, 16384", 5e-2): 1 / 1.03,
+    ("bytelm 16384", 5e-2): 2.3, ("built sparse 16384", 1e-2): 4.0, ("built low rank 16384", 1e-2): 3.0,
+    ("gaussian 1.5, 16384", 1e-2): 1 / 1.03, ("gaussian 1.5, 16384", 5e-2): 1 / 1.03,
+    ("gaussian 1.5, 16384, full", 1e-2): 1 / 1.03, ("gaussian 1.5, 16384, full", 5e-2): 1 / 1.03,
 }  # fmt: skip
 
 
@@ -43,14 +44,36 @@ def needles(length: int) -> Heads:
     return Heads(f"needles {length}", q, k, heads.value[:, :1], heads.options)
 
 
+def smooth(length: int, dims: int, spread: float, *, causal: bool = False) -> Heads:
+    """Diffuse rows over keys that follow a random walk through few dimensions; independent values."""
+    rng = np.random.default_rng(dims)
+    walk = np.cumsum(rng.standard_normal((length, dims)), axis=0)
+    walk = (walk - walk.mean(axis=0)) / walk.std(axis=0)
+    basis = np.linalg.qr(rng.standard_normal((64, dims)))[0].T
+    k, q = walk @ basis, rng.standard_normal((length, dims)) @ basis
+    q *= 8 * spread / np.std(q[:512] @ k.T)
+    v = rng.standard_normal((length, 64))
+    arrays = [x[None, None].astype(np.float32) for x in (q, k + rng.standard_normal(64), v)]
+    name = f"walk, {dims} dimensions, spread {spread:g}"
+    return Heads(f"{name}, causal" if causal else name, *arrays, {"causal": True} if causal else {})
+
+
+WALKS = ((2, 1.0), (4, 0.5), (4, 1.0), (8, 0.3), (8, 0.5))
+
+
 SETS: dict[str, Callable[[], Iterator[Heads]]] = {
     "bytelm 4096": lambda: bundled(4096),
     "bytelm 8192": lambda: bundled(8192),
     "bytelm 16384": lambda: bundled(16384),
     "built sparse 16384": lambda: iter([topics(16384)]),
+    "built low rank 4096": lambda: (smooth(4096, *walk) for walk in WALKS),
+    "built low rank 16384": lambda: (smooth(16384, *walk) for walk in WALKS),
+    "built low rank 16384, causal": lambda: (smooth(16384, *walk, causal=True) for walk in WALKS),
     "needles 8192": lambda: iter([needles(8192)]),
     "gaussian 1.5, 4096": lambda: iter([gaussian(1.5, 4096, 4096, causal=True)]),
     "gaussian 1.5, 16384": lambda: iter([gaussian(1.5, 16384, 16384, causal=True)]),
+    "gaussian 1.5, 16384, full": lambda: iter([gaussian(1.5, 16384, 16384)]),
+    "gaussian 0.3, 16384, full": lambda: iter([gaussian(0.3, 16384, 16384)]),
 }
 
 
@@ -66,6 +89,7 @@ class Case:
     structure: str = ""
     rungs: dict[str, str] = field(default_factory=dict)
     kept: float = 1
+    rank: int = 0
     error: float = 0  # over the tolerance, as are the next two
     predicted: float = 0
     limit: float = 0
@@ -103,6 +127,7 @@ def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int,
             found.rungs[who] = str(rung_names(report)[0, 0])
             if who == "auto":
                 found.structure, found.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
+                found.rank = int(report.rank[0, 0])
                 found.error = float(errors(out, exact)[0, 0]) / tolerance
                 found.predicted = float(report.predicted_error[0, 0]) / tolerance
                 found.limit = float(report.error_limit[0, 0]) / tolerance
@@ -119,12 +144,16 @@ def peaked(cases: list[Case]) -> set[str]:
 def row(label: str, cases: list[Case], wanted: float = float("nan")) -> list[str]:
     total = {who: sum(one.seconds[who] for one in cases) for who in cases[0].seconds}
     over = {who: seconds / total["auto"] for who, seconds in total.items()}
-    sparse = [one for one in cases if one.structure == "sparse"]
+    sparse, ranks = (
+        [one for one in cases if one.structure == structure] for structure in ("sparse", "low_rank")
+    )
     return [
         label,
         f"{cases[0].tolerance:g}",
         f"{len(sparse)}/{len(cases)}",
         f"{np.mean([one.kept for one in cases]):.2f}",
+        f"{len(ranks)}/{len(cases)}",
+        f"{np.mean([one.rank for one in ranks]):.0f}" if ranks else "",
         f"{1e3 * total['auto']:.1f}",
         f"{over['dense']:.2f}",
         "" if np.isnan(wanted) else f"{wanted:.2f} {verdict(over['dense'], wanted)}",
@@ -151,6 +180,8 @@ def show(cases: list[Case], threads: int) -> None:
         "t",
         "sparse",
         "kept",
+        "low rank",
+        "rank",
         "ms",
         "x dense",
         "wanted",

@@ -124,6 +124,12 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .plain = ada_plain_candidate(p)};
 }
 
+/* Whether no rung cheaper than the plain one is allowed, so that landmarks are all that may save time. */
+static bool only_ranks_pay(const ada_attending *a) {
+    return a->ranks && a->budget->cheapest != ADA_RUNG_AUTO &&
+           a->budget->cheapest <= ada_candidates[ada_plain_candidate(a->p)].qk;
+}
+
 /* Rows that are profiled before the choice: none where no cheaper candidate is in sight, or where looking
  * would cost more than it may save. */
 static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, int64_t head) {
@@ -132,7 +138,9 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     const ada_rate *rates = a->budget->rates;
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
     const int best = ada_plan_head(guess, &task, rates);
-    if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite || best <= task.plain) return 0;
+    if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite) return 0;
+    if (only_ranks_pay(a)) return rows;
+    if (best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
@@ -188,6 +196,7 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
 static bool pays(const ada_attending *a, int64_t head) {
     const ada_problem *p = a->p;
     if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
+    if (only_ranks_pay(a)) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
@@ -268,14 +277,11 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
-/* Candidates of which blocks may stand in, by what was planned. Short heads win too little; where something
- * is added to the scores, fused kernels have no part. */
+/* Candidates of which blocks may stand in. Short heads win too little. */
 static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
-    const bool added = p->alibi_slopes.data || p->has_softcap || p->drop_below ||
-                       (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     unsigned candidates = 0;
-    if (b->dense || b->given || ada_is_forced(b) || p->on_gpu || p->only_f64 || p->stored || added ||
-        p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
+    if (b->structure != ADA_STRUCTURE_AUTO || b->given || ada_is_forced(b) ||
+        ada_rules_out(p, ADA_STRUCTURE_SPARSE) || p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
         return 0;
     for (int c = 0; c < ADA_CANDIDATES; c++)
         if (b->rates[c].sparse < 1 && ada_may_stand_in(k, ada_candidates[c])) candidates |= 1u << c;
@@ -290,6 +296,7 @@ static void choose_structure(const ada_attending *a, int64_t i, const ada_task *
     if (!a->states[i].n || dense < 0 ||
         !ada_plan_sparse(&head->forecast, task, a->budget->rates, dense, &sparse))
         return;
+    a->states[i].seconds = sparse.seconds;
     head->choice = ada_candidates[sparse.candidate];
     head->budget2 = sparse.budget2, head->joint = sparse.joint;
     head->kept = sparse.kept;
@@ -323,12 +330,28 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     return ada_plan_head(&known, task, b->rates);
 }
 
+/* Between a head's prediction and the tolerance. */
+static double margin_of(const ada_attending *a, int64_t head) {
+    const int64_t T = a->p->T;
+    if (!a->states[head].n || T < ADA_LEAST_QUERIES) return ADA_MARGIN_GUESSED;
+    return ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(T));
+}
+
+/* The landmarks of a plan, but for a call with options that break them: that is dense then. */
+static void take_given_rank(const ada_problem *p, const ada_planned *given, int64_t b, ada_head *head) {
+    ada_far_keys keys;
+    if (given->rank == 0) return;
+    head->dense = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    head->rank = given->rank, head->rank_gain = given->rank_gain, head->rank_limit = given->rank_limit;
+    if (!ada_rules_out(p, ADA_STRUCTURE_LOW_RANK) && ada_far_keys_of(p, b, &keys)) return;
+    head->rank = 0, head->retried = true;
+}
+
 static void plan_heads(ada_attending *a) {
     const ada_problem *p = a->p;
-    const double reach = ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(p->T));
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         ada_head *head = &a->budget->heads[i];
-        const ada_head_state *s = &a->states[i];
+        ada_head_state *s = &a->states[i];
         const ada_forecast guess = head->forecast;
         const ada_row_profile *profiles = &a->profiles[i * ADA_MOST_ROWS];
         if (s->n) {
@@ -339,8 +362,7 @@ static void plan_heads(ada_attending *a) {
             head->forecast.finite &= guess.finite;
         }
         if (s->look) bound_outliers(a, i);
-        const bool verified = s->n && p->T >= ADA_LEAST_QUERIES;
-        const ada_task task = ada_task_of(a, i, verified ? reach : ADA_MARGIN_GUESSED);
+        const ada_task task = ada_task_of(a, i, margin_of(a, i));
         for (int c = 0; c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
@@ -353,6 +375,7 @@ static void plan_heads(ada_attending *a) {
         for (int c = 0; c < ADA_CANDIDATES; c++) /* no kernel computes that */
             if (a->budget->rates[c].gflops[0] == 0) head->forecast.error[c] = head->seconds[c] = NAN;
         const int c = ada_candidate_of(head->choice);
+        s->seconds = c < 0 ? INFINITY : head->seconds[c];
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
         if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
         if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
@@ -360,9 +383,98 @@ static void plan_heads(ada_attending *a) {
         if (a->budget->given)
             head->budget2 = a->budget->given[i].budget2, head->joint = a->budget->given[i].joint,
             head->kept = a->budget->given[i].kept;
+        if (a->budget->given)
+            take_given_rank(p, &a->budget->given[i], i / p->H, head);
         else if (a->sparse)
             choose_structure(a, i, &task);
     }
+}
+
+/* Whether heads may have landmarks, by what was asked for and their options. Short ones win too little. */
+static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
+    if (b->structure == ADA_STRUCTURE_DENSE || b->given || ada_is_forced(b) ||
+        ada_rules_out(p, ADA_STRUCTURE_LOW_RANK))
+        return false;
+    return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
+}
+
+static ada_rank_task rank_task_of(const ada_attending *a, const ada_far_keys *keys) {
+    const ada_problem *p = a->p;
+    const int64_t count = keys->end - keys->first, least = a->budget->least_rank, most = a->budget->most_rank;
+    ada_rank_task t = {.keys = *keys, .queries = (double)p->T, .D = p->D, .E = p->E};
+    t.most = most > 0 && most < ADA_MOST_RANK ? (int)most : ADA_MOST_RANK;
+    if (count < t.most) t.most = (int)count;
+    t.least = least < 1 ? 1 : least < t.most ? (int)least : t.most;
+    return t;
+}
+
+/* Most landmarks of a head that it may gain by, 0: none. Those that cannot are known by their profiles alone.
+ */
+static int ranks_to_look_at(const ada_attending *a, int64_t i) {
+    const ada_budget *b = a->budget;
+    const ada_head_state *s = &a->states[i];
+    ada_far_keys keys;
+    if (!ada_far_keys_of(a->p, i / a->p->H, &keys)) return 0;
+    const ada_rank_task sizes = rank_task_of(a, &keys);
+    if (b->structure == ADA_STRUCTURE_LOW_RANK) return sizes.most;
+    if (!s->n) return 0;
+    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &b->rates[1], s->seconds);
+}
+
+/* Landmarks for a head of a->list, at most a->rank of them, where they compute it within the budget and
+ * faster than the choice that was made. */
+static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
+    ada_attending *a = context;
+    const ada_problem *p = a->p;
+    const ada_budget *b = a->budget;
+    const int64_t i = a->list[index];
+    ada_head *head = &b->heads[i];
+    const ada_head_state *s = &a->states[i];
+    const bool forced = b->structure == ADA_STRUCTURE_LOW_RANK;
+    const ada_rate *fp32 = &b->rates[1];
+    ada_far_keys keys;
+    ada_rank_forecast ranks;
+    ada_rank_choice choice;
+    if (ada_job_cancelled(job, worker)) return;
+    ada_far_keys_of(p, i / p->H, &keys);
+    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    const ada_rank_task sizes = rank_task_of(a, &keys);
+    const ada_rank_wish wish =
+        ada_rank_wish_of(&task, &sizes, a->rank[index], s->n ? head->forecast.out2 : 0);
+    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks,
+                          a->rank_scratch + worker * a->rank_scratch_bytes);
+    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) {
+        head->retried |= forced;
+        return;
+    }
+    head->dense = head->choice;
+    head->choice = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
+    head->rank = choice.rank, head->rank_gain = choice.gain, head->rank_limit = choice.limit;
+    head->budget2 = 0, head->kept = 1;
+    head->predicted_error = choice.error;
+}
+
+static ada_status plan_ranks(ada_attending *a, ada_error *error) {
+    const ada_problem *p = a->p;
+    int64_t n = 0;
+    int largest = 0;
+    double work = 0;
+    for (int64_t i = 0; i < ada_head_count(a); i++) {
+        const int most = ranks_to_look_at(a, i);
+        if (most == 0) continue;
+        a->list[n] = i, a->rank[n++] = most;
+        largest = most > largest ? most : largest;
+        work += ada_forecast_operations((double)p->S, p->D, p->E, most) / 2;
+    }
+    if (n == 0) return ADA_OK;
+    const int threads = ada_threads_for(p, n, work);
+    a->rank_scratch_bytes = ada_landmark_scratch_bytes(p, largest);
+    a->rank_scratch = ada_scratch_take(threads * a->rank_scratch_bytes);
+    if (!a->rank_scratch) return ada_no_scratch(threads * a->rank_scratch_bytes, error);
+    const bool done = ada_parallel_for(n, threads, rank_task, a, a->interrupt, a->context);
+    ada_scratch_give_back(a->rank_scratch);
+    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
 /* ---- execute ---- */
@@ -390,7 +502,9 @@ const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
                                      .output_lse = ada_cpu_output_lse,
                                      .look_operations = LOOK_OPERATIONS};
 
-ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+/* apart: not even those that take all. */
+static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n, bool apart,
+                                ada_error *error) {
     ada_head *heads = a->budget->heads;
     int64_t *launch = a->list + ada_head_count(a);
     int64_t done = 0;
@@ -398,7 +512,7 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     for (int turn = 0; turn < 2 * pairs && done < n; turn++) { /* what takes all comes first */
         const int pair = turn % pairs;
         const ada_choice choice = {(ada_rung)(pair / ADA_RUNG_COUNT), (ada_rung)(pair % ADA_RUNG_COUNT)};
-        const bool all = takes_all(a, choice);
+        const bool all = !apart && takes_all(a, choice);
         int64_t count = 0;
         if (all != (turn < pairs)) continue;
         for (int64_t i = 0; i < n; i++) {
@@ -435,13 +549,44 @@ ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, a
     return ADA_OK;
 }
 
+/* Those that fail are computed as if they had no landmarks. */
+static ada_status execute_ranks(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+    const ada_low_rank low = {a->rank, a->gain, a->limit, a->shift2, a->failed};
+    int64_t *again = a->list + 3 * ada_head_count(a), count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const ada_head *head = &a->budget->heads[list[i]];
+        a->rank[i] = head->rank, a->gain[i] = head->rank_gain, a->limit[i] = head->rank_limit;
+    }
+    if (ada_execute_low_rank(a->p, &low, list, n, a->interrupt, a->context, error)) return error->status;
+    for (int64_t i = 0; i < n; i++) {
+        ada_head *head = &a->budget->heads[list[i]];
+        if (!a->failed[i]) continue;
+        head->rank = 0, head->choice = head->dense, head->retried = true;
+        const int c = ada_candidate_of(head->choice);
+        head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
+        again[count++] = list[i];
+    }
+    return count ? execute_dense(a, again, count, true, error) : ADA_OK;
+}
+
+ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error) {
+    int64_t *dense = a->list + 2 * ada_head_count(a), count = 0, ranks = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (a->budget->heads[list[i]].rank == 0) dense[count++] = list[i];
+    if (count && execute_dense(a, dense, count, false, error)) return error->status;
+    for (int64_t i = 0; i < n; i++)
+        if (a->budget->heads[list[i]].rank > 0) dense[ranks++] = list[i];
+    return ranks ? execute_ranks(a, dense, ranks, error) : ADA_OK;
+}
+
 /* ---- the call ---- */
 
 static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     const ada_problem *p = a->p;
     const int64_t heads = p->B * p->H, rows = heads * ADA_MOST_ROWS;
-    bool sparse = a->sparse != 0;
-    for (int64_t i = 0; a->budget->given && i < heads; i++) sparse |= a->budget->given[i].budget2 > 0;
+    bool sparse = a->sparse != 0 || a->ranks;
+    for (int64_t i = 0; a->budget->given && i < heads; i++)
+        sparse |= a->budget->given[i].budget2 > 0 || a->budget->given[i].rank > 0;
     ada_carver c = {memory, 0};
     a->keys = ada_carve(&c, a->key_heads * (int64_t)sizeof *a->keys);
     a->probes = ada_carve(&c, a->key_heads * a->probe_bytes);
@@ -458,7 +603,11 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->joint = ada_carve(&c, heads * (int64_t)sizeof *a->joint);
     a->shift2 = ada_carve(&c, sparse ? heads * p->T * (int64_t)sizeof *a->shift2 : 0);
     a->kept = ada_carve(&c, heads * (int64_t)sizeof *a->kept);
-    a->list = ada_carve(&c, 2 * heads * (int64_t)sizeof *a->list);
+    a->list = ada_carve(&c, 4 * heads * (int64_t)sizeof *a->list);
+    a->rank = ada_carve(&c, heads * (int64_t)sizeof *a->rank);
+    a->gain = ada_carve(&c, heads * (int64_t)sizeof *a->gain);
+    a->limit = ada_carve(&c, heads * (int64_t)sizeof *a->limit);
+    a->failed = ada_carve(&c, heads * (int64_t)sizeof *a->failed);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
     if (a->backend->carve) a->backend->carve(a, &c);
     return c.used;
@@ -473,15 +622,16 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
         budget->heads[i] = ada_unknown_head();
         a->states[i] = (ada_head_state){.look = look_at(a, i)};
         probed |= a->states[i].look != ADA_LOOK_NONE;
-        a->list[i] = i;
     }
     if (probed && a->backend->probe(a, error)) return error->status;
     double now = seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
+    if (a->ranks && plan_ranks(a, error)) return error->status;
     now = seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;
+    for (int64_t i = 0; i < ada_head_count(a); i++) a->list[i] = i;
     if (ada_execute_heads(a, a->list, ada_head_count(a), error)) return error->status;
     now = seconds_now();
     budget->seconds[2] = now - start, start = now;
@@ -501,9 +651,18 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
     budget->seconds[2] = seconds;
 }
 
+/* Refuses landmarks where something does not go with them. */
+static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
+    const char *what = ada_rules_out(p, budget->structure);
+    if (!what) return ADA_OK;
+    return ada_fail(error, ADA_ERR_ARGUMENT,
+                    "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", what);
+}
+
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,
                       ada_error *error) {
     memset(budget->seconds, 0, sizeof budget->seconds);
+    if (check_structure(p, budget, error)) return error->status;
     if (p->on_gpu) return ada_gpu_attend(p, budget, interrupt, context, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     if (budget->tolerance == 0) {
@@ -530,6 +689,7 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.sparse = sparse_candidates(p, a.k, budget);
     a.probe_bytes = ada_key_probe_bytes(p, a.sparse != 0);
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
+    a.ranks = may_have_ranks(p, budget);
     const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);

@@ -8,6 +8,9 @@
 /* What became of one head. */
 typedef struct {
     ada_choice choice;
+    ada_choice dense;             /* where landmarks do not do */
+    int rank;                     /* landmarks; 0: none */
+    double rank_gain, rank_limit; /* as in ada_low_rank */
     ada_forecast forecast;
     double seconds[ADA_CANDIDATES]; /* predicted, of one core */
     double budget2, joint;          /* as in ada_sparse */
@@ -22,6 +25,8 @@ typedef struct {
     ada_choice choice;
     double predicted_error; /* NaN: not known */
     double budget2, joint, kept;
+    int rank;
+    double rank_gain, rank_limit;
 } ada_planned;
 
 typedef struct {
@@ -30,7 +35,8 @@ typedef struct {
     const ada_planned *given; /* (B, H), or NULL */
     bool verify;
     bool report;                /* heads are to be told all that became of them */
-    bool dense;                 /* no blocks stand in */
+    ada_structure structure;    /* that was asked for */
+    int least_rank, most_rank;  /* limits of the landmarks; 0: none */
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */

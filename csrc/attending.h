@@ -36,6 +36,7 @@ typedef struct {
     bool known;        /* rows are those to verify, and their exact ones are known */
     bool doubted;      /* these are its second rows */
     bool was_sparse;   /* the last time that it was computed again */
+    double seconds;    /* predicted, of what was chosen so far */
     double outliers;   /* rows like the one with the largest spread, so few that a sample may miss them */
     ada_forecast peak; /* of the row whose lse errs most */
 } ada_head_state;
@@ -88,10 +89,16 @@ struct ada_attending {
     double *exact_o;           /* [B * H][ADA_MOST_ROWS][E] */
     ada_choice *ran;           /* [B * H] */
     unsigned sparse;           /* bit per candidate: heads may be planned so that blocks stand in */
+    bool ranks;                /* heads may be planned with landmarks */
     double *budget2, *joint;   /* [B * H], these and the next two as in ada_sparse */
     float *shift2;             /* [B * H][T] */
     double *kept;              /* [B * H] */
-    int64_t *list;             /* [B * H] */
+    int64_t *list;             /* [4][B * H] those to compute; and of ada_execute_heads */
+    int *rank;                 /* [B * H], these and the next two as in ada_low_rank */
+    double *gain, *limit;
+    char *rank_scratch; /* while ranks are looked for */
+    int64_t rank_scratch_bytes;
+    bool *failed;
     char *scratch;
     int64_t scratch_bytes;
 };
@@ -99,6 +106,9 @@ struct ada_attending {
 static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * a->p->H; }
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
+
+/* Something of a head's keys is left out. */
+static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
 
 extern const ada_backend ada_cpu_backend;
 /* ada_attend with a budget, by this backend. */

@@ -15,7 +15,7 @@
 #include "execute.h"
 
 /* Parts of the queries and of the keys: at least so many tiles, as keys are packed once for each. */
-#define PART_TILES 4
+#define PART_TILES 8
 #define MOST_PARTS 8
 
 typedef struct {

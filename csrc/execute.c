@@ -14,15 +14,6 @@
 #include "memory.h"
 #include "sparse.h"
 
-static void store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, double lse) {
-    if (!p->lse) return;
-    int64_t at = (b * p->H + h) * p->T + i;
-    if (p->query.dtype == ADA_F64)
-        ((double *)p->lse)[at] = lse;
-    else
-        ((float *)p->lse)[at] = (float)lse;
-}
-
 static _Atomic double narrow_fault = 1;
 
 void ada_narrow_fault(double factor) { atomic_store(&narrow_fault, factor); }
@@ -31,7 +22,7 @@ void ada_narrow_fault(double factor) { atomic_store(&narrow_fault, factor); }
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
     double lse;
     const double factor = ada_row_factor(p, h, m, l, p->lse ? &lse : NULL);
-    if (p->lse) store_lse(p, b, h, i, lse);
+    if (p->lse) ada_store_lse(p, b, h, i, lse);
     return factor;
 }
 
@@ -153,7 +144,7 @@ static uint64_t attend_tile_scaled(const ada_run *r, scratch_f64 *s, ada_patch p
         if (s->tile.l[i] == 0 && ada_sink(p, patch.h) == -INFINITY)
             nan_lanes |= minus_lanes & (uint64_t)1 << i;
         if (!(rows & nan_lanes & (uint64_t)1 << i)) continue;
-        store_lse(p, patch.b, patch.h, patch.i + i, NAN);
+        ada_store_lse(p, patch.b, patch.h, patch.i + i, NAN);
         for (int e = 0; e < E; e++) s->special[e * ADA_LANES + i] = SPECIAL_NAN;
     }
     return finish_patched_f64(r, s, &patch, rows);

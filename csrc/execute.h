@@ -68,6 +68,15 @@ static inline double ada_sink(const ada_problem *p, int64_t h) {
     return *(const double *)((const char *)p->sinks.data + h * p->sinks.stride[0]);
 }
 
+static inline void ada_store_lse(const ada_problem *p, int64_t b, int64_t h, int64_t i, double lse) {
+    if (!p->lse) return;
+    const int64_t at = (b * p->H + h) * p->T + i;
+    if (p->query.dtype == ADA_F64)
+        ((double *)p->lse)[at] = lse;
+    else
+        ((float *)p->lse)[at] = (float)lse;
+}
+
 /* What a row's output is multiplied with, from its reference m (log2 units) and sum l, and its lse (may be
  * NULL). The sink joins here: mass without a value. */
 static inline double ada_row_factor(const ada_problem *p, int64_t h, double m, double l, double *lse) {

@@ -129,12 +129,13 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
     if (p->query.dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
-    double noise[ADA_CANDIDATES] = {0}, weights = 0;
+    double noise[ADA_CANDIDATES] = {0}, weights = 0, exponents = 0, apart = 0;
     for (int i = 0; i < n; i++) {
         const ada_row_profile *x = &rows[i];
         f->finite &= x->good;
         out2 += x->weight * x->out2;
         if (x->visible > 0) stds += x->weight * x->score_std;
+        exponents += x->weight * x->q2 * keys->total, apart += x->weight * x->p2d;
         if (x->visible > 1) {
             counted += x->weight;
             entropies += x->weight * x->entropy, entropies2 += x->weight * square(x->entropy);
@@ -160,6 +161,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;
     f->out2 = out2 / weights;
+    f->exponent2 = exponents / weights, f->noise2 = apart / out2;
     for (int k = 0; keys->block_mean && k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
 }
 
@@ -216,6 +218,46 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
 
 /* ---- structure ---- */
 
+static bool has_float_mask(const ada_problem *p) {
+    return p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL;
+}
+static bool has_mask(const ada_problem *p) { return p->attn_mask.data != NULL; }
+static bool has_softcap(const ada_problem *p) { return p->has_softcap; }
+static bool has_alibi(const ada_problem *p) { return p->alibi_slopes.data != NULL; }
+static bool has_dropout(const ada_problem *p) { return p->drop_below != 0; }
+static bool has_left_window(const ada_problem *p) { return p->window_left != ADA_UNBOUNDED; }
+static bool is_stored(const ada_problem *p) { return p->stored; }
+static bool is_on_gpu(const ada_problem *p) { return p->on_gpu; }
+static bool is_double(const ada_problem *p) { return p->query.dtype == ADA_F64; }
+static bool has_odd_scale(const ada_problem *p) { return p->only_f64; }
+
+/* Where something is added to the scores, the kernels that weigh blocks have no part. Landmarks need weights
+ * that are the exponential of a product, for all keys from the first on that queries see. */
+static const struct {
+    const char *what;
+    bool (*given)(const ada_problem *p);
+    bool sparse, low_rank;
+} rules[] = {{"softcap", has_softcap, false, false},
+             {"alibi_slopes", has_alibi, false, false},
+             {"a floating attn_mask", has_float_mask, false, false},
+             {"dropout_p", has_dropout, false, false},
+             {"a KVCache", is_stored, false, false},
+             {"arrays on a GPU", is_on_gpu, false, false},
+             {"a scale beyond fp32", has_odd_scale, false, false},
+             {"attn_mask", has_mask, true, false},
+             {"window[0]", has_left_window, true, false},
+             {"float64 arrays", is_double, true, false}};
+
+const char *ada_rules_out(const ada_problem *p, ada_structure structure) {
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
+        const bool goes = structure == ADA_STRUCTURE_SPARSE     ? rules[i].sparse
+                          : structure == ADA_STRUCTURE_LOW_RANK ? rules[i].low_rank
+                                                                : true;
+        if (!goes && rules[i].given(p)) return rules[i].what;
+    }
+    return NULL;
+}
+
 /* What few rows say of the error is taken so much larger. */
 #define STAND_MARGIN 1.15
 /* Reading the kept blocks one by one costs so much of the dense time on top. */
@@ -251,4 +293,69 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
                                       .seconds = seconds};
     }
     return found;
+}
+
+/* Sampled rows and keys say by this much too little of a rank's error. */
+#define RANK_MARGIN 1.15
+/* Landmarks take so much longer than their products: packing, residuals, rows that are computed exactly. */
+#define RANK_OVERHEAD 1.25
+/* Heads need this share of the landmarks that their dimensions and spread ask for, or more. */
+#define LEAST_RANKS 0.25
+
+double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+    ada_task part = *t;
+    part.operations =
+        RANK_OVERHEAD * ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
+    part.elements = 0;
+    return ada_predicted_seconds(&part, fp32);
+}
+
+/* Of a kernel of scores that spread by s over d dimensions, terms of degree n + 1 of the exponential's series
+ * are s^(n + 1) / sqrt((n + 1)!) beside its size exp(s^2 / 2); those of n and less span (d + n)! / d! / n!.
+ */
+static double ranks_needed(const ada_forecast *f, double error) {
+    const double s = f->score_std, d = fmax(f->exponent2 / (s * s), 1);
+    double rest = s * exp(-s * s / 2), ranks = 1;
+    for (int n = 1; rest > error && ranks < 1e6; n++) {
+        ranks *= (d + n) / n;
+        rest *= s / sqrt(n + 1);
+    }
+    return ranks;
+}
+
+int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_rank_task *sizes,
+                         const ada_rate *fp32, double seconds) {
+    const double error = t->tolerance / sqrt(f->noise2);
+    if (!f->finite || !(f->out2 > 0)) return 0;
+    int most = sizes->most;
+    while (most > 0 && !(ada_low_rank_seconds(t, sizes, fp32, most) < PAYS * seconds))
+        most -= most > 16 ? 16 : most;
+    return most >= sizes->least && LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
+}
+
+ada_rank_wish ada_rank_wish_of(const ada_task *t, const ada_rank_task *sizes, int most, double out2) {
+    return (ada_rank_wish){.least = sizes->least < most ? sizes->least : most,
+                           .most = most,
+                           .out2 = out2,
+                           .error = t->tolerance / t->margin / RANK_MARGIN,
+                           .lse_error = t->lse ? fmax(t->tolerance, 1e-6) : INFINITY};
+}
+
+bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *t,
+                       const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
+                       ada_rank_choice *choice) {
+    const double out2 = wish->out2 > 0 ? wish->out2 : ranks->out2, row2 = square(wish->error) * out2;
+    for (int i = 0; i < ranks->levels; i++) {
+        const ada_rank_level *level = &ranks->level[i];
+        const bool keeps = ada_fulfils(wish, ranks, i);
+        if (!keeps && !(forced && i + 1 == ranks->levels)) continue;
+        const double relative2 = out2 > 0 ? level->error2 / out2 : level->error2 > 0 ? INFINITY : 0;
+        *choice = (ada_rank_choice){.rank = level->rank,
+                                    .gain = keeps && row2 > 0 ? level->gain / row2 : 0,
+                                    .limit = keeps ? level->limit : INFINITY,
+                                    .error = sqrt(relative2),
+                                    .seconds = ada_low_rank_seconds(t, sizes, fp32, level->rank)};
+        return forced || choice->seconds < PAYS * seconds;
+    }
+    return false;
 }

@@ -5,6 +5,7 @@
 #define ADA_PLAN_H
 
 #include "adaattn.h"
+#include "lowrank.h"
 #include "probe.h"
 
 /* What a planner may choose from, dear to cheap. */
@@ -28,8 +29,10 @@ typedef struct {
     struct {
         double kept, error, own, joint; /* share of the blocks, relative error, sparse.h */
     } level[ADA_LEVELS];                /* of what stands in, by the profiled rows */
-    int rows;                           /* behind it; 0: a guess from statistics alone */
-    bool finite;                        /* false: NaN, infinities or numbers beyond float's range take part */
+    double exponent2; /* mean square of the product of a query's norm and the keys' spread */
+    double noise2;    /* squared error of the output were weights off by their own size, over out2 */
+    int rows;         /* behind it; 0: a guess from statistics alone */
+    bool finite;      /* false: NaN, infinities or numbers beyond float's range take part */
 } ada_forecast;
 
 /* Standard deviations of noise that the largest of thousands of rows stays below. */
@@ -62,6 +65,15 @@ bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], dou
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 
+typedef enum {
+    ADA_STRUCTURE_AUTO,
+    ADA_STRUCTURE_DENSE,
+    ADA_STRUCTURE_SPARSE,
+    ADA_STRUCTURE_LOW_RANK
+} ada_structure;
+/* What of a problem, by its argument's name, does not go with a structure; NULL: nothing. */
+const char *ada_rules_out(const ada_problem *p, ada_structure structure);
+
 /* What a head computes where some of its blocks stand in. */
 typedef struct {
     int candidate;
@@ -71,5 +83,30 @@ typedef struct {
 /* Whether some candidate is faster so than the dense one, and within the budget. */
 bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES],
                      int dense, ada_sparse_choice *choice);
+
+/* What a head of landmarks computes. */
+typedef struct {
+    int rank;
+    double gain, limit;    /* as in ada_low_rank */
+    double error, seconds; /* predicted */
+} ada_rank_choice;
+/* The problem's sizes that it goes by. */
+typedef struct {
+    ada_far_keys keys;
+    double queries;
+    int64_t D, E;
+    int least, most; /* ranks that are allowed */
+} ada_rank_task;
+double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rate *fp32, int rank);
+/* Most landmarks with which a head may be faster than in these seconds, 0: none; and than what its own
+ * statistics say that it needs at least. */
+int ada_ranks_to_look_at(const ada_forecast *forecast, const ada_task *task, const ada_rank_task *sizes,
+                         const ada_rate *fp32, double seconds);
+/* What a head's ranks are looked for by; out2 as there. */
+ada_rank_wish ada_rank_wish_of(const ada_task *task, const ada_rank_task *sizes, int most, double out2);
+/* The least rank within the budget that is faster than these seconds; forced: the one that comes nearest. */
+bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *task,
+                       const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
+                       ada_rank_choice *choice);
 
 #endif

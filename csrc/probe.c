@@ -287,8 +287,7 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
     return spreads;
 }
 
-/* splitmix64, as a number in [0, 1) */
-static double uniform(uint64_t stream, int index) {
+double ada_uniform(uint64_t stream, int index) {
     uint64_t x = stream * 0x9E3779B97F4A7C15u + (uint64_t)index * 0xD1B54A32D192ED03u + 0x9E3779B97F4A7C15u;
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
     x = (x ^ x >> 27) * 0x94D049BB133111EBu;
@@ -343,7 +342,7 @@ int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int6
             continue;
         }
         before += share;
-        for (; stratum < left && found < n && (stratum + uniform(stream, stratum)) * rest / left < before;
+        for (; stratum < left && found < n && (stratum + ada_uniform(stream, stratum)) * rest / left < before;
              stratum++)
             rows[found] = i, weight[found++] = fmax(rest / (left * share), 1 + DBL_EPSILON);
     }

@@ -87,6 +87,8 @@ typedef struct {
  * where it sees no key or is not finite. */
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch);
+/* The index-th number of a stream in [0, 1), by splitmix64. */
+double ada_uniform(uint64_t stream, int index);
 /* share[i] += size[i] over the sum of all, or 1 for each row where size is NULL, over their number; only rows
  * whose size in live is above 0. */
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T);

@@ -29,7 +29,7 @@
 #define PRIOR_FREEDOM 6
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
 
-/* At least so many for a sparse head, whose error few rows may carry. */
+/* At least so many where keys are left out, as few rows may carry the error then. */
 #define SPARSE_ROWS 16
 
 /* ---- estimates ---- */
@@ -85,7 +85,7 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
     if (s->look && !head->forecast.finite) return 0;
-    if (head->predicted_error * ADA_FINER <= a->budget->tolerance) {
+    if (!ada_is_thinned(head) && head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
         const bool far = 16 * ADA_FINER * head->predicted_error <= a->budget->tolerance;
@@ -95,7 +95,7 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    const int least = head->budget2 > 0 ? SPARSE_ROWS : 8;
+    const int least = ada_is_thinned(head) ? SPARSE_ROWS : 8;
     return rows < least ? least : rows;
 }
 
@@ -170,7 +170,7 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     if (!s->look && !s->known) ada_mark_seeing_rows(a, head, scratch);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
-                      a->budget->heads[head].budget2 > 0 ? a->shift2 + head * p->T : NULL,
+                      ada_is_thinned(&a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
                       s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
@@ -290,13 +290,15 @@ static bool go_up(ada_attending *a, int64_t index) {
     const bool at_fp32 = head->choice.qk <= ADA_RUNG_FP32 && head->choice.pv <= ADA_RUNG_FP32;
     const ada_rung wanted = at_fp32 ? ADA_RUNG_FP64 : ADA_RUNG_FP32, dearest = a->budget->dearest;
     const ada_rung next = wanted > dearest ? wanted : dearest; /* AUTO is below all */
-    const int now = ada_candidate_of(head->choice);
     ada_head_state *s = &a->states[index];
     const ada_look look = s->look;
     const bool first = !head->retried || s->was_sparse;
-    s->was_sparse = head->budget2 > 0;
+    if (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK) return false;
+    s->was_sparse = ada_is_thinned(head);
+    if (head->rank > 0) head->choice = head->dense;
+    const int now = ada_candidate_of(head->choice);
     if (s->was_sparse) { /* the same, but dense */
-        head->budget2 = 0, head->kept = 1;
+        head->budget2 = 0, head->rank = 0, head->kept = 1;
         head->predicted_error = head->forecast.error[now];
         head->retried = true;
         return true;
@@ -339,7 +341,8 @@ static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
     if (a->backend->fetch_norms(a, error)) return error->status;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         const ada_head *head = &a->budget->heads[i];
-        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->choice.qk > ADA_RUNG_FP32)
+        if (!a->states[i].look || a->states[i].n || !head->forecast.finite || head->rank > 0 ||
+            head->choice.qk > ADA_RUNG_FP32)
             continue;
         confirm_guess(a, i);
         const bool keeps = head->predicted_error * ADA_MARGIN_GUESSED <= a->budget->tolerance;
@@ -384,6 +387,13 @@ ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
                                 a->budget->tolerance, head->measured_error, (long long)(i / p->H),
                                 (long long)(i % p->H), ada_rung_name(head->choice.qk),
                                 ada_rung_name(head->choice.pv));
+            if (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK && misses)
+                return ada_fail(
+                    error, ADA_ERR_NUMERICAL,
+                    "structure: expected a relative error of at most %g in every head, got about %.3g "
+                    "in head (%lld, %lld) from %d landmarks",
+                    a->budget->tolerance, head->measured_error, (long long)(i / p->H), (long long)(i % p->H),
+                    head->rank);
             if (!misses && doubts(a, i)) {
                 s->n = s->n < 8 ? 8 : 2 * s->n, s->doubted = true, s->known = false;
             } else {

@@ -307,7 +307,7 @@ def test_rates_decide(rng, monkeypatch):
 
 def test_bad_structure(rng):
     arrays = [x[:, :, :16] for x in local(rng)]
-    with pytest.raises(adaattn.ArgumentError, match="structure: expected 'auto' or 'dense', got 'thin'"):
+    with pytest.raises(adaattn.ArgumentError, match="structure: expected 'auto', 'dense' or 'low_rank', got"):
         adaattn.attention(*arrays, tolerance=1e-2, structure="thin")
     with pytest.raises(adaattn.DTypeError, match="structure"):
         adaattn.attention(*arrays, tolerance=1e-2, structure=3)

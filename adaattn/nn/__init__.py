@@ -14,12 +14,15 @@ from .layers import Dropout, Embedding, FeedForward, LayerNorm, Linear, RMSNorm
 from .module import Module
 from .optim import AdamW, clip_grad_norm, cosine_schedule, cross_entropy
 from .positions import alibi_slopes, rotary
+from .rank import AdaAttention, AdaptiveRankAttention
 from .stats import AttentionStatistics, ModelStatistics
 from .transformer import Transformer
 
 __all__ = [
+    "AdaAttention",
     "AdamW",
     "AdaptivePrecisionAttention",
+    "AdaptiveRankAttention",
     "AttentionStatistics",
     "DenseAttention",
     "Dropout",

@@ -109,24 +109,13 @@ class MultiHeadAttention(Module):
         ShapeError, ArgumentError
             Naming the argument, what was expected and what came.
         """
-        B, T, C = x.shape if x.ndim == 3 else (0, 0, 0)
-        H, G, D = self.num_heads, self.num_kv_heads, self.head_size
-        if C != H * D:
-            check_features(x, H * D)
         held = None if cache is None else cache.lengths
         continued = held is not None and held.any()
         if cache is not None and self.training:
             raise ArgumentError("cache: expected None in training, got a KVCache")
         if continued and lengths is not None:
             raise ArgumentError("lengths: expected None beside a cache that holds tokens, got some")
-        heads = self.qkv(x).reshape(B, T, H + 2 * G, D)
-        if self.rotary_base is not None:
-            turned = factors(D, self.rotary_base, heads.dtype, token_positions(held, T))
-            turn(heads[:, :, : H + G], *turned)
-        else:
-            turned = None
-        heads = heads.transpose(0, 2, 1, 3)
-        query, key, value = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
+        query, key, value, turned = self._heads(x, held)
         options = self._options
         if cache is not None:
             cache.append(key, value, lengths)
@@ -142,7 +131,20 @@ class MultiHeadAttention(Module):
                 self._saved = query, key, value, attended, lse, options, turned
             else:
                 attended = self._attend(query, key, value, options)
-        return self.out(attended.transpose(0, 2, 1, 3).reshape(B, T, C))
+        return self.out(attended.transpose(0, 2, 1, 3).reshape(x.shape))
+
+    def _heads(self, x: Array, held: Array | None = None) -> tuple[Array, Array, Array, Any]:
+        """Queries (B, H, T, D), keys and values (B, G, T, D) behind what is held, and how they turned."""
+        B, T, C = x.shape if x.ndim == 3 else (0, 0, 0)
+        H, G, D = self.num_heads, self.num_kv_heads, self.head_size
+        if C != H * D:
+            check_features(x, H * D)
+        heads, turned = self.qkv(x).reshape(B, T, H + 2 * G, D), None
+        if self.rotary_base is not None:
+            turned = factors(D, self.rotary_base, heads.dtype, token_positions(held, T))
+            turn(heads[:, :, : H + G], *turned)
+        heads = heads.transpose(0, 2, 1, 3)
+        return heads[:, :H], heads[:, H : H + G], heads[:, H + G :], turned
 
     def backward(self, grad_out: Array) -> Array:
         query, key, value, attended, lse, options, turned = self._recall()
@@ -284,10 +286,10 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
     def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
         arrays = query, key, value
         if self._replan_every is None:
-            return self._collect(self.attend, arrays, options | self._budget(), planned=True)
+            return self._collect(self.attend, arrays, options | self._budget(key.shape[2]), planned=True)
         sizes = query.shape, key.shape, value.shape, query.dtype, "return_lse" in options
         plan = self._plan if sizes == self._plan_sizes else None
-        budget = self._budget() if plan is None else {"plan": plan}
+        budget = self._budget(key.shape[2]) if plan is None else {"plan": plan}
         *result, report = self.attend(*arrays, **options, **budget, return_report=True)
         if self.collect_statistics:
             self._tally.add(report, planned=plan is None)
@@ -298,7 +300,8 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
     def _attend_cached(self, cache: KVCache, query: Array, options: dict[str, Any]) -> Any:
         return self._collect(cache.attention, (query,), options | self._budget(), planned=True)
 
-    def _budget(self) -> dict[str, Any]:
+    def _budget(self, keys: int | None = None) -> dict[str, Any]:
+        """Of a call over so many keys; None: over a cache's."""
         return {"tolerance": self._tolerance, **self._limits}
 
     def _kept_plan(self, report: Report) -> Plan | None:

@@ -85,31 +85,34 @@ PyDoc_STRVAR(
     attention_doc,
     "attention($module, query, key, value, attn_mask, causal, window, softcap, alibi_slopes, "
     "sinks, kv_lengths, query_offset, scale, dropout_p, seed, precision, tolerance, min_precision, "
-    "max_precision, structure, verify, rates, choices, plan_only, return_lse, return_report, out, "
+    "max_precision, structure, min_rank, max_rank, verify, rates, choices, plan_only, return_lse, "
+    "return_report, out, "
     "num_threads, "
     "allocate, device, /)\n--\n\n"
     "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
     "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, indices into RUNGS, "
     "scores and values of head after head, and of each predicted error, sparse budget and joint, kept "
-    "share). "
+    "share, rank, its gain and limit). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
-    "its sizes (B, H, G, T, S, D, E, dtype); plan_only returns nothing else.");
+    "its sizes (B, H, G, T, S, D, E, dtype), and what rules out (sparse, low rank) heads, or None; "
+    "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 17, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 20, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
-    "precision_qk",  "precision_pv", "retried",       "finite",          "profiled_rows",  "verified_rows",
-    "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error", "measured_error", "error_limit",
-    "lse_error",     "entropy",      "entropy_std",   "block_entropy",   "score_std"};
+    "precision_qk",   "precision_pv",  "retried",      "finite",        "profiled_rows",
+    "verified_rows",  "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error",
+    "measured_error", "error_limit",   "lse_error",    "entropy",       "entropy_std",
+    "block_entropy",  "score_std",     "rank",         "rank_gain",     "rank_limit"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
     const double scalars[HEAD_SCALARS] = {
-        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,  f->rows,
-        head->verified_rows,  head->budget2,     head->joint,     head->kept, head->predicted_error,
-        head->measured_error, head->error_limit, head->lse_error, f->entropy, f->entropy_std,
-        f->block_entropy,     f->score_std};
+        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,       f->rows,
+        head->verified_rows,  head->budget2,     head->joint,     head->kept,      head->predicted_error,
+        head->measured_error, head->error_limit, head->lse_error, f->entropy,      f->entropy_std,
+        f->block_entropy,     f->score_std,      head->rank,      head->rank_gain, head->rank_limit};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
@@ -129,7 +132,9 @@ static PyObject *new_report(const ada_module_state *state, const ada_problem *p,
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report = Py_BuildValue("(O(dddd)dN)", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p));
+        report =
+            Py_BuildValue("(O(dddd)dN(zz))", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p),
+                          ada_rules_out(p, ADA_STRUCTURE_SPARSE), ada_rules_out(p, ADA_STRUCTURE_LOW_RANK));
     }
     ada_view_release(&view);
     Py_XDECREF(table);
@@ -179,7 +184,7 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         return -1;
     if (ada_view_of_numbers(state, heads, "plan", ADA_F64, &numbers)) goto done;
     const ada_array *a = &view.array, *e = &numbers.array;
-    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 4 * p->B * p->H) {
+    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 7 * p->B * p->H) {
         PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
                      (long long)(p->B * p->H));
         goto done;
@@ -197,10 +202,11 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
-        double x[4];
-        for (int c = 0; c < 4; c++)
-            x[c] = *(const double *)((const char *)e->data + (4 * i + c) * e->stride[0]);
-        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3]};
+        double x[7];
+        for (int c = 0; c < 7; c++)
+            x[c] = *(const double *)((const char *)e->data + (7 * i + c) * e->stride[0]);
+        const int rank = x[4] >= 0 && x[4] <= ADA_MOST_RANK ? (int)x[4] : 0;
+        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3], rank, x[5], x[6]};
     }
     budget->given = *given;
     failed = 0;
@@ -215,6 +221,29 @@ static PyObject *pack_results(PyObject *out, PyObject *lse, PyObject *report) {
     if (lse && report) return PyTuple_Pack(3, out, lse, report);
     if (lse || report) return PyTuple_Pack(2, out, lse ? lse : report);
     return Py_NewRef(out);
+}
+
+/* Limits of the landmarks, or None. */
+static int ranks_of(const ada_module_state *state, PyObject *least, PyObject *most, ada_budget *budget) {
+    PyObject *const args[] = {least, most};
+    static const char *const names[] = {"min_rank", "max_rank"};
+    int *const to[] = {&budget->least_rank, &budget->most_rank};
+    for (int i = 0; i < 2; i++) {
+        int64_t n = 0;
+        if (args[i] == Py_None) continue;
+        if (ada_integer_of(state, args[i], names[i], "an int or None", &n)) return -1;
+        if (n < 1) {
+            PyErr_Format(state->argument_error, "%s: expected an int of at least 1, got %R", names[i],
+                         args[i]);
+            return -1;
+        }
+        *to[i] = n < INT_MAX ? (int)n : INT_MAX;
+    }
+    if (budget->most_rank && budget->least_rank > budget->most_rank) {
+        PyErr_Format(state->argument_error, "max_rank: expected at least min_rank=%R, got %R", least, most);
+        return -1;
+    }
+    return 0;
 }
 
 static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -238,6 +267,8 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         MIN_PRECISION,
         MAX_PRECISION,
         STRUCTURE,
+        MIN_RANK,
+        MAX_RANK,
         VERIFY,
         RATES,
         CHOICES,
@@ -313,11 +344,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    static const char *const structures[] = {"auto", "dense"};
+    static const char *const structures[] = {"auto", "dense", "low_rank"};
     int structure;
-    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto' or 'dense'", structures, 2, &structure))
+    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense' or 'low_rank'", structures, 3,
+                    &structure) ||
+        ranks_of(state, args[MIN_RANK], args[MAX_RANK], &budget))
         goto done;
-    budget.dense = structure == 1;
+    budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
