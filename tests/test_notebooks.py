@@ -79,7 +79,9 @@ def test_committed_notebook(name: str, tool: Any) -> None:
         {k: v for k, v in output.get("data", output).items() if k != "image/png"}
         for output in outputs(notebook)
     ]
-    assert not re.search(r"(?i)traceback|stderr|0x[0-9a-f]{6}|/(?:home|root|tmp|usr|opt|work)/", json.dumps(text))
+    assert not re.search(
+        r"(?i)traceback|stderr|0x[0-9a-f]{6}|/(?:home|root|tmp|usr|opt|work)/", json.dumps(text)
+    )
 
 
 def test_an_error_in_a_notebook_is_one(tool: Any, tmp_path: Path) -> None:
