@@ -651,7 +651,9 @@ def test_views_of_statistics(told: nn.ModelStatistics) -> None:
 
 def test_figure_of_statistics(told: nn.ModelStatistics, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    precision, seconds = told.plot().axes
+    figure = told.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    precision, seconds = figure.axes
     heights = [sum(bar[i].get_height() for bar in precision.containers) for i in range(2)]
     assert heights == pytest.approx([1, 1])
     for axes in (precision, seconds):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..stats import PHASES, Report
-from ..views import error_text, time_text
+from ..views import COLOURS, empty_figure, error_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,10 +148,9 @@ class ModelStatistics:
             Without matplotlib.
         """
         try:
-            from matplotlib.figure import Figure
+            figure = empty_figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6))
         except ImportError as error:
             raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[plots]") from error
-        figure = Figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6), layout="constrained")
         precision, time = figure.subplots(2, 1, sharex=True)
         layers = self.layers.values()
         shares = [layer.precision_distribution for layer in layers]
@@ -161,7 +160,7 @@ class ModelStatistics:
             bottom = np.zeros(len(bars))
             for name in names:
                 heights = np.array([bar.get(name, 0.0) for bar in bars])
-                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name)
+                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name, color=COLOURS.get(name))
                 bottom += heights
             if names:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
