@@ -10,6 +10,7 @@ to compile, of which most who install the package would have nothing. cuda/build
 
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -101,6 +102,8 @@ class BuildEngine(build_ext):
                 extra_postargs=[*ext.extra_compile_args, *flags],
                 depends=ext.depends,
             )
+        if len(left_out) == len(ISAS):
+            self.warn("only scalar kernels are built, which are slow: the others are for x86-64")
         ext.define_macros.append(("ADA_BUILD_LEFT_OUT", '"' + "; ".join(left_out) + '"'))
         super().build_extension(ext)
         self.build_backend(ext)
@@ -150,7 +153,9 @@ engine = Extension(
     depends=sorted(map(str, depends)),
 )
 
+version = re.search(r'ADA_VERSION "(.+)"', Path("csrc/adaattn.h").read_text())[1]
+
 if sys.platform == "win32":
     raise SystemExit("adaattn needs a POSIX system (Linux or macOS): its thread pool is built on pthreads")
 
-setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})
+setup(version=version, ext_modules=[engine], cmdclass={"build_ext": BuildEngine})

@@ -50,7 +50,7 @@ def _figure() -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "matplotlib: expected this package to draw, got none; run `pip install adaattn[bench]`"
+            "matplotlib: expected this package to draw, got none; run `pip install adaattn[plots]`"
         ) from None
     return Figure(figsize=(9, 6.5), layout="constrained")
 

@@ -388,14 +388,14 @@ def quantize(x: ArrayLike, dtype: str, axis: Axis = -1) -> tuple[_Array, _Array]
     codes : ndarray of x's shape
         int8, or uint8 with the bits of e4m3fn.
     scale : ndarray of x's shape with sizes of 1 along `axis`
-        max |x| / 127, or / 448: the largest code is that of the largest number, and none saturates. At least
-        the smallest normal number, also for zeros. A group that holds NaN or an infinity has codes of 0 and
-        the scale NaN, so that all of it comes back as NaN.
+        ``max |x|`` / 127, or / 448: the largest code is that of the largest number, and none saturates. At
+        least the smallest normal number, also for zeros. A group that holds NaN or an infinity has codes of 0
+        and the scale NaN, so that all of it comes back as NaN.
 
     Notes
     -----
-    The error is at most scale / 2 for "int8", and for "fp8" at most |x| / 16, or scale / 1024 where that is
-    more. One operation per number and a search among 127 for "fp8".
+    The error is at most scale / 2 for "int8", and for "fp8" at most ``|x| / 16``, or scale / 1024 where that
+    is more. One operation per number and a search among 127 for "fp8".
     """
     x = _floats("x", x)
     _choice("dtype", dtype, *_LARGEST_CODE)

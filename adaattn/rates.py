@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -246,12 +244,12 @@ def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
     for rung in RUNGS:
         row, packing = [], []
         for d in HEAD_SIZES:
-            long, short = (statistics.median(times[rung, d, queries]) for queries in (_SIZE, _FEW))
+            long, short = (float(np.median(times[rung, d, queries])) for queries in (_SIZE, _FEW))
             share = _FEW / _SIZE  # of the long run's products in the short one; the rest of it is packing
             pack = max(0.0, (short - share * long) / (1 - share))
             row.append(4e-9 * _SIZE * _SIZE * d / max(long - pack, 0.1 * long))
             packing.append(1e9 * pack / (2 * _SIZE * d))
-        rows.append([*row, statistics.mean(packing), parts[rung].share() if rung in parts else 1.0])
+        rows.append([*row, float(np.mean(packing)), parts[rung].share() if rung in parts else 1.0])
     result = _described("measured", np.array(rows))
     if save:
         kept = {name: result[name] for name in ("gflops", "pack_ns", "sparse")}
@@ -295,12 +293,14 @@ class _SparseRun:
 
     def share(self) -> float:
         """Of the time that more queries take; what does not depend on their number counts nowhere."""
-        few, few_sparse, more, more_sparse = map(statistics.median, self.times)
+        few, few_sparse, more, more_sparse = map(np.median, self.times)
         return float(min(max((more_sparse - few_sparse) / max(more - few, 1e-9), 0.1), 1.0))
 
 
 def _write(path: Path, text: str) -> None:
     """Replaces the file at once, so that no reader sees half of it."""
+    import tempfile  # and what it loads take a tenth of the time of `import adaattn`
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text)

@@ -367,7 +367,7 @@ class Report:
         Raises
         ------
         ImportError
-            matplotlib is not installed: ``pip install adaattn[report]``.
+            matplotlib is not installed: ``pip install adaattn[plots]``.
         """
         from . import views
 

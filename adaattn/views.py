@@ -108,7 +108,7 @@ def table(report: Report) -> str:
     for row in rows:
         view.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=1000, color_system=None, force_terminal=False).print(view)
+    Console(file=text, width=1000, color_system=None, force_terminal=False, force_jupyter=False).print(view)
     return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), _summary(report)])
 
 
@@ -126,27 +126,41 @@ def html(report: Report) -> str:
 # ---- plot
 
 
+def empty_figure(**options: Any) -> Figure:
+    """A figure of matplotlib that notebooks show as it is, whether or not pyplot is there."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Shown(layout="constrained", **options)
+
+
+#: Of Okabe and Ito, which the colour-blind tell apart too; brown is any other pair.
+COLOURS = {
+    "fp64": "black", "fp32": "#0072B2", "bf16x6": "#999999", "bf16x3": "#CC79A7", "int16": "#009E73",
+    "fp16": "#F0E442", "bf16": "#E69F00", "int8/bf16": "#56B4E9", "int8": "#D55E00",
+}  # fmt: skip
+
+
 def plot(report: Report) -> Figure:
     try:
         from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("Report.plot needs matplotlib: pip install adaattn[report]") from error
-    import matplotlib
+        raise ImportError("Report.plot needs matplotlib: pip install adaattn[plots]") from error
 
     B, H = report.retried.shape
     pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
     order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
     used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
-    scale = matplotlib.colormaps["turbo"]  # dark blue: dear, dark red: cheap, the same in every figure
-    top = 2 * max(order.values())
-    colours = [scale((order[qk] + order[pv] - 2) / (top - 2)) for qk, pv in used]
+    colours = [COLOURS.get(_pair(*pair), "tab:brown") for pair in used]
     grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
 
-    figure = Figure(
-        figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)), layout="constrained"
-    )
+    figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))
     rungs, errors = figure.subplots(2, 1, height_ratios=[0.6 + 0.25 * min(B, 16), 3])
     limits = {"vmin": -0.5, "vmax": len(used) - 0.5}
     rungs.imshow(grid, cmap=ListedColormap(colours), aspect="auto", interpolation="nearest", **limits)

@@ -1,7 +1,9 @@
 """Tokens per second of the bundled model, greedy, beside the same model in torch modules and with a cache.
 
-Everyone takes a turn in every round and all write the same tokens; medians over the rounds, and of the ratios
-within a round. `python benchmarks/generation.py [--rounds N] [--prompt N] [--new N] [--threads N] [--json]`
+Everyone takes a turn in every round; medians over the rounds, and of the ratios within a round. Reading the
+prompt, up to the first token, and writing the others are timed apart.
+
+`python benchmarks/generation.py [--rounds N] [--prompt N] [--new N] [--threads N] [--json]`
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class TorchModel(torch.nn.Module):
         return self.head(self.norm(x[:, -1:]))
 
     @torch.inference_mode()
-    def generate(self, prompt: NDArray[Any], new: int) -> NDArray[Any]:
+    def generate(self, prompt: NDArray[Any], new: int, on_tokens: Callable[[Any], object]) -> NDArray[Any]:
         tokens, found = torch.from_numpy(prompt.astype(np.int64)), []
         start = 0
         for _ in range(new):
@@ -88,6 +90,7 @@ class TorchModel(torch.nn.Module):
             start += tokens.shape[1]
             tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
             found.append(tokens)
+            on_tokens(tokens)
         return np.concatenate([prompt, torch.cat(found, dim=1).numpy()], axis=1)
 
 
@@ -100,6 +103,11 @@ def torch_model(model: nn.Transformer, room: int) -> TorchModel:
     }
     theirs.load_state_dict(weights)
     return theirs
+
+
+def against_torch(seconds: dict[str, list[float]], name: str) -> float:
+    """How many times as fast as torch, the median of the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds["torch"], seconds[name], strict=True))
 
 
 def main() -> int:
@@ -117,31 +125,39 @@ def main() -> int:
     prompt = np.frombuffer((DATA / "sample.txt").read_bytes(), np.uint8)[None, : options.prompt]
     theirs = torch_model(model, options.prompt + options.new)
     new = options.new
-    contestants: dict[str, Callable[[], Any]] = {
-        "torch": lambda: theirs.generate(prompt, new),
-        "adaattn, fp32 cache": lambda: model.generate(prompt, new),
-        "adaattn, bf16 cache": lambda: model.generate(prompt, new, cache="bf16"),
-        "adaattn, int8 cache": lambda: model.generate(prompt, new, cache="int8"),
+    contestants: dict[str, Callable[[Callable[[Any], object]], Any]] = {
+        "torch": lambda seen: theirs.generate(prompt, new, seen),
+        "adaattn, fp32 cache": lambda seen: model.generate(prompt, new, on_tokens=seen),
+        "adaattn, bf16 cache": lambda seen: model.generate(prompt, new, on_tokens=seen, cache="bf16"),
+        "adaattn, int8 cache": lambda seen: model.generate(prompt, new, on_tokens=seen, cache="int8"),
     }
-    written = {name: write() for name, write in contestants.items()}
+    written = {name: write(lambda tokens: None) for name, write in contestants.items()}
     same = bool((written["torch"] == written["adaattn, fp32 cache"]).all())
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    reading: dict[str, list[float]] = {name: [] for name in contestants}
+    writing: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(options.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    rates = {name: new / statistics.median(times) for name, times in seconds.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds["torch"], times, strict=True))
-        for name, times in seconds.items()
+            times = [time.perf_counter()]
+            contestants[name](lambda tokens, times=times: times.append(time.perf_counter()))
+            reading[name].append(times[1] - times[0])
+            writing[name].append((times[-1] - times[1]) / (new - 1))
+    told = {
+        name: {
+            "first_token_seconds": statistics.median(reading[name]),
+            "first_token_times_torch": against_torch(reading, name),
+            "tokens_per_second": 1 / statistics.median(writing[name]),
+            "tokens_times_torch": against_torch(writing, name),
+        }
+        for name in names
     }
     if options.json:
-        print(json.dumps({"tokens_per_second": rates, "times_torch": ratios, "same_tokens": same}))
+        print(json.dumps(told | {"same_tokens": same}))
     else:
-        for name, rate in rates.items():
-            print(f"{name:<22}{rate:8.0f} tokens/s{ratios[name]:8.2f} x torch")
+        print(f"{'':<22}{'first token':>14}{'x torch':>10}{'tokens/s':>12}{'x torch':>10}")
+        for name, row in told.items():
+            first, *others = row.values()
+            print(f"{name:<22}{1e3 * first:>11.1f} ms{others[0]:>10.2f}{others[1]:>12.0f}{others[2]:>10.2f}")
         print(f"fp32 writes the same tokens: {same}")
     return 0 if same else 1
 

@@ -7,7 +7,6 @@ typedef struct {
     REAL *keys;       /* [D][ADA_LANES] of the present block, turned, times scale * log2(e) */
     REAL *values;     /* [E][ADA_LANES] turned */
     REAL *copy;       /* [ADA_BLOCK][D] keys as they are */
-    REAL *dk, *dv;    /* [ADA_BLOCK][D] and [ADA_BLOCK][E], sums over queries */
     REAL *s, *g;      /* [ADA_LANES][ADA_BLOCK] */
     REAL *derivative; /* of the softcap, the same */
     REAL *bias;       /* the same */
@@ -22,7 +21,6 @@ static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     const int64_t keys = ADA_LANES * p->D * real, values = ADA_LANES * p->E * real;
     KIND(scratch) s;
     s.keys = ada_carve(c, keys), s.values = ada_carve(c, values), s.copy = ada_carve(c, keys);
-    s.dk = ada_carve(c, keys), s.dv = ada_carve(c, values);
     s.s = ada_carve(c, tile), s.g = ada_carve(c, tile);
     s.derivative = ada_carve(c, p->has_softcap ? tile : 0), s.bias = ada_carve(c, tile);
     s.q = ada_carve(c, keys), s.go = ada_carve(c, values);
@@ -72,17 +70,21 @@ static bool KIND(see_tile)(const back_run *r, const KIND(scratch) * s, const ada
                                    .rows = patch->n,
                                    .width = up_to_step(patch->nk)};
     const bool whole = sight == ADA_PLAIN && patch->nk == t->width;
-    for (int i = 0; sight == ADA_PLAIN && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
     if (!whole) t->visible = s->visible;
+    for (int i = 0; sight == ADA_PLAIN && !whole && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
     const int64_t row = (patch->b * p->H + patch->h) * p->T + patch->i;
+    uint64_t dead = 0; /* rows that see nothing */
     for (int i = 0; i < patch->n; i++) {
         const double lse = r->lse[row + i];
         s->lse[i] = (REAL)lse, s->delta[i] = (REAL)r->delta[row + i];
         s->reference[i] = r->reference ? (REAL)r->reference[row + i] : 0;
-        if (lse != -INFINITY) continue;
-        t->visible = s->visible;
-        s->visible[i] = 0; /* it sees nothing */
+        dead |= (uint64_t)(lse == -INFINITY) << i;
     }
+    for (int i = 0; dead && i < patch->n; i++) {
+        if (!t->visible) s->visible[i] = UINT64_MAX;
+        if (dead >> i & 1) s->visible[i] = 0;
+    }
+    if (dead) t->visible = s->visible;
     if (p->drop_below) {
         ada_kept_rows(p, r->k, patch, s->keep);
         t->keep = s->keep;
@@ -181,7 +183,8 @@ static bool KIND(rows_are_finite)(const REAL *rows, int64_t n) {
 /* What the tile adds to the three gradients, pair by pair, so that those that do not see each other share no
  * NaN. */
 static void KIND(add_pairs)(const back_run *r, const KIND(scratch) * s, const KIND(ada_backward_tile) * t,
-                            const ada_patch *patch, const REAL *q, const REAL *go, REAL *dq) {
+                            const ada_patch *patch, const REAL *q, const REAL *go, REAL *dq, REAL *dk,
+                            REAL *dv) {
     const int D = (int)r->p->D, E = (int)r->p->E;
     const bool *needs = r->x->needs;
     for (int i = 0; i < patch->n; i++) {
@@ -189,16 +192,16 @@ static void KIND(add_pairs)(const back_run *r, const KIND(scratch) * s, const KI
         for (int j = 0; j < patch->nk; j++) {
             const REAL w = s->s[i * ADA_BLOCK + j], g = t->g ? t->g[i * ADA_BLOCK + j] : 0;
             if (!(seen >> j & 1)) continue;
-            for (int e = 0; e < E; e++) s->dv[j * E + e] += w * go[i * E + e];
-            for (int d = 0; needs[ADA_OF_KEY] && d < D; d++) s->dk[j * D + d] += g * q[i * D + d];
+            for (int e = 0; needs[ADA_OF_VALUE] && e < E; e++) dv[j * E + e] += w * go[i * E + e];
+            for (int d = 0; needs[ADA_OF_KEY] && d < D; d++) dk[j * D + d] += g * q[i * D + d];
             for (int d = 0; needs[ADA_OF_QUERY] && d < D; d++) dq[i * D + d] += g * s->copy[j * D + d];
         }
     }
 }
 
-/* The tile's contributions to dk and dv of the block and to the rows dq. */
+/* Adds what the tile contributes to its rows of dq, dk and dv. */
 static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ada_patch *patch,
-                            KIND(ada_backward_tile) * t, REAL *dq, double *slope) {
+                            KIND(ada_backward_tile) * t, REAL *dq, REAL *dk, REAL *dv, double *slope) {
     const ada_problem *p = r->p;
     const int D = (int)p->D, E = (int)p->E, n = patch->n, nk = patch->nk;
     const REAL *q = KIND(take_rows)(r, &p->query, patch, s->q);
@@ -210,16 +213,29 @@ static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ad
     if (r->careful && (t->visible || t->bias) &&
         !(KIND(rows_are_finite)(q, (int64_t)n * D) && KIND(rows_are_finite)(go, (int64_t)n * E) &&
           KIND(rows_are_finite)(s->copy, (int64_t)nk * D) && finite)) {
-        KIND(add_pairs)(r, s, t, patch, q, go, dq);
+        KIND(add_pairs)(r, s, t, patch, q, go, dq, dk, dv);
         return true;
     }
     if (r->x->needs[ADA_OF_VALUE])
-        r->k->KIND(product)(&(KIND(ada_product)){s->dv, s->s, go, E, 1, ADA_BLOCK, E, nk, n, E, true});
+        r->k->KIND(product)(&(KIND(ada_product)){dv, s->s, go, E, 1, ADA_BLOCK, E, nk, n, E, true});
     if (r->x->needs[ADA_OF_KEY])
-        r->k->KIND(product)(&(KIND(ada_product)){s->dk, s->g, q, D, 1, ADA_BLOCK, D, nk, n, D, true});
+        r->k->KIND(product)(&(KIND(ada_product)){dk, s->g, q, D, 1, ADA_BLOCK, D, nk, n, D, true});
     if (r->x->needs[ADA_OF_QUERY])
         r->k->KIND(product)(&(KIND(ada_product)){dq, s->g, s->copy, D, ADA_BLOCK, 1, D, n, nk, D, true});
     return true;
+}
+
+/* NULL where they are not wanted. */
+static REAL *KIND(sums_at)(const back_run *r, int which, int64_t at) {
+    return r->x->needs[which] ? (REAL *)r->sums[which] + at : NULL;
+}
+
+/* Asks for rows i ... i + n - 1 of (b, h). */
+static void KIND(prefetch_rows)(const ada_array *a, int64_t b, int64_t h, int64_t i, int64_t n) {
+    const int64_t bytes = a->shape[3] * ada_dtype_bytes(a->dtype);
+    if (a->stride[3] != ada_dtype_bytes(a->dtype)) return;
+    for (int64_t row = i; row < i + n && row < a->shape[2]; row++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ada_row_at(a, b, h, row) + at, 0, 2);
 }
 
 /* One part of the keys of a key head against one part of the queries of its heads. */
@@ -235,6 +251,8 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
     for (int64_t block = blocks.first; block < blocks.end && block * ADA_BLOCK < keys; block++) {
         const int64_t j = block * ADA_BLOCK;
         ada_patch patch = {.b = b, .j = j, .nk = (int)(keys - j < ADA_BLOCK ? keys - j : ADA_BLOCK)};
+        REAL *dk = KIND(sums_at)(r, ADA_OF_KEY, (at * p->S + j) * D);
+        REAL *dv = KIND(sums_at)(r, ADA_OF_VALUE, (at * p->S + j) * E);
         bool taken = false;
         for (patch.h = h; patch.h < h + per_group; patch.h++)
             for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
@@ -245,37 +263,36 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
                 if (!KIND(see_tile)(r, &s, &patch, &t)) continue;
                 if (!taken) {
                     KIND(take_block)(r, &s, &patch);
-                    memset(s.dk, 0, (size_t)(patch.nk * D) * sizeof(REAL));
-                    memset(s.dv, 0, (size_t)(patch.nk * E) * sizeof(REAL));
                     taken = true;
                 }
-                REAL *dq =
-                    (REAL *)r->sums[ADA_OF_QUERY] + ((at * per_group + patch.h - h) * p->T + patch.i) * D;
+                const int64_t row = (at * per_group + patch.h - h) * p->T + patch.i;
+                REAL *dq = KIND(sums_at)(r, ADA_OF_QUERY, row * D);
                 double *slope = r->slopes + (b * p->H + patch.h) * r->key_parts + key_part;
-                if (!KIND(tile_back)(r, &s, &patch, &t, dq, slope)) return false;
+                if (!KIND(tile_back)(r, &s, &patch, &t, dq, dk, dv, slope)) return false;
+                /* The next block, a slice for each tile. */
+                const int64_t next = j + ADA_BLOCK + (tile - tiles.first) * SLICE;
+                if (next >= j + 2 * ADA_BLOCK) continue;
+                KIND(prefetch_rows)(&p->key, b, group % p->G, next, SLICE);
+                KIND(prefetch_rows)(&p->value, b, group % p->G, next, SLICE);
             }
-        if (!taken) continue;
-        REAL *dk = (REAL *)r->sums[ADA_OF_KEY] + (at * p->S + j) * D;
-        REAL *dv = (REAL *)r->sums[ADA_OF_VALUE] + (at * p->S + j) * E;
-        for (int64_t x = 0; r->x->needs[ADA_OF_KEY] && x < patch.nk * D; x++) dk[x] += s.dk[x];
-        for (int64_t x = 0; r->x->needs[ADA_OF_VALUE] && x < patch.nk * E; x++) dv[x] += s.dv[x];
     }
     return true;
 }
 
 /* Multiplies those of a key head's sums that lack it with the scale; whether all are finite. */
 static bool KIND(scale_sums)(const back_run *r, int64_t group) {
-    const REAL scale = (REAL)r->p->scale;
-    bool finite = true;
+    REAL rest[8] = {0}; /* NaN where one is not finite */
     for (int i = 0; i <= ADA_OF_VALUE; i++) {
-        const int64_t n = sum_size(r->p, i);
+        const int64_t n = r->x->needs[i] ? sum_size(r->p, i) : 0;
+        const REAL factor = i == ADA_OF_VALUE ? 1 : (REAL)r->p->scale;
         REAL *sums = (REAL *)r->sums[i] + (group - r->first) * n;
-        for (int64_t x = 0; r->x->needs[i] && x < n; x++) {
-            if (i != ADA_OF_VALUE) sums[x] *= scale;
-            finite &= (bool)isfinite(sums[x]);
-        }
+        int64_t x = 0;
+        for (; x + 8 <= n; x += 8)
+            for (int c = 0; c < 8; c++) sums[x + c] *= factor, rest[c] += sums[x + c] - sums[x + c];
+        for (; x < n; x++) sums[x] *= factor, rest[0] += sums[x] - sums[x];
     }
-    return finite;
+    for (int c = 1; c < 8; c++) rest[0] += rest[c];
+    return rest[0] == 0;
 }
 
 /* Sums of grad_out * out over each of some rows, in double. */

@@ -14,6 +14,7 @@
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -66,6 +67,10 @@ static struct {
     ada_job *job;             /* valid for those inside */
     bool forks_well;          /* fork handlers are installed */
     int64_t spin_ns;
+    _Atomic(ada_team_fn *) team;
+    _Atomic(ada_team_size_fn *) team_size;
+    bool in_team, team_is_gone; /* the owner's job runs on the team; this is a child without it */
+    jmp_buf out_of_team;
 } pool;
 static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
 
@@ -260,6 +265,8 @@ static void before_fork(void) {
 
 static void after_fork_in_child(void) {
     if (role == WORKER) role = ORPHAN;
+    ada_lend_team(NULL, NULL);
+    pool.team_is_gone = pool.in_team;
     atomic_store(&pool.gate, 0);
     atomic_store(&pool.created, 0);
     atomic_store(&pool.sleepers, 0);
@@ -299,6 +306,50 @@ static void open_gate(ada_job *job, int n_workers) {
     wake_workers(gate);
 }
 
+/* ---- a team that was lent: its members are workers for one job ---- */
+
+void ada_lend_team(ada_team_fn *team, ada_team_size_fn *size) {
+    atomic_store(&pool.team_size, size);
+    atomic_store(&pool.team, team);
+}
+
+static ada_team_fn *team_for(int n_threads) {
+    ada_team_fn *team = atomic_load(&pool.team);
+    ada_team_size_fn *size = atomic_load(&pool.team_size);
+    return team && size && n_threads <= size() ? team : NULL;
+}
+
+static void join_job(void *job) {
+    if (role == OWNER) {
+        run_tasks(job, 0);
+        wait_for_workers(job);
+        if (pool.team_is_gone)
+            longjmp(pool.out_of_team, 1); /* nobody is left to end a parallel region with */
+        return;
+    }
+    unsigned gate = atomic_load(&pool.gate);
+    while ((gate & PLACES) && !atomic_compare_exchange_weak(&pool.gate, &gate, gate - PLACE + 1)) {
+    }
+    if (!(gate & PLACES)) return;
+    float_env own;
+    float_env_enter(&own);
+    role = WORKER;
+    run_tasks(pool.job, (int)(gate / PLACE));
+    if (role == ORPHAN) pthread_exit(NULL);
+    role = OUTSIDE;
+    float_env_leave(&own);
+    leave_job();
+}
+
+static void run_on_team(ada_team_fn *team, ada_job *job, int n_workers) {
+    pool.job = job;
+    pool.team_is_gone = false;
+    pool.in_team = true;
+    atomic_store(&pool.gate, PLACE * (unsigned)n_workers);
+    if (setjmp(pool.out_of_team) == 0) team(join_job, job, 0, 0);
+    pool.in_team = false;
+}
+
 bool ada_parallel_for(int64_t n_tasks, int n_threads, ada_task_fn *task, void *context,
                       ada_interrupt_fn *interrupt, void *interrupt_context) {
     ada_job job = {.n_tasks = n_tasks,
@@ -313,12 +364,16 @@ bool ada_parallel_for(int64_t n_tasks, int n_threads, ada_task_fn *task, void *c
                   !atomic_exchange(&pool.busy, true);
     if (!nested) role = pooled ? OWNER : ALONE;
     float_env_enter(&job.caller_env);
-    if (pooled) open_gate(&job, n_threads <= MAX_WORKERS ? n_threads - 1 : MAX_WORKERS);
-    run_tasks(&job, 0);
-    if (pooled) {
-        wait_for_workers(&job);
-        atomic_store(&pool.busy, false);
+    const int n_workers = n_threads <= MAX_WORKERS ? n_threads - 1 : MAX_WORKERS;
+    ada_team_fn *team = pooled ? team_for(n_workers + 1) : NULL;
+    if (team) {
+        run_on_team(team, &job, n_workers);
+    } else {
+        if (pooled) open_gate(&job, n_workers);
+        run_tasks(&job, 0);
+        if (pooled) wait_for_workers(&job);
     }
+    if (pooled) atomic_store(&pool.busy, false);
     float_env_leave(&job.caller_env);
     if (!nested) role = OUTSIDE;
     return !atomic_load(&job.cancelled);

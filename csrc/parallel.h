@@ -1,7 +1,8 @@
 /* The thread pool: one per process, grown on demand, owned by this library alone.
  *
- * No OpenMP: two OpenMP runtimes in one process fight over cores, and theirs do not survive fork().
- * One job runs at a time; a second caller that finds the pool busy computes on its own thread.
+ * No OpenMP of our own: two OpenMP runtimes in one process fight over cores, and theirs do not survive
+ * fork(). But a library that has one may lend it: its threads wait for work by spinning on the cores that
+ * ours need. One job runs at a time; a second caller that finds the pool busy computes on its own thread.
  * Which thread runs a task never influences the result: tasks are independent and their number is
  * fixed by the problem.
  */
@@ -34,6 +35,15 @@ typedef bool ada_interrupt_fn(void *context);
  * ends when its task returns. */
 bool ada_parallel_for(int64_t n_tasks, int n_threads, ada_task_fn *task, void *context,
                       ada_interrupt_fn *interrupt, void *interrupt_context);
+
+/* OpenMP's entry points, by GNU's names: GOMP_parallel, which runs function(context) on a team that the
+ * caller is a member of (n_threads = 0: of as many as size says), and omp_get_max_threads. */
+typedef void ada_team_fn(void (*function)(void *), void *context, unsigned n_threads, unsigned flags);
+typedef int ada_team_size_fn(void);
+
+/* From now on, jobs of up to size() threads run on the team instead of the pool; NULL, NULL: never. Nothing
+ * else changes. A child of fork() has the pool alone. */
+void ada_lend_team(ada_team_fn *team, ada_team_size_fn *size);
 
 /* To be called now and then (every few microseconds of work) inside a task: true means return now. Costs
  * nanoseconds. */

@@ -1,6 +1,7 @@
 """The wheel adaattn-cuda, of a checkout: `pip wheel ./cuda`. cuda/build.py says what the environment does."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -41,6 +42,12 @@ class Binary(Distribution):
         return True
 
 
+version = re.search(r'ADA_VERSION "(.+)"', (HERE.parent / "csrc" / "adaattn.h").read_text())[1]
+
 setup(
-    packages=["adaattn_cuda"], distclass=Binary, cmdclass={"build_py": BuildLibrary, "bdist_wheel": AnyPython}
+    version=version,
+    install_requires=[f"adaattn=={version}"],
+    packages=["adaattn_cuda"],
+    distclass=Binary,
+    cmdclass={"build_py": BuildLibrary, "bdist_wheel": AnyPython},
 )

@@ -159,11 +159,11 @@ def plot(runs: list[Run], path: Path) -> bool:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for run in runs:
+    for run, style in zip(runs, ("-", "--", ":"), strict=False):
         bits = np.asarray(run.losses) / np.log(2)
         width = max(1, len(bits) // 50)
         smooth = np.convolve(bits, np.ones(width) / width, "valid")
-        (curve,) = axes.plot(np.arange(width, len(bits) + 1), smooth, label=run.name)
+        (curve,) = axes.plot(np.arange(width, len(bits) + 1), smooth, style, label=run.name)
         axes.plot(np.arange(1, len(bits) + 1), bits, color=curve.get_color(), alpha=0.15, linewidth=0.5)
     axes.set(xlabel="step", ylabel="bits per byte (training)")
     axes.legend(frameon=False)

@@ -125,6 +125,14 @@ def test_alibi_slopes() -> None:
     assert nn.alibi_slopes(1).tolist() == [2.0**-8]
 
 
+@pytest.mark.filterwarnings("error")
+def test_activations_at_infinity() -> None:
+    x = np.array([np.inf, 3e38, -3e38, -np.inf, np.nan], np.float32)
+    for kind in (np.float32, np.float64):
+        assert str(nn.gelu(x[:3].astype(kind)) + 0) == str(np.array([np.inf, x[1], 0], kind))
+    assert str(nn.gelu(x) + 0) == str(np.array([np.inf, x[1], 0, 0, np.nan], np.float32))
+
+
 def test_rotary(rng: np.random.Generator) -> None:
     """Pairs turn as complex numbers do; a product of two rotated vectors depends on their distance alone."""
     x = rng.standard_normal((1, 1, 6, 8))
@@ -221,18 +229,6 @@ def test_block_is_pre_norm_with_residuals(x: Any) -> None:
 
 
 # ---- attention within a budget
-
-GFLOPS = {"fp64": 50, "fp32": 100, "bf16x6": 100, "bf16x3": 60, "int16": 180, "fp16": 60, "bf16": 220}
-GFLOPS |= {"int8/bf16": 290, "int8": 400}
-
-
-@pytest.fixture
-def every_rung_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of a machine where cheaper rungs are so much faster that looking at small heads pays as well."""
-    dear = "fp64", "fp32", "bf16x6"
-    speed = [GFLOPS[rung] * (1 if rung in dear else 100) for rung in rates.RUNGS]
-    rows = np.array([(x, x, 0.0) for x in speed])
-    monkeypatch.setattr(rates, "_table", rows)
 
 
 @pytest.fixture
@@ -533,6 +529,19 @@ def test_state_that_does_not_fit(change: Any, error: type[Exception], message: s
 # ---- the language model
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi", "none"])
+def test_an_encoder_sees_both_sides_but_no_padding(positions: str, rng: np.random.Generator) -> None:
+    model, tokens = small(causal=False, positions=positions).eval(), rng.integers(0, 50, (3, 12))
+    lengths = np.array([12, 5, 1])
+    logits = model(tokens, lengths=lengths)
+    for row, length, found in zip(tokens, lengths, logits, strict=True):
+        alone = model(row[None, :length])[0]
+        np.testing.assert_allclose(found[:length], alone, rtol=1e-4, atol=1e-5)
+    changed = tokens.copy()
+    changed[0, 11] = (changed[0, 11] + 1) % 50
+    assert not np.allclose(model(changed, lengths=lengths)[0, 0], logits[0, 0], atol=1e-4)
+
+
 def test_future_tokens_change_nothing(rng: np.random.Generator) -> None:
     model, tokens = small(), rng.integers(0, 50, (2, 12))
     changed = tokens.copy()
@@ -601,16 +610,16 @@ def told(rng: np.random.Generator) -> Any:
 
 
 def test_statistics_of_a_model(told: nn.ModelStatistics) -> None:
-    assert [layer.call_count for layer in told.layers] == [1, 2] and told.total.call_count == 3
-    assert told.total.measured_error == max(layer.measured_error for layer in told.layers)
+    assert [layer.call_count for layer in told.layers.values()] == [1, 2] and told.total.call_count == 3
+    assert told.total.measured_error == max(layer.measured_error for layer in told.layers.values())
     heads = [8, 12]
     for name, share in told.total.precision_distribution.items():
-        parts = [layer.precision_distribution.get(name, 0) for layer in told.layers]
+        parts = [layer.precision_distribution.get(name, 0) for layer in told.layers.values()]
         assert share == pytest.approx(np.dot(parts, heads) / 20)
     assert told.total.sparse_ratio == told.total.low_rank_ratio == 0
     assert math.isnan(told.total.mean_rank)
     for phase, seconds in told.total.seconds.items():
-        assert seconds == pytest.approx(sum(layer.seconds[phase] for layer in told.layers))
+        assert seconds == pytest.approx(sum(layer.seconds[phase] for layer in told.layers.values()))
 
 
 def test_structures_count(told: nn.ModelStatistics, long: Any) -> None:
@@ -636,13 +645,15 @@ def test_views_of_statistics(told: nn.ModelStatistics) -> None:
     assert [line.split()[:2] for line in lines] == [["0", "1"], ["1", "2"], ["all", "3"]]
     assert all("%" in line and "s" in line for line in lines)
     plain = json.loads(told.to_json())
-    assert [layer["call_count"] for layer in plain["layers"]] == [1, 2]
+    assert {name: layer["call_count"] for name, layer in plain["layers"].items()} == {"0": 1, "1": 2}
     assert plain["total"]["mean_rank"] is None and plain["total"]["seconds"]["execute"] > 0
 
 
 def test_figure_of_statistics(told: nn.ModelStatistics, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    precision, seconds = told.plot().axes
+    figure = told.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    precision, seconds = figure.axes
     heights = [sum(bar[i].get_height() for bar in precision.containers) for i in range(2)]
     assert heights == pytest.approx([1, 1])
     for axes in (precision, seconds):

@@ -156,7 +156,8 @@ def test_frequencies_are_those_of_the_softmax() -> None:
     for temperature in (1.0, 0.5, 3.0):
         p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
         assert np.abs(counts(4000, logits, temperature, None, None) - p).max() < 4 * 0.5 / 4000**0.5
-    assert counts(10, logits, 0.0, None, None).tolist() == [0, 0, 1, 0, 0]
+    for temperature in (0.0, 1e-310, 1e-3):
+        assert counts(10, logits, temperature, None, None).tolist() == [0, 0, 1, 0, 0]
 
 
 def test_top_k_and_top_p() -> None:

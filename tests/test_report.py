@@ -151,8 +151,10 @@ def test_table_shows_what_is_not_plain(rng: np.random.Generator, monkeypatch: py
     assert rows[1].split()[2:5] == ["low_r", "32", "1"] and "0.25" in rows[2].split()
 
 
-def test_table_of_rich(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("notebook", [False, True])
+def test_table_of_rich(notebook: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: notebook)  # there, rich would show it by itself
     report = measured(rng)
     lines = report.table().splitlines()
     assert len(lines) == 1 + 1 + 6 + 1 and set(lines[1]) <= {"\u2500", " "}
@@ -199,6 +201,7 @@ def test_plot(options: dict[str, Any], rng: np.random.Generator, tmp_path: Path)
     figure = report.plot()
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 5_000
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what notebooks show
     rungs, errors = figure.axes
     (image,) = rungs.images
     names = [text.get_text() for text in rungs.get_legend().get_texts()]
@@ -216,7 +219,7 @@ def test_plot(options: dict[str, Any], rng: np.random.Generator, tmp_path: Path)
 
 def test_plot_without_matplotlib(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "matplotlib", "matplotlib.colors", "matplotlib.figure", "matplotlib.patches")
-    with pytest.raises(ImportError, match=r"^Report.plot needs matplotlib: pip install adaattn\[report\]$"):
+    with pytest.raises(ImportError, match=r"^Report.plot needs matplotlib: pip install adaattn\[plots\]$"):
         measured(rng).plot()
 
 

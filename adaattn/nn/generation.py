@@ -45,7 +45,9 @@ class Sampler:
             seeds = self._rng.integers(2**63, size=len(logits))
             self._rngs = [np.random.default_rng(seed) for seed in seeds]
         order = np.argsort(-logits, axis=-1, kind="stable")[:, : self.top_k]
-        sums = np.exp((np.take_along_axis(logits, order, 1) - best) / float(self.temperature)).cumsum(axis=-1)
+        below = (np.take_along_axis(logits, order, 1) - best).astype(np.float64)
+        with np.errstate(over="ignore"):
+            sums = np.exp(below / self.temperature).cumsum(axis=-1)
         drawn = np.empty(len(logits), np.intp)
         for row, (rng, ids, mass) in enumerate(zip(self._rngs, order, sums, strict=True)):
             # The token that reaches top_p is the last one that counts.

@@ -6,14 +6,13 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..stats import PHASES, Report
-from ..views import error_text, time_text
+from ..views import COLOURS, empty_figure, error_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,17 +80,15 @@ class Tally:
         for phase, seconds in report.seconds.items():
             self.seconds[phase] += seconds
 
-    @classmethod
-    def total(cls, tallies: Iterable[Tally]) -> Tally:
-        """One tally of all."""
-        total = cls()
-        for tally in tallies:
-            for name in ("calls", "plans", "retried", "profiled", "ranks", "entropy", "heads", "structures"):
-                setattr(total, name, getattr(total, name) + getattr(tally, name))
-            total.error = float(np.fmax(total.error, tally.error))
-            for phase, seconds in tally.seconds.items():
-                total.seconds[phase] += seconds
-        return total
+    def merge(self, other: Tally) -> None:
+        """Count another tally's calls as well."""
+        for name, x in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(x, dict):
+                for key, value in x.items():
+                    mine[key] = mine.get(key, 0) + value
+            else:
+                setattr(self, name, float(np.fmax(mine, x)) if name == "error" else mine + x)
 
     def summary(self) -> AttentionStatistics:
         """The sums as they stand."""
@@ -117,25 +114,29 @@ class ModelStatistics:
 
     Attributes
     ----------
-    layers : tuple of AttentionStatistics
+    layers : dict
+        Name of each layer to its `AttentionStatistics`.
     total : AttentionStatistics
         Of all layers' calls as if one module had made them.
     """
 
-    layers: tuple[AttentionStatistics, ...]
+    layers: dict[str, AttentionStatistics]
     total: AttentionStatistics
 
     def table(self) -> str:
         """A line for each layer and one for the whole; what is not known is left empty."""
         header = "layer", "calls", "precision", "sparse", "low rank", "entropy", "measured", "retried", "time"
-        named = [*((str(i), layer) for i, layer in enumerate(self.layers)), ("all", self.total)]
-        rows = [header, *((name, *_cells(told)) for name, told in named)]
+        rows = [
+            header,
+            *((name, *_cells(told)) for name, told in (*self.layers.items(), ("all", self.total))),
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def to_json(self) -> str:
         """All of it; NaN becomes null."""
-        told = {"layers": [_plain(layer) for layer in self.layers], "total": _plain(self.total)}
+        layers = {name: _plain(layer) for name, layer in self.layers.items()}
+        told = {"layers": layers, "total": _plain(self.total)}
         return json.dumps(told, allow_nan=False)
 
     def plot(self) -> Figure:
@@ -147,24 +148,25 @@ class ModelStatistics:
             Without matplotlib.
         """
         try:
-            from matplotlib.figure import Figure
+            figure = empty_figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6))
         except ImportError as error:
-            raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[report]") from error
-        figure = Figure(figsize=(max(6.0, 2 + 0.5 * len(self.layers)), 6), layout="constrained")
+            raise ImportError("ModelStatistics.plot needs matplotlib: pip install adaattn[plots]") from error
         precision, time = figure.subplots(2, 1, sharex=True)
-        shares = [layer.precision_distribution for layer in self.layers]
-        milliseconds = [{name: 1e3 * s for name, s in layer.seconds.items()} for layer in self.layers]
+        layers = self.layers.values()
+        shares = [layer.precision_distribution for layer in layers]
+        milliseconds = [{name: 1e3 * s for name, s in layer.seconds.items()} for layer in layers]
         for axes, bars in ((precision, shares), (time, milliseconds)):
             names = list(dict.fromkeys(name for bar in bars for name, height in bar.items() if height))
             bottom = np.zeros(len(bars))
             for name in names:
                 heights = np.array([bar.get(name, 0.0) for bar in bars])
-                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name)
+                axes.bar(np.arange(len(bars)), heights, bottom=bottom, label=name, color=COLOURS.get(name))
                 bottom += heights
             if names:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
         precision.set(ylabel="share of the heads")
-        time.set(ylabel="milliseconds", xlabel="layer", xticks=range(len(self.layers)))
+        time.set(ylabel="milliseconds", xlabel="layer")
+        time.set_xticks(range(len(layers)), list(self.layers))
         return figure
 
 

@@ -297,8 +297,11 @@ class Transformer(Module):
 
     def statistics(self) -> ModelStatistics:
         """Those of all layers, and of the model as a whole, with `table()`, `to_json()` and `plot()`."""
-        total = Tally.total(block.attn._tally for block in self.blocks)
-        return ModelStatistics(tuple(self.per_layer_statistics()), total.summary())
+        total = Tally()
+        for block in self.blocks:
+            total.merge(block.attn._tally)
+        layers = {str(i): layer for i, layer in enumerate(self.per_layer_statistics())}
+        return ModelStatistics(layers, total.summary())
 
     def reset_statistics(self) -> None:
         """Forget the calls that were collected in all layers."""

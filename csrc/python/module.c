@@ -612,6 +612,18 @@ static PyObject *set_num_threads(PyObject *module, PyObject *object) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(lend_team_doc, "_lend_team($module, team, size, /)\n--\n\n"
+                            "Run jobs on an OpenMP's threads: the addresses of GOMP_parallel and "
+                            "omp_get_max_threads, or 0 and 0.");
+
+static PyObject *lend_team(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_ssize_t team, size;
+    if (!PyArg_ParseTuple(args, "nn:_lend_team", &team, &size)) return NULL;
+    ada_lend_team((ada_team_fn *)(intptr_t)team, (ada_team_size_fn *)(intptr_t)size);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(backward_doc, "attention_backward($module, grad_out, query, key, value, out, lse, attn_mask, "
                            "causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset, scale, "
                            "dropout_p, seed, needs, num_threads, allocate, /)\n--\n\n"
@@ -667,6 +679,7 @@ static PyMethodDef methods[] = {
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
+    {"_lend_team", lend_team, METH_VARARGS, lend_team_doc},
     {"_alloc_fail_after", alloc_fail_after, METH_O, fail_doc},
     {"_plan_head", ada_py_plan_head, METH_VARARGS, plan_head_doc},
     {"_narrow_fault", ada_py_narrow_fault, METH_O, narrow_fault_doc},

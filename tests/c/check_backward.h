@@ -122,6 +122,7 @@ static void make_backward(check *c) {
             }
         }
     c->bytes = 4.0 * rows * width * s->bytes;
+    c->any_result |= c->bench; /* one call works on what the last one left */
     if (c->real == ADA_F32) {
         const ada_backward_tile_f32 t = {data(s),       data(g),    data(bias),  data(lse), data(delta),
                                          data(visible), data(keep), (float)kept, rows,      width};

@@ -424,6 +424,76 @@ static void check_fork(void) {
 
 #endif
 
+/* ---- a team that was lent, as OpenMP's would be ---- */
+
+enum { TEAM = 4 };
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    void (*function)(void *);
+    void *context;
+    int jobs, running;
+} lent = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+
+static void *member_main(void *ignored) {
+    (void)ignored;
+    CHECK(fesetround(FE_UPWARD) == 0);
+    const unsigned mine = rounding();
+    for (int done = 0;; done++) {
+        pthread_mutex_lock(&lent.mutex);
+        while (lent.jobs == done) pthread_cond_wait(&lent.changed, &lent.mutex);
+        pthread_mutex_unlock(&lent.mutex);
+        lent.function(lent.context);
+        CHECK(rounding() == mine && mine != 0);
+        pthread_mutex_lock(&lent.mutex);
+        lent.running--;
+        pthread_cond_broadcast(&lent.changed);
+        pthread_mutex_unlock(&lent.mutex);
+    }
+    return NULL;
+}
+
+static int team_size(void) { return TEAM; }
+
+static void run_team(void (*function)(void *), void *context, unsigned n_threads, unsigned flags) {
+    const pid_t process = getpid();
+    CHECK(n_threads == 0 && flags == 0);
+    pthread_mutex_lock(&lent.mutex);
+    lent.function = function, lent.context = context;
+    lent.jobs++, lent.running = TEAM - 1;
+    pthread_cond_broadcast(&lent.changed);
+    pthread_mutex_unlock(&lent.mutex);
+    function(context);
+    CHECK(getpid() == process); /* a child has no team to end the region with */
+    pthread_mutex_lock(&lent.mutex);
+    while (lent.running > 0) pthread_cond_wait(&lent.changed, &lent.mutex);
+    pthread_mutex_unlock(&lent.mutex);
+}
+
+static void check_team(void) {
+    static counted c;
+    static pthread_t members[TEAM - 1];
+    if (lent.jobs == 0)
+        for (int i = 0; i < TEAM - 1; i++) CHECK(pthread_create(&members[i], NULL, member_main, NULL) == 0);
+    usleep(20000);
+    ada_lend_team(run_team, team_size);
+    for (int n_threads = 1; n_threads <= TEAM + 2; n_threads++) {
+        const int before = lent.jobs;
+        run_counted(&c, 100, n_threads, 9);
+        CHECK(lent.jobs - before == (n_threads > 1 && n_threads <= TEAM));
+    }
+    for (int round = 0; round < 2000; round++)
+        run_counted(&c, 2 + round % 30, 2 + round % 3, (uint64_t)round);
+    check_callers();
+    check_nested();
+    check_float_env();
+    check_cancellation();
+#ifndef HAS_TSAN
+    check_fork();
+#endif
+    ada_lend_team(NULL, NULL);
+}
+
 /* ---- thread counts, cgroups, instruction sets ---- */
 
 static int threads_under(const char *ours, const char *openmp) {
@@ -594,6 +664,7 @@ int main(int argc, char **argv) {
 #else
         puts("fork"), check_fork();
 #endif
+        puts("a team that was lent"), check_team();
     }
     puts("ok");
     return 0;

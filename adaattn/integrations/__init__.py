@@ -1,0 +1,1 @@
+"""Attention for other libraries; each module imports its library, and nothing here is imported unasked."""
