@@ -179,23 +179,24 @@ def test_half_arrays_and_strides(rng, dtype):
     assert (errors(out.astype(np.float32), exact) <= 1e-2 + 2**-8).all()
 
 
-def needles(rng: np.random.Generator, arrays: list[Array], count: int) -> Array:
+def needles(rng: np.random.Generator, arrays: list[Array], count: int, score: float = 14) -> Array:
     """Turns queries to one key each, far beyond what landmarks span; their rows."""
     q, k, _ = arrays
     rows, keys = rng.choice(q.shape[2], count, replace=False), rng.integers(0, k.shape[2], count)
     goals = k[0, 0, keys] - k[0, 0].mean(axis=0)
     goals += 0.3 * rng.standard_normal(goals.shape, np.float32)
     k[0, 0, keys] = goals + k[0, 0].mean(axis=0)
-    q[0, 0, rows] = goals * (14 * np.sqrt(D) / np.sum(goals * goals, axis=1, keepdims=True))
+    q[0, 0, rows] = goals * (score * np.sqrt(D) / np.sum(goals * goals, axis=1, keepdims=True))
     return rows
 
 
+@pytest.mark.parametrize("score", [9, 14])  # within the kernel's range, and beyond
 @pytest.mark.parametrize("count", [1, 5, 40])
 @pytest.mark.parametrize("causal", [False, True])
-def test_needles_are_found(rng, causal, count):
+def test_needles_are_found(rng, causal, count, score):
     """Rows that no sample saw are computed exactly, since their residuals are."""
     arrays = smooth(rng)
-    rows = needles(rng, arrays, count)
+    rows = needles(rng, arrays, count, score)
     plan = adaattn.plan(*arrays, tolerance=1e-2, causal=causal)
     if plan.structure[0, 0] != "low_rank":
         plan = adaattn.plan(*arrays, tolerance=1e-2, causal=causal, structure="low_rank")
