@@ -313,7 +313,9 @@ def test_one_nan(dtype: Any, which: int, options: Options, rng: np.random.Genera
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1e30, 1e-30, 1, 1), (1e10, 1e10, 1, 1), (1, 1, 1e30, 1e10), (1, 1e-30, 1, 1e35)], ids=str
+    "sizes",
+    [(1e30, 1e-30, 1, 1), (1e10, 1e10, 1, 1), (1, 1, 1e30, 1e10), (1, 1e-30, 1, 1e35), (1, 1e20, 1, 1e25)],
+    ids=str,
 )
 def test_overflow(sizes: Any, rng: np.random.Generator) -> None:
     """float32 arrays whose products are beyond float32, where the gradients are not."""
