@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from instruments import geometric_mean, verdict, write_json
-from measure import Contestant, plural, ratio, take_turns, timer
-from peers import Roofline, Shape
 
 import adaattn
 from adaattn import reference
+from adaattn.bench.peers import Shape
+from adaattn.bench.roofline import Roofline
+from adaattn.bench.timing import Runner, plural, ratio, take_turns, timer
 
 LENGTHS = (512, 1024, 2048, 4096)
 WANTED = 1.3  # times torch's rate of forward and backward together
@@ -62,16 +63,15 @@ def measure(shape: Shape, threads: int, rounds: int, roofline: Roofline | None) 
         "ours forward": ours_forward, "ours backward": ours_backward,
         "torch forward": torch_forward, "torch backward": torch_backward,
     }  # fmt: skip
-    section = "backward"
-    found = {}
+    found: dict[str, Runner] = {}
     for name, call in calls.items():
         call()  # the backward ones need what the forward ones keep
-        one = Contestant(section, shape, threads, name, "fp32", timer(call))
-        found[name] = one.calibrate(0.03)
+        found[name] = Runner(name, timer(call), threads)
+        found[name].calibrate(0.03)
     if roofline:
         seconds = roofline.compute_seconds
-        found["FMA peak"] = Contestant(
-            section, shape, threads, "FMA peak", "", lambda _: seconds("FMA peak", shape.flops, threads, 0.03)
+        found["FMA peak"] = Runner(
+            "FMA peak", lambda _: seconds("FMA peak", shape.flops, threads, 0.03), threads
         )
     take_turns(list(found.values()), rounds)
 
