@@ -325,7 +325,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for arguments in (["--plot", "x"], ["--html", "x.html"]):
         assert cli.main(["bench", *arguments]) == 1
-        assert "run `pip install adaattn[bench]`" in capsys.readouterr().err
+        assert "run `pip install adaattn[plots]`" in capsys.readouterr().err
 
 
 # ---- profiles

@@ -56,7 +56,7 @@ def check() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError(
-            "matplotlib: expected this package to draw, got none; run `pip install adaattn[bench]`"
+            "matplotlib: expected this package to draw, got none; run `pip install adaattn[plots]`"
         ) from None
 
 
