@@ -24,7 +24,7 @@ extensions = [
     "sphinx.ext.autosummary",  # for its role alone
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "autolink"
 # Sphinx reads what lies below this folder alone.
 HERE = Path(__file__).parent
