@@ -2,7 +2,9 @@
 `pip install ".[docs]"`. Code in the pages is run by tests/test_docs.py.
 """
 
+import shutil
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from docutils.nodes import SkipNode
@@ -22,8 +24,13 @@ extensions = [
     "sphinx.ext.autosummary",  # for its role alone
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "autolink"
+# Sphinx reads what lies below this folder alone.
+HERE = Path(__file__).parent
+(HERE / "notebooks").mkdir(exist_ok=True)
+for notebook in HERE.parent.glob("examples/*.ipynb"):
+    shutil.copy(notebook, HERE / "notebooks")
 nb_execution_mode = "off"  # notebooks are committed executed
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
