@@ -21,11 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (_, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name not in ("bench", "profile"):
+            command.add_argument("--json", action="store_true", help="print the result as JSON")
     commands.choices["demo"].add_argument(
         "--plot", metavar="FILE", help="draw the result as well; needs matplotlib"
     )
-    arguments = parser.parse_args(argv)
+    _add_bench(commands.choices["bench"])
+    _add_profile(commands.choices["profile"])
+    words = sys.argv[1:] if argv is None else list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.rest = words[end + 1 :]
+    if arguments.rest and arguments.command != "profile":
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     try:
         return _COMMANDS[arguments.command][0](arguments)
     except (Error, ImportError, OSError) as error:
@@ -91,12 +99,99 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if result["passed"] else 1
 
 
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="under 30 seconds: short heads, few rounds")
+    command.add_argument(
+        "--sections", nargs="+", metavar="NAME", help="some of: shapes, sweep, real, spectra, front"
+    )
+    command.add_argument(
+        "--kinds", nargs="+", metavar="NAME", help="made heads, some of: gaussian, sparse, smooth"
+    )
+    command.add_argument("--heads", nargs="+", metavar="FILE", help="your own: .npz or .safetensors")
+    command.add_argument("--causal", action="store_true", help="the heads of --heads are causal")
+    command.add_argument("--tolerance", type=float, metavar="T", help="of the adaptive ones; default 0.01")
+    command.add_argument("--threads", type=int, metavar="N", help="for everyone")
+    command.add_argument("--json", metavar="FILE", help="keep everything, with every sample")
+    command.add_argument("--csv", metavar="FILE", help="a line for each measurement")
+    command.add_argument("--html", metavar="FILE", help="a page with figures and tables; needs matplotlib")
+    command.add_argument("--plot", metavar="DIR", help="figures as SVG and PNG; needs matplotlib")
+    command.add_argument("--load", nargs="+", metavar="JSON", help="show saved runs instead of measuring")
+    command.add_argument(
+        "--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="what changed between two saved runs"
+    )
+
+
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    command.usage = "adaattn profile [options] MODEL_OR_SCRIPT [-- what the script is given]"
+    command.add_argument("subject", metavar="MODEL_OR_SCRIPT", help="a folder of transformers, or a .py file")
+    command.add_argument(
+        "--tolerances", type=float, nargs="+", metavar="T", help="to try; default 0.001 0.01 0.05"
+    )
+    command.add_argument("--text", metavar="FILE", help="what the model reads; default: some English")
+    command.add_argument("--tokens", type=int, default=512, metavar="N", help="at most; default 512")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .bench import profile
+
+    with _bar() as progress:
+        found = profile.profile(
+            arguments.subject,
+            arguments.rest,
+            tolerances=arguments.tolerances or profile.TOLERANCES,
+            tokens=arguments.tokens,
+            text=arguments.text,
+            progress=progress,
+        )
+    if arguments.json:
+        print(found.to_json())
+        return 0
+    for table in profile.tables(found):
+        print(f"\n{table.title}")
+        _print_table(table.header, table.rows)
+    print(f"\n{profile.summary(found)}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import command
+
+    if arguments.compare:
+        comparison = command.compare(*arguments.compare)
+        _print_table(*comparison.table())
+        print("\n".join(comparison.notes))
+        return 1 if comparison.worse else 0
+    with _bar() as progress:
+        run = command.run(arguments, progress)
+    for table in command.tables(run):
+        print(f"\n{table.title}")
+        _print_table(table.header, table.rows)
+    for name, why in run.left_out.items():
+        print(f"left out: {name} ({why})")
+    for row in run.broken:
+        print(
+            f"adaattn bench: {row.heads} {row.case}, {row.name}: expected an error of at most "
+            f"{row.promised:g}, got {row.error:.3g}",
+            file=sys.stderr,
+        )
+    return 1 if run.broken else 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "info": (_info, "Show CPU features, the kernel chosen for each slot, threads and build options."),
     "calibrate": (_calibrate, "Measure how fast each rung of the precision ladder is here, and keep it."),
+    "bench": (
+        _bench,
+        "Compare exact and adaptive attention with other libraries on this machine.",
+    ),
     "demo": (
         _demo,
         "Run the bundled language model, time its attention, exact and within error budgets, and check it.",
+    ),
+    "profile": (
+        _profile,
+        "Run a model or a script, and tell which of its heads could be cheaper, and what that saves.",
     ),
 }
 
@@ -208,6 +303,32 @@ def _progress() -> Iterator[Callable[[str], None]]:
         return
     with Console(stderr=True).status("") as status:
         yield status.update
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Give a function that shows a step and the share that is done: a bar of rich, or a plain one, on a
+    terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda step, done: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        width = 24
+
+        def show(step: str, done: float) -> None:
+            filled = round(width * done)
+            bar = "#" * filled + "." * (width - filled)
+            print(f"\r[{bar}] {done:4.0%} {step[:48]:<48}", end="", file=sys.stderr, flush=True)
+
+        yield show
+        print(file=sys.stderr)
+        return
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda step, done: progress.update(task, completed=done, description=step)
 
 
 def _outline(info: Mapping[str, Any], indent: str = "") -> Iterator[str]:

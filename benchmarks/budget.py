@@ -32,9 +32,11 @@ from instruments import (
     verdict,
     write_json,
 )
-from measure import plural, settle
-from peers import Shape, build_torch, make_inputs
+from peers import Shape, make_inputs
 from report import show_table
+
+from adaattn.bench.peers import build_torch
+from adaattn.bench.timing import plural, settle
 
 SIGMAS = (1, 2)
 SIZES = {512: 0.15, 2048: 0.05, 4096: 0.05}  # to the share that probe, plan and verification may take

@@ -19,10 +19,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from heads import ENGLISH, _minilm_folder
 from torch.nn import functional as F
 
 import adaattn.integrations.transformers as integration
+from adaattn.bench.heads import ENGLISH, minilm_folder
 from adaattn.integrations.torch import scaled_dot_product_attention
 
 KINDS = {"exact": {}, "quality": {"policy": "quality"}, "balanced": {"policy": "balanced"}}
@@ -83,7 +83,7 @@ def encode(model: Any, implementation: str, batch: Any) -> Any:
 
 
 def minilm(rounds: int) -> list[dict[str, Any]]:
-    folder = _minilm_folder()
+    folder = minilm_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
     for name, options in KINDS.items():

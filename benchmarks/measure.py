@@ -1,7 +1,6 @@
-"""Fair timing: everyone takes a turn in every round, and a ratio compares times of the same round.
+"""What a comparison measures: peers and the machine's ceilings take turns on each shape.
 
-So whatever disturbs the machine disturbs all alike. Who goes first rotates. The machine's ceilings take their
-turn as well; the first is the yardstick: FMA peak for prefill, reading K and V with prefetch for decode.
+The first ceiling is the yardstick: FMA peak for prefill, reading K and V with prefetch for decode.
 """
 
 from __future__ import annotations
@@ -15,28 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
 from typing import Any
 
-from peers import (
-    CACHES,
-    ITEM_BYTES,
-    PEERS,
-    RUNGS,
-    UNITS,
-    WORK,
-    Array,
-    Call,
-    Roofline,
-    Shape,
-    build_adaattn,
-    make_inputs,
-    oracle,
-    relative_error,
-    sample_rows,
-)
+from peers import CACHES, ITEM_BYTES, PEERS, RUNGS, Array, Shape, make_inputs
 
-Quartiles = tuple[float, float, float]
+from adaattn.bench.peers import build_adaattn, oracle, relative_error, sample_rows
+from adaattn.bench.roofline import UNITS, WORK, Roofline
+from adaattn.bench.timing import Quartiles, Runner, plural, ratio, take_turns, timer
 
 READING = ("decode", "cache")  # sections whose ceiling is the bandwidth of reading
 SCALING = Shape(1, 2, 4096, 4096, 64)
@@ -72,34 +56,17 @@ class Budget:
 
 
 @dataclass
-class Contestant:
-    """One that takes turns: a peer or a ceiling, on one shape; `sample(calls)` gives its seconds per call."""
+class Contestant(Runner):
+    """A peer or a ceiling, on one shape."""
 
-    section: str
-    shape: Shape
-    threads: int
-    name: str
-    dtype: str
-    sample: Callable[[int], float]
+    section: str = field(kw_only=True)
+    shape: Shape = field(kw_only=True)
+    dtype: str = field(kw_only=True)
     error: float | None = None  # relative Frobenius, against float64
-    limit: float = math.inf  # seconds, after which it sits out
-    calls: int = 1  # behind each sample
-    samples: list[float] = field(default_factory=list)
     torch: Contestant | None = None  # torch in the same dtype; for caches in fp32
     torch_bf16: Contestant | None = None
     yardstick: Contestant | None = None
     units: dict[str, Contestant] = field(default_factory=dict)  # ceilings of the narrow products
-
-    def calibrate(self, seconds: float, first: float = 0.0) -> Contestant:
-        """Choose how many calls make a sample of this long: one if the first call took far longer."""
-        if first < 4 * seconds:
-            once = self.sample(1)
-            self.calls = math.ceil(seconds / (once if once > 1e-3 else self.sample(10)))
-        return self
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.samples)
 
     @property
     def gflops(self) -> float:
@@ -171,49 +138,6 @@ class Contestant:
         }
 
 
-def timer(call: Call) -> Callable[[int], float]:
-    def sample(calls: int) -> float:
-        if calls > 1:
-            call()  # finds caches and threads as between calls in a row
-        start = time.perf_counter()
-        for _ in repeat(None, calls):
-            call()
-        return (time.perf_counter() - start) / calls
-
-    return sample
-
-
-def settle() -> None:
-    """Wait for this process's other threads: those of OpenMP, OpenBLAS and onnxruntime spin on after work."""
-    for _ in range(200):
-        before = time.process_time()
-        time.sleep(0.01)
-        if time.process_time() - before < 0.002:
-            return
-
-
-def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
-    """Fill the samples. Who sits out doesn't come back, so equal indices are the same round."""
-    for turn in range(rounds):
-        first = turn % len(contestants)
-        for one in (*contestants[first:], *contestants[:first]):
-            if sum(one.samples) * one.calls < one.limit:
-                if any(other.threads > 1 for other in contestants):
-                    settle()
-                one.samples.append(one.sample(one.calls))
-
-
-def ratio(a: Contestant, b: Contestant) -> Quartiles:
-    """Quartiles of a's time over b's."""
-    values = [x / y for x, y in zip(a.samples, b.samples, strict=False)]
-    q1, median, q3 = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
-    return q1, median, q3
-
-
-def plural(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads != 1)}"
-
-
 def fresh(script: str, *arguments: object) -> float:
     """The number that a script prints in a process of its own."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -246,11 +170,10 @@ class Comparison:
     def measure(self, section: str, shape: Shape, thread_counts: Sequence[int]) -> Iterator[str]:
         """Measure a shape; says what is done after each thread count."""
         inputs = make_inputs(shape)
-        rows = sample_rows(shape)
+        rows = sample_rows(shape.queries)
         exact = {dtype: oracle(arrays, rows, shape.causal) for dtype, arrays in inputs.items()}
         for threads in thread_counts:
-            case = section, shape, threads
-            ceilings, peers = self.ceilings(*case, inputs["fp32"]), []
+            ceilings, peers = self.ceilings(section, shape, threads, inputs["fp32"]), []
             yardsticks = {one.dtype: one for one in reversed(ceilings)}
             units = {one.name: one for one in ceilings}
             torch: dict[str, Contestant] = {}
@@ -264,14 +187,16 @@ class Comparison:
                 error = relative_error(out, rows, exact[peer.inputs])
                 yardstick = yardsticks.get(peer.dtype, yardsticks.get(""))
                 one = Contestant(
-                    *case, peer.name, peer.dtype, timer(call), error, yardstick=yardstick, units=units
-                )
+                    peer.name, timer(call), threads, section=section, shape=shape, dtype=peer.dtype,
+                    error=error, yardstick=yardstick, units=units,
+                )  # fmt: skip
                 main = peer.dtype == "fp32" and peer.name in ("adaattn", "torch")
                 if section not in ("rungs", "cache") and not main:
                     one.limit = self.budget.others
                 if peer.name == "torch":
                     torch[peer.dtype] = one
-                peers.append(one.calibrate(self.budget.sample, first))
+                one.calibrate(self.budget.sample, first)
+                peers.append(one)
             for one in peers:
                 one.torch = torch.get("fp32" if section == "cache" else one.dtype)
                 one.torch_bf16 = torch.get("bf16") if section == "cache" else None
@@ -287,7 +212,7 @@ class Comparison:
         _, key, value = inputs
 
         def ceiling(name: str, sample: Callable[[int], float], dtype: str = "") -> Contestant:
-            return Contestant(section, shape, threads, name, dtype, sample)
+            return Contestant(name, sample, threads, section=section, shape=shape, dtype=dtype)
 
         def peak(unit: str) -> Contestant:
             return ceiling(unit, lambda _: compute(unit, shape.flops, threads, self.budget.sample))
@@ -302,12 +227,17 @@ class Comparison:
                 size = math.ceil(key.size * ITEM_BYTES[dtype] / 4)
                 k, v = key.reshape(-1)[:size], value.reshape(-1)[:size]
                 reads.append(ceiling("read, prefetch", partial(read, k, v, 1024, threads), dtype))
-            return [one.calibrate(self.budget.sample) for one in reads]
+            return self.calibrated(reads)
         reads = [
             ceiling("read, prefetch", lambda passes: read(key, value, 1024, threads, passes)),
             ceiling("read", lambda passes: read(key, value, 0, threads, passes)),
         ]
-        return [one.calibrate(self.budget.sample) for one in reads]
+        return self.calibrated(reads)
+
+    def calibrated(self, contestants: list[Contestant]) -> list[Contestant]:
+        for one in contestants:
+            one.calibrate(self.budget.sample)
+        return contestants
 
     def measure_extras(self) -> Iterator[str]:
         """Measure scaling, memory and import time of AdaAttn alone; says what is done."""
@@ -315,8 +245,9 @@ class Comparison:
 
         def contestant(threads: int) -> Contestant:
             sample = timer(build_adaattn(inputs, SCALING.causal, threads))
-            one = Contestant("scaling", SCALING, threads, "adaattn", "fp32", sample)
-            return one.calibrate(self.budget.sample)
+            one = Contestant("adaattn", sample, threads, section="scaling", shape=SCALING, dtype="fp32")
+            one.calibrate(self.budget.sample)
+            return one
 
         if (os.cpu_count() or 1) > 1:
             one, two = contestant(1), contestant(2)

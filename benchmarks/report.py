@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from measure import READING, Comparison, Contestant, plural
+from measure import READING, Comparison, Contestant
 
 import adaattn
+from adaattn.bench.timing import plural
 
 LABELS = {"adaattn": "AdaAttn", "torch": "torch SDPA", "onnxruntime": "onnxruntime", "numpy": "NumPy"}
 COLORS = {"adaattn": "#0072B2", "torch": "#D55E00", "onnxruntime": "#009E73", "numpy": "#CC79A7"}

@@ -24,6 +24,8 @@ from heads import Array, Heads, bundled, gaussian
 from instruments import draw, save, write_json
 from report import show_table
 
+from adaattn.bench.heads import topics
+
 BLOCK = 64  # keys
 TOLERANCES = (1e-2, 5e-2)
 AIM = 0.6  # of the tolerance is for structure, the rest for rounding
@@ -610,18 +612,6 @@ def lost(head: Head, found: Needles, method: Method, share: float) -> tuple[int,
 
 
 # ---- heads with and without structure ----
-
-
-def topics(S: int, D: int = 64, *, count: int = 32, run: int = 512, seed: int = 0) -> Heads:
-    """Runs of keys on one of some topics; queries ask for that of their own run, wherever it came before."""
-    rng = np.random.default_rng(seed)
-    center = (
-        3 * np.linalg.qr(rng.standard_normal((D, D)))[0][:count].astype(np.float32) * np.float32(np.sqrt(D))
-    )
-    topic = rng.integers(0, count, -(-S // run)).repeat(run)[:S]
-    noise = rng.standard_normal((3, S, D), np.float32)
-    q, k = center[topic] + noise[0], center[topic] + noise[1]
-    return Heads("built sparse", q[None, None], k[None, None], noise[2][None, None], {"causal": True})
 
 
 def diffuse(S: int) -> Heads:

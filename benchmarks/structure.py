@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from heads import Heads, bundled, errors, gaussian
 from instruments import RATES, rung_names, use_rates, verdict, write_json
-from measure import plural
-from peers import build_torch
 from report import show_table
-from sparsity import topics
+
+from adaattn.bench.heads import topics
+from adaattn.bench.peers import build_torch
+from adaattn.bench.timing import plural
 
 TOLERANCES = (1e-2, 5e-2)
 PEAKED = 6  # of the 16 heads: those that keep least at the larger tolerance
@@ -94,14 +95,6 @@ class Case:
     predicted: float = 0
     limit: float = 0
     retried: bool = False
-
-
-def apart(heads: Heads) -> Iterator[Heads]:
-    """Its heads, each by itself."""
-    group = heads.query.shape[1] // heads.key.shape[1]
-    for h, name in enumerate(heads.names):
-        g = slice(h // group, h // group + 1)
-        yield Heads(name, heads.query[:, h : h + 1], heads.key[:, g], heads.value[:, g], heads.options)
 
 
 def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int, exact: Any) -> Case:
@@ -206,7 +199,7 @@ def main() -> None:
     cases: list[Case] = []
     for name in args.sets:
         for heads in SETS[name]():
-            for head in apart(heads):
+            for head in heads.apart():
                 exact = head.attend(precision="fp64")
                 for threads in args.threads:
                     cases += [measure(name, head, t, threads, args.rounds, exact) for t in TOLERANCES]

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 from heads import Array, Heads, gaussian
-from measure import timer
-from peers import build_numpy
 from report import show_table
 
 import adaattn
+from adaattn.bench.peers import build_numpy
+from adaattn.bench.timing import timer
 from adaattn.rates import split
 
 Make = Callable[[Array, Array, Array, np.random.Generator], None]

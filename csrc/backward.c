@@ -17,6 +17,7 @@
 /* Parts of the queries and of the keys: at least so many tiles, as keys are packed once for each. */
 #define PART_TILES 8
 #define MOST_PARTS 8
+#define SLICE (ADA_BLOCK / PART_TILES) /* rows to be asked for beside each of a part's tiles */
 
 typedef struct {
     int64_t first, end;

@@ -70,17 +70,21 @@ static bool KIND(see_tile)(const back_run *r, const KIND(scratch) * s, const ada
                                    .rows = patch->n,
                                    .width = up_to_step(patch->nk)};
     const bool whole = sight == ADA_PLAIN && patch->nk == t->width;
-    for (int i = 0; sight == ADA_PLAIN && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
     if (!whole) t->visible = s->visible;
+    for (int i = 0; sight == ADA_PLAIN && !whole && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
     const int64_t row = (patch->b * p->H + patch->h) * p->T + patch->i;
+    uint64_t dead = 0; /* rows that see nothing */
     for (int i = 0; i < patch->n; i++) {
         const double lse = r->lse[row + i];
         s->lse[i] = (REAL)lse, s->delta[i] = (REAL)r->delta[row + i];
         s->reference[i] = r->reference ? (REAL)r->reference[row + i] : 0;
-        if (lse != -INFINITY) continue;
-        t->visible = s->visible;
-        s->visible[i] = 0; /* it sees nothing */
+        dead |= (uint64_t)(lse == -INFINITY) << i;
     }
+    for (int i = 0; dead && i < patch->n; i++) {
+        if (!t->visible) s->visible[i] = UINT64_MAX;
+        if (dead >> i & 1) s->visible[i] = 0;
+    }
+    if (dead) t->visible = s->visible;
     if (p->drop_below) {
         ada_kept_rows(p, r->k, patch, s->keep);
         t->keep = s->keep;
@@ -221,6 +225,19 @@ static bool KIND(tile_back)(const back_run *r, const KIND(scratch) * s, const ad
     return true;
 }
 
+/* NULL where they are not wanted. */
+static REAL *KIND(sums_at)(const back_run *r, int which, int64_t at) {
+    return r->x->needs[which] ? (REAL *)r->sums[which] + at : NULL;
+}
+
+/* Asks for rows i ... i + n - 1 of (b, h). */
+static void KIND(prefetch_rows)(const ada_array *a, int64_t b, int64_t h, int64_t i, int64_t n) {
+    const int64_t bytes = a->shape[3] * ada_dtype_bytes(a->dtype);
+    if (a->stride[3] != ada_dtype_bytes(a->dtype)) return;
+    for (int64_t row = i; row < i + n && row < a->shape[2]; row++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ada_row_at(a, b, h, row) + at, 0, 2);
+}
+
 /* One part of the keys of a key head against one part of the queries of its heads. */
 static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, int64_t query_part,
                             ada_job *job, int worker) {
@@ -234,8 +251,8 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
     for (int64_t block = blocks.first; block < blocks.end && block * ADA_BLOCK < keys; block++) {
         const int64_t j = block * ADA_BLOCK;
         ada_patch patch = {.b = b, .j = j, .nk = (int)(keys - j < ADA_BLOCK ? keys - j : ADA_BLOCK)};
-        REAL *dk = (REAL *)r->sums[ADA_OF_KEY] + (at * p->S + j) * D;
-        REAL *dv = (REAL *)r->sums[ADA_OF_VALUE] + (at * p->S + j) * E;
+        REAL *dk = KIND(sums_at)(r, ADA_OF_KEY, (at * p->S + j) * D);
+        REAL *dv = KIND(sums_at)(r, ADA_OF_VALUE, (at * p->S + j) * E);
         bool taken = false;
         for (patch.h = h; patch.h < h + per_group; patch.h++)
             for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
@@ -248,10 +265,15 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
                     KIND(take_block)(r, &s, &patch);
                     taken = true;
                 }
-                REAL *dq =
-                    (REAL *)r->sums[ADA_OF_QUERY] + ((at * per_group + patch.h - h) * p->T + patch.i) * D;
+                const int64_t row = (at * per_group + patch.h - h) * p->T + patch.i;
+                REAL *dq = KIND(sums_at)(r, ADA_OF_QUERY, row * D);
                 double *slope = r->slopes + (b * p->H + patch.h) * r->key_parts + key_part;
                 if (!KIND(tile_back)(r, &s, &patch, &t, dq, dk, dv, slope)) return false;
+                /* The next block, a slice for each tile. */
+                const int64_t next = j + ADA_BLOCK + (tile - tiles.first) * SLICE;
+                if (next >= j + 2 * ADA_BLOCK) continue;
+                KIND(prefetch_rows)(&p->key, b, group % p->G, next, SLICE);
+                KIND(prefetch_rows)(&p->value, b, group % p->G, next, SLICE);
             }
     }
     return true;

@@ -23,6 +23,8 @@
 #define MOST_SHARE 0.04
 /* Landmarks after which an error is believed to fall no faster. */
 #define HOPE 64
+/* To read, write and pack an element of keys, values, queries and outputs, in operations. */
+#define READING 150
 #define SAMPLE_STREAM 4
 #define PIVOT_STREAM 5
 #define KEEP_STREAM 6
@@ -51,8 +53,9 @@ static double landmark_operations(double keys, int64_t D, int rank) {
 double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t D, int64_t E, int rank) {
     const double R = rank, width = 2 * (double)(D + E), count = (double)(keys->end - keys->first);
     const double near = keys->bin < keys->end - keys->first ? ADA_BIN / 2 + ADA_LANES : 0;
-    return R * (count * width + queries * (width + R)) + queries * near * width +
-           (double)keys->bins * R * R * (double)(E + 1) + landmark_operations(count, D, rank);
+    return (count + queries) * (double)(D + E) * READING + R * (count * width + queries * (width + R)) +
+           queries * near * width + (double)keys->bins * R * R * (double)(E + 1) +
+           landmark_operations(count, D, rank);
 }
 
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank) {

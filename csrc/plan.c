@@ -323,12 +323,22 @@ static double ranks_needed(const ada_forecast *f, double error) {
     return ranks;
 }
 
+/* To look for ranks up to that one. */
+static double looking(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+    ada_task part = *t;
+    part.operations =
+        ada_forecast_operations((double)(sizes->keys.end - sizes->keys.first), sizes->D, sizes->E, rank);
+    part.elements = 0;
+    return ada_predicted_seconds(&part, fp32);
+}
+
 int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_rank_task *sizes,
                          const ada_rate *fp32, double seconds) {
     const double error = t->tolerance / sqrt(f->noise2);
     if (!f->finite || !(f->out2 > 0)) return 0;
     int most = sizes->most;
-    while (most > 0 && !(ada_low_rank_seconds(t, sizes, fp32, most) < PAYS * seconds))
+    while (most > 0 &&
+           !(ada_low_rank_seconds(t, sizes, fp32, most) + looking(t, sizes, fp32, most) < PAYS * seconds))
         most -= most > 16 ? 16 : most;
     return most >= sizes->least && LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -491,3 +493,24 @@ def test_wrong_types(changes: Options, message: str) -> None:
 def test_what_the_gradient_does_not_take(name: str, rng: np.random.Generator) -> None:
     with pytest.raises(TypeError, match=name):
         adaattn.attention_backward(*problem(rng, SHAPES[1]), **{name: None})
+
+
+def test_interrupt() -> None:
+    """A signal whose handler raises ends a call that would take minutes."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    one = np.ones((1, 1, 1, 1), np.float32)
+    arrays = [np.broadcast_to(one, (1, 8, 50_000, 16)) for _ in range(5)]
+    lse = np.broadcast_to(one[0], (1, 8, 50_000))
+    before = signal.signal(signal.SIGALRM, stop)
+    started = time.perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TimeoutError):
+            adaattn.attention_backward(*arrays, lse, num_threads=2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.perf_counter() - started < 10

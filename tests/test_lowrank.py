@@ -73,7 +73,7 @@ def low_rank(*arrays: Array, tolerance: float = 1e-2, **options: Any) -> Any:
 @pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_smooth_heads(rng, causal, tolerance):
-    arrays = smooth(rng, heads=4, kv_heads=2)
+    arrays = smooth(rng, length=2 * S if causal else S, heads=4, kv_heads=2)
     options = {"causal": causal, "return_lse": True}
     out, lse, report = adaattn.attention(*arrays, **options, tolerance=tolerance, return_report=True)
     exact, exact_lse = exactly(*arrays, **options)

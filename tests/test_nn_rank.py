@@ -12,7 +12,7 @@ import adaattn
 from adaattn import nn, rates
 
 Array = NDArray[Any]
-T, C, H = 2048, 32, 2
+T, C, H = 4096, 32, 2
 
 
 @pytest.fixture(autouse=True)

@@ -170,10 +170,12 @@ def test_builds_and_installs(tmp_path: Path) -> None:
     check = (
         "import adaattn, numpy; x = numpy.ones((1, 1, 2, 4)); assert (adaattn.attention(x, x, x) == 1).all()"
     )
+    outside = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     for name, what in (("wheel", [wheel]), ("editable", ["--editable", source])):
         python("-m", "venv", tmp_path / name)
         for arguments in (["-m", "pip", "install", *what], ["-c", check]):
-            subprocess.run([tmp_path / name / "bin" / "python", *arguments], check=True, cwd=tmp_path)
+            command = [tmp_path / name / "bin" / "python", *arguments]
+            subprocess.run(command, check=True, cwd=tmp_path, env=outside)
     bare = {"PATH": str(tmp_path / "wheel" / "bin"), "HOME": str(tmp_path)}
     assert not any(shutil.which(name, path=bare["PATH"]) for name in ("cc", "gcc", "clang", "nvcc"))
     demo = subprocess.run(

@@ -211,6 +211,12 @@ def test_dropout_draws_from_torch() -> None:
         (((B, H, T, D), (B, H, S, D), (B, H, S, E)), {"scale": -1.0}, adaattn.ArgumentError, "^scale: "),
         (
             ((B, H, T, D), (B, H, S, D), (B, H, S, E)),
+            {"num_threads": 0},
+            adaattn.ArgumentError,
+            "^num_threads: ",
+        ),
+        (
+            ((B, H, T, D), (B, H, S, D), (B, H, S, E)),
             {"policy": "speed", "tolerance": 0.1},
             adaattn.ArgumentError,
             "^policy: expected None beside",

@@ -354,9 +354,9 @@ def test_minilm() -> None:
     """Embeddings of padded batches keep their direction: MiniLM's mean over tokens, normalised."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from heads import _minilm_folder
+        from adaattn.bench.heads import minilm_folder
 
-        folder = _minilm_folder()
+        folder = minilm_folder()
     except ImportError as error:
         pytest.skip(str(error))
     finally:

@@ -98,7 +98,7 @@ INLINE bool backward_row(const tile_t *t, int r, const bool plain) {
         g = v_mul(w, v_sub(g, delta));
         if (!plain) dropped = v_select(see, dropped, v_zero()), g = v_select(see, g, v_zero());
         if (!plain && !gradients) g = dropped;
-        rest = v_add(rest, v_sub(g, g));
+        rest = v_fma(g, v_zero(), rest);
         v_store(s + j, dropped);
         if (plain || gradients) v_store(gradients + j, g);
     }

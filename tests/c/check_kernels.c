@@ -6,11 +6,11 @@
  * ADA_BUILD_AVX512 say which of them there are.
  */
 #ifdef __clang__
-#    include "../../benchmarks/roofline.c"
+#    include "../../adaattn/bench/roofline.c"
 #else
 #    pragma GCC push_options
 #    pragma GCC optimize("O3", "fp-contract=fast") /* roofline.c needs both to reach the peak */
-#    include "../../benchmarks/roofline.c"
+#    include "../../adaattn/bench/roofline.c"
 #    pragma GCC pop_options
 #endif
 #include "check_backward.h"
