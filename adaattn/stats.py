@@ -279,7 +279,7 @@ class Report:
         qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
         predicted, retried = column["predicted_error"], column["retried"].astype(bool)
         budget = column["sparse_budget"]
-        structure = _structures(budget)
+        structure, bound = _structures(budget), column["error_bound"]
         if given is not None:
             kept = (qk == given.precision_qk) & (pv == given.precision_pv) & (structure == given.structure)
             predicted = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
@@ -299,14 +299,14 @@ class Report:
         return cls(
             precision_qk=qk,
             precision_pv=pv,
-            structure=structure,
+            structure=np.where(~np.isnan(bound) & (column["kept_fraction"] < 1), "sparse", structure),
             rank=np.zeros(shape, np.int64),
             kept_fraction=column["kept_fraction"],
             predicted_error=predicted,
             measured_error=column["measured_error"],
             error_limit=column["error_limit"],
             verified_rows=column["verified_rows"].astype(np.int64),
-            error_bound=np.full(shape, np.nan),
+            error_bound=bound,
             retried=retried,
             entropy=column["entropy"],
             entropy_std=column["entropy_std"],

@@ -100,6 +100,8 @@ static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * 
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
 
+double ada_seconds_now(void);
+
 extern const ada_backend ada_cpu_backend;
 /* ada_attend with a budget, by this backend. */
 ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, void *device,

@@ -1,0 +1,34 @@
+/* Codes of a cache's full pages beside the pages themselves: 8-bit numbers to read first, as many more that
+ * refine them, and bounds of what they leave out.
+ */
+#ifndef ADA_CODES_H
+#define ADA_CODES_H
+
+#include "adaattn.h"
+
+/* What is known of a page X of ADA_PAGE rows, whose codes stand for Y: upper bounds of the largest singular
+ * value and the longest row of X - Y, by codes alone [0] and with the fine ones [1]; of the largest singular
+ * value of X less its centre, and of the longest row of X. All are infinite where numbers are not finite or
+ * too large. */
+typedef struct {
+    float error[2], error_row[2], spread, row;
+} ada_code_norms;
+
+/* A step of codes is as long as so many of fine ones. */
+#define ADA_FINE_STEPS 254
+
+/* Of an array (B, G, S, width): element = (code + fine / ADA_FINE_STEPS) * scale + centre, the latter two of
+ * its coordinate and page; the first coded[b] pages of sequence b have some. */
+struct ada_codes {
+    int8_t *code, *fine;   /* [B][G][pages * ADA_PAGE][width] */
+    float *scale, *centre; /* [B][G][pages][width] */
+    ada_code_norms *norms; /* [B][G][pages] */
+    const int64_t *coded;  /* [B] */
+    int64_t pages;
+};
+
+/* Makes those of pages coded[b] ... until[b] - 1 of every sequence. No memory is an error. */
+ada_status ada_code_pages(const ada_array *store, const ada_codes *codes, const int64_t *until,
+                          ada_error *error);
+
+#endif
