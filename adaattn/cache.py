@@ -53,11 +53,11 @@ class Codes(NamedTuple):
     """Of the keys' or values' full pages: 8-bit numbers, which count in scales of their page and coordinate
     from its centre, others that refine them, and bounds of what they leave out (codes.h)."""
 
-    code: NDArray[np.int8]  # (B, G, pages * PAGE, width)
-    fine: NDArray[np.int8]  # the same
+    code: NDArray[np.uint8]  # (B, G, pages, PAGE * width), the latter rounded up
+    fine: NDArray[np.uint8]  # the same
     scale: NDArray[np.float32]  # (B, G, pages, width)
     centre: NDArray[np.float32]  # (B, G, pages, width)
-    norms: NDArray[np.float32]  # (B, G, pages, 6)
+    norms: NDArray[np.float32]  # (B, G, pages, 7)
     coded: NDArray[np.int64]  # (B,) pages that have some; the same array on both sides
 
 
@@ -346,10 +346,10 @@ class KVCache:
             coded = old[0].coded
         if old is None or old[0].scale.shape[2] < pages:
             head, new = (self._batch, self._heads), []
-            for width in self._widths:
-                tokens, page = (*head, pages * PAGE, width), (*head, pages, width)
-                parts = [np.zeros(tokens, np.int8) for _ in range(2)]
-                parts += [np.zeros(shape, np.float32) for shape in (page, page, (*head, pages, 6))]
+            for width, unit in zip(self._widths, (4, 16), strict=True):
+                bytes_of_page = PAGE * (-(-width // unit) * unit)
+                parts = [np.zeros((*head, pages, bytes_of_page), np.uint8) for _ in range(2)]
+                parts += [np.zeros((*head, pages, n), np.float32) for n in (width, width, 7)]
                 new.append(Codes(*parts, coded))
             for before, after in zip(old or (), new, strict=False):
                 for x, y in zip(before[:-1], after[:-1], strict=True):
@@ -359,8 +359,8 @@ class KVCache:
         assert codes is not None
         until = self._lengths // PAGE
         if (until > coded).any():
-            for side, of in zip((self._key, self._value), codes, strict=True):
-                _adaattn._cache_code(Stored((*side, of)), until)
+            for values, (side, of) in enumerate(zip((self._key, self._value), codes, strict=True)):
+                _adaattn._cache_code(Stored((*side, of)), bool(values), until)
             coded[:] = until
         return codes
 

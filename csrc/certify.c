@@ -55,6 +55,7 @@ typedef struct {
 typedef struct {
     atomic_bool unfit; /* numbers that are not finite, or too large */
     bool open;         /* not certified yet */
+    int64_t coded;     /* pages that have codes */
     double bytes;      /* read, relative to all */
 } group_state;
 
@@ -80,7 +81,8 @@ typedef struct {
 
 typedef struct {
     float *queries;        /* [rows][D] */
-    float *scaled;         /* [ADA_ROW_GROUP][D] */
+    float *scaled;         /* [ADA_ROW_GROUP][D], D as codes have it */
+    float *centres;        /* [rows][ADA_BLOCK] */
     float *scores, *added; /* [rows][ADA_PAGE] */
     float *bias;           /* [ADA_LANES][ADA_BLOCK], one row of it is used */
     float *sums;           /* [ADA_ROW_GROUP][E] */
@@ -94,11 +96,12 @@ static pieces pieces_of(const certifying *r, ada_carver *c) {
     const int64_t real = sizeof(float), D = r->p->D, E = r->p->E;
     pieces s;
     s.queries = ada_carve(c, r->rows * D * real);
-    s.scaled = ada_carve(c, ADA_ROW_GROUP * D * real);
+    s.scaled = ada_carve(c, ADA_ROW_GROUP * ada_code_width(D, false) * real);
+    s.centres = ada_carve(c, r->rows * ADA_BLOCK * real);
     s.scores = ada_carve(c, r->rows * ADA_PAGE * real);
     s.added = ada_carve(c, r->rows * ADA_PAGE * real);
     s.bias = ada_carve(c, ADA_BLOCK * real);
-    s.sums = ada_carve(c, ADA_ROW_GROUP * E * real);
+    s.sums = ada_carve(c, ADA_ROW_GROUP * ada_code_width(E, true) * real);
     s.weights = ada_carve(c, ADA_ROW_GROUP * ADA_PAGE * real);
     s.steps = ada_carve(c, 2 * r->pages);
     s.row = ada_carve(c, (D > E ? D : E) * real);
@@ -110,8 +113,8 @@ bool ada_may_certify(const ada_problem *p, const ada_budget *b) {
     return p->key.codes && p->value.codes && b->tolerance >= ADA_CERTIFIED_LEAST && !b->plan_only &&
            !b->dense && b->asked.qk == ADA_RUNG_AUTO && b->dearest == ADA_RUNG_AUTO &&
            b->cheapest == ADA_RUNG_AUTO && p->query.dtype != ADA_F64 && !p->only_f64 && !p->drop_below &&
-           p->S >= ADA_CERTIFIED_KEYS && p->T <= ADA_CERTIFIED_QUERIES &&
-           p->H / p->G * p->T <= ADA_CERTIFIED_ROWS;
+           p->S >= ADA_CERTIFIED_KEYS && p->D <= ADA_CODES_MOST && p->E <= ADA_CODES_MOST &&
+           p->T <= ADA_CERTIFIED_QUERIES && p->H / p->G * p->T <= ADA_CERTIFIED_ROWS;
 }
 
 /* ---- one page ---- */
@@ -124,9 +127,12 @@ static int64_t pages_of(const certifying *r, int64_t b) {
     return (ada_key_count(r->p, b) + ADA_PAGE - 1) / ADA_PAGE;
 }
 
-static bool is_coded(const certifying *r, int64_t b, int64_t page) {
-    return page < r->p->key.codes->coded[b] && page < r->p->value.codes->coded[b] &&
-           (page + 1) * ADA_PAGE <= ada_key_count(r->p, b);
+/* Pages of sequence b that have codes. */
+static int64_t coded_pages(const certifying *r, int64_t b) {
+    const int64_t keys = r->p->key.codes->coded[b], values = r->p->value.codes->coded[b];
+    const int64_t full = ada_key_count(r->p, b) / ADA_PAGE;
+    const int64_t coded = keys < values ? keys : values;
+    return coded < full ? coded : full;
 }
 
 static int keys_of(const certifying *r, int64_t b, int64_t page) {
@@ -143,27 +149,38 @@ static void load_queries(const certifying *r, const pieces *s, int64_t b, int64_
     }
 }
 
-/* Scores by codes, or what fine ones add to them. */
+/* Scores by codes, less those of the page's centre, or what fine ones add to them. */
 static void scores_of_codes(const certifying *r, const pieces *s, int64_t head, int64_t page, bool fine,
                             float *scores) {
     const ada_codes *codes = r->p->key.codes;
     const int64_t at = head * codes->pages + page;
-    const int D = (int)r->p->D;
-    const float *scale = codes->scale + at * D;
+    const int D = (int)r->p->D, width = (int)ada_code_width(D, false);
+    const float *scale = codes->scale + at * D, step = fine ? 1.0f / ADA_FINE_STEPS : 1;
+    for (int i = 0; i < ADA_ROW_GROUP; i++)
+        for (int d = D; d < width; d++) s->scaled[i * width + d] = 0;
     for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP) {
         const int n = rows_from(r, row);
         const float *q = s->queries + row * D;
-        float *x = scores + row * ADA_PAGE, centre[ADA_ROW_GROUP * ADA_BLOCK];
-        const float step = fine ? 1.0f / ADA_FINE_STEPS : 1;
         for (int i = 0; i < n; i++)
-            for (int d = 0; d < D; d++) s->scaled[i * D + d] = q[i * D + d] * (scale[d] * step);
-        r->k->row_scores_i8(x, s->scaled, n, (fine ? codes->fine : codes->code) + at * ADA_PAGE * D, D,
-                            ADA_PAGE, D);
-        if (fine) continue;
-        r->k->row_scores_f32(centre, q, n, codes->centre + at * D, D, 1, D);
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < ADA_PAGE; j++) x[i * ADA_PAGE + j] += centre[i * ADA_BLOCK];
+            for (int d = 0; d < D; d++) s->scaled[i * width + d] = q[i * D + d] * (scale[d] * step);
+        r->k->code_products(scores + row * ADA_PAGE, ADA_PAGE, s->scaled, width, n,
+                            (fine ? codes->fine : codes->code) + at * ada_code_bytes(D, false), width,
+                            ADA_PAGE);
     }
+}
+
+/* Scores of the centres of n <= CHUNK pages, [rows][ADA_BLOCK]. */
+static void scores_of_centres(const certifying *r, const pieces *s, int64_t head, int64_t page, int n) {
+    const ada_codes *codes = r->p->key.codes;
+    const int D = (int)r->p->D;
+    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
+        r->k->row_scores_f32(s->centres + row * ADA_BLOCK, s->queries + row * D, rows_from(r, row),
+                             codes->centre + (head * codes->pages + page) * D, D, n, D);
+}
+
+static void add_centre(const certifying *r, const pieces *s, int i, float *scores) {
+    for (int64_t row = 0; row < r->rows; row++)
+        for (int j = 0; j < ADA_PAGE; j++) scores[row * ADA_PAGE + j] += s->centres[row * ADA_BLOCK + i];
 }
 
 static void exact_scores(const certifying *r, const pieces *s, int64_t b, int64_t g, int64_t page) {
@@ -177,14 +194,35 @@ static void exact_scores(const certifying *r, const pieces *s, int64_t b, int64_
                ada_row_at(key, b, g, page * ADA_PAGE), D, keys_of(r, b, page), D);
 }
 
-static void add_exact_values(const certifying *r, float *o, const float *weights, int n, int64_t b, int64_t g,
-                             int64_t page) {
+static void add_exact_values(const certifying *r, const pieces *s, float *o, const page_mass *masses,
+                             const float *weights, int n, int64_t b, int64_t g, int64_t page) {
     const ada_array *value = &r->p->value;
     ada_row_values_f32_fn *values = value->dtype == ADA_F32   ? r->k->row_values_f32
                                     : value->dtype == ADA_F16 ? r->k->row_values_f16
                                                               : r->k->row_values_bf16;
     const int E = (int)r->p->E;
-    values(o, E + 1, weights, n, ada_row_at(value, b, g, page * ADA_PAGE), E, keys_of(r, b, page), E);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < ADA_PAGE; j++)
+            s->weights[i * ADA_PAGE + j] = weights[i * ADA_PAGE + j] * masses[i].scale;
+    values(o, E + 1, s->weights, n, ada_row_at(value, b, g, page * ADA_PAGE), E, keys_of(r, b, page), E);
+}
+
+/* What codes of values add to those of the centre. */
+static void add_codes(const certifying *r, const pieces *s, float *o, const page_mass *masses,
+                      const float *weights, int n, int64_t head, int64_t page, bool fine) {
+    const ada_codes *codes = r->p->value.codes;
+    const int E = (int)r->p->E, width = (int)ada_code_width(E, true);
+    const int64_t at = head * codes->pages + page, first = at * ada_code_bytes(E, true);
+    const float *scale = codes->scale + at * E;
+    for (int plane = 0; plane <= fine; plane++) {
+        r->k->code_products(s->sums, width, weights, ADA_PAGE, n, (plane ? codes->fine : codes->code) + first,
+                            ADA_PAGE, width);
+        for (int i = 0; i < n; i++) {
+            const float factor = masses[i].scale * (plane ? 1.0f / ADA_FINE_STEPS : 1);
+            float *to = o + i * (E + 1);
+            for (int e = 0; e < E; e++) to[e] += s->sums[i * width + e] * (factor * scale[e]);
+        }
+    }
 }
 
 /* Scores of one row to weights relative to the largest, all ADA_PAGE of them. False where a score is not
@@ -270,6 +308,7 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_problem *p = r->p;
     if (r->groups[head].unfit) return;
     load_queries(r, &s, b, g);
+    scores_of_centres(r, &s, head, first, (int)(end - first));
     for (int64_t page = first; page < end; page++) {
         if (ada_job_cancelled(job, worker)) return;
         const int64_t at = head * r->pages + page;
@@ -279,7 +318,7 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
             const ada_patch whole = {b, g * r->group + h, 0, page * ADA_PAGE, (int)p->T, keys_of(r, b, page)};
             seen = ada_visible_rows(p, &whole, bits) != ADA_HIDDEN;
         }
-        r->tiers[at] = !seen ? TIER_HIDDEN : is_coded(r, b, page) ? TIER_MEAN : TIER_EXACT;
+        r->tiers[at] = !seen ? TIER_HIDDEN : (page < r->groups[head].coded) ? TIER_MEAN : TIER_EXACT;
         if (!seen) continue;
         s.scores = r->weights + at * r->rows * ADA_PAGE;
         if (r->tiers[at] == TIER_EXACT) {
@@ -288,6 +327,7 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
             r->longest[2 * at + 1] = longest_row(r, &s, &p->value, b, g, page);
         } else {
             scores_of_codes(r, &s, head, page, false, s.scores);
+            add_centre(r, &s, (int)(page - first), s.scores);
         }
         if (!weigh_page(r, &s, b, g, page, s.scores, NULL, r->masses + at * r->rows))
             atomic_store_explicit(&r->groups[head].unfit, true, memory_order_relaxed);
@@ -296,36 +336,49 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
 
 /* ---- bounds ---- */
 
-/* What a page may move the numerator of a row's output by, and its denominator. */
-static double page_error(const certifying *r, int64_t head, int64_t page, int64_t row, tier t,
-                         double *shift) {
+/* What a page may move the numerator of a row's output by, and its denominator, in each tier. */
+typedef struct {
+    double error[TIER_HIDDEN], shift[TIER_HIDDEN];
+} page_bound;
+
+static inline double least(double a, double b) { return a < b ? a : b; }
+static inline double most(double a, double b) { return a > b ? a : b; }
+
+static void bound_page(const certifying *r, int64_t head, int64_t page, int64_t row, page_bound *bound) {
     const int64_t at = head * r->pages + page;
     const ada_codes *keys = r->p->key.codes, *values = r->p->value.codes;
     const row_state *state = &r->states[head * r->rows + row];
     const page_mass *m = &r->masses[at * r->rows + row];
     const double digits = 0x1p-19 + (double)(2 * ADA_PAGE + r->chunks) * 0x1p-24;
-    const bool coded = is_coded(r, head / r->p->G, page);
+    const bool coded = page < r->groups[head].coded;
     const ada_code_norms *k = &keys->norms[head * keys->pages + page];
     const ada_code_norms *v = &values->norms[head * values->pages + page];
     const double row_of_keys = (double)(coded ? k->row : r->longest[2 * at]);
     const double row_of_values = (double)(coded ? v->row : r->longest[2 * at + 1]);
-    const double rounding = state->rounding * row_of_keys + state->bias;
-    const double longest = row_of_values + state->norm, away = (double)r->away[at * r->rows + row];
-    if (t == TIER_EXACT) {
-        *shift = (double)m->sum * (1.1 * rounding + digits);
-        return *shift * longest;
+    const double rounding = state->rounding * row_of_keys + state->bias, sum = (double)m->sum;
+    const double longest = row_of_values + state->norm, own = sum * digits;
+    bound->shift[TIER_EXACT] = 1.1 * sum * rounding + own;
+    bound->error[TIER_EXACT] = bound->shift[TIER_EXACT] * longest;
+    for (int i = 0; i < TIER_EXACT; i++) bound->error[i] = bound->shift[i] = INFINITY;
+    if (!coded || !(state->query * (double)k->error_row[0] + rounding <= MOST_SHIFT)) return;
+    const double norm = (double)m->norm, spread = (double)v->spread,
+                 away = (double)r->away[at * r->rows + row];
+    for (int fine = 0; fine < 2; fine++) {
+        const double delta = state->query * (double)k->error_row[fine] + rounding;
+        const double all = state->query * (double)k->error[fine] + 8 * rounding;
+        const double second = delta * delta / 2 * (1 + delta / 2);
+        /* Fine codes have changed the largest weight, which was 1, by at most MOST_SHIFT nats. */
+        const double top = (double)m->scale * (fine ? 1.83 : 1);
+        const double shift = least(norm * all, sum * delta) + sum * second + own;
+        const double wide = least(top * all, norm * delta) + norm * second;
+        const double error = shift * away + wide * spread + own * longest;
+        const tier t = fine ? TIER_FINE : TIER_CODES;
+        bound->shift[t] = shift;
+        bound->error[t] = error + norm * (double)v->error[fine];
+        if (fine) continue;
+        bound->shift[TIER_MEAN] = shift;
+        bound->error[TIER_MEAN] = error + (double)m->apart * spread;
     }
-    const int fine = t == TIER_FINE;
-    if (!(state->query * (double)k->error_row[0] + rounding <= MOST_SHIFT)) return INFINITY;
-    const double delta = state->query * (double)k->error_row[fine] + rounding;
-    const double all = state->query * (double)k->error[fine] + 8 * rounding;
-    const double second = delta * delta / 2 * (1 + delta / 2);
-    /* Fine codes have changed the largest weight, which was 1, by at most MOST_SHIFT nats. */
-    const double sum = (double)m->sum, norm = (double)m->norm, top = (double)m->scale * (fine ? 1.83 : 1);
-    *shift = fmin(norm * all, sum * delta) + sum * (second + digits);
-    const double wide = fmin(top * all, norm * delta) + norm * second;
-    return *shift * away + wide * (double)v->spread + sum * digits * longest +
-           (t == TIER_MEAN ? (double)m->apart * (double)v->spread : norm * (double)v->error[fine]);
 }
 
 /* Distances of the centres from the rows' outputs, upper bounds. */
@@ -343,22 +396,13 @@ static void measure_away(certifying *r, int64_t head) {
     for (int64_t first = 0; first < pages; first += ADA_BLOCK) {
         const int n = (int)(pages - first < ADA_BLOCK ? pages - first : ADA_BLOCK);
         const float *centre = values->centre + (head * values->pages + first) * E;
-        float size2[ADA_BLOCK];
-        for (int j = 0; j < n; j++) {
-            float parts[8] = {0}, sum = 0;
-            int e = 0;
-            for (; e + 8 <= E; e += 8)
-                for (int i = 0; i < 8; i++) parts[i] += centre[j * E + e + i] * centre[j * E + e + i];
-            for (; e < E; e++) parts[0] += centre[j * E + e] * centre[j * E + e];
-            for (int i = 0; i < 8; i++) sum += parts[i];
-            size2[j] = sum;
-        }
+        const ada_code_norms *norms = values->norms + head * values->pages + first;
         for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP) {
             const int rest = rows_from(r, row);
             r->k->row_scores_f32(dots, rows[row].o, rest, centre, E, n, E);
             for (int i = 0; i < rest; i++)
                 for (int j = 0; j < n; j++) {
-                    const double c2 = (double)size2[j], o2 = rows[row + i].norm * rows[row + i].norm;
+                    const double c2 = (double)norms[j].centre2, o2 = rows[row + i].norm * rows[row + i].norm;
                     const double slack = (E + 8) * 0x1p-22 * (c2 + o2);
                     const double away2 = c2 + o2 - 2 * (double)dots[i * ADA_BLOCK + j] + slack;
                     r->away[(head * r->pages + first + j) * r->rows + row + i] =
@@ -400,7 +444,7 @@ static bool join_masses(certifying *r, int64_t head) {
             const float scale = m->sum > 0 ? exp2f(m->scale - top) : 0;
             *m = (page_mass){scale, m->sum * scale, m->norm * scale, m->apart * scale};
             z += (double)m->sum;
-            if (!is_coded(r, b, page)) continue;
+            if (page >= r->groups[head].coded) continue;
             const float *centre = values->centre + (head * values->pages + page) * E;
             coded += (double)m->sum;
             for (int64_t e = 0; e < E; e++) state->o[e] += m->sum * centre[e];
@@ -418,17 +462,11 @@ static bool join_masses(certifying *r, int64_t head) {
 
 /* A ratio of what is saved to what it costs, in quarters of an octave from 2^16 down. */
 static int bucket_of(double ratio) {
-    const double steps = 64 - 4 * log2(fmax(ratio, DBL_MIN));
-    return steps < 0 ? 0 : steps < BUCKETS - 1 ? (int)steps : BUCKETS - 1;
-}
-
-/* What a page adds to a row's bound, relative to what the row may have in all. */
-static double share_of(const certifying *r, int64_t head, int64_t page, int64_t row, tier t, double allowed) {
-    const row_state *own = &r->states[head * r->rows + row];
-    double shift;
-    const double x = page_error(r, head, page, row, t, &shift);
-    const double share = allowed > 0 ? x / allowed : x > 0 ? INFINITY : 0;
-    return r->p->lse ? fmax(share, shift / (AIM * r->tolerance * own->z)) : share;
+    const float x = (float)ratio;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int steps = (127 + 16) * 4 - (int)(bits >> 21); /* the exponent and two bits */
+    return ratio <= 0 || steps > BUCKETS - 1 ? BUCKETS - 1 : steps < 0 ? 0 : steps;
 }
 
 /* Raises pages, those first that gain most for their bytes, until the bound of every row is what it may be. A
@@ -439,6 +477,7 @@ static void choose_tiers(const certifying *r, const pieces *s, int64_t head, dou
     const int64_t b = head / p->G, pages = pages_of(r, b);
     const double whole = exact_bytes(p, ADA_PAGE) * (double)pages, codes = code_bytes(p->E) / whole;
     const double fine = (double)(ADA_PAGE * (p->D + p->E)) / whole;
+    const double most_shift = 1 / (aim * r->tolerance);
     double rest[ADA_CERTIFIED_ROWS] = {0}, allowed[ADA_CERTIFIED_ROWS];
     for (int64_t row = 0; row < r->rows; row++) {
         const row_state *own = &r->states[head * r->rows + row], *first = own - row % p->T;
@@ -452,12 +491,17 @@ static void choose_tiers(const certifying *r, const pieces *s, int64_t head, dou
         double error[3][ADA_CERTIFIED_ROWS], first = 0, second = 0, both = 0;
         if (*t >= TIER_EXACT) continue;
         for (int64_t row = 0; row < r->rows; row++) {
-            for (int i = TIER_FINE; i >= (int)*t; i--)
-                error[i][row] = share_of(r, head, page, row, (tier)i, allowed[row]);
+            page_bound bound;
+            bound_page(r, head, page, row, &bound);
+            const double lse = p->lse ? most_shift / r->states[head * r->rows + row].z : 0;
+            for (int i = TIER_FINE; i >= 0; i--) {
+                const double share = bound.error[i] > 0 ? bound.error[i] / allowed[row] : 0;
+                error[i][row] = i < (int)*t ? 0 : most(share, p->lse ? bound.shift[i] * lse : 0);
+            }
             for (int i = 0; i < (int)*t; i++) error[i][row] = error[*t][row];
-            first = fmax(first, error[0][row] - error[1][row]);
-            second = fmax(second, error[1][row] - error[2][row]);
-            both = fmax(both, error[0][row]);
+            first = most(first, error[0][row] - error[1][row]);
+            second = most(second, error[1][row] - error[2][row]);
+            both = most(both, error[0][row]);
             rest[row] += error[0][row];
         }
         if (!(both < INFINITY)) {
@@ -551,6 +595,8 @@ static void add_page(const certifying *r, const pieces *s, int64_t head, int64_t
             } else {
                 scores_of_codes(r, s, head, page, false, s->scores);
                 scores_of_codes(r, s, head, page, true, s->added);
+                scores_of_centres(r, s, head, page, 1);
+                add_centre(r, s, 0, s->scores);
                 for (int64_t i = 0; i < r->rows * ADA_PAGE; i++) s->scores[i] += s->added[i];
             }
             fit = weigh_page(r, s, b, g, page, s->scores, r->states + head * r->rows, masses);
@@ -558,31 +604,32 @@ static void add_page(const certifying *r, const pieces *s, int64_t head, int64_t
         if (!fit) atomic_store_explicit(&r->groups[head].unfit, true, memory_order_relaxed);
         weights = s->scores;
     }
-    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP) {
+    for (int64_t row = 0; row < r->rows; row++) partial[row * (E + 1) + E] += masses[row].sum;
+    for (int64_t row = 0; row < r->rows && t != TIER_MEAN; row += ADA_ROW_GROUP) {
         const int n = rows_from(r, row);
-        float *o = partial + row * (E + 1), *u = s->weights;
-        for (int i = 0; i < n; i++) {
-            o[i * (E + 1) + E] += masses[row + i].sum;
-            for (int j = 0; j < ADA_PAGE; j++)
-                u[i * ADA_PAGE + j] = weights[(row + i) * ADA_PAGE + j] * masses[row + i].scale;
-        }
-        if (t == TIER_EXACT) {
-            add_exact_values(r, o, u, n, b, g, page);
-            continue;
-        }
-        const ada_codes *codes = p->value.codes;
-        const int64_t of = head * codes->pages + page;
-        const float *scale = codes->scale + of * E, *centre = codes->centre + of * E;
-        memset(s->sums, 0, (size_t)(n * E) * sizeof *s->sums);
-        if (t == TIER_FINE) {
-            r->k->row_values_i8(s->sums, E, u, n, codes->fine + of * ADA_PAGE * E, E, ADA_PAGE, E);
-            for (int i = 0; i < n * E; i++) s->sums[i] *= 1.0f / ADA_FINE_STEPS;
-        }
-        if (t >= TIER_CODES)
-            r->k->row_values_i8(s->sums, E, u, n, codes->code + of * ADA_PAGE * E, E, ADA_PAGE, E);
-        for (int i = 0; i < n; i++)
-            for (int e = 0; e < E; e++)
-                o[i * (E + 1) + e] += s->sums[i * E + e] * scale[e] + masses[row + i].sum * centre[e];
+        float *o = partial + row * (E + 1);
+        if (t == TIER_EXACT)
+            add_exact_values(r, s, o, masses + row, weights + row * ADA_PAGE, n, b, g, page);
+        else
+            add_codes(r, s, o, masses + row, weights + row * ADA_PAGE, n, head, page, t == TIER_FINE);
+    }
+}
+
+/* The centres of a task's pages, for all that do not count as they are. */
+static void add_centres(const certifying *r, const pieces *s, int64_t head, int64_t first, int n,
+                        float *partial) {
+    const ada_codes *codes = r->p->value.codes;
+    const int E = (int)r->p->E;
+    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP) {
+        const int rows = rows_from(r, row);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < n; j++) {
+                const int64_t at = head * r->pages + first + j;
+                s->weights[i * ADA_PAGE + j] =
+                    r->tiers[at] < TIER_EXACT ? r->masses[at * r->rows + row + i].sum : 0;
+            }
+        r->k->row_values_f32(partial + row * (E + 1), E + 1, s->weights, rows,
+                             codes->centre + (head * codes->pages + first) * E, E, n, E);
     }
 }
 
@@ -601,6 +648,7 @@ static void values_task(void *context, ada_job *job, int64_t task, int worker) {
         if (ada_job_cancelled(job, worker)) return;
         if (r->tiers[head * r->pages + page] != TIER_HIDDEN) add_page(r, &s, head, page, partial);
     }
+    add_centres(r, &s, head, first, (int)(end - first), partial);
 }
 
 /* ---- the end ---- */
@@ -634,12 +682,13 @@ static double bound_of(const certifying *r, int64_t head, int64_t first) {
     double error2 = 0, norm2 = 0, lse = 0;
     for (int64_t row = first; row < first + p->T; row++) {
         const row_state *state = &r->states[head * r->rows + row];
-        double sum = 0, shifts = 0, shift;
+        double sum = 0, shifts = 0;
         for (int64_t page = 0; page < pages_of(r, head / p->G); page++) {
             const tier t = (tier)r->tiers[head * r->pages + page];
             if (t == TIER_HIDDEN) continue;
-            sum += page_error(r, head, page, row, t, &shift);
-            shifts += shift;
+            page_bound bound;
+            bound_page(r, head, page, row, &bound);
+            sum += bound.error[t], shifts += bound.shift[t];
         }
         if (state->z == 0) continue;
         if (!(shifts <= state->z / 2)) return INFINITY;
@@ -662,7 +711,7 @@ static double bytes_of(const certifying *r, int64_t head) {
         const double exact = exact_bytes(p, keys_of(r, b, page));
         if (t == TIER_HIDDEN) continue;
         all += exact;
-        if (is_coded(r, b, page)) bytes += code_bytes(p->D);
+        if ((page < r->groups[head].coded)) bytes += code_bytes(p->D);
         bytes += t == TIER_EXACT   ? exact
                  : t == TIER_FINE  ? code_bytes(p->E) + (double)(ADA_PAGE * (p->D + p->E))
                  : t == TIER_CODES ? code_bytes(p->E)
@@ -697,13 +746,14 @@ static bool start_group(certifying *r, const pieces *s, int64_t head) {
     const ada_problem *p = r->p;
     const ada_codes *keys = p->key.codes, *values = p->value.codes;
     const int64_t b = head / p->G, pages = pages_of(r, b);
-    double error2 = 0, coded = 0;
+    const int64_t coded = r->groups[head].coded;
+    double error2 = 0;
+    if (coded * 2 <= pages) return false;
     load_queries(r, s, b, head % p->G);
-    for (int64_t page = 0; page < pages; page++) {
-        if (!is_coded(r, b, page)) continue;
+    for (int64_t page = 0; page < coded; page++) {
         const double error = (double)keys->norms[head * keys->pages + page].error[1];
         if (isinf(error) || isinf(values->norms[head * values->pages + page].row)) return false;
-        error2 += error * error, coded++;
+        error2 += error * error;
     }
     for (int64_t row = 0; row < r->rows; row++) {
         row_state *state = &r->states[head * r->rows + row];
@@ -716,9 +766,9 @@ static bool start_group(certifying *r, const pieces *s, int64_t head) {
             (row_state){.query = sqrt(sum) * ADA_LN2 * 1.001, .o = r->outs + (head * r->rows + row) * p->E};
         state->rounding = state->query * 3 * (double)(p->D + 64) * 0x1p-24;
         if (!(state->query < 0x1p60)) return false;
-        if (state->query * sqrt(error2 / fmax(coded, 1) / ADA_PAGE) > r->tolerance / 2) return false;
+        if (state->query * sqrt(error2 / (double)(coded * ADA_PAGE)) > r->tolerance / 2) return false;
     }
-    return coded * 2 > (double)pages;
+    return true;
 }
 
 static void carve_all(certifying *r, ada_carver *c) {
@@ -797,6 +847,7 @@ ada_status ada_certify(const ada_problem *p, ada_budget *budget, bool (*interrup
     const pieces s = pieces_of(&r, &own);
     bool all = true;
     for (int64_t head = 0; head < heads; head++) {
+        r.groups[head].coded = coded_pages(&r, head / p->G);
         atomic_init(&r.groups[head].unfit, !start_group(&r, &s, head));
         r.groups[head].open = true;
     }

@@ -16,6 +16,7 @@ typedef struct {
     const ada_array *store;
     const ada_codes *codes;
     const int64_t *until;
+    bool values;
     char *scratch; /* of worker w: from scratch + w * scratch_bytes */
     int64_t scratch_bytes, most;
 } coding;
@@ -80,8 +81,9 @@ static double longest_row(const float *x, int width) {
 }
 
 /* Codes of one coordinate of a page; rest becomes what the first leave out, x what both do. */
-static void code_column(float *x, float *rest, int8_t *code, int8_t *fine, int width, float *centre,
-                        float *scale) {
+static void code_column(const coding *r, float *x, float *rest, uint8_t *code, uint8_t *fine, int c,
+                        float *centre, float *scale) {
+    const int width = (int)r->store->shape[3], lanes = (int)ada_code_width(width, true);
     double sum = 0;
     float largest = 0;
     for (int j = 0; j < ADA_PAGE; j++) sum += (double)x[j * width];
@@ -94,7 +96,8 @@ static void code_column(float *x, float *rest, int8_t *code, int8_t *fine, int w
         const long near = nearest_code(away * steps);
         const double left = away - (double)near * (double)*scale;
         const long nearer = nearest_code(left * steps * ADA_FINE_STEPS);
-        code[j * width] = (int8_t)near, fine[j * width] = (int8_t)nearer;
+        const int at = r->values ? 4 * (j / 4 * lanes + c) + j % 4 : 4 * (c / 4 * ADA_PAGE + j) + c % 4;
+        code[at] = (uint8_t)(near + 128), fine[at] = (uint8_t)(nearer + 128);
         rest[j * width] = (float)left;
         x[j * width] = (float)(left - (double)nearer * (double)*scale / ADA_FINE_STEPS);
     }
@@ -103,21 +106,25 @@ static void code_column(float *x, float *rest, int8_t *code, int8_t *fine, int w
 static void code_page(const coding *r, const pieces *s, int64_t b, int64_t g, int64_t page) {
     const ada_codes *codes = r->codes;
     const int width = (int)r->store->shape[3];
-    const int64_t at = (b * r->store->shape[1] + g) * codes->pages + page, first = at * ADA_PAGE * width;
+    const int64_t at = (b * r->store->shape[1] + g) * codes->pages + page,
+                  first = at * ada_code_bytes(width, r->values);
     ada_code_norms *norms = &codes->norms[at];
     float *centre = codes->centre + at * width;
     ada_load_rows_f32(ada_kernels_get(), s->x, width, r->store, b, g, page * ADA_PAGE, ADA_PAGE, width);
     if (!(largest_of(s->x, ADA_PAGE * width) <= LARGEST)) {
-        for (int i = 0; i < 6; i++) ((float *)norms)[i] = INFINITY;
+        *norms = (ada_code_norms){{INFINITY, INFINITY}, {INFINITY, INFINITY}, INFINITY, INFINITY, INFINITY};
         return;
     }
     norms->row = (float)longest_row(s->x, width);
     memcpy(s->away, s->x, (size_t)(ADA_PAGE * width) * sizeof *s->x);
     for (int c = 0; c < width; c++)
-        code_column(s->x + c, s->rest + c, codes->code + first + c, codes->fine + first + c, width,
-                    centre + c, codes->scale + at * width + c);
+        code_column(r, s->x + c, s->rest + c, codes->code + first, codes->fine + first, c, centre + c,
+                    codes->scale + at * width + c);
     for (int j = 0; j < ADA_PAGE; j++)
         for (int c = 0; c < width; c++) s->away[j * width + c] -= centre[c];
+    double centre2 = 0;
+    for (int c = 0; c < width; c++) centre2 += (double)centre[c] * (double)centre[c];
+    norms->centre2 = (float)centre2;
     norms->error_row[0] = (float)longest_row(s->rest, width);
     norms->error_row[1] = (float)longest_row(s->x, width);
     norms->error[0] = (float)singular_bound(s, s->rest, width);
@@ -135,9 +142,9 @@ static void code_task(void *context, ada_job *job, int64_t task, int worker) {
     if (page < r->until[b]) code_page(r, &s, b, head % G, page);
 }
 
-ada_status ada_code_pages(const ada_array *store, const ada_codes *codes, const int64_t *until,
+ada_status ada_code_pages(const ada_array *store, const ada_codes *codes, bool values, const int64_t *until,
                           ada_error *error) {
-    coding r = {.store = store, .codes = codes, .until = until};
+    coding r = {.store = store, .codes = codes, .until = until, .values = values};
     for (int64_t b = 0; b < store->shape[0]; b++)
         if (until[b] - codes->coded[b] > r.most) r.most = until[b] - codes->coded[b];
     if (r.most == 0) return ADA_OK;

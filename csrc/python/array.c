@@ -432,7 +432,7 @@ bool ada_is_stored(PyObject *object) {
 
 /* Parts of codes; -1 where they are not what adaattn.cache makes. */
 static int codes_of(PyObject *object, ada_codes *codes) {
-    const int types[6] = {NPY_INT8, NPY_INT8, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_INT64};
+    const int types[6] = {NPY_UINT8, NPY_UINT8, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_INT64};
     PyObject *parts[6];
     void *at[6];
     if (!PyArg_ParseTuple(object, "OOOOOO", &parts[0], &parts[1], &parts[2], &parts[3], &parts[4], &parts[5]))

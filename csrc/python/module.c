@@ -627,7 +627,7 @@ static PyObject *cache_reopen(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(cache_code_doc, "_cache_code($module, stored, until, /)\n--\n\n"
+PyDoc_STRVAR(cache_code_doc, "_cache_code($module, stored, values, until, /)\n--\n\n"
                              "Makes codes of the pages of each sequence b that have none, before until[b].");
 
 static PyObject *cache_code(PyObject *module, PyObject *args) {
@@ -637,11 +637,13 @@ static PyObject *cache_code(PyObject *module, PyObject *args) {
     ada_codes codes;
     ada_error error;
     ada_view view = {0}, numbers = {0};
-    if (!PyArg_ParseTuple(args, "OO", &stored, &until) || ada_view_of_stored(stored, &pages, &codes, &view))
+    int values;
+    if (!PyArg_ParseTuple(args, "OpO", &stored, &values, &until) ||
+        ada_view_of_stored(stored, &pages, &codes, &view))
         return NULL;
     ada_status status = ADA_ERR_ARGUMENT;
     if (ada_view_of_numbers(state, until, "until", ADA_I64, &numbers) == 0) {
-        status = ada_code_pages(&view.array, &codes, numbers.array.data, &error);
+        status = ada_code_pages(&view.array, &codes, values, numbers.array.data, &error);
         if (status) ada_raise(state, &error);
     }
     ada_view_release(&numbers);
