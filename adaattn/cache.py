@@ -36,9 +36,9 @@ STORED: Mapping[str, tuple[Any, float]] = MappingProxyType(
 ROUNDING = {"fp16": 2.1e-4, "bf16": 1.65e-3}
 
 
-# Calls that codes may serve, as in the engine's certify.h: the tightest tolerance, the fewest tokens, the most
-# queries and queries that share a key head.
-CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 1e-3, 2048, 16, 32
+# Calls that codes may serve, as in the engine's certify.h: the tightest tolerance, the fewest tokens, the
+# most queries and queries that share a key head.
+CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 5e-3, 2048, 16, 32
 
 
 class Stored(tuple[Any, ...]):
@@ -248,7 +248,7 @@ class KVCache:
         self._key, self._value = sides
         if self._codes is not None:
             coded = self._codes[0].coded[chosen]
-            self._codes = [Codes(*(x[chosen] for x in codes[:-1]), coded) for codes in self._codes]
+            self._codes = [Codes._make([*(x[chosen] for x in codes[:-1]), coded]) for codes in self._codes]
         self._batch, self._lengths = len(chosen), self._lengths[chosen]
 
     @property
@@ -275,8 +275,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that keys and values take, unused capacity among them."""
-        sides = [*(side[1:] for side in (self._key, self._value)), *(codes[:-1] for codes in self._codes or ())]
-        return sum(x.nbytes for side in sides for x in side if x is not None)
+        arrays: list[Any] = [*self._key[1:], *self._value[1:]]
+        for codes in self._codes or ():
+            arrays += codes[:-1]
+        return sum(x.nbytes for x in arrays if x is not None)
 
     def __repr__(self) -> str:
         sizes = f"{self._batch}, {self._heads}, {self._widths[0]}, {self._widths[1]}"
@@ -329,7 +331,8 @@ class KVCache:
         elif isinstance(plan, Plan):
             tolerance = plan.tolerance
         return (
-            self._dtype != "int8"
+            self._dtype == "fp32"
+            and all(options.get(name, "auto") == "auto" for name in ("precision", "structure"))
             and isinstance(tolerance, (int, float))
             and tolerance >= CODED_TOLERANCE
             and tokens >= CODED_TOKENS
@@ -340,23 +343,21 @@ class KVCache:
 
     def _code_pages(self) -> list[Codes]:
         """Codes of all full pages: made where they are missing, which is the first call's or a new page's."""
-        pages = self._capacity // PAGE
-        old, coded = self._codes, np.zeros(self._batch, np.int64)
-        if old is not None:
-            coded = old[0].coded
+        pages, old = self._capacity // PAGE, self._codes
+        coded = np.zeros(self._batch, np.int64) if old is None else old[0].coded
         if old is None or old[0].scale.shape[2] < pages:
-            head, new = (self._batch, self._heads), []
+            head, codes = (self._batch, self._heads, pages), []
             for width, unit in zip(self._widths, (4, 16), strict=True):
-                bytes_of_page = PAGE * (-(-width // unit) * unit)
-                parts = [np.zeros((*head, pages, bytes_of_page), np.uint8) for _ in range(2)]
-                parts += [np.zeros((*head, pages, n), np.float32) for n in (width, width, 7)]
-                new.append(Codes(*parts, coded))
-            for before, after in zip(old or (), new, strict=False):
-                for x, y in zip(before[:-1], after[:-1], strict=True):
-                    y[:, :, : x.shape[2]] = x
-            self._codes = new
-        codes = self._codes
-        assert codes is not None
+                page = PAGE * (-(-width // unit) * unit)
+                code, fine = (np.zeros((*head, page), np.uint8) for _ in range(2))
+                scale, centre, norms = (np.zeros((*head, n), np.float32) for n in (width, width, 7))
+                codes.append(Codes(code, fine, scale, centre, norms, coded))
+            for before, after in zip(old or (), codes, strict=False):
+                for i in range(5):
+                    after[i][:, :, : before[i].shape[2]] = before[i]
+            self._codes = codes
+        else:
+            codes = old
         until = self._lengths // PAGE
         if (until > coded).any():
             for values, (side, of) in enumerate(zip((self._key, self._value), codes, strict=True)):

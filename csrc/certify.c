@@ -1,13 +1,14 @@
 /* Certified attention: codes of all keys give every page's weights and bounds of their errors. A page then
- * counts by its mean value, by the codes of its values, or is read as it is. Pages go up where that lowers
- * the bound most for the bytes that it costs, until it meets the tolerance.
+ * counts by its mean value, by the codes of its values, or by fine codes of keys and values. Pages go up
+ * where that lowers the bound most for the bytes that it costs, until it meets the tolerance; if it never
+ * does, all are read as they are.
  *
  * For one row with output o, the page's exact weights w and those of the codes u, values v, their codes y and
  * centre c, the page moves the numerator of o by
  *     sum (w - u)(v - c) + (sum w - u)(c - o) + sum u (v - y)        where codes of values are read,
  *     sum (w - u)(v - c) + (sum w - u)(c - o) + sum (u - mean u)(v - c)      where the mean stands in,
  * at most. Sums of a vector times the rows of a matrix are bounded by its norm times the largest singular
- * value, and so is the vector of the scores' errors: a quarter of what bounds of single keys give. The
+ * value, and so is the vector of the scores' errors: a fraction of what bounds of single keys give. The
  * denominator is at least the sum of u less all |sum w - u|. None of it depends on the order or the threads.
  */
 #include "certify.h"
@@ -19,6 +20,7 @@
 
 #include "attending.h"
 #include "codes.h"
+#include "cpu.h"
 #include "execute.h"
 
 #define REAL float
@@ -48,7 +50,7 @@ typedef struct {
     double query;          /* norm, scaled */
     double rounding, bias; /* of a score: for a key of norm 1, and for any */
     double norm;           /* of the output */
-    double lse, error;
+    double lse;
     float *o;
 } row_state;
 
@@ -184,27 +186,21 @@ static void add_centre(const certifying *r, const pieces *s, int i, float *score
 }
 
 static void exact_scores(const certifying *r, const pieces *s, int64_t b, int64_t g, int64_t page) {
-    const ada_array *key = &r->p->key;
-    ada_row_scores_f32_fn *scores = key->dtype == ADA_F32   ? r->k->row_scores_f32
-                                    : key->dtype == ADA_F16 ? r->k->row_scores_f16
-                                                            : r->k->row_scores_bf16;
     const int D = (int)r->p->D;
+    const char *keys = ada_row_at(&r->p->key, b, g, page * ADA_PAGE);
     for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
-        scores(s->scores + row * ADA_PAGE, s->queries + row * D, rows_from(r, row),
-               ada_row_at(key, b, g, page * ADA_PAGE), D, keys_of(r, b, page), D);
+        r->k->row_scores_f32(s->scores + row * ADA_PAGE, s->queries + row * D, rows_from(r, row), keys, D,
+                             keys_of(r, b, page), D);
 }
 
 static void add_exact_values(const certifying *r, const pieces *s, float *o, const page_mass *masses,
                              const float *weights, int n, int64_t b, int64_t g, int64_t page) {
-    const ada_array *value = &r->p->value;
-    ada_row_values_f32_fn *values = value->dtype == ADA_F32   ? r->k->row_values_f32
-                                    : value->dtype == ADA_F16 ? r->k->row_values_f16
-                                                              : r->k->row_values_bf16;
     const int E = (int)r->p->E;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < ADA_PAGE; j++)
             s->weights[i * ADA_PAGE + j] = weights[i * ADA_PAGE + j] * masses[i].scale;
-    values(o, E + 1, s->weights, n, ada_row_at(value, b, g, page * ADA_PAGE), E, keys_of(r, b, page), E);
+    r->k->row_values_f32(o, E + 1, s->weights, n, ada_row_at(&r->p->value, b, g, page * ADA_PAGE), E,
+                         keys_of(r, b, page), E);
 }
 
 /* What codes of values add to those of the centre. */
@@ -318,7 +314,7 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
             const ada_patch whole = {b, g * r->group + h, 0, page * ADA_PAGE, (int)p->T, keys_of(r, b, page)};
             seen = ada_visible_rows(p, &whole, bits) != ADA_HIDDEN;
         }
-        r->tiers[at] = !seen ? TIER_HIDDEN : (page < r->groups[head].coded) ? TIER_MEAN : TIER_EXACT;
+        r->tiers[at] = !seen ? TIER_HIDDEN : page < r->groups[head].coded ? TIER_MEAN : TIER_EXACT;
         if (!seen) continue;
         s.scores = r->weights + at * r->rows * ADA_PAGE;
         if (r->tiers[at] == TIER_EXACT) {
@@ -355,9 +351,11 @@ static void bound_page(const certifying *r, int64_t head, int64_t page, int64_t 
     const ada_code_norms *v = &values->norms[head * values->pages + page];
     const double row_of_keys = (double)(coded ? k->row : r->longest[2 * at]);
     const double row_of_values = (double)(coded ? v->row : r->longest[2 * at + 1]);
-    const double rounding = state->rounding * row_of_keys + state->bias, sum = (double)m->sum;
-    const double longest = row_of_values + state->norm, own = sum * digits;
-    bound->shift[TIER_EXACT] = 1.1 * sum * rounding + own;
+    const double exact = state->rounding * row_of_keys, sum = (double)m->sum;
+    const double rounding = 3 * exact + state->bias; /* codes and their centre are summed apart */
+    const double longest = row_of_values + state->norm;
+    const double own = sum * digits + 0x1p-141; /* weights below 2^-149 are 0 */
+    bound->shift[TIER_EXACT] = 1.1 * sum * (exact + state->bias) + own;
     bound->error[TIER_EXACT] = bound->shift[TIER_EXACT] * longest;
     for (int i = 0; i < TIER_EXACT; i++) bound->error[i] = bound->shift[i] = INFINITY;
     if (!coded || !(state->query * (double)k->error_row[0] + rounding <= MOST_SHIFT)) return;
@@ -502,16 +500,15 @@ static void choose_tiers(const certifying *r, const pieces *s, int64_t head, dou
             first = most(first, error[0][row] - error[1][row]);
             second = most(second, error[1][row] - error[2][row]);
             both = most(both, error[0][row]);
-            rest[row] += error[0][row];
         }
         if (!(both < INFINITY)) {
-            for (int64_t row = 0; row < r->rows; row++) rest[row] -= error[0][row];
             *t = TIER_EXACT;
             continue;
         }
         steps[0] = (uint8_t)bucket_of(first / codes), steps[1] = (uint8_t)bucket_of(second / fine);
         if (steps[1] <= steps[0]) steps[0] = steps[1] = (uint8_t)bucket_of(both / (codes + fine));
         for (int64_t row = 0; row < r->rows; row++) {
+            rest[row] += error[0][row];
             s->gains[steps[0] * r->rows + row] += error[0][row] - error[1][row];
             s->gains[steps[1] * r->rows + row] += error[1][row] - error[2][row];
         }
@@ -711,7 +708,7 @@ static double bytes_of(const certifying *r, int64_t head) {
         const double exact = exact_bytes(p, keys_of(r, b, page));
         if (t == TIER_HIDDEN) continue;
         all += exact;
-        if ((page < r->groups[head].coded)) bytes += code_bytes(p->D);
+        if (page < r->groups[head].coded) bytes += code_bytes(p->D);
         bytes += t == TIER_EXACT   ? exact
                  : t == TIER_FINE  ? code_bytes(p->E) + (double)(ADA_PAGE * (p->D + p->E))
                  : t == TIER_CODES ? code_bytes(p->E)
@@ -747,6 +744,8 @@ static bool start_group(certifying *r, const pieces *s, int64_t head) {
     const ada_codes *keys = p->key.codes, *values = p->value.codes;
     const int64_t b = head / p->G, pages = pages_of(r, b);
     const int64_t coded = r->groups[head].coded;
+    /* That follow each other in a score: rows are summed in lanes, codes with VNNI exactly. */
+    const double additions = r->k->isa & ADA_ISA_AVX512VNNI ? (double)p->D / 8 + 32 : (double)p->D + 32;
     double error2 = 0;
     if (coded * 2 <= pages) return false;
     load_queries(r, s, b, head % p->G);
@@ -764,7 +763,7 @@ static bool start_group(certifying *r, const pieces *s, int64_t head) {
         }
         *state =
             (row_state){.query = sqrt(sum) * ADA_LN2 * 1.001, .o = r->outs + (head * r->rows + row) * p->E};
-        state->rounding = state->query * 3 * (double)(p->D + 64) * 0x1p-24;
+        state->rounding = state->query * additions * 0x1p-24;
         if (!(state->query < 0x1p60)) return false;
         if (state->query * sqrt(error2 / (double)(coded * ADA_PAGE)) > r->tolerance / 2) return false;
     }

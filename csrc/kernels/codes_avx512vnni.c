@@ -9,6 +9,7 @@ typedef __m512i words;
 #include "dots.h"
 
 enum { PARTS = 3, MOST = ADA_CODES_MOST };
+#define AHEAD_BYTES 4096
 #define LARGEST_INTEGER 8323072.0f /* 127 * 2^16: its high byte is one still */
 
 /* One row of n numbers, a multiple of 4, as bytes. start: what the codes' offset of 128 makes of each part.
@@ -46,8 +47,8 @@ INLINE void multiply(float *s, ptrdiff_t lds, int8_t part[][PARTS][MOST], int32_
         UNROLL for (int v = 0; v < NV; v++) acc[(r * PARTS + i) * NV + v] = _mm512_set1_epi32(start[r][i]);
     for (int j = 0; j < n; j += 4, codes += 4 * lanes) {
         words x[4];
-        __builtin_prefetch(codes + 4096, 0, 2);
         UNROLL for (int v = 0; v < NV; v++) {
+            __builtin_prefetch(codes + v * 64 + AHEAD_BYTES, 0, 2);
             x[v] = _mm512_loadu_si512(codes + v * 64);
             PIN(x[v]);
         }
