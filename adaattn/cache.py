@@ -38,7 +38,7 @@ ROUNDING = {"fp16": 2.1e-4, "bf16": 1.65e-3}
 
 # Calls that codes may serve, as in the engine's certify.h: the tightest tolerance, the fewest tokens, the
 # most queries and queries that share a key head.
-CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 5e-3, 2048, 16, 32
+CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 8e-3, 2048, 16, 32
 
 
 class Stored(tuple[Any, ...]):

@@ -36,6 +36,9 @@ enum { ATTEMPTS = 2 }; /* choices of pages; after them all are read */
  */
 #define AIM 0.9
 
+/* Bytes, relative to all, from which on reading all is as fast. */
+#define WORTH 0.52
+
 typedef enum { TIER_MEAN, TIER_CODES, TIER_FINE, TIER_EXACT, TIER_HIDDEN } tier;
 
 /* A page's weights for one row. scale: from those that are kept to those of the whole row; the others are of
@@ -527,6 +530,25 @@ static void choose_tiers(const certifying *r, const pieces *s, int64_t head, dou
     }
 }
 
+/* Bytes that the tiers read, relative to those of all visible pages. */
+static double bytes_of(const certifying *r, int64_t head) {
+    const ada_problem *p = r->p;
+    double bytes = 0, all = 0;
+    const int64_t b = head / p->G;
+    for (int64_t page = 0; page < pages_of(r, b); page++) {
+        const tier t = (tier)r->tiers[head * r->pages + page];
+        const double exact = exact_bytes(p, keys_of(r, b, page));
+        if (t == TIER_HIDDEN) continue;
+        all += exact;
+        if (page < r->groups[head].coded) bytes += code_bytes(p->D);
+        bytes += t == TIER_EXACT   ? exact
+                 : t == TIER_FINE  ? code_bytes(p->E) + (double)(ADA_PAGE * (p->D + p->E))
+                 : t == TIER_CODES ? code_bytes(p->E)
+                                   : (double)p->E * (double)sizeof(float);
+    }
+    return all > 0 ? bytes / all : 1;
+}
+
 static void choose_task(void *context, ada_job *job, int64_t head, int worker) {
     certifying *r = context;
     group_state *group = &r->groups[head];
@@ -539,10 +561,8 @@ static void choose_task(void *context, ada_job *job, int64_t head, int worker) {
         return;
     }
     if (r->attempt == 0) measure_away(r, head);
-    if (r->attempt < ATTEMPTS) {
-        choose_tiers(r, &s, head, AIM / (1 << r->attempt));
-        return;
-    }
+    if (r->attempt < ATTEMPTS) choose_tiers(r, &s, head, AIM / (1 << r->attempt));
+    if (r->attempt < ATTEMPTS && bytes_of(r, head) <= WORTH) return;
     uint8_t *tiers = r->tiers + head * r->pages;
     for (int64_t page = 0; page < pages_of(r, head / r->p->G); page++)
         if (tiers[page] < TIER_EXACT) tiers[page] = TIER_EXACT;
@@ -698,25 +718,6 @@ static double bound_of(const certifying *r, int64_t head, int64_t first) {
     return norm2 > error2 ? sqrt(error2) / (sqrt(norm2) - sqrt(error2)) : INFINITY;
 }
 
-/* Bytes that were read, relative to those of all visible pages. */
-static double bytes_of(const certifying *r, int64_t head) {
-    const ada_problem *p = r->p;
-    double bytes = 0, all = 0;
-    const int64_t b = head / p->G;
-    for (int64_t page = 0; page < pages_of(r, b); page++) {
-        const tier t = (tier)r->tiers[head * r->pages + page];
-        const double exact = exact_bytes(p, keys_of(r, b, page));
-        if (t == TIER_HIDDEN) continue;
-        all += exact;
-        if (page < r->groups[head].coded) bytes += code_bytes(p->D);
-        bytes += t == TIER_EXACT   ? exact
-                 : t == TIER_FINE  ? code_bytes(p->E) + (double)(ADA_PAGE * (p->D + p->E))
-                 : t == TIER_CODES ? code_bytes(p->E)
-                                   : (double)p->E * (double)sizeof(float);
-    }
-    return all > 0 ? bytes / all : 1;
-}
-
 static void join_task(void *context, ada_job *job, int64_t head, int worker) {
     certifying *r = context;
     const ada_problem *p = r->p;
@@ -735,7 +736,7 @@ static void join_task(void *context, ada_job *job, int64_t head, int worker) {
     }
     group->bytes = bytes_of(r, head);
     /* Everything was read, and still rounding may be too much. */
-    if (group->open && r->attempt == ATTEMPTS) group->unfit = true;
+    if (group->open && group->bytes > 1) group->unfit = true;
 }
 
 /* Queries' norms and what rounding may do to a score; false where codes of all keys would say too little. */

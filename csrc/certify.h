@@ -6,7 +6,7 @@
 #include "attend.h"
 
 /* Tighter tolerances, shorter caches and more queries read all there is. */
-#define ADA_CERTIFIED_LEAST 5e-3
+#define ADA_CERTIFIED_LEAST 8e-3
 #define ADA_CERTIFIED_KEYS 2048
 #define ADA_CERTIFIED_QUERIES 16
 #define ADA_CERTIFIED_ROWS 32 /* queries that share a key head */
