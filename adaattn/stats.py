@@ -207,11 +207,12 @@ class Report:
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     structure : (B, H) array of str
-        "sparse" where the values of some blocks of keys were left out, else "dense".
+        "sparse" where the values of some blocks of keys were left out, or a `KVCache` was read in part, else
+        "dense".
     rank : (B, H) array of int
         Landmarks; 0: none.
     kept_fraction : (B, H) array
-        Share of the visible blocks that were computed; 1 where dense.
+        Share of the visible blocks that were computed, or of the bytes that a `KVCache` read; 1 where dense.
     predicted_error : (B, H) array
         Relative Frobenius error of the output that was predicted; NaN without a tolerance.
     measured_error : (B, H) array
@@ -222,7 +223,8 @@ class Report:
     verified_rows : (B, H) array of int
         Rows behind it.
     error_bound : (B, H) array
-        NaN: no choice is certified by a bound.
+        Of the relative Frobenius error, where it is certified: by a `KVCache` that read a part of its
+        numbers. NaN elsewhere.
     retried : (B, H) array of bool
         A first choice could not hold the head's numbers or failed verification; a wider one took its place.
     entropy, entropy_std : (B, H) array

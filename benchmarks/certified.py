@@ -33,7 +33,9 @@ def queries_of(heads: Heads, n: int) -> Iterator[Array]:
 
 
 def median_times(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Seconds, of calls that take turns."""
+    """Seconds, of calls that take turns after a first one, which makes the codes."""
+    for call in calls:
+        call()
     times = [[0.0] * rounds for _ in calls]
     for turn in range(rounds):
         for call, own in zip(calls, times, strict=True):

@@ -29,14 +29,14 @@
 
 enum { CHUNK = 16 }; /* pages of a task */
 enum { BUCKETS = 128 };
-enum { ATTEMPTS = 2 }; /* choices of pages; after them all are read */
+enum { ATTEMPTS = 2 }; /* choices of pages; after them the head is computed without codes */
 /* Beyond it a page's codes tell too little, in nats. */
 #define MOST_SHIFT 0.6
 /* Share of the tolerance that pages are chosen for: the output that they are chosen by is not the final one.
  */
 #define AIM 0.9
 
-/* Bytes, relative to all, from which on reading all is as fast. */
+/* Bytes, relative to all, from which on reading all is as fast, or nearly. */
 #define WORTH 0.52
 
 typedef enum { TIER_MEAN, TIER_CODES, TIER_FINE, TIER_EXACT, TIER_HIDDEN } tier;
@@ -58,7 +58,7 @@ typedef struct {
 } row_state;
 
 typedef struct {
-    atomic_bool unfit; /* numbers that are not finite, or too large */
+    atomic_bool unfit; /* numbers that are not finite or too large, or too many of them to read */
     bool open;         /* not certified yet */
     int64_t coded;     /* pages that have codes */
     double bytes;      /* read, relative to all */
@@ -561,11 +561,9 @@ static void choose_task(void *context, ada_job *job, int64_t head, int worker) {
         return;
     }
     if (r->attempt == 0) measure_away(r, head);
-    if (r->attempt < ATTEMPTS) choose_tiers(r, &s, head, AIM / (1 << r->attempt));
-    if (r->attempt < ATTEMPTS && bytes_of(r, head) <= WORTH) return;
-    uint8_t *tiers = r->tiers + head * r->pages;
-    for (int64_t page = 0; page < pages_of(r, head / r->p->G); page++)
-        if (tiers[page] < TIER_EXACT) tiers[page] = TIER_EXACT;
+    choose_tiers(r, &s, head, AIM / (1 << r->attempt));
+    group->bytes = bytes_of(r, head);
+    if (group->bytes > WORTH) group->unfit = true;
 }
 
 /* ---- values ---- */
@@ -734,9 +732,7 @@ static void join_task(void *context, ada_job *job, int64_t head, int worker) {
         *bound = bound_of(r, head, h * p->T);
         group->open |= !(*bound <= r->tolerance);
     }
-    group->bytes = bytes_of(r, head);
-    /* Everything was read, and still rounding may be too much. */
-    if (group->open && group->bytes > 1) group->unfit = true;
+    if (group->open && r->attempt == ATTEMPTS - 1) group->unfit = true;
 }
 
 /* Queries' norms and what rounding may do to a score; false where codes of all keys would say too little. */
@@ -804,10 +800,44 @@ static void store_group(const certifying *r, ada_budget *budget, int64_t head) {
     }
 }
 
+/* The heads of a group as a call of their own: it gives the same bits as one with the others. */
+static ada_status attend_group(const ada_problem *whole, const ada_budget *budget, int64_t head,
+                               double seconds[4], bool (*interrupt)(void *), void *context,
+                               ada_error *error) {
+    const int64_t group = whole->H / whole->G, b = head / whole->G, g = head % whole->G, h = g * group;
+    ada_problem p = *whole;
+    ada_budget own = *budget;
+    ada_array *const of_heads[] = {&p.query, &p.attn_mask, &p.out, &p.alibi_slopes};
+    ada_array *const of_groups[] = {&p.key, &p.value}, *const of_sequences[] = {&p.kv_lengths,
+                                                                                &p.query_offset};
+    for (int i = 0; i < 4; i++)
+        if (of_heads[i]->data)
+            of_heads[i]->data =
+                (char *)of_heads[i]->data + b * of_heads[i]->stride[0] + h * of_heads[i]->stride[1];
+    for (int i = 0; i < 2; i++) {
+        of_groups[i]->data = ada_row_at(of_groups[i], b, g, 0);
+        of_groups[i]->shape[0] = of_groups[i]->shape[1] = 1;
+        of_groups[i]->codes = NULL;
+        if (of_sequences[i]->data)
+            of_sequences[i]->data = (char *)of_sequences[i]->data + b * of_sequences[i]->stride[0];
+    }
+    if (p.sinks.data) p.sinks.data = (char *)p.sinks.data + h * p.sinks.stride[0];
+    if (p.lse) p.lse = (float *)p.lse + (b * p.H + h) * p.T;
+    if (p.ran) p.ran += b * p.H + h;
+    p.query.shape[0] = p.out.shape[0] = 1, p.query.shape[1] = p.out.shape[1] = group;
+    p.B = p.G = 1, p.H = group;
+    own.heads += b * whole->H + h;
+    if (own.given) own.given += b * whole->H + h;
+    memset(own.seconds, 0, sizeof own.seconds);
+    const ada_status status = ada_attend_within(&p, &ada_cpu_backend, NULL, &own, interrupt, context, error);
+    for (int i = 0; i < 4; i++) seconds[i] += own.seconds[i];
+    return status;
+}
+
 static bool compute(certifying *r, int threads, bool (*interrupt)(void *), void *context) {
     const int64_t heads = r->p->B * r->p->G, tasks = heads * r->chunks;
     if (!ada_parallel_for(tasks, threads, codes_task, r, interrupt, context)) return false;
-    for (r->attempt = 0; r->attempt <= ATTEMPTS; r->attempt++) {
+    for (r->attempt = 0; r->attempt < ATTEMPTS; r->attempt++) {
         bool open = false;
         for (int64_t head = 0; head < heads; head++) open |= r->groups[head].open && !r->groups[head].unfit;
         if (!open) return true;
@@ -845,7 +875,6 @@ ada_status ada_certify(const ada_problem *p, ada_budget *budget, bool (*interrup
     r.scratch = memory + carver.used;
     ada_carver own = {r.scratch, 0};
     const pieces s = pieces_of(&r, &own);
-    bool all = true;
     for (int64_t head = 0; head < heads; head++) {
         r.groups[head].coded = coded_pages(&r, head / p->G);
         atomic_init(&r.groups[head].unfit, !start_group(&r, &s, head));
@@ -856,11 +885,13 @@ ada_status ada_certify(const ada_problem *p, ada_budget *budget, bool (*interrup
         goto done;
     }
     error->status = ADA_OK;
-    for (int64_t head = 0; head < heads; head++) all &= !r.groups[head].unfit;
-    if (!all && ada_attend_within(p, &ada_cpu_backend, NULL, budget, interrupt, context, error)) goto done;
-    for (int64_t head = 0; head < heads; head++)
-        if (!r.groups[head].unfit) store_group(&r, budget, head);
-    if (all) budget->seconds[2] = ada_seconds_now() - start;
+    budget->seconds[2] = ada_seconds_now() - start;
+    for (int64_t head = 0; head < heads; head++) {
+        if (!r.groups[head].unfit)
+            store_group(&r, budget, head);
+        else if (attend_group(p, budget, head, budget->seconds, interrupt, context, error))
+            goto done;
+    }
 done:
     ada_scratch_give_back(memory);
     return error->status;

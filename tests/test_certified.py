@@ -164,19 +164,26 @@ def test_bounds_are_never_exceeded(
         options["attn_mask"] = rng.random((1, 1, T, S)) < 0.7
     elif "bias" in more:
         options["attn_mask"] = rng.standard_normal((B, 1, T, S), F32)
-    _, report, error, lse = errors(cache, query, tolerance=tolerance, **options)
+    out, report, error, lse = errors(cache, query, tolerance=tolerance, **options)
     known = ~np.isnan(report.error_bound)
     assert (error[known] <= report.error_bound[known]).all()
     assert (report.error_bound[known] <= tolerance).all()
     assert (lse[known] <= tolerance).all()
+    # The others are computed as if there were no codes.
+    options |= {"structure": "dense", "return_report": True}
+    dense, told = cache.attention(query, tolerance=tolerance, **options)
+    assert same_bits(out[~known], dense[~known])
+    np.testing.assert_array_equal(report.precision_qk[~known], told.precision_qk[~known])
 
 
 def test_a_head_depends_on_itself_alone(rng: np.random.Generator) -> None:
     key, value = peaked(rng, 3, 2, 16, 16)
     key[1, 0] *= 30
     lengths = [S, 2150, 2300 - 100]
-    query = rng.standard_normal((3, 4, 2, 16), F32)
+    query = 2 + 0.1 * rng.standard_normal((3, 4, 2, 16), F32)
     out, report = made(key, value, lengths).attention(query, tolerance=2e-2, return_report=True)
+    known = ~np.isnan(report.error_bound)
+    assert known.any() and not known.all()
     for b, n in enumerate(lengths):
         alone = made(key[b : b + 1], value[b : b + 1], [n])
         one, told = alone.attention(query[b : b + 1], tolerance=2e-2, return_report=True)
@@ -188,7 +195,8 @@ def test_a_head_depends_on_itself_alone(rng: np.random.Generator) -> None:
 def test_codes_follow_the_tokens(rng: np.random.Generator) -> None:
     """Appending, growing, truncating and reordering leave the cache as one that was filled at once."""
     key, value = peaked(rng, 2, 1, 16, 8, 2 * S)
-    query = rng.standard_normal((2, 2, 1, 16), F32)
+    key[:, :, 500:540] += 1.5
+    query = 2 + 0.1 * rng.standard_normal((2, 2, 1, 16), F32)
 
     def answer(cache: KVCache, q: Array = query) -> Any:
         return cache.attention(q, tolerance=2e-2, return_lse=True)
@@ -207,6 +215,8 @@ def test_codes_follow_the_tokens(rng: np.random.Generator) -> None:
     cache.reorder([1, 1, 0])
     chosen = answer(cache, query[[1, 1, 0]])
     assert all(same_bits(x, y[[1, 1, 0]]) for x, y in zip(chosen, answer(other), strict=True))
+    report = other.attention(query, tolerance=2e-2, return_report=True)[1]
+    assert (report.error_bound <= 2e-2).all()
     before = cache.lengths.copy()
     cache.append(key[[1, 1, 0], :, :100], value[[1, 1, 0], :, :100])
     other.append(key[:, :, :100], value[:, :, :100])
@@ -235,7 +245,7 @@ def test_codes_are_counted_and_made_on_demand(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_what_has_no_codes_is_computed_without(bad: float, rng: np.random.Generator) -> None:
     key, value = peaked(rng, 1, 2, 16, 16)
-    query = rng.standard_normal((1, 2, 1, 16), F32)
+    query = 2 + 0.1 * rng.standard_normal((1, 2, 1, 16), F32)
     expected = made(key, value).attention(query, tolerance=2e-2)
     value[0, 1, 700, 3] = bad
     cache = made(key, value)
