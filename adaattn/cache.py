@@ -95,10 +95,10 @@ class KVCache:
     bounds of what both leave out; they are made on the first such call, take 0.56 times the cache's own
     memory, and are kept up by `append`, `truncate` and `reorder`. Codes of all keys are read; then a page
     counts by the mean of its values, by their codes, or by fine codes of keys and values, as the tolerance
-    asks. What that may have moved is bounded: a report's ``error_bound`` is certified, not estimated, its ``structure`` is
-    "sparse" and its ``kept_fraction`` the bytes read, relative to all. Heads for which more than half would
-    have to be read, that hold NaN, infinities or numbers above 1e15, or with dropout, a precision or a
-    structure by name are computed as without codes.
+    asks. What that may have moved is bounded: a report's ``error_bound`` is certified, not estimated, its
+    ``structure`` is "sparse" and its ``kept_fraction`` the bytes read, relative to all. Heads for which more
+    than half would have to be read, that hold NaN, infinities or numbers above 1e15, or with dropout, a
+    precision or a structure by name are computed as without codes.
 
     Numbers that the dtype cannot hold are refused when they are appended. NaN and infinities are kept, but
     refused by int8, where they would spoil the other tokens of their page.
