@@ -215,7 +215,8 @@ def attention(
     probability of 1e-3 per head; where a few rows carry most of a head's error it holds less often. With
     fewer than 64 query rows checking would cost as much as computing: the error is predicted, not verified
     (``verified_rows`` is 0), and may reach a third of the tolerance. Up to 8 queries, and those on a
-    `KVCache`, wait for memory, not for arithmetic: they are computed in fp32, or in fp64 where statistics of
+    `KVCache`, wait for memory, not for arithmetic (a long cache may be read in part, which its notes tell
+    of): else they are computed in fp32, or in fp64 where statistics of
     some keys and the output's size say that fp32 would not do. A head with NaN or infinities cannot be
     verified. For float16 and bfloat16 arrays the rounding of the output itself comes on top. What a head is
     computed with depends on that head, its options and the machine's rates (`cpu_info`, `calibrate`) alone,

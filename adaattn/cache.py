@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _adaattn
 from .api import attention
 from .errors import ArgumentError, DTypeError, ShapeError
+from .stats import POLICIES, Plan
 
 _Array = NDArray[Any]
 
@@ -35,11 +36,29 @@ STORED: Mapping[str, tuple[Any, float]] = MappingProxyType(
 ROUNDING = {"fp16": 2.1e-4, "bf16": 1.65e-3}
 
 
+# Calls that codes may serve, as in the engine's certify.h: the tightest tolerance, the fewest tokens, the
+# most queries and queries that share a key head.
+CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 8e-3, 2048, 16, 32
+
+
 class Stored(tuple[Any, ...]):
     """Keys or values as the engine reads them: dtype name, (B, G, capacity, width) array and, for int8,
-    scales, means, open pages and the latter's numbers."""
+    scales, means, open pages and the latter's numbers. Where pages have codes beside them, these follow:
+    codes, scales, centres, norms and for each sequence how many pages have some."""
 
     __slots__ = ()
+
+
+class Codes(NamedTuple):
+    """Of the keys' or values' full pages: 8-bit numbers, which count in scales of their page and coordinate
+    from its centre, others that refine them, and bounds of what they leave out (codes.h)."""
+
+    code: NDArray[np.uint8]  # (B, G, pages, PAGE * width), the latter rounded up
+    fine: NDArray[np.uint8]  # the same
+    scale: NDArray[np.float32]  # (B, G, pages, width)
+    centre: NDArray[np.float32]  # (B, G, pages, width)
+    norms: NDArray[np.float32]  # (B, G, pages, 7)
+    coded: NDArray[np.int64]  # (B,) pages that have some; the same array on both sides
 
 
 class KVCache:
@@ -70,6 +89,16 @@ class KVCache:
     scale per page and head, rounded to nearest. The page that is not full yet stays in float32: its tokens
     cost no accuracy until it is full. A page that `truncate` opens again keeps the error that storing it has
     cost.
+
+    Within a tolerance of 8e-3 and more, up to 16 new queries on an fp32 cache of 2,048 tokens and more read a
+    part of it. Beside each full page lie 8-bit codes of its numbers, 8-bit codes that refine these, and
+    bounds of what both leave out; they are made on the first such call, take 0.56 times the cache's own
+    memory, and are kept up by `append`, `truncate` and `reorder`. Codes of all keys are read; then a page
+    counts by the mean of its values, by their codes, or by fine codes of keys and values, as the tolerance
+    asks. What that may have moved is bounded: a report's ``error_bound`` is certified, not estimated, its
+    ``structure`` is "sparse" and its ``kept_fraction`` the bytes read, relative to all. Heads for which more
+    than half would have to be read, that hold NaN, infinities or numbers above 1e15, or with dropout, a
+    precision or a structure by name are computed as without codes.
 
     Numbers that the dtype cannot hold are refused when they are appended. NaN and infinities are kept, but
     refused by int8, where they would spoil the other tokens of their page.
@@ -104,6 +133,7 @@ class KVCache:
         self._dtype, self._tolerance = _choose(dtype, tolerance)
         self._lengths = np.zeros(self._batch, np.int64)
         self._key, self._value = (self._allocate(width, self._capacity) for width in self._widths)
+        self._codes: list[Codes] | None = None
 
     def append(self, key: Any, value: Any, lengths: ArrayLike | None = None) -> None:
         """Add tokens behind those of each sequence: all of them, or none where an error is raised.
@@ -169,6 +199,9 @@ class KVCache:
             raise ShapeError(f"query: expected shape {sizes}, got {shape}")
         S = max(1, int(self._lengths.max()))
         key, value = (Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value))
+        if self._may_be_certified(shape, S, options):
+            codes = self._code_pages()
+            key, value = (Stored((*side, of)) for side, of in zip((key, value), codes, strict=True))
         result = attention(
             query,
             key,
@@ -197,6 +230,8 @@ class KVCache:
                 for side in (self._key, self._value):
                     _adaattn._cache_reopen(side, int(b), int(kept[b]) // PAGE)
         self._set_lengths(kept)
+        for codes in self._codes or ():
+            np.minimum(codes.coded, kept // PAGE, out=codes.coded)
 
     def reorder(self, indices: ArrayLike) -> None:
         """Replace sequence b by a copy of what was sequence ``indices[b]``, as beam search does.
@@ -221,6 +256,9 @@ class KVCache:
             for side in (self._key, self._value)
         ]
         self._key, self._value = sides
+        if self._codes is not None:
+            coded = self._codes[0].coded[chosen]
+            self._codes = [Codes._make([*(x[chosen] for x in codes[:-1]), coded]) for codes in self._codes]
         self._batch, self._lengths = len(chosen), self._lengths[chosen]
 
     @property
@@ -247,7 +285,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that keys and values take, unused capacity among them."""
-        return sum(x.nbytes for side in (self._key, self._value) for x in side[1:] if x is not None)
+        arrays: list[Any] = [*self._key[1:], *self._value[1:]]
+        for codes in self._codes or ():
+            arrays += codes[:-1]
+        return sum(x.nbytes for x in arrays if x is not None)
 
     def __repr__(self) -> str:
         sizes = f"{self._batch}, {self._heads}, {self._widths[0]}, {self._widths[1]}"
@@ -291,6 +332,48 @@ class KVCache:
             return x, np.broadcast_to(noise, (len(x), x.shape[2]))
         x = _from_bf16(x) if self._dtype == "bf16" else x.astype(np.float32)
         return x, ROUNDING[self._dtype] ** 2 * np.mean(np.square(x, dtype=np.float64), axis=1)
+
+    def _may_be_certified(self, shape: tuple[int, ...], tokens: int, options: Mapping[str, Any]) -> bool:
+        """Whether codes may serve a call; the engine has the last word."""
+        tolerance, plan = options.get("tolerance"), options.get("plan")
+        if isinstance(options.get("policy"), str):
+            tolerance = POLICIES.get(options["policy"])
+        elif isinstance(plan, Plan):
+            tolerance = plan.tolerance
+        return (
+            self._dtype == "fp32"
+            and all(options.get(name, "auto") == "auto" for name in ("precision", "structure"))
+            and isinstance(tolerance, (int, float))
+            and tolerance >= CODED_TOLERANCE
+            and tokens >= CODED_TOKENS
+            and len(shape) == 4
+            and shape[2] <= CODED_QUERIES
+            and shape[1] // self._heads * shape[2] <= CODED_ROWS
+        )
+
+    def _code_pages(self) -> list[Codes]:
+        """Codes of all full pages: made where they are missing, which is the first call's or a new page's."""
+        pages, old = self._capacity // PAGE, self._codes
+        coded = np.zeros(self._batch, np.int64) if old is None else old[0].coded
+        if old is None or old[0].scale.shape[2] < pages:
+            head, codes = (self._batch, self._heads, pages), []
+            for width, unit in zip(self._widths, (4, 16), strict=True):
+                page = PAGE * (-(-width // unit) * unit)
+                code, fine = (np.zeros((*head, page), np.uint8) for _ in range(2))
+                scale, centre, norms = (np.zeros((*head, n), np.float32) for n in (width, width, 7))
+                codes.append(Codes(code, fine, scale, centre, norms, coded))
+            for before, after in zip(old or (), codes, strict=False):
+                for i in range(5):
+                    after[i][:, :, : before[i].shape[2]] = before[i]
+            self._codes = codes
+        else:
+            codes = old
+        until = self._lengths // PAGE
+        if (until > coded).any():
+            for values, (side, of) in enumerate(zip((self._key, self._value), codes, strict=True)):
+                _adaattn._cache_code(Stored((*side, of)), bool(values), until)
+            coded[:] = until
+        return codes
 
     def _allocate(self, width: int, capacity: int) -> Stored:
         head = self._batch, self._heads

@@ -233,12 +233,12 @@ class Report:
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     structure : (B, H) array of str
-        "sparse" where the values of some blocks of keys were left out, "low_rank" where landmarks stood for
-        all keys, else "dense".
+        "sparse" where the values of some blocks of keys were left out, or a `KVCache` was read in part,
+        "low_rank" where landmarks stood for all keys, else "dense".
     rank : (B, H) array of int
         Landmarks; 0: none.
     kept_fraction : (B, H) array
-        Share of the visible blocks that were computed; 1 where dense.
+        Share of the visible blocks that were computed, or of the bytes that a `KVCache` read; 1 where dense.
     predicted_error : (B, H) array
         Relative Frobenius error of the output that was predicted; NaN without a tolerance.
     measured_error : (B, H) array
@@ -249,7 +249,8 @@ class Report:
     verified_rows : (B, H) array of int
         Rows behind it.
     error_bound : (B, H) array
-        NaN: no choice is certified by a bound.
+        Of the relative Frobenius error, where it is certified: by a `KVCache` that read a part of its
+        numbers. NaN elsewhere.
     retried : (B, H) array of bool
         A first choice could not hold the head's numbers or failed verification; a wider one took its place.
     entropy, entropy_std : (B, H) array
@@ -306,7 +307,7 @@ class Report:
         qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
         predicted, retried = column["predicted_error"], column["retried"].astype(bool)
         budget = column["sparse_budget"]
-        rank = column["rank"].astype(np.int64)
+        rank, bound = column["rank"].astype(np.int64), column["error_bound"]
         structure = _structures(budget, rank)
         if given is not None:
             kept = (qk == given.precision_qk) & (pv == given.precision_pv) & (structure == given.structure)
@@ -330,14 +331,14 @@ class Report:
         return cls(
             precision_qk=qk,
             precision_pv=pv,
-            structure=structure,
+            structure=np.where(~np.isnan(bound) & (column["kept_fraction"] < 1), "sparse", structure),
             rank=rank,
             kept_fraction=column["kept_fraction"],
             predicted_error=predicted,
             measured_error=column["measured_error"],
             error_limit=column["error_limit"],
             verified_rows=column["verified_rows"].astype(np.int64),
-            error_bound=np.full(shape, np.nan),
+            error_bound=bound,
             retried=retried,
             entropy=column["entropy"],
             entropy_std=column["entropy_std"],

@@ -51,6 +51,8 @@ typedef struct {
     int64_t pages;
 } ada_pages;
 
+typedef struct ada_codes ada_codes; /* codes.h */
+
 /* data == NULL: not given. Strides are in bytes and may be zero or negative; data is aligned to the dtype. */
 typedef struct {
     void *data;
@@ -59,6 +61,7 @@ typedef struct {
     int64_t shape[4];
     int64_t stride[4];
     const ada_pages *pages; /* of an I8 array, else NULL */
+    const ada_codes *codes; /* of a cache's pages, or NULL */
 } ada_array;
 
 typedef enum { ADA_NOT_CAUSAL, ADA_LOWER_RIGHT, ADA_UPPER_LEFT } ada_causal;

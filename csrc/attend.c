@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "attending.h"
+#include "certify.h"
 #include "gpu.h"
 #include "memory.h"
 #include "operands.h"
@@ -33,7 +34,7 @@
 /* Scores of some heads are off by more than this in fp32, and so may their lse be. */
 #define LSE_TOLERANCE 2e-4
 
-static double seconds_now(void) {
+double ada_seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -48,6 +49,7 @@ ada_head ada_unknown_head(void) {
                      .predicted_error = NAN,
                      .measured_error = NAN,
                      .error_limit = NAN,
+                     .error_bound = NAN,
                      .lse_error = NAN};
     for (int c = 0; c < ADA_CANDIDATES; c++) head.forecast.error[c] = head.seconds[c] = NAN;
     head.kept = 1;
@@ -617,7 +619,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
 static ada_status attend_within(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     ada_budget *budget = a->budget;
-    double start = seconds_now();
+    double start = ada_seconds_now();
     bool probed = false;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         budget->heads[i] = ada_unknown_head();
@@ -625,19 +627,19 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
         probed |= a->states[i].look != ADA_LOOK_NONE;
     }
     if (probed && a->backend->probe(a, error)) return error->status;
-    double now = seconds_now();
+    double now = ada_seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
     if (a->ranks && plan_ranks(a, error)) return error->status;
-    now = seconds_now();
+    now = ada_seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;
     for (int64_t i = 0; i < ada_head_count(a); i++) a->list[i] = i;
     if (ada_execute_heads(a, a->list, ada_head_count(a), error)) return error->status;
-    now = seconds_now();
+    now = ada_seconds_now();
     budget->seconds[2] = now - start, start = now;
     if (budget->verify && !p->only_f64 && ada_verify_heads(a, error)) return error->status;
-    budget->seconds[3] = seconds_now() - start;
+    budget->seconds[3] = ada_seconds_now() - start;
     return ADA_OK;
 }
 
@@ -667,11 +669,12 @@ ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt
     if (p->on_gpu) return ada_gpu_attend(p, budget, interrupt, context, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     if (budget->tolerance == 0) {
-        const double start = budget->heads ? seconds_now() : 0;
+        const double start = budget->heads ? ada_seconds_now() : 0;
         if (ada_execute(p, NULL, 0, interrupt, context, error)) return error->status;
-        if (budget->heads) record_exact(p, budget, seconds_now() - start);
+        if (budget->heads) record_exact(p, budget, ada_seconds_now() - start);
         return ADA_OK;
     }
+    if (ada_may_certify(p, budget)) return ada_certify(p, budget, interrupt, context, error);
     return ada_attend_within(p, &ada_cpu_backend, NULL, budget, interrupt, context, error);
 }
 

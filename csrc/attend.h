@@ -16,6 +16,7 @@ typedef struct {
     double budget2, joint;          /* as in ada_sparse */
     double kept;                    /* share of the blocks that are computed: predicted, then counted */
     double predicted_error, measured_error, error_limit, lse_error; /* NaN: not known */
+    double error_bound;                                             /* certified; NaN: none is */
     int verified_rows;
     bool retried; /* the first choice failed, or could not hold the head's numbers */
 } ada_head;

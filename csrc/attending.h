@@ -107,6 +107,8 @@ static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * 
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
 
+double ada_seconds_now(void);
+
 /* Something of a head's keys is left out. */
 static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
 

@@ -121,6 +121,12 @@ INLINE void v_to_f16(uint16_t *p, vec a) {
 INLINE vec v_load_bf16(const uint16_t *p) { return v_from_bf16(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vec v_load_bf16_n(const uint16_t *p, int n) { return v_from_bf16(half_first(p, n)); }
 
+/* Byte b of each lane's four, less 128. */
+INLINE vec v_code(const uint8_t *p, int b) {
+    const __m256i x = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)p), 8 * b);
+    return v_sub(_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(255))), v_set1(128));
+}
+
 INLINE vec v_load_i8(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }

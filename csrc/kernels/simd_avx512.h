@@ -138,6 +138,12 @@ INLINE vec v_load_bf16_n(const uint16_t *p, int n) {
     return v_from_bf16(_mm256_maskz_loadu_epi16(m_first(n), p));
 }
 
+/* Byte b of each lane's four, less 128. */
+INLINE vec v_code(const uint8_t *p, int b) {
+    const __m512i x = _mm512_srli_epi32(_mm512_loadu_si512(p), 8 * (unsigned)b);
+    return v_sub(_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(255))), v_set1(128));
+}
+
 INLINE vec v_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }

@@ -1,6 +1,8 @@
 /* Python objects to ada_array: NumPy arrays directly, everything else through DLPack. */
 #include "binding.h"
 
+#include "../codes.h"
+
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/arrayobject.h>
 #include <stddef.h>
@@ -428,7 +430,24 @@ bool ada_is_stored(PyObject *object) {
     return PyTuple_Check(object) && strcmp(Py_TYPE(object)->tp_name, "Stored") == 0;
 }
 
-int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view) {
+/* Parts of codes; -1 where they are not what adaattn.cache makes. */
+static int codes_of(PyObject *object, ada_codes *codes) {
+    const int types[6] = {NPY_UINT8, NPY_UINT8, NPY_FLOAT, NPY_FLOAT, NPY_FLOAT, NPY_INT64};
+    PyObject *parts[6];
+    void *at[6];
+    if (!PyArg_ParseTuple(object, "OOOOOO", &parts[0], &parts[1], &parts[2], &parts[3], &parts[4], &parts[5]))
+        return -1;
+    for (int i = 0; i < 6; i++) {
+        PyArrayObject *array = (PyArrayObject *)parts[i];
+        if (!PyArray_Check(parts[i]) || PyArray_TYPE(array) != types[i] || !PyArray_IS_C_CONTIGUOUS(array))
+            return -1;
+        at[i] = PyArray_DATA(array);
+    }
+    *codes = (ada_codes){at[0], at[1], at[2], at[3], at[4], at[5], PyArray_DIM((PyArrayObject *)parts[2], 2)};
+    return 0;
+}
+
+int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada_view *view) {
     static const struct {
         const char *name;
         ada_dtype dtype;
@@ -439,10 +458,10 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view) {
                  {"int8", ADA_I8, NPY_INT8}};
     const int types[4] = {NPY_FLOAT, NPY_UINT16, NPY_FLOAT, NPY_INT64};
     const char *name;
-    PyObject *data, *parts[4];
+    PyObject *data, *parts[4], *coded = NULL;
     ada_array *a = &view->array;
-    if (!PyArg_ParseTuple(object, "sO!OOOO", &name, &PyArray_Type, &data, &parts[0], &parts[1], &parts[2],
-                          &parts[3]))
+    if (!PyArg_ParseTuple(object, "sO!OOOO|O", &name, &PyArray_Type, &data, &parts[0], &parts[1], &parts[2],
+                          &parts[3], &coded))
         return -1;
     PyArrayObject *array = (PyArrayObject *)data;
     size_t kind = 0;
@@ -452,6 +471,10 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_view *view) {
     for (int i = 0; paged && i < 4; i++)
         good &= PyArray_Check(parts[i]) && PyArray_TYPE((PyArrayObject *)parts[i]) == types[i] &&
                 PyArray_IS_C_CONTIGUOUS((PyArrayObject *)parts[i]);
+    if (coded && codes) {
+        good &= codes_of(coded, codes) == 0;
+        a->codes = codes;
+    }
     if (!good) {
         PyErr_SetString(PyExc_TypeError, "Stored: expected what adaattn.cache makes");
         return -1;

@@ -6,6 +6,7 @@
 
 #include "../attend.h"
 #include "../cache.h"
+#include "../codes.h"
 #include "../cpu.h"
 #include "../gpu.h"
 #include "../kernels.h"
@@ -99,20 +100,21 @@ PyDoc_STRVAR(
     "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 20, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 21, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
-    "precision_qk",   "precision_pv",  "retried",      "finite",        "profiled_rows",
-    "verified_rows",  "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error",
-    "measured_error", "error_limit",   "lse_error",    "entropy",       "entropy_std",
-    "block_entropy",  "score_std",     "rank",         "rank_gain",     "rank_limit"};
+    "precision_qk",  "precision_pv", "retried",       "finite",          "profiled_rows",  "verified_rows",
+    "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error", "measured_error", "error_limit",
+    "error_bound",   "lse_error",    "entropy",       "entropy_std",     "block_entropy",  "score_std",
+    "rank",          "rank_gain",    "rank_limit"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
     const double scalars[HEAD_SCALARS] = {
-        head->choice.qk,      head->choice.pv,   head->retried,   f->finite,       f->rows,
-        head->verified_rows,  head->budget2,     head->joint,     head->kept,      head->predicted_error,
-        head->measured_error, head->error_limit, head->lse_error, f->entropy,      f->entropy_std,
-        f->block_entropy,     f->score_std,      head->rank,      head->rank_gain, head->rank_limit};
+        head->choice.qk,      head->choice.pv,   head->retried,     f->finite,       f->rows,
+        head->verified_rows,  head->budget2,     head->joint,       head->kept,      head->predicted_error,
+        head->measured_error, head->error_limit, head->error_bound, head->lse_error, f->entropy,
+        f->entropy_std,       f->block_entropy,  f->score_std,      head->rank,      head->rank_gain,
+        head->rank_limit};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
@@ -287,6 +289,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_error error;
     ada_view views[N_VIEWS] = {0};
     ada_pages pages[2];
+    ada_codes codes[2];
     ada_view lse_view = {0};
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
@@ -316,7 +319,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         if (i == 3 && args[MASK] == Py_None) continue;
         PyObject *array = args[arrays[i].arg];
         const bool stored = (i == 1 || i == 2) && ada_is_stored(array);
-        if (stored ? ada_view_of_stored(array, &pages[i - 1], view)
+        if (stored ? ada_view_of_stored(array, &pages[i - 1], &codes[i - 1], view)
                    : ada_view_of(state, array, arrays[i].name, false, &place, view))
             goto done;
         if (stored && p.on_gpu) {
@@ -461,7 +464,7 @@ static int views_of_tokens(const ada_module_state *state, PyObject *const *args,
                            ada_view views[4]) {
     static const char *const names[] = {"key", "value"};
     for (int i = 0; i < 2; i++)
-        if (ada_view_of_stored(args[i], &pages[i], &views[i]) ||
+        if (ada_view_of_stored(args[i], &pages[i], NULL, &views[i]) ||
             ada_view_of(state, args[i + 2], names[i], false, &ada_on_cpu, &views[i + 2]))
             return -1;
     for (int i = 0; i < 2; i++) {
@@ -543,11 +546,35 @@ static PyObject *cache_reopen(PyObject *module, PyObject *args) {
     long long b, page;
     ada_pages pages;
     ada_view view = {0};
-    if (!PyArg_ParseTuple(args, "OLL", &stored, &b, &page) || ada_view_of_stored(stored, &pages, &view))
+    if (!PyArg_ParseTuple(args, "OLL", &stored, &b, &page) || ada_view_of_stored(stored, &pages, NULL, &view))
         return NULL;
     ada_cache_reopen(&view.array, b, page);
     ada_view_release(&view);
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(cache_code_doc, "_cache_code($module, stored, values, until, /)\n--\n\n"
+                             "Makes codes of the pages of each sequence b that have none, before until[b].");
+
+static PyObject *cache_code(PyObject *module, PyObject *args) {
+    const ada_module_state *state = state_of(module);
+    PyObject *stored, *until;
+    ada_pages pages;
+    ada_codes codes;
+    ada_error error;
+    ada_view view = {0}, numbers = {0};
+    int values;
+    if (!PyArg_ParseTuple(args, "OpO", &stored, &values, &until) ||
+        ada_view_of_stored(stored, &pages, &codes, &view))
+        return NULL;
+    ada_status status = ADA_ERR_ARGUMENT;
+    if (ada_view_of_numbers(state, until, "until", ADA_I64, &numbers) == 0) {
+        status = ada_code_pages(&view.array, &codes, values, numbers.array.data, &error);
+        if (status) ada_raise(state, &error);
+    }
+    ada_view_release(&numbers);
+    ada_view_release(&view);
+    return status ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- the machine ---- */
@@ -671,6 +698,7 @@ static PyMethodDef methods[] = {
     {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
     {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
     {"_cache_reopen", cache_reopen, METH_VARARGS, cache_reopen_doc},
+    {"_cache_code", cache_code, METH_VARARGS, cache_code_doc},
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
     {"_gpu_load", ada_py_gpu_load, METH_O, gpu_load_doc},
     {"_gpu_allocate", ada_py_gpu_allocate, METH_VARARGS, gpu_allocate_doc},

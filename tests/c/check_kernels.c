@@ -60,6 +60,7 @@ static const struct {
     REALS(row_values, make_row_values),
     HALF(row_values, make_row_values),
     {"row_values_i8", make_row_values, ADA_F32, ADA_I8},
+    {"code_products", make_code_products, ADA_F32, ADA_F32},
     HALF(load, make_load_half),
     HALF(store, make_store_half),
     {"dropout", make_dropout, ADA_F32, ADA_F32},

@@ -114,6 +114,37 @@ static void make_row_values(check *c) {
                 (char *)v.first + c->turn % blocks * n * E * v.b->bytes, v.ld, n, E));
 }
 
+static void make_code_products(check *c) {
+    const int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), n = 4 * pick(c, "groups", 1, 40, 16);
+    const int lanes = 16 * pick(c, "vectors", 1, 9, 4), ldx = n + pick(c, "gap", 0, 9, 0);
+    const int bytes = n * lanes, blocks = c->bench ? WALK_BYTES / bytes : 1;
+    buffer *x = new_block(c, "x", rows, ldx, n), *s = new_block(c, "s", rows, lanes + 3, 0);
+    buffer *codes = new_buffer(c, "codes", CHECK_U8, (int64_t)bytes * blocks, bytes, 1);
+    for (int64_t i = 0; i < (int64_t)bytes * blocks; i++) set_bits(codes, i, random_bits(c) % 256);
+    for (int r = 0; r < rows; r++) {
+        const double size = chance(c, 0.1) ? 0 : exp2(integer(c, -110, 98));
+        for (int j = 0; j < n; j++) set(x, r * ldx + j, chance(c, 0.1) ? 0 : size * uniform(c, -2, 2));
+    }
+    for (int r = 0; r < rows; r++) {
+        wide top = 0;
+        for (int j = 0; j < n; j++) top = fmaxl(top, fabsl(values(x)[r * ldx + j]));
+        for (int i = 0; i < lanes && !c->bench; i++) {
+            total t = {0};
+            wide shares = 0;
+            for (int j = 0; j < n; j++) {
+                const wide code = (wide)bits_at(codes, 4 * (j / 4 * lanes + i) + j % 4) - 128;
+                add_product(&t, values(x)[r * ldx + j], code);
+                shares += fabsl(code);
+            }
+            expect_total(c, s, r * (lanes + 3) + i, &t);
+            s->expected[r * (lanes + 3) + i].tolerance += (double)(0x1p-23L * top * shares) + 0x1p-80;
+        }
+    }
+    c->bytes = bytes, c->walks = true;
+    RUN(c, CALL_AS(c, code_products, (float *)data(s), lanes + 3, (float *)data(x), ldx, rows,
+                   (uint8_t *)codes->data + c->turn % blocks * bytes, n, lanes));
+}
+
 /* ---- conversions and dropout ---- */
 
 enum { HALVES = 1 << 16, HALVES_CASES = 16, HALVES_STEP = HALVES / HALVES_CASES };
