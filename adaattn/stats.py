@@ -303,7 +303,6 @@ class Report:
     ) -> Report:
         """From the engine's table of heads, with the plan that the call made or was given."""
         column = _columns(table)
-        shape = table.shape[:2]
         qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
         predicted, retried = column["predicted_error"], column["retried"].astype(bool)
         budget = column["sparse_budget"]
