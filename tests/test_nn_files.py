@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -141,6 +142,10 @@ def test_a_flipped_bit_anywhere(tmp_path: Path, rng: np.random.Generator) -> Non
         ({"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}, "8 of the 36 bytes up to the end of x"),
         ({"dtype": "F32", "shape": [1]}, "a header that cannot be read"),
         ([], "a header that cannot be read"),
+        ({"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 8]}, "a header that cannot be read"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "x of dtype"),
+        ({"dtype": "F32", "shape": [1] * 70 + [2], "data_offsets": [0, 8]}, "x of shape"),
+        ({"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]}, "x of shape"),
     ],
     ids=str,
 )
@@ -148,6 +153,13 @@ def test_headers_that_lie(entry: Any, message: str, tmp_path: Path) -> None:
     header = json.dumps({"x": entry}).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(adaattn.ArgumentError, match=f" with {message}"):
+        files.read(tmp_path / "x")
+
+
+def test_a_header_nested_too_deep(tmp_path: Path) -> None:
+    header = b"[" * 100_000
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(adaattn.ArgumentError, match="a header that cannot be read"):
         files.read(tmp_path / "x")
 
 

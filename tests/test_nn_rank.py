@@ -141,3 +141,17 @@ def test_energy_of_random_decompositions(rng: np.random.Generator) -> None:
 def test_what_is_refused(options: Any, message: str) -> None:
     with pytest.raises(adaattn.ArgumentError, match=f"^{message}$"):
         made(**options)
+
+
+def test_a_look_at_the_rank_before_backward_changes_no_gradient(rng: np.random.Generator) -> None:
+    x, other = rng.standard_normal((2, 1, 9, C)).astype(np.float32)
+    gradients = []
+    for looks in (False, True):
+        module = made().train()
+        grad = np.ones_like(module(x))
+        if looks:
+            module.predict_optimal_rank(other)
+        module.backward(grad)
+        gradients.append(module.gradients())
+    for name, gradient in gradients[0].items():
+        np.testing.assert_array_equal(gradients[1][name], gradient, err_msg=name)

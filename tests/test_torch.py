@@ -551,3 +551,22 @@ def test_module_refuses(further: dict[str, Any], error: Any, message: str) -> No
     ours = AdaAttention(16, 4, batch_first=True)
     with pytest.raises(error, match=message):
         ours(*normal((3, T, 16), (3, S, 16), (3, S, 16)), **further)
+
+
+@pytest.mark.parametrize("shape", [(1, B, H, 0, D), (0, B, H, T, D), (1, B, 0, T, D)])
+def test_zero_sizes_in_five_dimensions(shape: tuple[int, ...]) -> None:
+    query, key, value = normal(shape, (*shape[:3], S, D), (*shape[:3], S, E))
+    expected = F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(scaled_dot_product_attention(query, key, value), expected)
+
+
+def test_tangents_of_forward_mode_are_refused() -> None:
+    """Nothing that computes here would notice them: the derivative would be zero."""
+    query, key, value = normal((B, H, T, D), (B, H, S, D), (B, H, S, E))
+    with pytest.raises(adaattn.ArgumentError, match="expected tensors without tangents"):
+        torch.func.jvp(lambda x: scaled_dot_product_attention(x, key, value), (query,), (query,))
+    with torch.autograd.forward_ad.dual_level():
+        scaled_dot_product_attention(query, key, value)
+        dual = torch.autograd.forward_ad.make_dual(value, value)
+        with pytest.raises(adaattn.ArgumentError, match="expected tensors without tangents"):
+            scaled_dot_product_attention(query, key, dual)

@@ -7,10 +7,12 @@ will be asked for: those need the lse, whose error a tolerance counts.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, DTypeError, ShapeError
@@ -86,8 +88,11 @@ def scaled_dot_product_attention(
     Raises
     ------
     adaattn.Error
-        As in `adaattn.attention`; also for a mask with NaN or +inf, which torch makes NaN of.
+        As in `adaattn.attention`; also for a mask with NaN or +inf, which torch makes NaN of, and for
+        tensors with tangents: there are no derivatives in forward mode.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(query, key, value, attn_mask, alibi_slopes, sinks)
     if query.dim() == key.dim() == value.dim() == 4 and _fit(query.shape, key.shape, value.shape, enable_gqa):
         batch = None
     else:
@@ -136,6 +141,16 @@ def scaled_dot_product_attention(
 
 
 # ---- tensors as torch's function takes them
+
+
+def _refuse_tangents(*tensors: Any) -> None:
+    """Neither the engine nor an operator without an autograd formula minds tangents: they would be lost."""
+    for x in tensors:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise ArgumentError(
+                "query, key, value, ...: expected tensors without tangents, got some of forward-mode "
+                "differentiation"
+            )
 
 
 def _fit(query: Any, key: Any, value: Any, enable_gqa: bool) -> bool:
@@ -188,7 +203,7 @@ def _flatten(query: Any, key: Any, value: Any, attn_mask: Any, enable_gqa: bool)
 
 def _merge(x: Any, batch: Any) -> Any:
     """x (..., a, b, c) as (product of batch, a, b, c)."""
-    return x.expand(*batch, *x.shape[-3:]).reshape(-1 if batch else 1, *x.shape[-3:])
+    return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 
 
 def _unflatten(x: Any, batch: Any) -> Any:

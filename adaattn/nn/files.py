@@ -80,11 +80,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]
         header = json.loads(data[8 : 8 + size].tobytes())
         metadata = header.pop("__metadata__", {})
         entries = {
-            name: (entry["dtype"], tuple(map(int, entry["shape"])), tuple(map(int, entry["data_offsets"])))
+            name: (
+                str(entry["dtype"]),
+                tuple(map(int, entry["shape"])),
+                tuple(map(int, entry["data_offsets"])),
+            )
             for name, entry in header.items()
         }
         texts = {str(name): str(text) for name, text in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise refuse("a header that cannot be read") from None
     data, end = data[8 + size :], 0
     arrays = {}
@@ -97,7 +101,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]
         end = span[1]
         if end > len(data):
             raise refuse(f"{len(data)} of the {end} bytes up to the end of {name}")
-        array = data[span[0] : end].view(dtype).reshape(shape)
+        try:
+            array = data[span[0] : end].view(dtype).reshape(shape)
+        except ValueError:  # more axes, or longer ones, than arrays have
+            raise refuse(f"{name} of shape {shape}") from None
         arrays[name] = (array.astype(np.uint32) << 16).view(np.float32) if kind == "BF16" else array
     if end < len(data):
         raise refuse(f"{len(data) - end} bytes behind its last array")

@@ -76,7 +76,9 @@ class AdaAttention(AdaptivePrecisionAttention):
             "random": singular values that hold `threshold` of the energy, by a randomised decomposition
             (Halko et al., arXiv 0909.4061). O(ROWS^2 T) for each head, ROWS = 256.
         """
+        saved = self.qkv._saved
         query, key, _, _ = self._heads(x)
+        self.qkv._saved = saved  # `backward` is that of the last call, not of this look
         B, H, T, D = query.shape
         ranks = np.empty((B, H), np.int64)
         rows = np.unique(np.linspace(0, T - 1, min(T, ROWS)).round().astype(np.int64))
