@@ -33,8 +33,8 @@ typedef struct {
     int64_t query_parts, key_parts, steps, step;
     bool scores;           /* their gradients are wanted */
     double *delta;         /* [B][H][T] sums of grad_out * out */
-    double *reference;     /* [B][H][T] log2 units, of rows whose bias swallows more of the lse than rounding,
-                              else 0; NULL where nothing is added to scores */
+    double *reference;     /* [B][H][T] log2 units, of rows whose scores are so large that rounding the lse
+                              changes their weights, else 0 */
     double *lse;           /* [B][H][T] log2 units, beyond the reference */
     double *sinks;         /* [B][H][query_parts] */
     double *slopes;        /* [B][H][key_parts] */
@@ -154,7 +154,6 @@ static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
             const double lse = lse_at(&r->x->lse, b, h, i + x) * ADA_LOG2E;
             r->lse[row + x] = lse;
             if (!isfinite(r->delta[row + x]) && !sees_keys(r, b, h, i + x)) r->delta[row + x] = 0;
-            if (!r->reference) continue;
             r->reference[row + x] = 0;
             if (isfinite(lse) && fabs(lse) > p->most_bias) again |= (uint64_t)1 << x;
         }
@@ -164,8 +163,7 @@ static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
             atomic_store_explicit(&r->unfit[b * p->G + h / (p->H / p->G)], true, memory_order_relaxed);
         }
         for (int x = 0; sink > -INFINITY && x < n; x++)
-            sum -=
-                exp2(sink - (r->reference ? r->reference[row + x] : 0) - r->lse[row + x]) * r->delta[row + x];
+            sum -= exp2(sink - r->reference[row + x] - r->lse[row + x]) * r->delta[row + x];
     }
     r->sinks[task] = sum;
 }
@@ -358,7 +356,6 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
         r.mask = x->results[ADA_OF_MASK];
         ada_broadcast(p, &r.mask);
     }
-    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     const bool half = ada_dtype_bytes(p->query.dtype) == 2;
 
     ada_carver size = {NULL, 0};
@@ -375,7 +372,7 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
         r.scratch = ada_carve(&carver, caller.threads * r.scratch_bytes);
         const int64_t row_bytes = heads * p->T * (int64_t)sizeof(double);
         r.delta = ada_carve(&carver, row_bytes), r.lse = ada_carve(&carver, row_bytes);
-        r.reference = biased ? ada_carve(&carver, row_bytes) : NULL;
+        r.reference = ada_carve(&carver, row_bytes);
         r.sinks = ada_carve(&carver, heads * r.query_parts * (int64_t)sizeof(double));
         r.slopes = ada_carve(&carver, heads * r.key_parts * (int64_t)sizeof(double));
         r.unfit = ada_carve(&carver, r.groups * (int64_t)sizeof *r.unfit);

@@ -77,7 +77,7 @@ static bool KIND(see_tile)(const back_run *r, const KIND(scratch) * s, const ada
     for (int i = 0; i < patch->n; i++) {
         const double lse = r->lse[row + i];
         s->lse[i] = (REAL)lse, s->delta[i] = (REAL)r->delta[row + i];
-        s->reference[i] = r->reference ? (REAL)r->reference[row + i] : 0;
+        s->reference[i] = (REAL)r->reference[row + i];
         dead |= (uint64_t)(lse == -INFINITY) << i;
     }
     for (int i = 0; dead && i < patch->n; i++) {
@@ -114,8 +114,8 @@ static bool KIND(score_tile)(const back_run *r, const KIND(scratch) * s, const K
     return !r->p->has_softcap || KIND(cap_tile)(r, s, t);
 }
 
-/* Where a row has a reference: adds the bias to the scores, which may swallow them, and then takes the
- * references away. */
+/* Where a row has a reference: adds the bias, if there is one, to the scores, which may swallow them, and
+ * then takes the references away. */
 static void KIND(refer_tile)(const KIND(scratch) * s, KIND(ada_backward_tile) * t) {
     bool any = false;
     for (int i = 0; i < t->rows; i++) any |= s->reference[i] != 0;
@@ -125,8 +125,9 @@ static void KIND(refer_tile)(const KIND(scratch) * s, KIND(ada_backward_tile) * 
         for (int j = 0; j < t->width; j++) {
             const int at = i * ADA_BLOCK + j;
             if (!(seen >> j & 1)) continue;
-            if (t->bias[at] == -INFINITY) seen &= ~((uint64_t)1 << j);
-            s->s[at] = s->s[at] + t->bias[at] - s->reference[i];
+            const REAL bias = t->bias ? t->bias[at] : 0;
+            if (bias == -INFINITY) seen &= ~((uint64_t)1 << j);
+            s->s[at] = s->s[at] + bias - s->reference[i];
         }
         s->visible[i] = seen;
     }
@@ -143,7 +144,7 @@ static bool KIND(weigh_tile)(const back_run *r, const KIND(scratch) * s, KIND(ad
     if (t->g)
         r->k->KIND(product)(&(KIND(ada_product)){s->g, go, s->values, ADA_BLOCK, E, 1, ADA_LANES, t->rows, E,
                                                  t->width, false});
-    if (t->bias) KIND(refer_tile)(s, t);
+    KIND(refer_tile)(s, t);
     return r->k->KIND(backward)(t) && finite;
 }
 

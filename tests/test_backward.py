@@ -516,3 +516,20 @@ def test_interrupt() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [100.0, 3e3, 1e10])
+def test_scores_that_swallow_the_digits_of_the_lse(dtype: Any, size: float, rng: np.random.Generator) -> None:
+    """Weights are exact there: one key has it all. An lse of a million holds no weight to better than 6 %."""
+    query, key, value, grad = rng.standard_normal((4, 1, 1, 70, 16)).astype(dtype)
+    query, key = query * dtype(size), key * dtype(size)
+    out, lse = adaattn.attention(query, key, value, return_lse=True)
+    gradients = adaattn.attention_backward(grad, query, key, value, out, lse)
+    scores = query.astype(np.float64) @ key.astype(np.float64).swapaxes(2, 3) / 4
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected = weights.swapaxes(2, 3) @ grad
+    assert np.linalg.norm(gradients.value - expected) <= 1e-6 * np.linalg.norm(expected)
+    assert np.isfinite(gradients.query).all()
+    assert np.isfinite(gradients.key).all()
