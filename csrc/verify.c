@@ -240,6 +240,33 @@ static bool doubts(const ada_attending *a, int64_t index) {
            (head->error_limit > a->budget->tolerance || refuted(a, head, s));
 }
 
+static bool lse_holds(const ada_attending *a, const ada_head *head) {
+    return head->lse_error <= fmax(a->budget->tolerance, 4e-7);
+}
+
+/* Whether a precision or a structure by name computed a head, which is then not replaced. */
+static bool was_forced(const ada_attending *a, const ada_head *head) {
+    return ada_is_forced(a->budget) || (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK);
+}
+
+/* The error of such a head, whose output (misses) or lse is off beyond doubt. */
+static ada_status refuse(const ada_attending *a, int64_t index, bool misses, ada_error *error) {
+    const ada_head *head = &a->budget->heads[index];
+    const char *what = misses ? "a relative error of at most" : "an lse that is off by at most";
+    const double got = misses ? head->measured_error : head->lse_error, wanted = a->budget->tolerance;
+    const long long b = index / a->p->H, h = index % a->p->H;
+    if (ada_is_forced(a->budget))
+        return ada_fail(error, ADA_ERR_NUMERICAL,
+                        "precision: expected %s %g in every head, got about %.3g in head (%lld, %lld) from "
+                        "('%s', '%s')",
+                        what, wanted, got, b, h, ada_rung_name(head->choice.qk),
+                        ada_rung_name(head->choice.pv));
+    return ada_fail(error, ADA_ERR_NUMERICAL,
+                    "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from %d "
+                    "landmarks",
+                    what, wanted, got, b, h, head->rank);
+}
+
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
  * doubt. */
 static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
@@ -280,8 +307,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     /* Rows without an error say nothing of the others: predictions are seldom so far off. */
     if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
     *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
-    return head->error_limit <= allowed && head->lse_error <= fmax(tolerance, 4e-7) &&
-           !(refuted(a, head, s) && doubts(a, index));
+    return head->error_limit <= allowed && lse_holds(a, head) && !(refuted(a, head, s) && doubts(a, index));
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */
@@ -380,20 +406,7 @@ ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
             if (!s->open) continue;
             s->open = misses || !compare_head(a, i, &misses);
             if (!s->open) continue;
-            if (ada_is_forced(a->budget) && misses)
-                return ada_fail(error, ADA_ERR_NUMERICAL,
-                                "precision: expected a relative error of at most %g in every head, got about "
-                                "%.3g in head (%lld, %lld) from ('%s', '%s')",
-                                a->budget->tolerance, head->measured_error, (long long)(i / p->H),
-                                (long long)(i % p->H), ada_rung_name(head->choice.qk),
-                                ada_rung_name(head->choice.pv));
-            if (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK && misses)
-                return ada_fail(
-                    error, ADA_ERR_NUMERICAL,
-                    "structure: expected a relative error of at most %g in every head, got about %.3g "
-                    "in head (%lld, %lld) from %d landmarks",
-                    a->budget->tolerance, head->measured_error, (long long)(i / p->H), (long long)(i % p->H),
-                    head->rank);
+            if (was_forced(a, head) && (misses || !lse_holds(a, head))) return refuse(a, i, misses, error);
             if (!misses && doubts(a, i)) {
                 s->n = s->n < 8 ? 8 : 2 * s->n, s->doubted = true, s->known = false;
             } else {

@@ -292,6 +292,17 @@ def test_forced_is_never_replaced(rng):
     assert report.structure[0, 0] == "low_rank" and report.rank[0, 0] == 16
 
 
+def test_a_missed_lse_is_an_error(rng):
+    """Where it was asked for: the output alone would have been kept."""
+    q, k, v = rng.standard_normal((3, 1, 1, S, D), dtype=np.float32) * np.float32(
+        [[[[[0.6]]]], [[[[0.6]]]], [[[[1]]]]]
+    )
+    v += 2
+    low_rank(q, k, v)
+    with pytest.raises(adaattn.NumericalError, match=r"structure: expected an lse .*0\.01.*head \(0, 0\)"):
+        low_rank(q, k, v, return_lse=True)
+
+
 def test_plans_carry_it(rng):
     arrays = smooth(rng, heads=2)
     out, report = adaattn.attention(*arrays, tolerance=1e-2, return_report=True)
