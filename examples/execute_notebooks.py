@@ -9,6 +9,7 @@ Commit notebooks as this leaves them: no times of execution, no version of the i
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def execute(path: Path, timeout: int = 120) -> Any:
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute()
+    # The progress bars of transformers ask for widgets, which say nothing in a file.
+    client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
     notebook.metadata = METADATA
     return notebook
 

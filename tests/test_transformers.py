@@ -345,7 +345,7 @@ def test_weights_are_refused() -> None:
 
 def paragraphs() -> list[str]:
     """Twenty pieces of english.txt, of one sentence to several."""
-    words = (ROOT / "benchmarks/english.txt").read_text(encoding="utf-8").split()
+    words = (ROOT / "adaattn/data/english.txt").read_text(encoding="utf-8").split()
     ends = np.cumsum([8 + 37 * i % 23 for i in range(20)])
     return [" ".join(words[start:end]) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
 

@@ -19,6 +19,9 @@ from typing import Any
 from .contenders import build
 from .heads import Heads
 
+# Not `-m`, which would prefer a checkout in the present folder to the package that this one is of.
+_COMMAND = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import _serve; _serve()"
+
 
 class MemoryMeter:
     """The process; `measure` asks it. Raises OSError where memory cannot be measured."""
@@ -27,7 +30,7 @@ class MemoryMeter:
         if not os.path.exists("/proc/self/clear_refs"):
             raise OSError("/proc/self/clear_refs does not exist")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *libraries],
+            [sys.executable, "-c", _COMMAND, *libraries],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -88,7 +91,3 @@ def _serve() -> None:
         os.wait()
         pickle.dump(int(found) if found else None, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    _serve()

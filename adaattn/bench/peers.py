@@ -104,7 +104,6 @@ def build_torch(inputs: list[Array], causal: bool, threads: int) -> Call:
         bf16 = x.dtype.name == "bfloat16"
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if bf16 else torch.from_numpy(x)
 
-    torch.set_grad_enabled(False)
     torch.set_num_threads(threads)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     query, key, value = map(tensor, inputs)
