@@ -346,7 +346,12 @@ ada_status ada_check_mask(const ada_problem *p, bool (*interrupt)(void *), void 
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t up_to_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* What heads on rungs need beside the store. */
+static void carve_heads(ada_run *r, ada_carver *c) {
+    r->raised = ada_carve(c, r->n_heads * (int64_t)sizeof *r->raised);
+    r->tallies = r->p->sparse ? ada_carve(c, r->n_heads * (int64_t)sizeof *r->tallies) : NULL;
+}
 
 ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_heads, bool (*interrupt)(void *),
                        void *context, ada_error *error) {
@@ -365,8 +370,9 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     r.scratch_bytes = size.used;
     int64_t store_bytes = 0;
     if (on_rungs) {
-        store_bytes = ada_store_plan(&r.store, p, r.k, heads, r.n_heads) + up_to_line(r.n_heads);
-        if (p->sparse) store_bytes += up_to_line(r.n_heads * (int64_t)sizeof *r.tallies);
+        size.used = 0;
+        carve_heads(&r, &size);
+        store_bytes = size.used + ada_store_plan(&r.store, p, r.k, heads, r.n_heads);
         size.used = 0;
         narrow_of(&r, &size);
         if (p->sparse) sparse_lists_of(&r, &size);
@@ -379,14 +385,11 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     if (!r.scratch) return ada_no_scratch(bytes, error);
     r.partials = r.scratch + threads * r.scratch_bytes;
     if (on_rungs) {
-        char *at = r.partials; /* no splits on this way */
-        r.raised = (atomic_bool *)at, at += up_to_line(r.n_heads);
-        if (p->sparse) {
-            r.tallies = (ada_tally *)at, at += up_to_line(r.n_heads * (int64_t)sizeof *r.tallies);
-            for (int64_t i = 0; i < r.n_heads; i++)
-                atomic_init(&r.tallies[i].blocks, 0), atomic_init(&r.tallies[i].stand_ins, 0);
-        }
-        ada_store_attach(&r.store, heads, at);
+        ada_carver carver = {r.partials, 0}; /* no splits on this way */
+        carve_heads(&r, &carver);
+        for (int64_t i = 0; r.tallies && i < r.n_heads; i++)
+            atomic_init(&r.tallies[i].blocks, 0), atomic_init(&r.tallies[i].stand_ins, 0);
+        ada_store_attach(&r.store, heads, (char *)r.partials + carver.used);
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 

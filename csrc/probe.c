@@ -17,7 +17,6 @@
 #define KIND(name) name##_f32
 #include "read_tpl.h"
 
-enum { PARTS = ADA_PARTS }; /* of a sum, so that it vectorises */
 /* Rows whose scores spread more see one key, and rounding moves little. */
 #define MOST_SPREAD 16
 /* Rows that spread so much more than the mean are so few that a sample may miss them. */
@@ -29,7 +28,7 @@ static double square(double x) { return x * x; }
 
 static double total_of(const float *parts) {
     double sum = 0;
-    for (int i = 0; i < PARTS; i++) sum += (double)parts[i];
+    for (int i = 0; i < ADA_PARTS; i++) sum += (double)parts[i];
     return sum;
 }
 
@@ -354,13 +353,13 @@ int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int6
 /* Sums over one strip of keys for one row. */
 static void add_strip_sums(const ada_kernels *k, ada_row_sums *sums, const ada_key_probe *keys, int64_t first,
                            int blocks, const float *p, const float *dots, float out2, double *block_plog) {
-    float most[PARTS] = {0}, parts[PARTS] = {0}, largest = 0;
-    for (int j = 0; j < blocks * ADA_BLOCK; j += PARTS)
-        for (int i = 0; i < PARTS; i++) {
+    float most[ADA_PARTS] = {0}, parts[ADA_PARTS] = {0}, largest = 0;
+    for (int j = 0; j < blocks * ADA_BLOCK; j += ADA_PARTS)
+        for (int i = 0; i < ADA_PARTS; i++) {
             most[i] = p[j + i] > most[i] ? p[j + i] : most[i];
             parts[i] += p[j + i];
         }
-    for (int i = 0; i < PARTS; i++) largest = most[i] > largest ? most[i] : largest;
+    for (int i = 0; i < ADA_PARTS; i++) largest = most[i] > largest ? most[i] : largest;
     if (largest == 0) return;
     const float step8 = largest / ADA_U8_MAX;
     const float step16 = fmaxf(largest / ADA_I16_MAX, (float)total_of(parts) / ADA_I16_WEIGHT_SUM);
@@ -393,7 +392,7 @@ static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada
     const int E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p), all_keys = ada_exact_keys(p);
     for (int64_t block = 0; block < blocks; block++) {
-        float w[ADA_EXACT_ROWS * ADA_BLOCK], mass[ADA_EXACT_ROWS];
+        float w[ADA_EXACT_ROWS * ADA_BLOCK], mass[ADA_EXACT_ROWS] = {0};
         float *off = s->off + block * ADA_EXACT_ROWS * E;
         bool some = false;
         for (int r = 0; r < n; r++) {
@@ -409,10 +408,10 @@ static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada
             profiles[r].blocks += sight != ADA_HIDDEN;
             memcpy(w + r * ADA_BLOCK, weights + r * all_keys + block * ADA_BLOCK, ADA_BLOCK * sizeof *w);
             if (sight != ADA_PLAIN || keys->seen[block] != UINT64_MAX) continue;
-            float parts[PARTS] = {0}, squares[PARTS] = {0};
+            float parts[ADA_PARTS] = {0}, squares[ADA_PARTS] = {0};
             for (int j = 0; j < ADA_BLOCK; j++) {
                 const float x = w[r * ADA_BLOCK + j];
-                parts[j % PARTS] += x, squares[j % PARTS] += x * x;
+                parts[j % ADA_PARTS] += x, squares[j % ADA_PARTS] += x * x;
             }
             mass[r] = (float)total_of(parts);
             const double apart = total_of(squares) - square((double)mass[r]) / ADA_BLOCK;
