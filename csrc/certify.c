@@ -89,7 +89,7 @@ typedef struct {
     float *scaled;         /* [ADA_ROW_GROUP][D], D as codes have it */
     float *centres;        /* [rows][ADA_BLOCK] */
     float *scores, *added; /* [rows][ADA_PAGE] */
-    float *bias;           /* [ADA_LANES][ADA_BLOCK], one row of it is used */
+    float *bias;           /* [ADA_BLOCK] */
     float *sums;           /* [ADA_ROW_GROUP][E] */
     float *weights;        /* [ADA_ROW_GROUP][ADA_PAGE] */
     uint8_t *steps;        /* [pages][2] */
@@ -229,25 +229,16 @@ static void add_codes(const certifying *r, const pieces *s, float *o, const page
  * finite. */
 static bool weigh(const certifying *r, const pieces *s, const ada_patch *patch, float *scores,
                   ada_row_f32 *state) {
-    const ada_problem *p = r->p;
     uint64_t visible = UINT64_MAX;
     *state = (ada_row_f32){NULL, -INFINITY, 0, 0};
-    const ada_sight sight = ada_visible_rows(p, patch, &visible);
+    const ada_sight sight = ada_visible_rows(r->p, patch, &visible);
     if (sight == ADA_PLAIN) visible = UINT64_MAX;
     for (int j = patch->nk; j < ADA_PAGE; j++) scores[j] = 0;
     if (sight == ADA_HIDDEN) {
         memset(scores, 0, ADA_PAGE * sizeof *scores);
         return true;
     }
-    const float *bias = bias_rows_f32(p, r->k, s->bias, patch) ? s->bias : NULL;
-    for (int j = 0; bias && j < patch->nk; j++)
-        if (bias[j] == -INFINITY) visible &= ~((uint64_t)1 << j);
-    if (p->has_softcap) {
-        for (int j = 0; j < patch->nk; j++)
-            if ((visible >> j & 1) && !isfinite(scores[j])) return false;
-        r->k->softcap_f32(scores, patch->nk, (float)(p->softcap * ADA_LOG2E));
-    }
-    return r->k->row_weights_f32(state, scores, patch->nk, visible, bias, UINT64_MAX);
+    return weigh_row_f32(r->p, r->k, patch, s->bias, &visible, state, scores);
 }
 
 /* Of weights whose sum is known, times scale. */

@@ -90,3 +90,20 @@ static inline bool KIND(bias_rows)(const ada_problem *p, const ada_kernels *k, R
     }
     return any || slope != 0;
 }
+
+/* Scores of one row to weights; what the bias hides leaves visible. False when REAL does not suffice. bias:
+ * [ADA_BLOCK] to write to. */
+static inline bool KIND(weigh_row)(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
+                                   REAL *bias, uint64_t *visible, KIND(ada_row) * row, REAL *x) {
+    uint64_t keep = UINT64_MAX;
+    if (!KIND(bias_rows)(p, k, bias, patch)) bias = NULL;
+    for (int j = 0; bias && j < patch->nk; j++)
+        if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
+    if (p->has_softcap) {
+        for (int j = 0; j < patch->nk; j++)
+            if ((*visible >> j & 1) && !isfinite(x[j])) return false;
+        k->KIND(softcap)(x, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
+    }
+    if (p->drop_below) ada_kept_rows(p, k, patch, &keep);
+    return k->KIND(row_weights)(row, x, patch->nk, *visible, bias, keep);
+}
