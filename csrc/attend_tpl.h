@@ -466,11 +466,10 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t h = g * group + row / p->T, i = row % p->T;
-        REAL *partial = KIND(partial)(r, b, h, i, split), *q = s->queries + row * p->D;
+        REAL *partial = KIND(partial)(r, b, h, i, split);
         memset(partial, 0, (size_t)(p->E + 2) * sizeof *partial);
         partial[0] = -INFINITY;
-        KIND(ada_load_rows)(r->k, q, p->D, &p->query, b, h, i, 1, (int)p->D);
-        for (int64_t d = 0; d < p->D; d++) q[d] *= (REAL)(p->scale * ADA_LOG2E);
+        KIND(load_query)(p, r->k, s->queries + row * p->D, b, h, i);
     }
     for (int64_t j = first; j < end; j += step) {
         if (j % ADA_BLOCK == 0 && ada_job_cancelled(job, worker)) return;

@@ -148,11 +148,8 @@ static int keys_of(const certifying *r, int64_t b, int64_t page) {
 
 static void load_queries(const certifying *r, const pieces *s, int64_t b, int64_t g) {
     const ada_problem *p = r->p;
-    for (int64_t row = 0; row < r->rows; row++) {
-        float *q = s->queries + row * p->D;
-        ada_load_rows_f32(r->k, q, p->D, &p->query, b, g * r->group + row / p->T, row % p->T, 1, (int)p->D);
-        for (int64_t d = 0; d < p->D; d++) q[d] *= (float)(p->scale * ADA_LOG2E);
-    }
+    for (int64_t row = 0; row < r->rows; row++)
+        load_query_f32(p, r->k, s->queries + row * p->D, b, g * r->group + row / p->T, row % p->T);
 }
 
 /* Scores by codes, less those of the page's centre, or what fine ones add to them. */
@@ -179,9 +176,8 @@ static void scores_of_codes(const certifying *r, const pieces *s, int64_t head, 
 static void scores_of_centres(const certifying *r, const pieces *s, int64_t head, int64_t page, int n) {
     const ada_codes *codes = r->p->key.codes;
     const int D = (int)r->p->D;
-    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
-        r->k->row_scores_f32(s->centres + row * ADA_BLOCK, s->queries + row * D, rows_from(r, row),
-                             codes->centre + (head * codes->pages + page) * D, D, n, D);
+    scores_of_rows_f32(r->k, s->centres, s->queries, (int)r->rows,
+                       codes->centre + (head * codes->pages + page) * D, D, n, D);
 }
 
 static void add_centre(const certifying *r, const pieces *s, int i, float *scores) {
@@ -191,10 +187,8 @@ static void add_centre(const certifying *r, const pieces *s, int i, float *score
 
 static void exact_scores(const certifying *r, const pieces *s, int64_t b, int64_t g, int64_t page) {
     const int D = (int)r->p->D;
-    const char *keys = ada_row_at(&r->p->key, b, g, page * ADA_PAGE);
-    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
-        r->k->row_scores_f32(s->scores + row * ADA_PAGE, s->queries + row * D, rows_from(r, row), keys, D,
-                             keys_of(r, b, page), D);
+    const float *keys = (const float *)ada_row_at(&r->p->key, b, g, page * ADA_PAGE);
+    scores_of_rows_f32(r->k, s->scores, s->queries, (int)r->rows, keys, D, keys_of(r, b, page), D);
 }
 
 static void add_exact_values(const certifying *r, const pieces *s, float *o, const page_mass *masses,
@@ -781,7 +775,7 @@ static void store_group(const certifying *r, ada_budget *budget, int64_t head) {
         const row_state *state = &r->states[head * r->rows + row];
         const int64_t h = head % p->G * r->group + row / p->T, i = row % p->T;
         ada_store_rows_f32(r->k, &p->out, b, h, i, 1, (int)p->E, state->o, p->E);
-        if (p->lse) ((float *)p->lse)[(b * p->H + h) * p->T + i] = (float)state->lse;
+        ada_store_lse(p, b, h, i, state->lse);
     }
     for (int64_t h = 0; h < r->group; h++) {
         ada_head *to = &budget->heads[b * p->H + head % p->G * r->group + h];

@@ -35,8 +35,7 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
     KIND(ada_row) row[ADA_EXACT_ROWS];
     ada_span span = {INT64_MAX, 0};
     for (int r = 0; r < rows; r++) {
-        KIND(ada_load_rows)(k, s->q + r * D, D, &p->query, b, h, queries[r], 1, D);
-        for (int d = 0; d < D; d++) s->q[r * D + d] *= (REAL)(p->scale * ADA_LOG2E);
+        KIND(load_query)(p, k, s->q + r * D, b, h, queries[r]);
         row[r] = (KIND(ada_row)){s->o + r * E, -INFINITY, 0, E};
         exact->good[r] = true;
         const ada_span own = ada_visible_span(p, b, queries[r]);

@@ -22,8 +22,15 @@ static inline const REAL *KIND(rows_at)(const ada_kernels *k, const ada_array *a
     return copy;
 }
 
-/* The kernels of single queries for up to ADA_EXACT_ROWS of them, one group after the other while the keys
- * and values of a block are at hand. */
+/* Query i of (b, h) times scale * log2(e), of which scores come in log2 units. */
+static inline void KIND(load_query)(const ada_problem *p, const ada_kernels *k, REAL *q, int64_t b, int64_t h,
+                                    int64_t i) {
+    KIND(ada_load_rows)(k, q, p->D, &p->query, b, h, i, 1, (int)p->D);
+    for (int64_t d = 0; d < p->D; d++) q[d] *= (REAL)(p->scale * ADA_LOG2E);
+}
+
+/* The kernels of single queries for any number of them, one group after the other while the keys and values
+ * of a block are at hand. */
 static inline void KIND(scores_of_rows)(const ada_kernels *k, REAL *s, const REAL *q, int rows,
                                         const REAL *key, ptrdiff_t ldk, int n, int D) {
     for (int r = 0; r < rows; r += ADA_ROW_GROUP)
