@@ -65,9 +65,9 @@ static long nearest_code(double x) {
     return nearest > 127 ? 127 : nearest < -127 ? -127 : nearest;
 }
 
-static double longest_row(const float *x, int width) {
+double ada_longest_row(const float *x, int n, int width) {
     double longest = 0;
-    for (int j = 0; j < ADA_PAGE; j++) {
+    for (int j = 0; j < n; j++) {
         double sum = 0;
         for (int c = 0; c < width; c++) sum += (double)x[j * width + c] * (double)x[j * width + c];
         longest = sum > longest ? sum : longest;
@@ -110,7 +110,7 @@ static void code_page(const coding *r, const pieces *s, int64_t b, int64_t g, in
         *norms = (ada_code_norms){{INFINITY, INFINITY}, {INFINITY, INFINITY}, INFINITY, INFINITY, INFINITY};
         return;
     }
-    norms->row = (float)longest_row(s->x, width);
+    norms->row = (float)ada_longest_row(s->x, ADA_PAGE, width);
     memcpy(s->away, s->x, (size_t)(ADA_PAGE * width) * sizeof *s->x);
     for (int c = 0; c < width; c++)
         code_column(r, s->x + c, s->rest + c, codes->code + first, codes->fine + first, c, centre + c,
@@ -120,8 +120,8 @@ static void code_page(const coding *r, const pieces *s, int64_t b, int64_t g, in
     double centre2 = 0;
     for (int c = 0; c < width; c++) centre2 += (double)centre[c] * (double)centre[c];
     norms->centre2 = (float)centre2;
-    norms->error_row[0] = (float)longest_row(s->rest, width);
-    norms->error_row[1] = (float)longest_row(s->x, width);
+    norms->error_row[0] = (float)ada_longest_row(s->rest, ADA_PAGE, width);
+    norms->error_row[1] = (float)ada_longest_row(s->x, ADA_PAGE, width);
     norms->error[0] = (float)singular_bound(s, s->rest, width);
     norms->error[1] = (float)singular_bound(s, s->x, width);
     norms->spread = (float)singular_bound(s, s->away, width);
