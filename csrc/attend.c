@@ -339,9 +339,10 @@ static double margin_of(const ada_attending *a, int64_t head) {
     return ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(T));
 }
 
-/* The landmarks of a plan, but for a call with options that break them: that is dense then. */
-static void take_given_rank(const ada_problem *p, const ada_planned *given, int64_t b, ada_head *head) {
+/* The structure of a plan; not landmarks for a call with options that break them: that is dense then. */
+static void take_given(const ada_problem *p, const ada_planned *given, int64_t b, ada_head *head) {
     ada_far_keys keys;
+    head->budget2 = given->budget2, head->joint = given->joint, head->kept = given->kept;
     if (given->rank == 0) return;
     head->dense = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     head->rank = given->rank, head->rank_gain = given->rank_gain, head->rank_limit = given->rank_limit;
@@ -383,10 +384,7 @@ static void plan_heads(ada_attending *a) {
         if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
             head->predicted_error = ada_unseen_error(p, c);
         if (a->budget->given)
-            head->budget2 = a->budget->given[i].budget2, head->joint = a->budget->given[i].joint,
-            head->kept = a->budget->given[i].kept;
-        if (a->budget->given)
-            take_given_rank(p, &a->budget->given[i], i / p->H, head);
+            take_given(p, &a->budget->given[i], i / p->H, head);
         else if (a->sparse)
             choose_structure(a, i, &task);
     }

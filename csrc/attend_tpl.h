@@ -358,23 +358,6 @@ static void KIND(score_rows)(const ada_run *r, const KIND(row_reader) * reader, 
     reader->scores(scores, q, rows, turn->k + skipped * turn->ldk * reader->bytes, turn->ldk, n, D);
 }
 
-/* The weights of one query for one turn, from its raw scores; what the bias hides leaves visible. */
-static bool KIND(weigh_row)(const ada_run *r, const KIND(scratch) * s, const ada_patch *patch,
-                            uint64_t *visible, KIND(ada_row) * row, REAL *scores) {
-    const ada_problem *p = r->p;
-    uint64_t keep = UINT64_MAX;
-    const REAL *bias = KIND(bias_rows)(p, r->k, s->rows, patch) ? s->rows : NULL;
-    for (int j = 0; bias && j < patch->nk; j++)
-        if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
-    if (p->has_softcap) {
-        for (int j = 0; j < patch->nk; j++)
-            if ((*visible >> j & 1) && !isfinite(scores[j])) return false;
-        r->k->KIND(softcap)(scores, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
-    }
-    if (p->drop_below) ada_kept_rows(p, r->k, patch, &keep);
-    return r->k->KIND(row_weights)(row, scores, patch->nk, *visible, bias, keep);
-}
-
 /* o of some queries += the values of n keys of a turn from `first` on, times their weights, which are spoilt.
  */
 static void KIND(value_rows)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
@@ -454,8 +437,8 @@ static void KIND(attend_turn)(const ada_run *r, const KIND(scratch) * s, const K
     for (int i = 0; i < rows; i++) {
         REAL *x = partial + i * ldo;
         KIND(ada_row) state = {x + 2, x[0], x[1], (int)p->E};
-        if (live[i] &&
-            KIND(weigh_row)(r, s, &patches[i], &visible[i], &state, scores + i * ADA_BLOCK + skipped[i])) {
+        if (live[i] && KIND(weigh_row)(p, r->k, &patches[i], s->rows, &visible[i], &state,
+                                       scores + i * ADA_BLOCK + skipped[i])) {
             x[0] = state.m, x[1] = state.l;
         } else {
             if (live[i]) x[0] = NAN;
@@ -483,11 +466,10 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t h = g * group + row / p->T, i = row % p->T;
-        REAL *partial = KIND(partial)(r, b, h, i, split), *q = s->queries + row * p->D;
+        REAL *partial = KIND(partial)(r, b, h, i, split);
         memset(partial, 0, (size_t)(p->E + 2) * sizeof *partial);
         partial[0] = -INFINITY;
-        KIND(ada_load_rows)(r->k, q, p->D, &p->query, b, h, i, 1, (int)p->D);
-        for (int64_t d = 0; d < p->D; d++) q[d] *= (REAL)(p->scale * ADA_LOG2E);
+        KIND(load_query)(p, r->k, s->queries + row * p->D, b, h, i);
     }
     for (int64_t j = first; j < end; j += step) {
         if (j % ADA_BLOCK == 0 && ada_job_cancelled(job, worker)) return;

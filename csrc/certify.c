@@ -89,11 +89,10 @@ typedef struct {
     float *scaled;         /* [ADA_ROW_GROUP][D], D as codes have it */
     float *centres;        /* [rows][ADA_BLOCK] */
     float *scores, *added; /* [rows][ADA_PAGE] */
-    float *bias;           /* [ADA_LANES][ADA_BLOCK], one row of it is used */
+    float *bias;           /* [ADA_BLOCK] */
     float *sums;           /* [ADA_ROW_GROUP][E] */
     float *weights;        /* [ADA_ROW_GROUP][ADA_PAGE] */
     uint8_t *steps;        /* [pages][2] */
-    float *row;            /* [max(D, E)] */
     double *gains;         /* [BUCKETS][rows] */
 } pieces;
 
@@ -109,7 +108,6 @@ static pieces pieces_of(const certifying *r, ada_carver *c) {
     s.sums = ada_carve(c, ADA_ROW_GROUP * ada_code_width(E, true) * real);
     s.weights = ada_carve(c, ADA_ROW_GROUP * ADA_PAGE * real);
     s.steps = ada_carve(c, 2 * r->pages);
-    s.row = ada_carve(c, (D > E ? D : E) * real);
     s.gains = ada_carve(c, BUCKETS * r->rows * (int64_t)sizeof(double));
     return s;
 }
@@ -148,11 +146,13 @@ static int keys_of(const certifying *r, int64_t b, int64_t page) {
 
 static void load_queries(const certifying *r, const pieces *s, int64_t b, int64_t g) {
     const ada_problem *p = r->p;
-    for (int64_t row = 0; row < r->rows; row++) {
-        float *q = s->queries + row * p->D;
-        ada_load_rows_f32(r->k, q, p->D, &p->query, b, g * r->group + row / p->T, row % p->T, 1, (int)p->D);
-        for (int64_t d = 0; d < p->D; d++) q[d] *= (float)(p->scale * ADA_LOG2E);
-    }
+    for (int64_t row = 0; row < r->rows; row++)
+        load_query_f32(p, r->k, s->queries + row * p->D, b, g * r->group + row / p->T, row % p->T);
+}
+
+/* Rows of keys or values of a page, as they are: codes lie beside whole rows of floats alone. */
+static const float *rows_of(const ada_array *a, int64_t b, int64_t g, int64_t page) {
+    return (const float *)ada_row_at(a, b, g, page * ADA_PAGE);
 }
 
 /* Scores by codes, less those of the page's centre, or what fine ones add to them. */
@@ -179,9 +179,8 @@ static void scores_of_codes(const certifying *r, const pieces *s, int64_t head, 
 static void scores_of_centres(const certifying *r, const pieces *s, int64_t head, int64_t page, int n) {
     const ada_codes *codes = r->p->key.codes;
     const int D = (int)r->p->D;
-    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
-        r->k->row_scores_f32(s->centres + row * ADA_BLOCK, s->queries + row * D, rows_from(r, row),
-                             codes->centre + (head * codes->pages + page) * D, D, n, D);
+    scores_of_rows_f32(r->k, s->centres, s->queries, (int)r->rows,
+                       codes->centre + (head * codes->pages + page) * D, D, n, D);
 }
 
 static void add_centre(const certifying *r, const pieces *s, int i, float *scores) {
@@ -191,10 +190,8 @@ static void add_centre(const certifying *r, const pieces *s, int i, float *score
 
 static void exact_scores(const certifying *r, const pieces *s, int64_t b, int64_t g, int64_t page) {
     const int D = (int)r->p->D;
-    const char *keys = ada_row_at(&r->p->key, b, g, page * ADA_PAGE);
-    for (int64_t row = 0; row < r->rows; row += ADA_ROW_GROUP)
-        r->k->row_scores_f32(s->scores + row * ADA_PAGE, s->queries + row * D, rows_from(r, row), keys, D,
-                             keys_of(r, b, page), D);
+    scores_of_rows_f32(r->k, s->scores, s->queries, (int)r->rows, rows_of(&r->p->key, b, g, page), D,
+                       keys_of(r, b, page), D);
 }
 
 static void add_exact_values(const certifying *r, const pieces *s, float *o, const page_mass *masses,
@@ -203,8 +200,8 @@ static void add_exact_values(const certifying *r, const pieces *s, float *o, con
     for (int i = 0; i < n; i++)
         for (int j = 0; j < ADA_PAGE; j++)
             s->weights[i * ADA_PAGE + j] = weights[i * ADA_PAGE + j] * masses[i].scale;
-    r->k->row_values_f32(o, E + 1, s->weights, n, ada_row_at(&r->p->value, b, g, page * ADA_PAGE), E,
-                         keys_of(r, b, page), E);
+    r->k->row_values_f32(o, E + 1, s->weights, n, rows_of(&r->p->value, b, g, page), E, keys_of(r, b, page),
+                         E);
 }
 
 /* What codes of values add to those of the centre. */
@@ -229,25 +226,16 @@ static void add_codes(const certifying *r, const pieces *s, float *o, const page
  * finite. */
 static bool weigh(const certifying *r, const pieces *s, const ada_patch *patch, float *scores,
                   ada_row_f32 *state) {
-    const ada_problem *p = r->p;
     uint64_t visible = UINT64_MAX;
     *state = (ada_row_f32){NULL, -INFINITY, 0, 0};
-    const ada_sight sight = ada_visible_rows(p, patch, &visible);
+    const ada_sight sight = ada_visible_rows(r->p, patch, &visible);
     if (sight == ADA_PLAIN) visible = UINT64_MAX;
     for (int j = patch->nk; j < ADA_PAGE; j++) scores[j] = 0;
     if (sight == ADA_HIDDEN) {
         memset(scores, 0, ADA_PAGE * sizeof *scores);
         return true;
     }
-    const float *bias = bias_rows_f32(p, r->k, s->bias, patch) ? s->bias : NULL;
-    for (int j = 0; bias && j < patch->nk; j++)
-        if (bias[j] == -INFINITY) visible &= ~((uint64_t)1 << j);
-    if (p->has_softcap) {
-        for (int j = 0; j < patch->nk; j++)
-            if ((visible >> j & 1) && !isfinite(scores[j])) return false;
-        r->k->softcap_f32(scores, patch->nk, (float)(p->softcap * ADA_LOG2E));
-    }
-    return r->k->row_weights_f32(state, scores, patch->nk, visible, bias, UINT64_MAX);
+    return weigh_row_f32(r->p, r->k, patch, s->bias, &visible, state, scores);
 }
 
 /* Of weights whose sum is known, times scale. */
@@ -282,20 +270,6 @@ static bool weigh_page(const certifying *r, const pieces *s, int64_t b, int64_t 
     return true;
 }
 
-/* The longest of a page's rows. */
-static float longest_row(const certifying *r, const pieces *s, const ada_array *a, int64_t b, int64_t g,
-                         int64_t page) {
-    const int width = (int)a->shape[3];
-    double longest = 0;
-    for (int j = 0; j < keys_of(r, b, page); j++) {
-        double sum = 0;
-        ada_load_rows_f32(r->k, s->row, width, a, b, g, page * ADA_PAGE + j, 1, width);
-        for (int c = 0; c < width; c++) sum += (double)s->row[c] * (double)s->row[c];
-        longest = sum > longest ? sum : longest;
-    }
-    return (float)(sqrt(longest) * 1.001);
-}
-
 /* ---- weights by codes ---- */
 
 static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -323,8 +297,9 @@ static void codes_task(void *context, ada_job *job, int64_t task, int worker) {
         s.scores = r->weights + at * r->rows * ADA_PAGE;
         if (r->tiers[at] == TIER_EXACT) {
             exact_scores(r, &s, b, g, page);
-            r->longest[2 * at] = longest_row(r, &s, &p->key, b, g, page);
-            r->longest[2 * at + 1] = longest_row(r, &s, &p->value, b, g, page);
+            const int n = keys_of(r, b, page);
+            r->longest[2 * at] = (float)ada_longest_row(rows_of(&p->key, b, g, page), n, (int)p->D);
+            r->longest[2 * at + 1] = (float)ada_longest_row(rows_of(&p->value, b, g, page), n, (int)p->E);
         } else {
             scores_of_codes(r, &s, head, page, false, s.scores);
             add_centre(r, &s, (int)(page - first), s.scores);
@@ -388,12 +363,12 @@ static void measure_away(certifying *r, int64_t head) {
     const ada_codes *values = r->p->value.codes;
     const int E = (int)r->p->E;
     const int64_t b = head / r->p->G, pages = pages_of(r, b);
-    const row_state *rows = &r->states[head * r->rows];
+    row_state *rows = &r->states[head * r->rows];
     float dots[ADA_ROW_GROUP * ADA_BLOCK];
     for (int64_t row = 0; row < r->rows; row++) {
         double sum = 0;
         for (int e = 0; e < E; e++) sum += (double)rows[row].o[e] * (double)rows[row].o[e];
-        r->states[head * r->rows + row].norm = sqrt(sum);
+        rows[row].norm = sqrt(sum);
     }
     for (int64_t first = 0; first < pages; first += ADA_BLOCK) {
         const int n = (int)(pages - first < ADA_BLOCK ? pages - first : ADA_BLOCK);
@@ -423,6 +398,11 @@ static double exact_bytes(const ada_problem *p, int keys) {
 }
 static double code_bytes(int64_t width) { return (double)(ADA_PAGE + 2 * sizeof(float)) * (double)width; }
 
+/* The sum of a row's weights and its sink's, relative to its reference. */
+static double with_sink(const ada_problem *p, int64_t h, const row_state *state, double sum) {
+    return sum + exp2(ada_sink(p, h) * ADA_LOG2E - (double)state->reference);
+}
+
 /* Relative to the reference of the whole row; the output as all centres make it. */
 static bool join_masses(certifying *r, int64_t head) {
     const ada_problem *p = r->p;
@@ -431,7 +411,6 @@ static bool join_masses(certifying *r, int64_t head) {
     for (int64_t row = 0; row < r->rows; row++) {
         row_state *state = &r->states[head * r->rows + row];
         page_mass *masses = &r->masses[head * r->pages * r->rows + row];
-        const double sink = ada_sink(p, g * r->group + row / p->T);
         float top = -INFINITY;
         double z = 0, coded = 0;
         for (int64_t page = 0; page < pages; page++)
@@ -452,7 +431,7 @@ static bool join_masses(certifying *r, int64_t head) {
             for (int64_t e = 0; e < E; e++) state->o[e] += m->sum * centre[e];
         }
         for (int64_t e = 0; e < E && coded > 0; e++) state->o[e] /= (float)coded;
-        state->z = z + (sink > -INFINITY ? exp2(sink * ADA_LOG2E - (double)top) : 0);
+        state->z = with_sink(p, g * r->group + row / p->T, state, z);
         const double bias = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL)
                                 ? (fabs((double)top) + 256) * 0x1p-23
                                 : 0;
@@ -682,8 +661,7 @@ static bool join_row(certifying *r, int64_t head, int64_t row) {
         l += partial[E];
     }
     const double factor = ada_row_factor(p, h, (double)state->reference, (double)l, &state->lse);
-    const double sink = ada_sink(p, h);
-    state->z = (double)l + (sink > -INFINITY ? exp2(sink * ADA_LOG2E - (double)state->reference) : 0);
+    state->z = with_sink(p, h, state, (double)l);
     bool finite = isfinite(state->z) && (l == 0 || (l > 0x1p-60f && factor >= FLT_MIN));
     for (int64_t e = 0; e < E; e++) {
         state->o[e] *= (float)factor;
@@ -790,7 +768,7 @@ static void store_group(const certifying *r, ada_budget *budget, int64_t head) {
         const row_state *state = &r->states[head * r->rows + row];
         const int64_t h = head % p->G * r->group + row / p->T, i = row % p->T;
         ada_store_rows_f32(r->k, &p->out, b, h, i, 1, (int)p->E, state->o, p->E);
-        if (p->lse) ((float *)p->lse)[(b * p->H + h) * p->T + i] = (float)state->lse;
+        ada_store_lse(p, b, h, i, state->lse);
     }
     for (int64_t h = 0; h < r->group; h++) {
         ada_head *to = &budget->heads[b * p->H + head % p->G * r->group + h];

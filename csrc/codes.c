@@ -4,10 +4,11 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "memory.h"
-#include "parallel.h"
-#include "rows.h"
+#include "execute.h"
+
+#define REAL float
+#define KIND(name) name##_f32
+#include "read_tpl.h"
 
 /* Squares of sums of larger numbers may leave float's range. */
 #define LARGEST 1e15f
@@ -44,22 +45,16 @@ static float largest_of(const float *x, int64_t n) {
     return largest;
 }
 
-/* Every row of x times every row of y, [ADA_PAGE][ADA_PAGE]. */
-static void multiply_rows(float *to, const float *x, const float *y, int width) {
-    for (int r = 0; r < ADA_PAGE; r += ADA_ROW_GROUP)
-        ada_kernels_get()->row_scores_f32(to + r * ADA_PAGE, x + r * width, ADA_ROW_GROUP, y, width, ADA_PAGE,
-                                          width);
-}
-
 /* An upper bound of the largest singular value of x, which is spoilt: the eighth root of the sum of all their
  * eighth powers, at most 1.7 times as large; and what rounding may have taken from it. */
 static double singular_bound(const pieces *s, float *x, int width) {
+    const ada_kernels *k = ada_kernels_get();
     const double top = (double)largest_of(x, ADA_PAGE * width);
     double trace = 0, fourth = 0;
     if (top == 0) return 0;
     for (int i = 0; i < ADA_PAGE * width; i++) x[i] = (float)((double)x[i] / top);
-    multiply_rows(s->gram, x, x, width);
-    multiply_rows(s->up, s->gram, s->gram, ADA_PAGE);
+    scores_of_rows_f32(k, s->gram, x, ADA_PAGE, x, width, ADA_PAGE, width);
+    scores_of_rows_f32(k, s->up, s->gram, ADA_PAGE, s->gram, ADA_PAGE, ADA_PAGE, ADA_PAGE);
     for (int i = 0; i < ADA_PAGE; i++) trace += (double)s->gram[i * ADA_PAGE + i];
     for (int i = 0; i < ADA_PAGE * ADA_PAGE; i++) fourth += (double)s->up[i] * (double)s->up[i];
     return top * sqrt(1.001 * sqrt(sqrt(fourth)) + (width + 128) * 0x1p-23 * trace);
@@ -70,9 +65,9 @@ static long nearest_code(double x) {
     return nearest > 127 ? 127 : nearest < -127 ? -127 : nearest;
 }
 
-static double longest_row(const float *x, int width) {
+double ada_longest_row(const float *x, int n, int width) {
     double longest = 0;
-    for (int j = 0; j < ADA_PAGE; j++) {
+    for (int j = 0; j < n; j++) {
         double sum = 0;
         for (int c = 0; c < width; c++) sum += (double)x[j * width + c] * (double)x[j * width + c];
         longest = sum > longest ? sum : longest;
@@ -115,7 +110,7 @@ static void code_page(const coding *r, const pieces *s, int64_t b, int64_t g, in
         *norms = (ada_code_norms){{INFINITY, INFINITY}, {INFINITY, INFINITY}, INFINITY, INFINITY, INFINITY};
         return;
     }
-    norms->row = (float)longest_row(s->x, width);
+    norms->row = (float)ada_longest_row(s->x, ADA_PAGE, width);
     memcpy(s->away, s->x, (size_t)(ADA_PAGE * width) * sizeof *s->x);
     for (int c = 0; c < width; c++)
         code_column(r, s->x + c, s->rest + c, codes->code + first, codes->fine + first, c, centre + c,
@@ -125,8 +120,8 @@ static void code_page(const coding *r, const pieces *s, int64_t b, int64_t g, in
     double centre2 = 0;
     for (int c = 0; c < width; c++) centre2 += (double)centre[c] * (double)centre[c];
     norms->centre2 = (float)centre2;
-    norms->error_row[0] = (float)longest_row(s->rest, width);
-    norms->error_row[1] = (float)longest_row(s->x, width);
+    norms->error_row[0] = (float)ada_longest_row(s->rest, ADA_PAGE, width);
+    norms->error_row[1] = (float)ada_longest_row(s->x, ADA_PAGE, width);
     norms->error[0] = (float)singular_bound(s, s->rest, width);
     norms->error[1] = (float)singular_bound(s, s->x, width);
     norms->spread = (float)singular_bound(s, s->away, width);
@@ -154,9 +149,7 @@ ada_status ada_code_pages(const ada_array *store, const ada_codes *codes, bool v
     const int threads = tasks < ada_get_num_threads() ? (int)tasks : ada_get_num_threads();
     r.scratch_bytes = size.used;
     r.scratch = ada_scratch_take(threads * size.used);
-    if (!r.scratch)
-        return ada_fail(error, ADA_ERR_MEMORY, "attention: no memory for %lld bytes of scratch",
-                        (long long)(threads * size.used));
+    if (!r.scratch) return ada_no_scratch(threads * size.used, error);
     ada_parallel_for(tasks, threads, code_task, &r, NULL, NULL);
     ada_scratch_give_back(r.scratch);
     return ADA_OK;

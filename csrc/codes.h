@@ -36,6 +36,8 @@ static inline int64_t ada_code_bytes(int64_t width, bool values) {
     return ADA_PAGE * ada_code_width(width, values);
 }
 
+/* An upper bound of the longest of n rows, one behind the other. */
+double ada_longest_row(const float *x, int n, int width);
 /* Makes those of pages coded[b] ... until[b] - 1 of every sequence. No memory is an error. */
 ada_status ada_code_pages(const ada_array *store, const ada_codes *codes, bool values, const int64_t *until,
                           ada_error *error);

@@ -27,23 +27,6 @@ static void KIND(add_scores)(const REAL *x, int n, uint64_t visible, double *sum
     for (int i = 0; i < PARTS; i++) *sum += (double)s[i], *square += (double)q[i];
 }
 
-/* Scores of one row to weights; what the bias hides leaves visible. False when REAL does not suffice. */
-static bool KIND(weigh_exact)(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
-                              const KIND(exact_scratch) * s, uint64_t *visible, KIND(ada_row) * row,
-                              REAL *x) {
-    uint64_t keep = UINT64_MAX;
-    const REAL *bias = KIND(bias_rows)(p, k, s->bias, patch) ? s->bias : NULL;
-    for (int j = 0; bias && j < patch->nk; j++)
-        if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
-    if (p->has_softcap) {
-        for (int j = 0; j < patch->nk; j++)
-            if ((*visible >> j & 1) && !isfinite(x[j])) return false;
-        k->KIND(softcap)(x, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
-    }
-    if (p->drop_below) ada_kept_rows(p, k, patch, &keep);
-    return k->KIND(row_weights)(row, x, patch->nk, *visible, bias, keep);
-}
-
 static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                              const int64_t *queries, int rows, const KIND(exact_scratch) * s,
                              ada_exact *exact) {
@@ -52,8 +35,7 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
     KIND(ada_row) row[ADA_EXACT_ROWS];
     ada_span span = {INT64_MAX, 0};
     for (int r = 0; r < rows; r++) {
-        KIND(ada_load_rows)(k, s->q + r * D, D, &p->query, b, h, queries[r], 1, D);
-        for (int d = 0; d < D; d++) s->q[r * D + d] *= (REAL)(p->scale * ADA_LOG2E);
+        KIND(load_query)(p, k, s->q + r * D, b, h, queries[r]);
         row[r] = (KIND(ada_row)){s->o + r * E, -INFINITY, 0, E};
         exact->good[r] = true;
         const ada_span own = ada_visible_span(p, b, queries[r]);
@@ -82,7 +64,7 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
             visible[r] &= all;
             if (seen && exact->p)
                 KIND(add_scores)(x, nk, visible[r], &exact->score_sum[r], &exact->score_square[r]);
-            if (seen) exact->good[r] = KIND(weigh_exact)(p, k, &patch, s, &visible[r], &row[r], x);
+            if (seen) exact->good[r] = KIND(weigh_row)(p, k, &patch, s->bias, &visible[r], &row[r], x);
             if (!seen || !exact->good[r]) visible[r] = 0;
             for (int c = 0; exact->p && visible[r] && c < nk; c++) exact->p[r * keys + j + c] = (float)x[c];
             s->reference[r * blocks + j / ADA_BLOCK] = row[r].m;

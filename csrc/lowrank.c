@@ -412,6 +412,14 @@ static void query_task(void *context, ada_job *job, int64_t task, int worker) {
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* All but what state_of carves behind it. */
+static void carve_run(run *r, int threads, ada_carver *c) {
+    r->scratch = ada_carve(c, threads * r->scratch_bytes);
+    r->offset = ada_carve(c, r->n_heads * (int64_t)sizeof *r->offset);
+    r->failed = ada_carve(c, r->n_heads * (int64_t)sizeof *r->failed);
+    r->exactly = ada_carve(c, r->n_heads * (int64_t)sizeof *r->exactly);
+}
+
 static bool run_all(run *r, int threads, bool (*interrupt)(void *), void *context) {
     return ada_parallel_for(r->n_heads, threads, landmark_task, r, interrupt, context) &&
            ada_parallel_for(r->n_heads * r->most_tiles, threads, keys_task, r, interrupt, context) &&
@@ -445,19 +453,13 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
     const int64_t building = ada_landmark_scratch_bytes(p, R) + (int64_t)R * R * (int64_t)sizeof(double) + 64;
     r.scratch_bytes = larger(larger(size.used, blocks), larger(building, R * ADA_LANES * real));
     size.used = 0;
-    r.scratch = ada_carve(&size, threads * r.scratch_bytes);
-    r.offset = ada_carve(&size, n_heads * (int64_t)sizeof *r.offset);
-    r.failed = ada_carve(&size, n_heads * (int64_t)sizeof *r.failed);
-    r.exactly = ada_carve(&size, n_heads * (int64_t)sizeof *r.exactly);
+    carve_run(&r, threads, &size);
     const int64_t before = size.used;
     for (int64_t i = 0; i < n_heads; i++) state_of(&r, i, &size);
     r.memory = ada_scratch_take(size.used);
     if (!r.memory) return ada_no_scratch(size.used, error);
     size = (ada_carver){r.memory, 0};
-    r.scratch = ada_carve(&size, threads * r.scratch_bytes);
-    r.offset = ada_carve(&size, n_heads * (int64_t)sizeof *r.offset);
-    r.failed = ada_carve(&size, n_heads * (int64_t)sizeof *r.failed);
-    r.exactly = ada_carve(&size, n_heads * (int64_t)sizeof *r.exactly);
+    carve_run(&r, threads, &size);
     size = (ada_carver){NULL, before};
     for (int64_t i = 0; i < n_heads; i++) {
         r.offset[i] = size.used;

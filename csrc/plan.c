@@ -302,12 +302,16 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
 /* Heads need this share of the landmarks that their dimensions and spread ask for, or more. */
 #define LEAST_RANKS 0.25
 
-double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+/* Of so many operations, with nothing to pack. */
+static double seconds_of(double operations, const ada_task *t, const ada_rate *fp32) {
     ada_task part = *t;
-    part.operations =
-        RANK_OVERHEAD * ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
-    part.elements = 0;
+    part.operations = operations, part.elements = 0;
     return ada_predicted_seconds(&part, fp32);
+}
+
+double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+    const double operations = ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
+    return seconds_of(RANK_OVERHEAD * operations, t, fp32);
 }
 
 /* Of a kernel of scores that spread by s over d dimensions, terms of degree n + 1 of the exponential's series
@@ -325,11 +329,8 @@ static double ranks_needed(const ada_forecast *f, double error) {
 
 /* To look for ranks up to that one. */
 static double looking(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
-    ada_task part = *t;
-    part.operations =
-        ada_forecast_operations((double)(sizes->keys.end - sizes->keys.first), sizes->D, sizes->E, rank);
-    part.elements = 0;
-    return ada_predicted_seconds(&part, fp32);
+    const double keys = (double)(sizes->keys.end - sizes->keys.first);
+    return seconds_of(ada_forecast_operations(keys, sizes->D, sizes->E, rank), t, fp32);
 }
 
 int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_rank_task *sizes,

@@ -22,8 +22,15 @@ static inline const REAL *KIND(rows_at)(const ada_kernels *k, const ada_array *a
     return copy;
 }
 
-/* The kernels of single queries for up to ADA_EXACT_ROWS of them, one group after the other while the keys
- * and values of a block are at hand. */
+/* Query i of (b, h) times scale * log2(e), of which scores come in log2 units. */
+static inline void KIND(load_query)(const ada_problem *p, const ada_kernels *k, REAL *q, int64_t b, int64_t h,
+                                    int64_t i) {
+    KIND(ada_load_rows)(k, q, p->D, &p->query, b, h, i, 1, (int)p->D);
+    for (int64_t d = 0; d < p->D; d++) q[d] *= (REAL)(p->scale * ADA_LOG2E);
+}
+
+/* The kernels of single queries for any number of them, one group after the other while the keys and values
+ * of a block are at hand. */
 static inline void KIND(scores_of_rows)(const ada_kernels *k, REAL *s, const REAL *q, int rows,
                                         const REAL *key, ptrdiff_t ldk, int n, int D) {
     for (int r = 0; r < rows; r += ADA_ROW_GROUP)
@@ -89,4 +96,21 @@ static inline bool KIND(bias_rows)(const ada_problem *p, const ada_kernels *k, R
         }
     }
     return any || slope != 0;
+}
+
+/* Scores of one row to weights; what the bias hides leaves visible. False when REAL does not suffice. bias:
+ * [ADA_BLOCK] to write to. */
+static inline bool KIND(weigh_row)(const ada_problem *p, const ada_kernels *k, const ada_patch *patch,
+                                   REAL *bias, uint64_t *visible, KIND(ada_row) * row, REAL *x) {
+    uint64_t keep = UINT64_MAX;
+    if (!KIND(bias_rows)(p, k, bias, patch)) bias = NULL;
+    for (int j = 0; bias && j < patch->nk; j++)
+        if (bias[j] == -INFINITY) *visible &= ~((uint64_t)1 << j);
+    if (p->has_softcap) {
+        for (int j = 0; j < patch->nk; j++)
+            if ((*visible >> j & 1) && !isfinite(x[j])) return false;
+        k->KIND(softcap)(x, patch->nk, (REAL)(p->softcap * ADA_LOG2E));
+    }
+    if (p->drop_below) ada_kept_rows(p, k, patch, &keep);
+    return k->KIND(row_weights)(row, x, patch->nk, *visible, bias, keep);
 }
