@@ -25,6 +25,7 @@ import numpy as np
 from .. import api
 from ..demo import DATA
 from ..errors import ArgumentError
+from ..nn.stats import rungs
 from ..rates import RUNGS
 from ..stats import Plan, Report
 from .tables import Table, duration
@@ -357,10 +358,8 @@ def _try(name: str, call: _Call, tolerances: Sequence[float], rounds: int) -> La
 def _heads(report: Report) -> Iterator[HeadChoice]:
     plan: Plan | None = report.plan
     assert plan is not None
-    for at in np.ndindex(report.retried.shape):
-        qk, pv = str(report.precision_qk[at]), str(report.precision_pv[at])
-        rung, structure = qk if qk == pv else f"{qk}/{pv}", str(report.structure[at])
-        saves = None
+    for at, rung in zip(np.ndindex(report.retried.shape), rungs(report), strict=True):
+        structure, saves = str(report.structure[at]), None
         if structure == "dense" and rung in plan.candidates:
             seconds = dict(zip(plan.candidates, plan.candidate_seconds[at], strict=True))
             share = 1 - seconds[rung] / seconds["fp32"]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .. import api, linalg
+from ..nn.stats import rungs
 from ..rates import RUNGS, split
 from ..stats import Report
 from .contenders import CONFIGURATIONS, LABELS, build, obstacles, options_of, unfit
@@ -383,11 +384,10 @@ def _choices(report: Report) -> list[Head]:
         return float(x) if np.isfinite(x) else None
 
     found = []
-    for at in np.ndindex(report.retried.shape):
-        qk, pv = report.precision_qk[at], report.precision_pv[at]
+    for at, rung in zip(np.ndindex(report.retried.shape), rungs(report), strict=True):
         found.append(
             Head(
-                str(qk) if qk == pv else f"{qk}/{pv}",
+                rung,
                 str(report.structure[at]),
                 int(report.rank[at]),
                 float(report.kept_fraction[at]),
