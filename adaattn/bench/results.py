@@ -88,6 +88,11 @@ class Row:
             found[name] = found.get(name, 0) + 1
         return found
 
+    @property
+    def broken(self) -> bool:
+        """Whether its worst head is further off than was promised."""
+        return self.promised is not None and not self.error <= self.promised
+
 
 @dataclass
 class Point:
@@ -138,8 +143,7 @@ class Run:
 
     @property
     def broken(self) -> list[Row]:
-        """Those whose worst head is further off than was promised."""
-        return [row for row in self.rows if row.promised is not None and not row.error <= row.promised]
+        return [row for row in self.rows if row.broken]
 
     @property
     def title(self) -> str:
