@@ -29,7 +29,7 @@ from ..nn.stats import rungs
 from ..rates import RUNGS
 from ..stats import Plan, Report
 from .tables import Table, duration
-from .timing import Runner, quartiles, take_turns, timer
+from .timing import Runner, ratio, take_turns, timer
 
 TOLERANCES = (1e-3, 1e-2, 5e-2)
 FEW = 8  # queries: such calls wait for memory, and a budget changes nothing
@@ -346,8 +346,7 @@ def _try(name: str, call: _Call, tolerances: Sequence[float], rounds: int) -> La
     within = []
     for t, runner in zip(tolerances, others, strict=True):
         report = attend(tolerance=t, return_report=True)[1]
-        speedup = quartiles([x / y for x, y in zip(exact.samples, runner.samples, strict=False)])[1]
-        retried = int(report.retried.sum())
+        speedup, retried = ratio(exact, runner)[1], int(report.retried.sum())
         within.append(Within(t, runner.seconds, speedup, retried, list(_heads(report))))
     query, key, _ = call.arrays
     B, H, T, D = query.shape
