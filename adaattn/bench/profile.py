@@ -28,6 +28,7 @@ from ..errors import ArgumentError
 from ..nn.stats import rungs
 from ..rates import RUNGS
 from ..stats import Plan, Report
+from .results import known
 from .tables import Table, duration
 from .timing import Runner, ratio, take_turns, timer
 
@@ -361,16 +362,14 @@ def _heads(report: Report) -> Iterator[HeadChoice]:
         structure, saves = str(report.structure[at]), None
         if structure == "dense" and rung in plan.candidates:
             seconds = dict(zip(plan.candidates, plan.candidate_seconds[at], strict=True))
-            share = 1 - seconds[rung] / seconds["fp32"]
-            saves = float(share) if np.isfinite(share) else None
-        predicted, measured = float(report.predicted_error[at]), float(report.measured_error[at])
+            saves = known(1 - seconds[rung] / seconds["fp32"])
         yield HeadChoice(
             at[0],
             at[1],
             rung,
             structure,
-            predicted if np.isfinite(predicted) else None,
-            measured if np.isfinite(measured) else None,
+            known(report.predicted_error[at]),
+            known(report.measured_error[at]),
             structure != "dense" or rung not in ("fp32", "fp64"),
             saves,
         )

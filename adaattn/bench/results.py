@@ -17,6 +17,11 @@ from .timing import plural
 FORMAT = "adaattn-bench-1"
 
 
+def known(x: Any) -> float | None:
+    """A number, None where it is not finite."""
+    return float(x) if math.isfinite(x) else None
+
+
 @dataclass
 class Head:
     """What one head was computed with, and how exact that was; None: not known."""
