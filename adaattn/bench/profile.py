@@ -28,7 +28,7 @@ from ..errors import ArgumentError
 from ..nn.stats import rungs
 from ..rates import RUNGS
 from ..stats import Plan, Report
-from .results import known
+from .results import known, shape_text, way_text
 from .tables import Table, duration
 from .timing import Runner, ratio, take_turns, timer
 
@@ -383,9 +383,9 @@ def tables(found: Profile) -> Iterator[Table]:
     tolerances = [one.tolerance for one in found.layers[0].within]
     rows = []
     for layer in found.layers:
-        B, H, T, S, D = layer.shape
-        size = f"{B},{H},{T if T == S else f'{T}:{S}'},{D}"
-        row = [layer.name, str(layer.calls), size, layer.dtype, duration(layer.seconds)]
+        row = [
+            layer.name, str(layer.calls), shape_text(layer.shape), layer.dtype, duration(layer.seconds)
+        ]  # fmt: skip
         for one in layer.within:
             row += [f"{len(one.cheaper)}/{len(one.heads)}", f"{one.speedup:.2f}"]
         rows.append(row)
@@ -414,7 +414,7 @@ def tables(found: Profile) -> Iterator[Table]:
 def _choice(choice: HeadChoice) -> str:
     if not choice.cheaper:
         return choice.rung
-    name = choice.rung if choice.structure == "dense" else f"{choice.rung} {choice.structure}"
+    name = way_text(choice.rung, choice.structure)
     return name if choice.saves is None else f"{name}, -{choice.saves:.0%}"
 
 
