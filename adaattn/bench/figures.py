@@ -209,7 +209,7 @@ def _draw_sweep(run: Run, theme: Theme) -> Any:
         above.set(
             xscale="log", yscale="log", title=f"{kind} heads" + (", causal" if kind == "sparse" else "")
         )
-        below.set(xscale="log", yscale="log", xlabel="tokens")
+        below.set_xlabel("tokens")
         below.set_xscale("log", base=2)
         below.set_yscale("log", base=2)
         lengths = sorted({row.shape[3] for row in rows})
