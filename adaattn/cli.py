@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (_, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if name not in ("bench", "profile"):
+        if name != "bench":  # which keeps it in a file
             command.add_argument("--json", action="store_true", help="print the result as JSON")
     commands.choices["demo"].add_argument(
         "--plot", metavar="FILE", help="draw the result as well; needs matplotlib"
@@ -129,7 +129,6 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text", metavar="FILE", help="what the model reads; default: some English")
     command.add_argument("--tokens", type=int, default=512, metavar="N", help="at most; default 512")
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _profile(arguments: argparse.Namespace) -> int:

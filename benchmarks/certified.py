@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-from heads import Array, Heads, bundled
+from heads import Array, Heads, bundled, errors
 from instruments import verdict
 from report import show_table
 
@@ -88,7 +88,6 @@ def main() -> None:
         cache.append(heads.key, heads.value)
         for query in queries_of(heads, arguments.queries):
             exact = adaattn.reference.attention(query, heads.key, heads.value)
-            size = np.linalg.norm(exact, axis=(2, 3))
 
             calls = [
                 partial(cache.attention, query, tolerance=t, num_threads=arguments.threads)
@@ -97,8 +96,8 @@ def main() -> None:
             times = median_times(calls, arguments.rounds)
             for t, seconds in zip(TOLERANCES, times[1:], strict=True):
                 out, report = cache.attention(query, tolerance=t, return_report=True)
-                error = np.linalg.norm(out - exact, axis=(2, 3)) / size
-                found[t].append((report.kept_fraction, seconds / times[0], report.error_bound / t, error / t))
+                error = errors(out, exact) / t
+                found[t].append((report.kept_fraction, seconds / times[0], report.error_bound / t, error))
             for h in range(query.shape[1]):
                 q = query[0, h, 0].astype(np.float64) * query.shape[3] ** -0.5
                 head = heads.key[0, h].astype(np.float64), heads.value[0, h].astype(np.float64)

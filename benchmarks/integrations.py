@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,24 +22,19 @@ from torch.nn import functional as F
 
 import adaattn.integrations.transformers as integration
 from adaattn.bench.heads import ENGLISH, minilm_folder
+from adaattn.bench.timing import Runner, take_turns, timer
 from adaattn.integrations.torch import scaled_dot_product_attention
 
 KINDS = {"exact": {}, "quality": {"policy": "quality"}, "balanced": {"policy": "balanced"}}
 
 
 def turns(contestants: dict[str, Callable[[], Any]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Seconds of a call of each in each round; who goes first rotates."""
-    names = list(contestants)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    """Seconds of a call of each in each round."""
     for function in contestants.values():
         function()
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            start = time.perf_counter()
-            for _ in range(calls):
-                contestants[name]()
-            found[name].append((time.perf_counter() - start) / calls)
-    return found
+    runners = [Runner(name, timer(function), calls=calls) for name, function in contestants.items()]
+    take_turns(runners, rounds)
+    return {one.name: one.samples for one in runners}
 
 
 def line(label: str, found: dict[str, list[float]], unit: float, suffix: str) -> dict[str, Any]:

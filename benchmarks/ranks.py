@@ -86,9 +86,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     rows = []
     for every in heads(parser.parse_args().length):
-        for h, name in enumerate(every.names):
-            q, k, v = (x[0, h].astype(np.float64) for x in (every.query, every.key, every.value))
-            if every.options:
+        for head in every.apart():
+            q, k, v = (x[0, 0].astype(np.float64) for x in (head.query, head.key, head.value))
+            if head.causal:
                 q, k, v = q[-1024:], k[:-1024], v[:-1024]
             q, k = q / np.sqrt(q.shape[1]), k - k.mean(axis=0)
             spread = np.std(q @ k.T, axis=1).mean()
@@ -96,7 +96,7 @@ def main() -> None:
             told = [f"{error(series(q, k, v, order), exact):.0e}" for order in (1, 2)]
             for way in ("keys", "uniform", "keys and queries"):
                 told.append(" ".join(f"{x:.0e}" for x in landmarks(q, k, v, way)))
-            rows.append([name, f"{spread:.1f}", *told])
+            rows.append([head.name, f"{spread:.1f}", *told])
     by = " ".join(map(str, RANKS))
     header = ["head", "spread", "order 1", "order 2", f"{by} keys", "uniform keys", "keys and queries"]
     show_table("Errors of approximations of low rank", header, rows)

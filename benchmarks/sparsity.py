@@ -156,10 +156,8 @@ def least(good: Array, shares: Array) -> float:
 
 def heads_of(sets: Iterator[Heads], queries: int) -> Iterator[Head]:
     for heads in sets:
-        group = heads.query.shape[1] // heads.key.shape[1]
-        for h, name in enumerate(heads.names):
-            g = h // group
-            yield Head(name, heads.query[0, h], heads.key[0, g], heads.value[0, g], queries)
+        for one in heads.apart():
+            yield Head(one.name, one.query[0, 0], one.key[0, 0], one.value[0, 0], queries)
 
 
 # ---- rules: a number for each pair, larger where it matters more ----

@@ -107,7 +107,7 @@ def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int,
     }
     with suppress(ImportError):
         arrays = [np.ascontiguousarray(x) for x in (head.query, head.key, head.value)]
-        calls["torch"] = build_torch(arrays, bool(head.options.get("causal")), threads)
+        calls["torch"] = build_torch(arrays, head.causal, threads)
     for _ in range(rounds):
         for who, call in calls.items():
             start = time.perf_counter()

@@ -153,12 +153,8 @@ def _change(
         memory=f"{(old.memory or 0) / 1e6:.1f} -> {(new.memory or 0) / 1e6:.1f} MB"
         if known and moved > max(1e6, 0.2 * (old.memory or 0))
         else "",
-        broken=_breaks(new) and not _breaks(old),
+        broken=new.broken and not old.broken,
     )
-
-
-def _breaks(row: Row) -> bool:
-    return row.promised is not None and not row.error <= row.promised
 
 
 def _listed(rungs: dict[str, int]) -> str:

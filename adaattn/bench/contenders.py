@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 from .heads import Heads
-from .peers import Call, build_numpy, build_onnxruntime, build_torch, set_blas_threads
+from .peers import Call, Peer, build_numpy, build_onnxruntime, build_torch
 
 #: Configurations of AdaAttn and what they mean; all but the first keep a tolerance.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -26,19 +24,16 @@ LABELS = {
     "onnxruntime": "onnxruntime",
     "numpy": "NumPy",
 }
-_BUILDERS = {"torch": build_torch, "onnxruntime": build_onnxruntime, "numpy": build_numpy}
-_NEEDS = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx")}
+_PEERS = {
+    "torch": Peer("torch", "fp32", build_torch, ("torch",)),
+    "onnxruntime": Peer("onnxruntime", "fp32", build_onnxruntime, ("onnxruntime", "onnx")),
+    "numpy": Peer("numpy", "fp32", build_numpy, ()),
+}
 
 
 def obstacles() -> dict[str, str]:
     """Peers that cannot run here, and why."""
-    found = {}
-    for name, modules in _NEEDS.items():
-        if missing := [module for module in modules if find_spec(module) is None]:
-            found[name] = f"{' and '.join(missing)} not installed"
-    if not set_blas_threads(1):
-        found["numpy"] = "no known way to set the threads of its BLAS"
-    return found
+    return {name: why for name, peer in _PEERS.items() if (why := peer.obstacle())}
 
 
 def unfit(name: str, heads: Heads) -> bool:
@@ -62,5 +57,4 @@ def build(name: str, heads: Heads, tolerance: float, threads: int) -> Call:
     if name in CONFIGURATIONS:
         options = options_of(name, tolerance)
         return lambda: heads.attend(num_threads=threads, **options)
-    builder: Callable[..., Call] = _BUILDERS[name]
-    return builder([heads.query, heads.key, heads.value], heads.causal, threads)
+    return _PEERS[name].build([heads.query, heads.key, heads.value], heads.causal, threads)

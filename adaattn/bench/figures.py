@@ -17,7 +17,7 @@ import numpy as np
 
 from ..rates import RUNGS
 from .contenders import CONFIGURATIONS, LABELS
-from .results import Point, Row, Run, Spectrum
+from .results import Point, Row, Run, Spectrum, way_text
 
 WIDTH = 8.3  # inches, 100 pixels each; PNGs have twice as many, for dense screens
 _MARKERS = {
@@ -209,7 +209,7 @@ def _draw_sweep(run: Run, theme: Theme) -> Any:
         above.set(
             xscale="log", yscale="log", title=f"{kind} heads" + (", causal" if kind == "sparse" else "")
         )
-        below.set(xscale="log", yscale="log", xlabel="tokens")
+        below.set_xlabel("tokens")
         below.set_xscale("log", base=2)
         below.set_yscale("log", base=2)
         lengths = sorted({row.shape[3] for row in rows})
@@ -269,7 +269,7 @@ def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
     """A name at each point where it is in nobody's way; one text for those that lie on each other."""
     groups: list[tuple[Point, list[str]]] = []
     for point in points:
-        name = point.name if point.structure == "dense" else f"{point.name} {point.structure}"
+        name = way_text(point.name, point.structure)
         for other, names in groups:
             near = abs(math.log(point.error / other.error)) < 0.25
             if near and abs(math.log(point.seconds / other.seconds)) < 0.06:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import api, nn, reference
-from ..demo import DATA
+from ..demo import DATA, read
 from ..errors import ArgumentError
 from ..nn import files
 
@@ -205,16 +205,7 @@ def bundled(length: int) -> Iterator[Heads]:
     if length > len(text):
         raise ValueError(f"length: expected at most {len(text)}, the bytes of {LIBRARY_FILES}, got {length}")
     model = nn.Transformer.load(DATA / "bytelm.safetensors")
-    calls: list[tuple[Array, ...]] = []
-
-    def record(query: Array, key: Array, value: Array, **options: Any) -> Array:
-        calls.append((query, key, value))
-        out: Array = api.attention(query, key, value, **options)
-        return out
-
-    for block in model.blocks:
-        block.attn.attend = record
-    model(np.frombuffer(text, np.uint8)[None, :length])
+    calls = read(model, np.frombuffer(text, np.uint8)[:length])[1]
     for layer, (query, key, value) in enumerate(calls):
         value = np.ascontiguousarray(value)  # without the layer's queries and keys, of which it is a view
         yield Heads(f"bytelm {length}, layer {layer}", query, key, value, {"causal": True})

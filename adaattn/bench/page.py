@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import defaultdict
+from html import escape
 from pathlib import Path
 
 from . import figures
@@ -55,14 +55,14 @@ def render(run: Run) -> str:
     facts += [f"Left out: {name} ({why})" for name, why in run.left_out.items()]
     if run.broken:
         facts.append(f"{len(run.broken)} rows have an error above what was promised")
-    parts = ["<h1>AdaAttn: benchmark of this machine</h1>", f"<p>{_escape(run.date)}</p>"]
-    parts.append("<ul>" + "".join(f"<li>{_escape(fact)}</li>" for fact in facts) + "</ul>")
+    parts = ["<h1>AdaAttn: benchmark of this machine</h1>", f"<p>{escape(run.date)}</p>"]
+    parts.append("<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts) + "</ul>")
     parts += _figures(run)
     parts += [_table(one) for one in tables(run)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>AdaAttn benchmark, {_escape(run.date[:10])}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>AdaAttn benchmark, {escape(run.date[:10])}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
@@ -76,7 +76,7 @@ def _figures(run: Run) -> list[str]:
         images[name][theme.name] = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
     parts = []
     for name, themed in images.items():
-        caption = _escape(figures.FIGURES[name][0])
+        caption = escape(figures.FIGURES[name][0])
         parts.append(
             '<figure><div><picture><source media="(prefers-color-scheme: dark)" '
             f'srcset="{themed["dark"]}"><img src="{themed["light"]}" alt="{caption}"></picture></div>'
@@ -89,15 +89,11 @@ def _table(table: Table) -> str:
     lines = []
     for row in table.rows:
         first = ' class="first"' if row[0] else ""
-        lines.append(f"<tr{first}>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>")
-    header = "".join(f"<th>{_escape(name)}</th>" for name in table.header)
+        lines.append(f"<tr{first}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     return (
-        f"<h2>{_escape(table.title)}</h2>\n"
+        f"<h2>{escape(table.title)}</h2>\n"
         f'<div class="wide"><table><thead><tr>{header}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
-
-
-def _escape(text: str) -> str:
-    return html.escape(text)

@@ -25,10 +25,12 @@ import numpy as np
 from .. import api
 from ..demo import DATA
 from ..errors import ArgumentError
+from ..nn.stats import rungs
 from ..rates import RUNGS
 from ..stats import Plan, Report
+from .results import known, shape_text, way_text
 from .tables import Table, duration
-from .timing import Runner, quartiles, take_turns, timer
+from .timing import Runner, ratio, take_turns, timer
 
 TOLERANCES = (1e-3, 1e-2, 5e-2)
 FEW = 8  # queries: such calls wait for memory, and a budget changes nothing
@@ -345,8 +347,7 @@ def _try(name: str, call: _Call, tolerances: Sequence[float], rounds: int) -> La
     within = []
     for t, runner in zip(tolerances, others, strict=True):
         report = attend(tolerance=t, return_report=True)[1]
-        speedup = quartiles([x / y for x, y in zip(exact.samples, runner.samples, strict=False)])[1]
-        retried = int(report.retried.sum())
+        speedup, retried = ratio(exact, runner)[1], int(report.retried.sum())
         within.append(Within(t, runner.seconds, speedup, retried, list(_heads(report))))
     query, key, _ = call.arrays
     B, H, T, D = query.shape
@@ -357,22 +358,18 @@ def _try(name: str, call: _Call, tolerances: Sequence[float], rounds: int) -> La
 def _heads(report: Report) -> Iterator[HeadChoice]:
     plan: Plan | None = report.plan
     assert plan is not None
-    for at in np.ndindex(report.retried.shape):
-        qk, pv = str(report.precision_qk[at]), str(report.precision_pv[at])
-        rung, structure = qk if qk == pv else f"{qk}/{pv}", str(report.structure[at])
-        saves = None
+    for at, rung in zip(np.ndindex(report.retried.shape), rungs(report), strict=True):
+        structure, saves = str(report.structure[at]), None
         if structure == "dense" and rung in plan.candidates:
             seconds = dict(zip(plan.candidates, plan.candidate_seconds[at], strict=True))
-            share = 1 - seconds[rung] / seconds["fp32"]
-            saves = float(share) if np.isfinite(share) else None
-        predicted, measured = float(report.predicted_error[at]), float(report.measured_error[at])
+            saves = known(1 - seconds[rung] / seconds["fp32"])
         yield HeadChoice(
             at[0],
             at[1],
             rung,
             structure,
-            predicted if np.isfinite(predicted) else None,
-            measured if np.isfinite(measured) else None,
+            known(report.predicted_error[at]),
+            known(report.measured_error[at]),
             structure != "dense" or rung not in ("fp32", "fp64"),
             saves,
         )
@@ -386,9 +383,9 @@ def tables(found: Profile) -> Iterator[Table]:
     tolerances = [one.tolerance for one in found.layers[0].within]
     rows = []
     for layer in found.layers:
-        B, H, T, S, D = layer.shape
-        size = f"{B},{H},{T if T == S else f'{T}:{S}'},{D}"
-        row = [layer.name, str(layer.calls), size, layer.dtype, duration(layer.seconds)]
+        row = [
+            layer.name, str(layer.calls), shape_text(layer.shape), layer.dtype, duration(layer.seconds)
+        ]  # fmt: skip
         for one in layer.within:
             row += [f"{len(one.cheaper)}/{len(one.heads)}", f"{one.speedup:.2f}"]
         rows.append(row)
@@ -417,7 +414,7 @@ def tables(found: Profile) -> Iterator[Table]:
 def _choice(choice: HeadChoice) -> str:
     if not choice.cheaper:
         return choice.rung
-    name = choice.rung if choice.structure == "dense" else f"{choice.rung} {choice.structure}"
+    name = way_text(choice.rung, choice.structure)
     return name if choice.saves is None else f"{name}, -{choice.saves:.0%}"
 
 

@@ -17,6 +17,22 @@ from .timing import plural
 FORMAT = "adaattn-bench-1"
 
 
+def known(x: Any) -> float | None:
+    """A number, None where it is not finite."""
+    return float(x) if math.isfinite(x) else None
+
+
+def way_text(rung: str, structure: str) -> str:
+    """How a head was computed: "bf16", "bf16 sparse"."""
+    return rung if structure == "dense" else f"{rung} {structure}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Of B, H, T, S, D: T and S once where they are equal."""
+    B, H, T, S, D = shape
+    return f"{B},{H},{T if T == S else f'{T}:{S}'},{D}"
+
+
 @dataclass
 class Head:
     """What one head was computed with, and how exact that was; None: not known."""
@@ -76,17 +92,21 @@ class Row:
 
     @property
     def case(self) -> str:
-        B, H, T, S, D = self.shape
-        return f"{B},{H},{T if T == S else f'{T}:{S}'},{D}{' causal' if self.causal else ''}"
+        return f"{shape_text(self.shape)}{' causal' if self.causal else ''}"
 
     @property
     def rungs(self) -> dict[str, int]:
-        """How many heads were computed in which way: "bf16", "bf16 sparse"."""
+        """How many heads were computed in which way."""
         found: dict[str, int] = {}
         for head in self.choices:
-            name = head.rung if head.structure == "dense" else f"{head.rung} {head.structure}"
+            name = way_text(head.rung, head.structure)
             found[name] = found.get(name, 0) + 1
         return found
+
+    @property
+    def broken(self) -> bool:
+        """Whether its worst head is further off than was promised."""
+        return self.promised is not None and not self.error <= self.promised
 
 
 @dataclass
@@ -138,8 +158,7 @@ class Run:
 
     @property
     def broken(self) -> list[Row]:
-        """Those whose worst head is further off than was promised."""
-        return [row for row in self.rows if row.promised is not None and not row.error <= row.promised]
+        return [row for row in self.rows if row.broken]
 
     @property
     def title(self) -> str:

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from .. import api, linalg
+from ..nn.stats import rungs
 from ..rates import RUNGS, split
 from ..stats import Report
 from .contenders import CONFIGURATIONS, LABELS, build, obstacles, options_of, unfit
 from .heads import Array, Heads, bundled, errors, gaussian, many, minilm, smooth, topics
 from .memory import MemoryMeter
 from .peers import oracle, sample_rows, taken_rows
-from .results import Head, Point, Row, Run, Spectrum
+from .results import Head, Point, Row, Run, Spectrum, known
 from .roofline import UNITS, WORK, Roofline
 from .timing import Runner, quartiles, ratio, take_turns, timer
 
@@ -379,23 +380,19 @@ def _describe(row: Row, report: Report, tolerance: float) -> None:
 
 
 def _choices(report: Report) -> list[Head]:
-    def number(x: Any) -> float | None:
-        return float(x) if np.isfinite(x) else None
-
     found = []
-    for at in np.ndindex(report.retried.shape):
-        qk, pv = report.precision_qk[at], report.precision_pv[at]
+    for at, rung in zip(np.ndindex(report.retried.shape), rungs(report), strict=True):
         found.append(
             Head(
-                str(qk) if qk == pv else f"{qk}/{pv}",
+                rung,
                 str(report.structure[at]),
                 int(report.rank[at]),
                 float(report.kept_fraction[at]),
-                number(report.predicted_error[at]),
-                number(report.measured_error[at]),
-                number(report.error_limit[at]),
-                number(report.entropy[at]),
-                number(report.score_std[at]),
+                known(report.predicted_error[at]),
+                known(report.measured_error[at]),
+                known(report.error_limit[at]),
+                known(report.entropy[at]),
+                known(report.score_std[at]),
                 bool(report.retried[at]),
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .contenders import LABELS
-from .results import Row, Run
+from .results import Row, Run, way_text
 
 TITLES = {
     "shapes": "Shapes of made heads",
@@ -55,7 +55,7 @@ def tables(run: Run) -> Iterator[Table]:
             ["head", "keys", "entropy", "rank", "of rows", "rung", "time", "dense", "x dense"],
             [
                 [s.heads, str(s.keys), f"{s.entropy:.2f}", f"{s.rank:.1f}", str(s.rows),
-                 s.rung if s.structure == "dense" else f"{s.rung} {s.structure}", duration(s.seconds),
+                 way_text(s.rung, s.structure), duration(s.seconds),
                  duration(s.dense_seconds), f"{s.dense_seconds / s.seconds:.2f}"]
                 for s in run.spectra
             ],
