@@ -202,7 +202,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Strict JSON that `from_json` reads: NaN is null, infinity the string "Infinity"."""
-        return json.dumps(_jsonable(self), allow_nan=False)
+        return json.dumps(jsonable(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -359,7 +359,7 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON: NaN is null, infinity the string "Infinity"; arrays are nested lists."""
-        return json.dumps(_jsonable(self), allow_nan=False)
+        return json.dumps(jsonable(self), allow_nan=False)
 
     def plot(self) -> Figure:
         """A matplotlib figure: the rung of each head, and its promised, predicted and measured error.
@@ -382,15 +382,16 @@ class Report:
 # ---- JSON
 
 
-def _jsonable(x: Any) -> Any:
+def jsonable(x: Any) -> Any:
+    """x in what strict JSON has: NaN is None, infinity a string."""
     if isinstance(x, (Plan, Report)):
-        return {f.name: _jsonable(getattr(x, f.name)) for f in fields(x)}
+        return {f.name: jsonable(getattr(x, f.name)) for f in fields(x)}
     if isinstance(x, dict):
-        return {name: _jsonable(value) for name, value in x.items()}
+        return {name: jsonable(value) for name, value in x.items()}
     if isinstance(x, np.ndarray):
-        return _jsonable(x.tolist())
+        return jsonable(x.tolist())
     if isinstance(x, (list, tuple)):
-        return [_jsonable(value) for value in x]
+        return [jsonable(value) for value in x]
     if isinstance(x, float) and not math.isfinite(x):
         return None if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
     return x
@@ -400,7 +401,7 @@ _INFINITIES = {None: math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _plan_fields(saved: Any) -> dict[str, Any]:
-    """What `_jsonable` made of a plan, checked and turned back; raises ValueError, KeyError or TypeError."""
+    """What `jsonable` made of a plan, checked and turned back; raises ValueError, KeyError or TypeError."""
     if not isinstance(saved, dict):
         raise ValueError("no object")
     names = [f.name for f in fields(Plan)]
