@@ -56,8 +56,6 @@ static int64_t count_parts(int64_t tiles) {
 
 static int up_to_step(int n) { return (n + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP; }
 
-static uint64_t first_keys(int n) { return n < 64 ? ((uint64_t)1 << n) - 1 : UINT64_MAX; }
-
 /* Elements of a key head's queries, keys or values. */
 static int64_t sum_size(const ada_problem *p, int which) {
     return which == ADA_OF_QUERY ? p->H / p->G * p->T * p->D : p->S * (which == ADA_OF_KEY ? p->D : p->E);
