@@ -261,7 +261,7 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
                 if (ada_job_cancelled(job, worker)) return true;
                 KIND(ada_backward_tile) t;
                 patch.i = tile * ADA_LANES;
-                patch.n = (int)(p->T - patch.i < ADA_LANES ? p->T - patch.i : ADA_LANES);
+                patch.n = rows_of_tile(p, tile);
                 if (!KIND(see_tile)(r, &s, &patch, &t)) continue;
                 if (!taken) {
                     KIND(take_block)(r, &s, &patch);
