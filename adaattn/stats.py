@@ -60,6 +60,18 @@ def _structures(budget: NDArray[np.float64], rank: NDArray[Any]) -> NDArray[np.s
     return np.where(rank > 0, "low_rank", np.where(budget > 0, "sparse", "dense"))
 
 
+def _chosen(column: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """The fields of a plan that say what its heads are computed with."""
+    numbers = ("predicted_error", "rank_gain", "rank_limit", "kept_fraction", "sparse_budget", "sparse_joint")
+    return {name: column[name] for name in numbers} | {
+        "precision_qk": _names(column["precision_qk"]),
+        "precision_pv": _names(column["precision_pv"]),
+        "structure": _structures(column["sparse_budget"], column["rank"]),
+        "rank": column["rank"].astype(np.int64),
+        "retried": column["retried"].astype(bool),
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a call will do, head by head: made by `adaattn.plan`, or part of a report. It pickles.
@@ -157,17 +169,7 @@ class Plan:
             forced=forced,
             lse=lse,
             ruled_out=ruled_out,
-            precision_qk=_names(column["precision_qk"]),
-            precision_pv=_names(column["precision_pv"]),
-            predicted_error=column["predicted_error"],
-            structure=_structures(column["sparse_budget"], column["rank"]),
-            rank=column["rank"].astype(np.int64),
-            rank_gain=column["rank_gain"],
-            rank_limit=column["rank_limit"],
-            kept_fraction=column["kept_fraction"],
-            sparse_budget=column["sparse_budget"],
-            sparse_joint=column["sparse_joint"],
-            retried=column["retried"].astype(bool),
+            **_chosen(column),
             finite=column["finite"].astype(bool),
             profiled_rows=column["profiled_rows"].astype(np.int64),
             candidates=_adaattn.CANDIDATES,
@@ -202,7 +204,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Strict JSON that `from_json` reads: NaN is null, infinity the string "Infinity"."""
-        return json.dumps(_jsonable(self), allow_nan=False)
+        return json.dumps(jsonable(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -303,42 +305,25 @@ class Report:
     ) -> Report:
         """From the engine's table of heads, with the plan that the call made or was given."""
         column = _columns(table)
-        qk, pv = _names(column["precision_qk"]), _names(column["precision_pv"])
-        predicted, retried = column["predicted_error"], column["retried"].astype(bool)
-        budget = column["sparse_budget"]
-        rank, bound = column["rank"].astype(np.int64), column["error_bound"]
-        structure = _structures(budget, rank)
+        chosen, bound = _chosen(column), column["error_bound"]
+        qk, pv, structure = (chosen[name] for name in ("precision_qk", "precision_pv", "structure"))
         if given is not None:
+            predicted = chosen["predicted_error"]
             kept = (qk == given.precision_qk) & (pv == given.precision_pv) & (structure == given.structure)
-            predicted = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
-            made = given
-            if not kept.all():
-                made = replace(
-                    given,
-                    precision_qk=qk,
-                    precision_pv=pv,
-                    predicted_error=predicted,
-                    structure=structure,
-                    rank=rank,
-                    rank_gain=column["rank_gain"],
-                    rank_limit=column["rank_limit"],
-                    kept_fraction=column["kept_fraction"],
-                    sparse_budget=budget,
-                    sparse_joint=column["sparse_joint"],
-                    retried=retried,
-                )
+            chosen["predicted_error"] = np.where(np.isnan(predicted) & kept, given.predicted_error, predicted)
+            made = given if kept.all() else replace(given, **chosen)
         return cls(
             precision_qk=qk,
             precision_pv=pv,
             structure=np.where(~np.isnan(bound) & (column["kept_fraction"] < 1), "sparse", structure),
-            rank=rank,
-            kept_fraction=column["kept_fraction"],
-            predicted_error=predicted,
+            rank=chosen["rank"],
+            kept_fraction=chosen["kept_fraction"],
+            predicted_error=chosen["predicted_error"],
             measured_error=column["measured_error"],
             error_limit=column["error_limit"],
             verified_rows=column["verified_rows"].astype(np.int64),
             error_bound=bound,
-            retried=retried,
+            retried=chosen["retried"],
             entropy=column["entropy"],
             entropy_std=column["entropy_std"],
             block_entropy=column["block_entropy"],
@@ -359,7 +344,7 @@ class Report:
 
     def to_json(self) -> str:
         """Strict JSON: NaN is null, infinity the string "Infinity"; arrays are nested lists."""
-        return json.dumps(_jsonable(self), allow_nan=False)
+        return json.dumps(jsonable(self), allow_nan=False)
 
     def plot(self) -> Figure:
         """A matplotlib figure: the rung of each head, and its promised, predicted and measured error.
@@ -382,15 +367,16 @@ class Report:
 # ---- JSON
 
 
-def _jsonable(x: Any) -> Any:
+def jsonable(x: Any) -> Any:
+    """x in what strict JSON has: NaN is None, infinity a string."""
     if isinstance(x, (Plan, Report)):
-        return {f.name: _jsonable(getattr(x, f.name)) for f in fields(x)}
+        return {f.name: jsonable(getattr(x, f.name)) for f in fields(x)}
     if isinstance(x, dict):
-        return {name: _jsonable(value) for name, value in x.items()}
+        return {name: jsonable(value) for name, value in x.items()}
     if isinstance(x, np.ndarray):
-        return _jsonable(x.tolist())
+        return jsonable(x.tolist())
     if isinstance(x, (list, tuple)):
-        return [_jsonable(value) for value in x]
+        return [jsonable(value) for value in x]
     if isinstance(x, float) and not math.isfinite(x):
         return None if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
     return x
@@ -400,7 +386,7 @@ _INFINITIES = {None: math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _plan_fields(saved: Any) -> dict[str, Any]:
-    """What `_jsonable` made of a plan, checked and turned back; raises ValueError, KeyError or TypeError."""
+    """What `jsonable` made of a plan, checked and turned back; raises ValueError, KeyError or TypeError."""
     if not isinstance(saved, dict):
         raise ValueError("no object")
     names = [f.name for f in fields(Plan)]

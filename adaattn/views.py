@@ -46,7 +46,8 @@ def time_text(seconds: float) -> str:
     return f"{float(value):.0f} {unit}" if "e" in value else f"{value} {unit}"
 
 
-def _pair(qk: Any, pv: Any) -> str:
+def pair_text(qk: Any, pv: Any) -> str:
+    """The rung of both products, or "scores/values"."""
     return str(qk) if qk == pv else f"{qk}/{pv}"
 
 
@@ -68,7 +69,7 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
     columns: dict[str, list[str]] = {
         "batch": [str(b) if r.retried.shape[0] > 1 else "" for b, _ in heads],
         "head": [str(h) for _, h in heads],
-        "precision": [_pair(*pair) for pair in pairs],
+        "precision": [pair_text(*pair) for pair in pairs],
         "structure": [str(x) for x in r.structure.flat] if (r.structure != "dense").any() else [],
         "rank": [str(x) if x else "" for x in r.rank.flat],
         "kept": numbers(r.kept_fraction) if (r.kept_fraction != 1).any() else [],
@@ -157,7 +158,7 @@ def plot(report: Report) -> Figure:
     pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
     order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
     used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
-    colours = [COLOURS.get(_pair(*pair), "tab:brown") for pair in used]
+    colours = [COLOURS.get(pair_text(*pair), "tab:brown") for pair in used]
     grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
 
     figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))
@@ -167,7 +168,7 @@ def plot(report: Report) -> Figure:
     rungs.set(xlabel="head", ylabel="batch")
     for axis, n in ((rungs.xaxis, H), (rungs.yaxis, B)):
         axis.set_ticks(range(0, n, -(-n // 16)))
-    keys = [Patch(color=colour, label=_pair(*pair)) for colour, pair in zip(colours, used, strict=True)]
+    keys = [Patch(color=colour, label=pair_text(*pair)) for colour, pair in zip(colours, used, strict=True)]
     rungs.legend(
         handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(len(keys), 1), frameon=False
     )
@@ -231,7 +232,7 @@ def _allowed(plan: Plan, candidate: str) -> bool:
 
 def _reason(plan: Plan, at: tuple[int, ...]) -> str:
     """The chosen one, and what stood against the others."""
-    name = _pair(plan.precision_qk[at], plan.precision_pv[at])
+    name = pair_text(plan.precision_qk[at], plan.precision_pv[at])
     c = plan.candidates.index(name) if name in plan.candidates else -1
     error = float(plan.predicted_error[at])
     known = [] if c < 0 else [time_text(float(plan.candidate_seconds[at][c]))]

@@ -54,9 +54,12 @@ static int64_t count_parts(int64_t tiles) {
     return parts < MOST_PARTS ? parts : MOST_PARTS;
 }
 
-static int up_to_step(int n) { return (n + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP; }
+static int rows_of_tile(const ada_problem *p, int64_t tile) {
+    const int64_t left = p->T - tile * ADA_LANES;
+    return left < ADA_LANES ? (int)left : ADA_LANES;
+}
 
-static uint64_t first_keys(int n) { return n < 64 ? ((uint64_t)1 << n) - 1 : UINT64_MAX; }
+static int up_to_step(int n) { return (n + ADA_KEY_STEP - 1) / ADA_KEY_STEP * ADA_KEY_STEP; }
 
 /* Elements of a key head's queries, keys or values. */
 static int64_t sum_size(const ada_problem *p, int which) {
@@ -140,7 +143,7 @@ static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
     for (int64_t tile = tiles.first; tile < tiles.end; tile++) {
         ada_carver carver = {scratch, 0};
         const int64_t i = tile * ADA_LANES, row = head * p->T + i;
-        const int n = (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES);
+        const int n = rows_of_tile(p, tile);
         if (ada_job_cancelled(job, worker)) return;
         if (p->query.dtype == ADA_F64) {
             const scratch_f64 s = scratch_of_f64(p, &carver);
@@ -241,12 +244,8 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
             for (int64_t tile = all_i.first; tile < all_i.end; tile++)
                 for (int64_t block = all_j.first; block < all_j.end; block++) {
                     const int64_t i = tile * ADA_LANES, j = block * ADA_BLOCK, left = ada_key_count(p, b) - j;
-                    const ada_patch patch = {b,
-                                             h,
-                                             i,
-                                             j,
-                                             (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES),
-                                             (int)(left < ADA_BLOCK ? left : ADA_BLOCK)};
+                    const ada_patch patch = {
+                        b, h, i, j, rows_of_tile(p, tile), (int)(left < ADA_BLOCK ? left : ADA_BLOCK)};
                     if (ada_job_cancelled(job, worker)) return;
                     if (left <= 0) break;
                     const bool unfit = r->unfit[b * p->G + h / (p->H / p->G)] || is_double(r);
@@ -254,7 +253,7 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
                         mask_back_f64(r, &patch, tall * ADA_BLOCK, wide, sum, worker);
                 }
     const int64_t i = row * ADA_LANES, j = column * ADA_BLOCK;
-    const int n = tall ? (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES) : 1;
+    const int n = tall ? rows_of_tile(p, row) : 1;
     const int nk = wide ? ada_keys_of_block(p, column) : 1;
     ada_array to = *mask;
     to.data = (char *)to.data + j * to.stride[3];

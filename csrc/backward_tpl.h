@@ -71,7 +71,8 @@ static bool KIND(see_tile)(const back_run *r, const KIND(scratch) * s, const ada
                                    .width = up_to_step(patch->nk)};
     const bool whole = sight == ADA_PLAIN && patch->nk == t->width;
     if (!whole) t->visible = s->visible;
-    for (int i = 0; sight == ADA_PLAIN && !whole && i < patch->n; i++) s->visible[i] = first_keys(patch->nk);
+    for (int i = 0; sight == ADA_PLAIN && !whole && i < patch->n; i++)
+        s->visible[i] = ada_first_bits(patch->nk);
     const int64_t row = (patch->b * p->H + patch->h) * p->T + patch->i;
     uint64_t dead = 0; /* rows that see nothing */
     for (int i = 0; i < patch->n; i++) {
@@ -159,7 +160,7 @@ static uint64_t KIND(seen_keys)(const KIND(ada_backward_tile) * t, int i, int nk
     uint64_t seen = t->visible ? t->visible[i] : UINT64_MAX;
     for (int j = 0; t->bias && j < nk; j++)
         if (t->bias[i * ADA_BLOCK + j] == -INFINITY) seen &= ~((uint64_t)1 << j);
-    return seen & first_keys(nk);
+    return seen & ada_first_bits(nk);
 }
 
 /* The gradient of the head's slope. */
@@ -260,7 +261,7 @@ static bool KIND(part_back)(const back_run *r, int64_t group, int64_t key_part, 
                 if (ada_job_cancelled(job, worker)) return true;
                 KIND(ada_backward_tile) t;
                 patch.i = tile * ADA_LANES;
-                patch.n = (int)(p->T - patch.i < ADA_LANES ? p->T - patch.i : ADA_LANES);
+                patch.n = rows_of_tile(p, tile);
                 if (!KIND(see_tile)(r, &s, &patch, &t)) continue;
                 if (!taken) {
                     KIND(take_block)(r, &s, &patch);

@@ -31,9 +31,6 @@ void ada_seeing_rows(const ada_problem *p, int64_t b, int64_t *start, int64_t *e
     while (*end > *start && !ada_sees_keys(p, b, *end - 1)) --*end;
 }
 
-/* The lowest n bits. */
-static uint64_t first_bits(int64_t n) { return n >= 64 ? UINT64_MAX : n <= 0 ? 0 : ((uint64_t)1 << n) - 1; }
-
 /* n bytes, nonzero = true, to bits. */
 static uint64_t bits_of_bytes(const char *bytes, int64_t stride, int n) {
     uint64_t bits = 0;
@@ -62,12 +59,12 @@ ada_sight ada_visible_rows(const ada_problem *p, const ada_patch *patch, uint64_
     bool inside = high.first <= patch->j && low.end >= patch->j + patch->nk;
     if (inside && !masked) return ADA_PLAIN;
 
-    const uint64_t all = first_bits(patch->nk);
+    const uint64_t all = ada_first_bits(patch->nk);
     uint64_t any = 0, every = all;
     for (int r = 0; r < patch->n; r++) {
         ada_span span = inside ? low : ada_visible_span(p, patch->b, patch->i + r);
         uint64_t bits = all;
-        if (!inside) bits &= first_bits(span.end - patch->j) & ~first_bits(span.first - patch->j);
+        if (!inside) bits &= ada_first_bits(span.end - patch->j) & ~ada_first_bits(span.first - patch->j);
         if (masked) {
             const char *row = (const char *)mask->data + patch->b * mask->stride[0] +
                               patch->h * mask->stride[1] + (patch->i + r) * mask->stride[2] +

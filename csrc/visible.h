@@ -30,6 +30,11 @@ static inline int ada_keys_of_block(const ada_problem *p, int64_t block) {
     return left < ADA_BLOCK ? (int)left : ADA_BLOCK;
 }
 
+/* The lowest n bits. */
+static inline uint64_t ada_first_bits(int64_t n) {
+    return n >= 64 ? UINT64_MAX : n <= 0 ? 0 : ((uint64_t)1 << n) - 1;
+}
+
 /* Runs of ones in a word: n bits from first on. */
 #define ADA_FOR_RUNS(word, first, n)                                                                         \
     for (int first = 0, n = ada_next_run(word, &first); n; first += n, n = ada_next_run(word, &first))

@@ -21,7 +21,7 @@ MODULES: dict[str, list[str] | None] = {
     "adaattn.linalg": None,
     "adaattn.nn": None,
     "adaattn.integrations.torch": ["scaled_dot_product_attention", "AdaAttention"],
-    "adaattn.integrations.transformers": ["register", "statistics", "reset_statistics", "ModelStatistics"],
+    "adaattn.integrations.transformers": ["register", "statistics", "reset_statistics"],
     "adaattn.integrations.onnx": ["attention", "Outputs"],
 }
 INTERNAL = {"Plan.of", "Plan.choices", "Report.of"}

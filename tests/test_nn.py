@@ -647,6 +647,8 @@ def test_views_of_statistics(told: nn.ModelStatistics) -> None:
     plain = json.loads(told.to_json())
     assert {name: layer["call_count"] for name, layer in plain["layers"].items()} == {"0": 1, "1": 2}
     assert plain["total"]["mean_rank"] is None and plain["total"]["seconds"]["execute"] > 0
+    infinite = dataclasses.replace(told, total=dataclasses.replace(told.total, measured_error=math.inf))
+    assert json.loads(infinite.to_json())["total"]["measured_error"] == "Infinity"
 
 
 def test_figure_of_statistics(told: nn.ModelStatistics, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,8 +134,9 @@ _ARGUMENTS = (
 )
 
 
-def _options(tensors: Any, others: Any) -> dict[str, Any]:
+def _options(rest: Any) -> dict[str, Any]:
     """Options of `adaattn.attention` for an operator's arguments behind value."""
+    tensors, others = rest[: len(_TENSORS)], rest[len(_TENSORS) :]
     causal, left, right, softcap, scale, dropout_p, tolerance, qk, pv, least, most, structure, verify, n = (
         others
     )
@@ -147,19 +148,20 @@ def _options(tensors: Any, others: Any) -> dict[str, Any]:
         "dropout_p": dropout_p,
         "tolerance": tolerance,
         "precision": qk if qk == pv else (qk, pv),
+        "min_precision": least,
+        "max_precision": most,
+        "structure": structure,
         "num_threads": n,
     }
-    given = {"min_precision": least, "max_precision": most, "structure": structure}
-    return options | given | ({} if verify else {"verify": False})
+    return options if verify else options | {"verify": False}
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    return compute(query, key, value, **_options(rest[: len(_TENSORS)], rest[len(_TENSORS) :]))
+    return compute(query, key, value, **_options(rest))
 
 
 def _attention_lse(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-    options = _options(rest[: len(_TENSORS)], rest[len(_TENSORS) :])
-    return compute(query, key, value, return_lse=True, **options)
+    return compute(query, key, value, return_lse=True, **_options(rest))
 
 
 def _fake(query: Any, key: Any, value: Any, *rest: Any) -> Any:
@@ -177,7 +179,7 @@ _GRADIENTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sinks")
 def _backward(
     grad_out: Any, out: Any, lse: Any, needs: Any, query: Any, key: Any, value: Any, *rest: Any
 ) -> Any:
-    options = _options(rest[: len(_TENSORS)], rest[len(_TENSORS) :])
+    options = _options(rest)
     inputs = {"query": query, "key": key, "value": value} | options
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
@@ -193,7 +195,7 @@ def _backward(
 
 
 def _fake_backward(grad_out: Any, out: Any, lse: Any, needs: Any, *inputs: Any) -> Any:
-    arrays = (*inputs[:4], inputs[4], inputs[5])
+    arrays = inputs[: len(_GRADIENTS)]
     return [x.new_empty(x.shape) for x, need in zip(arrays, needs, strict=True) if need]
 
 

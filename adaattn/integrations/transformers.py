@@ -9,10 +9,7 @@ sdpa.
 from __future__ import annotations
 
 import inspect
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +19,7 @@ from torch.utils import _pytree as pytree
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 from ..errors import ArgumentError
-from ..nn.stats import AttentionStatistics, Tally
+from ..nn.stats import ModelStatistics, Tally
 from ..stats import tolerance_of
 from .torch import combined, hidden_keys, is_traced, scaled_dot_product_attention
 from .torch_operators import compute
@@ -281,38 +278,6 @@ def _pattern(function: Any) -> tuple[bool, int | None, int | None] | None:
 # ---- statistics
 
 
-@dataclass(frozen=True)
-class ModelStatistics:
-    """What the attention of a model was computed with, since it was last reset.
-
-    Attributes
-    ----------
-    layers : dict
-        Name of the module in the model to its `adaattn.nn.AttentionStatistics`.
-    total : AttentionStatistics
-        Of all of them together.
-    """
-
-    layers: dict[str, AttentionStatistics]
-    total: AttentionStatistics
-
-    def table(self) -> str:
-        """A line for each layer and one for the model: calls, rungs, largest measured error, time."""
-        rows = [("layer", "calls", "rungs", "error", "retried", "seconds")]
-        for name, s in (*self.layers.items(), ("total", self.total)):
-            rungs = ", ".join(f"{rung} {share:.0%}" for rung, share in s.precision_distribution.items())
-            error = "" if math.isnan(s.measured_error) else f"{s.measured_error:.1e}"
-            seconds = f"{sum(s.seconds.values()):.4f}"
-            rows.append((name, str(s.call_count), rungs, error, str(s.retried), seconds))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """Strict JSON; NaN is null."""
-        return json.dumps(_without_nan(asdict(self)), allow_nan=False)
-
-
 def statistics(model: Any) -> ModelStatistics:
     """Statistics of every layer of a model, and of all of them together, if `register` was told to collect.
 
@@ -320,6 +285,11 @@ def statistics(model: Any) -> ModelStatistics:
     ----------
     model : torch.nn.Module
         A model of transformers, or a part of one.
+
+    Returns
+    -------
+    adaattn.nn.ModelStatistics
+        Its layers by the names that the modules have in the model.
 
     Raises
     ------
@@ -341,9 +311,3 @@ def reset_statistics(model: Any) -> None:
     """Forget the calls that a model's layers collected so far."""
     for module in model.modules():
         _tallies.pop(module, None)
-
-
-def _without_nan(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {name: _without_nan(value) for name, value in x.items()}
-    return None if isinstance(x, float) and math.isnan(x) else x

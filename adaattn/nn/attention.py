@@ -162,20 +162,18 @@ class MultiHeadAttention(Module):
 
     def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
         """`attend`'s result for the options, by the module's own choice of precision and structure."""
-        return self._collect(self.attend, (query, key, value), options, planned=False)
+        return self._collect(self.attend, (query, key, value), options)
 
     def _attend_cached(self, cache: KVCache, query: Array, options: dict[str, Any]) -> Any:
         """As `_attend`, over what the cache holds."""
-        return self._collect(cache.attention, (query,), options, planned=False)
+        return self._collect(cache.attention, (query,), options)
 
-    def _collect(
-        self, attend: Callable[..., Any], arrays: tuple[Array, ...], options: dict[str, Any], planned: bool
-    ) -> Any:
+    def _collect(self, attend: Callable[..., Any], arrays: tuple[Array, ...], options: dict[str, Any]) -> Any:
         """The call's result; with a report, which the statistics count, where they are collected."""
         if not self.collect_statistics:
             return attend(*arrays, **options)
         *result, report = attend(*arrays, **options, return_report=True)
-        self._tally.add(report, planned)
+        self._tally.add(report, planned=report.plan is not None)
         return result[0] if len(result) == 1 else tuple(result)
 
     def get_statistics(self) -> AttentionStatistics:
@@ -286,7 +284,7 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
     def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
         arrays = query, key, value
         if self._replan_every is None:
-            return self._collect(self.attend, arrays, options | self._budget(key.shape[2]), planned=True)
+            return self._collect(self.attend, arrays, options | self._budget(key.shape[2]))
         sizes = query.shape, key.shape, value.shape, query.dtype, "return_lse" in options
         plan = self._plan if sizes == self._plan_sizes else None
         budget = self._budget(key.shape[2]) if plan is None else {"plan": plan}
@@ -298,7 +296,7 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
         return result[0] if len(result) == 1 else tuple(result)
 
     def _attend_cached(self, cache: KVCache, query: Array, options: dict[str, Any]) -> Any:
-        return self._collect(cache.attention, (query,), options | self._budget(), planned=True)
+        return self._collect(cache.attention, (query,), options | self._budget())
 
     def _budget(self, keys: int | None = None) -> dict[str, Any]:
         """Of a call over so many keys; None: over a cache's."""

@@ -82,11 +82,7 @@ class Module:
             )
         if foreign := state.keys() - own.keys():
             raise ArgumentError(f"state: expected only parameters of the module, got {_join(foreign)}")
-        for key, parameter in own.items():
-            if (shape := np.shape(state[key])) != parameter.shape:
-                raise ShapeError(f"state: expected {key} of shape {parameter.shape}, got {shape}")
-        for key, parameter in own.items():
-            parameter[...] = state[key]
+        copy_into(own, state)
 
     def parameters(self) -> list[Array]:
         """The parameters, in the order of `state_dict`."""
@@ -165,6 +161,15 @@ class Module:
 def _parameters(module: Module) -> dict[str, Array]:
     own = vars(module).items()
     return {name: x for name, x in own if isinstance(x, np.ndarray) and not name.startswith("_")}
+
+
+def copy_into(arrays: Mapping[str, Array], state: Mapping[str, ArrayLike]) -> None:
+    """Fill arrays with those of the same names, if all shapes fit."""
+    for name, array in arrays.items():
+        if (shape := np.shape(state[name])) != array.shape:
+            raise ShapeError(f"state: expected {name} of shape {array.shape}, got {shape}")
+    for name, array in arrays.items():
+        array[...] = state[name]
 
 
 def _join(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ArgumentError, DTypeError, ShapeError
-from .module import Array, Module
+from .module import Array, Module, copy_into
 
 
 def cross_entropy(logits: Array, targets: ArrayLike, *, ignore_index: int = -100) -> tuple[float, Array]:
@@ -156,9 +156,5 @@ class AdamW:
             raise ArgumentError(
                 f"state: expected that of AdamW for this module, got it but for {sorted(wrong)}"
             )
-        for name, array in own.items():
-            if (shape := np.shape(state[name])) != array.shape:
-                raise ShapeError(f"state: expected {name} of shape {array.shape}, got {shape}")
-        for name, array in own.items():
-            array[...] = state[name]
+        copy_into(own, state)
         self.steps = int(own["steps"])

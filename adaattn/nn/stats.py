@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..stats import PHASES, Report
-from ..views import COLOURS, empty_figure, error_text, time_text
+from ..stats import PHASES, Report, jsonable
+from ..views import COLOURS, empty_figure, error_text, pair_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,10 +133,8 @@ class ModelStatistics:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def to_json(self) -> str:
-        """All of it; NaN becomes null."""
-        layers = {name: _plain(layer) for name, layer in self.layers.items()}
-        told = {"layers": layers, "total": _plain(self.total)}
-        return json.dumps(told, allow_nan=False)
+        """All of it, as strict JSON: NaN is null, infinity the string "Infinity"."""
+        return json.dumps(jsonable(asdict(self)), allow_nan=False)
 
     def plot(self) -> Figure:
         """Each layer's rungs as shares of its heads, and its time by phase.
@@ -187,12 +184,7 @@ def _cells(told: AttentionStatistics) -> tuple[str, ...]:
     )
 
 
-def _plain(told: AttentionStatistics) -> dict[str, Any]:
-    items = dataclasses.asdict(told).items()
-    return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in items}
-
-
 def rungs(report: Report) -> list[str]:
-    """Names of the rungs of one head after another: that of both products, or "scores/values"."""
+    """Names of the rungs of one head after another."""
     pairs = zip(report.precision_qk.flat, report.precision_pv.flat, strict=True)
-    return [str(scores) if scores == values else f"{scores}/{values}" for scores, values in pairs]
+    return [pair_text(*pair) for pair in pairs]

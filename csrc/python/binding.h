@@ -59,8 +59,9 @@ int ada_view_of(const ada_module_state *state, PyObject *object, const char *nam
 int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const char *name, ada_dtype dtype,
                         ada_view *view);
 /* One side of a cache, adaattn.cache.Stored: a tuple (dtype name, data, scale, mean, open, open_page), the
- * last four None but for int8, and where there are codes a tuple (codes, fine codes, scale, centre, norms, coded) more. It
- * is made by adaattn.cache alone, so only what would crash is checked. codes NULL: they are not wanted. */
+ * last four None but for int8, and where there are codes a tuple (codes, fine codes, scale, centre, norms,
+ * coded) more. It is made by adaattn.cache alone, so only what would crash is checked. codes NULL: they are
+ * not wanted. */
 bool ada_is_stored(PyObject *object);
 int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada_view *view);
 /* A new NumPy array, C-contiguous; bfloat16 takes its NumPy dtype from like. */
