@@ -244,5 +244,6 @@ def test_references_are_given_back(rng: np.random.Generator) -> None:
         gc.collect()
         return sys.getallocatedblocks() - before
 
+    # A lost reference is lost in every round; what the interpreter keeps for reuse grows in some.
     count()
-    assert count() < 100
+    assert min(count() for _ in range(4)) < 100
