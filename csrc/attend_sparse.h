@@ -56,7 +56,10 @@ static int same_run(const sparse_lists *x, int i, int plain, bool apart) {
 /* Weighs the plain blocks; false when one of their scores is far above the reference. */
 static bool weigh_lists(const ada_run *r, const narrow *s, const sparse_lists *x, ada_patch patch, int plain,
                         double level) {
-    ada_gauge_i8_fn *gauge = s->store->pv.format == ADA_WORDS_I8 ? r->k->gauge_i8 : r->k->gauge_bf16;
+    const ada_format format = s->store->pv.format;
+    ada_gauge_i8_fn *gauge = format == ADA_WORDS_I8    ? r->k->gauge_i8
+                             : format == ADA_WORDS_I16 ? r->k->gauge_i16
+                                                       : r->k->gauge_bf16;
     for (int i = 0, n; i < plain; i += n) {
         n = same_run(x, i, plain, false);
         patch.j = (int64_t)x->block[i] * ADA_BLOCK;

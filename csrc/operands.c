@@ -60,6 +60,7 @@ bool ada_may_stand_in(const ada_kernels *k, ada_choice choice) {
     const ada_operands qk = operands_of(k, choice.qk, false), pv = operands_of(k, choice.pv, true);
     if (qk.parts.a > 1 || pv.parts.a > 1) return false;
     if (pv.format == ADA_WORDS_I8) return qk.format == ADA_WORDS_I8 && k->weigh_i8_i8 && k->gauge_i8;
+    if (pv.format == ADA_WORDS_I16) return qk.format == ADA_WORDS_I16 && k->weigh_i16_i16 && k->gauge_i16;
     if (pv.format != ADA_WORDS_BF16 || !k->gauge_bf16) return false;
     if (qk.format == ADA_WORDS_BF16) return k->weigh_bf16_bf16;
     return qk.format == ADA_WORDS_I8 && k->weigh_i8_bf16;

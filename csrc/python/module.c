@@ -347,13 +347,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    static const char *const structures[] = {"auto", "dense", "low_rank"};
+    static const char *const structures[] = {"auto", "dense", "sparse", "low_rank"};
     int structure;
-    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense' or 'low_rank'", structures, 3,
-                    &structure) ||
+    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense', 'sparse' or 'low_rank'",
+                    structures, 4, &structure) ||
         ranks_of(state, args[MIN_RANK], args[MAX_RANK], &budget))
         goto done;
-    budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
+    budget.structure = (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
