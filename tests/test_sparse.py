@@ -13,6 +13,7 @@ from support import same_bits
 
 import adaattn
 from adaattn import _adaattn, rates
+from adaattn.bench.heads import topics
 
 Array = NDArray[Any]
 
@@ -190,6 +191,25 @@ def test_needles_are_kept(rng, base, every, tolerance):
     assert errors(out, exact)[0, 0] <= tolerance
     off = np.linalg.norm((out - exact)[0, 0, rows], axis=1) / np.linalg.norm(exact[0, 0, rows], axis=1)
     assert off.max() < 0.3, "a needle row was lost"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
+def test_blocks_are_passed_over_for_a_reason(rng, tolerance, causal):
+    """Rows of one topic never see blocks of another, whose scores are not computed, but for single keys that
+    lie there; some have large values."""
+    heads = topics(2 * S, run=256)
+    q, k, v = (x.copy() for x in (heads.query, heads.key, heads.value))
+    rows = rng.choice(np.arange(S, 2 * S), 48, replace=False)
+    keys = rng.choice(S, 48, replace=False)
+    k[0, 0, keys] = 1.5 * q[0, 0, rows]  # and so for all rows of that topic
+    v[0, 0, keys[::4]] *= 10
+    out, report = adaattn.attention(q, k, v, tolerance=tolerance, causal=causal, return_report=True)
+    exact = exactly(q, k, v, causal=causal)
+    assert report.structure[0, 0] == "sparse" and report.kept_fraction[0, 0] < 0.5
+    assert errors(out, exact)[0, 0] <= tolerance
+    off = np.linalg.norm((out - exact)[0, 0, rows], axis=1) / np.linalg.norm(exact[0, 0, rows], axis=1)
+    assert off.max() < 0.2, "a needle was passed over"
 
 
 def hard() -> Iterator[Any]:
