@@ -533,7 +533,7 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
-        const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept};
+        const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
         const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
         for (int64_t i = 0; i < count; i++) {
             ada_head *head = &heads[launch[i]];

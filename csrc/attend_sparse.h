@@ -13,6 +13,7 @@ typedef struct {
     float *mean;      /* [ADA_BLOCK][E] */
     float *shift2;    /* [ADA_LANES] */
     int *block, *run; /* [blocks] of the keys, and the one that its run begins with */
+    int *other;       /* [blocks] that are not plain */
     bool *stands;     /* [blocks] */
     ada_choosing choosing;
 } sparse_lists;
@@ -30,6 +31,7 @@ static sparse_lists sparse_lists_of(const ada_run *r, ada_carver *c) {
     x.shift2 = ada_carve(c, lanes);
     x.block = ada_carve(c, blocks * (int64_t)sizeof *x.block);
     x.run = ada_carve(c, blocks * (int64_t)sizeof *x.run);
+    x.other = ada_carve(c, blocks * (int64_t)sizeof *x.other);
     x.stands = ada_carve(c, blocks * (int64_t)sizeof *x.stands);
     x.choosing.cost = ada_carve(c, blocks * (int64_t)sizeof(float));
     x.choosing.sum = ada_carve(c, lanes);
@@ -176,6 +178,26 @@ static void add_lists(const ada_run *r, const narrow *s, const sparse_lists *x, 
     }
 }
 
+/* The column that a block is in. */
+static int column_of(const ada_run *r, const ada_picture *to, int block) {
+    return (int)((int64_t)block * to->columns / r->store.blocks);
+}
+
+/* What became of a tile's blocks; visible: in each column. */
+static void draw_tile(const ada_run *r, const sparse_lists *x, const ada_patch *patch, int plain, int others,
+                      const uint32_t *visible) {
+    const ada_picture *to = r->p->sparse->picture;
+    const int64_t row = patch->i / ADA_LANES * to->rows / r->tiles, head = patch->b * r->p->H + patch->h;
+    const int64_t at = (head * to->rows + row) * to->columns;
+    uint32_t kept[ADA_PICTURE_MOST] = {0};
+    for (int i = 0; i < plain; i++) kept[column_of(r, to, x->block[i])] += !x->stands[i];
+    for (int i = 0; i < others; i++) kept[column_of(r, to, x->other[i])]++;
+    for (int c = 0; c < to->columns; c++) { /* several tiles share a row */
+        __atomic_fetch_add(&to->visible[at + c], visible[c], __ATOMIC_RELAXED);
+        __atomic_fetch_add(&to->kept[at + c], kept[c], __ATOMIC_RELAXED);
+    }
+}
+
 typedef enum { TILE_DONE, TILE_UNFIT, TILE_DENSE } tile_end;
 
 /* Of the tile of a head (index of the run's). TILE_DENSE: it is to be computed as if nothing stood in. */
@@ -185,6 +207,8 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     const ada_span span = tile_span(p, &patch);
     const int64_t head = patch.b * p->H + patch.h;
     float *shift2 = p->sparse->shift2 + head * p->T + patch.i;
+    const ada_picture *picture = p->sparse->picture;
+    uint32_t visible[ADA_PICTURE_MOST] = {0};
     int plain = 0, others = 0;
     memset(shift2, 0, (size_t)patch.n * sizeof *shift2);
     if (!start_narrow(r, s, &patch, r->store.slots[index])) return TILE_UNFIT;
@@ -198,11 +222,14 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
         patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
         block_f32 block = {0};
         if (see_block_f32(r, &s->base, &patch, &block)) {
+            x->other[others] = (int)(patch.j / ADA_BLOCK);
             if (!narrow_weights(r, s, &patch, &block, others++ == 0)) return TILE_UNFIT;
             add_block(r, s, &patch);
         }
         patch.j += ADA_BLOCK;
     }
+    for (int i = 0; picture && i < plain + others; i++)
+        visible[column_of(r, picture, i < plain ? x->block[i] : x->other[i - plain])]++;
     const int passed = pass_over(r, s, x, &patch, &plain);
     if (!weigh_lists(r, s, x, patch, plain, sqrt(p->sparse->budget2[head]))) return TILE_DENSE;
     if (ada_job_cancelled(job, worker)) return TILE_DONE;
@@ -215,6 +242,7 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     add_lists(r, s, x, plain);
     if (!finish_narrow(r, s, &patch)) return TILE_UNFIT;
     memcpy(shift2, x->shift2, (size_t)patch.n * sizeof *shift2);
+    if (picture) draw_tile(r, x, &patch, plain, others, visible);
     atomic_fetch_add_explicit(&r->tallies[index].blocks, plain + others + passed, memory_order_relaxed);
     atomic_fetch_add_explicit(&r->tallies[index].stand_ins, stand + passed, memory_order_relaxed);
     return TILE_DONE;

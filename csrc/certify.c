@@ -813,6 +813,7 @@ static ada_status attend_groups(const ada_problem *whole, const ada_budget *budg
     p.B = sequences, p.G = groups, p.H = groups * group;
     p.query.shape[0] = p.out.shape[0] = p.B, p.query.shape[1] = p.out.shape[1] = p.H;
     own.heads += b * whole->H + h;
+    own.picture = NULL; /* nothing stands in on a cache */
     if (own.given) own.given += b * whole->H + h;
     memset(own.seconds, 0, sizeof own.seconds);
     const ada_status status = ada_attend_within(&p, &ada_cpu_backend, NULL, &own, interrupt, context, error);

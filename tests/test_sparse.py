@@ -262,6 +262,54 @@ def test_reports_tell(rng):
     assert "sparse" in report.plan.explain() and "% of the blocks" in report.plan.explain()
 
 
+@pytest.mark.parametrize("length", [S, S + 100, 3 * S])
+def test_pictures_of_kept_blocks(rng, length):
+    """Local heads keep what is near the diagonal; all of a picture's blocks are those that are counted."""
+    arrays = local(rng, 2, 2, length=length)
+    arrays[2][0, 1, 9, 3] = np.nan
+    _, report = adaattn.attention(*arrays, tolerance=5e-2, causal=True, return_report=True)
+    assert report.structure.tolist() == [["sparse", "dense"]]
+    picture = report.kept_blocks
+    assert picture.shape == (1, 2, 32, 32) and np.isnan(picture[0, 1]).all()
+    visible = ~np.isnan(picture[0, 0])
+    rows, columns = np.indices((32, 32))
+    assert visible[columns < rows - 1].all() and not visible[columns > rows + 1].any()
+    assert np.nanmin(picture[0, 0][rows == columns]) > 0.3
+    assert np.nanmean(picture[0, 0][columns < rows - 16]) < 0.5 * np.nanmean(picture[0, 0][rows == columns])
+    if length == S:  # a cell is a block
+        assert np.nanmean(picture[0, 0]) == pytest.approx(report.kept_fraction[0, 0], abs=1e-6)
+    same = adaattn.attention(*arrays, tolerance=5e-2, causal=True, return_report=True, num_threads=2)[1]
+    assert same_bits(same.kept_blocks, picture)
+    assert '"kept_blocks": [[[[' in report.to_json()
+
+
+def test_pictures_of_heads_sent_back(rng):
+    """There is none of what was computed again, nor where nothing is sparse, nor of short heads."""
+    arrays = local(rng, 2, 1)
+    plan = adaattn.plan(*arrays, tolerance=2e-2)
+    given = replace(plan, sparse_budget=plan.sparse_budget * [[1e4, 1]])
+    picture = adaattn.attention(*arrays, plan=given, return_report=True)[1].kept_blocks
+    assert np.isnan(picture[0, 0]).all() and not np.isnan(picture[0, 1]).any()
+    report = adaattn.attention(*arrays, tolerance=2e-2, structure="dense", return_report=True)[1]
+    assert report.kept_blocks is None and '"kept_blocks": null' in report.to_json()
+    short = by_name(*(x[:, :, :200] for x in arrays))[1].kept_blocks
+    assert short.shape == (1, 2, 3, 3) and np.isnan(short).sum() <= np.isnan(short[:, :, -1]).sum()
+
+
+def test_plot_of_kept_blocks(rng):
+    pytest.importorskip("matplotlib")
+    arrays = local(rng, 2, 2)
+    report = adaattn.attention(*arrays, tolerance=5e-2, return_report=True)[1]
+    figure = report.plot_blocks()
+    drawn = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in drawn[:2]] == [
+        f"{h}: {report.kept_fraction[0, h]:.0%}" for h in range(2)
+    ]
+    assert same_bits(np.asarray(drawn[1].images[0].get_array()), report.kept_blocks[0, 1])
+    dense = adaattn.attention(*arrays, tolerance=5e-2, structure="dense", return_report=True)[1]
+    assert dense.plot_blocks().axes[0].texts[0].get_text() == "no head is sparse"
+
+
 def test_json_with_a_structure_of_its_own_is_refused(rng):
     text = adaattn.plan(*local(rng), tolerance=2e-2).to_json()
     assert '"structure": [["sparse"]]' in text
