@@ -268,6 +268,10 @@ class Report:
         Operations of both products over the visible keys.
     plan : Plan or None
         What can be passed to a later call; None without a tolerance.
+    kept_blocks : (B, H, rows, columns) array or None
+        A picture of each sparse head, of up to 32 parts of its queries and of its keys: the share of a part's
+        visible blocks of 64 by 64 that was computed. NaN where nothing is visible and for other heads; None
+        where no head was sparse. `plot_blocks` draws it.
     stored_error : (B, H) array or None
         From a `KVCache`: the relative error of the output that keeping keys and values in its dtype is
         predicted to have cost, as if what was appended had been more exact. None elsewhere.
@@ -291,6 +295,7 @@ class Report:
     seconds: dict[str, float]
     flops: float
     plan: Plan | None
+    kept_blocks: NDArray[np.float32] | None = None
     stored_error: NDArray[np.float64] | None = None
 
     @classmethod
@@ -302,6 +307,7 @@ class Report:
         *,
         made: Plan | None = None,
         given: Plan | None = None,
+        picture: NDArray[np.float32] | None = None,
     ) -> Report:
         """From the engine's table of heads, with the plan that the call made or was given."""
         column = _columns(table)
@@ -331,6 +337,7 @@ class Report:
             seconds=dict(zip(PHASES, seconds, strict=True)),
             flops=flops,
             plan=made,
+            kept_blocks=picture,
         )
 
     def table(self) -> str:
@@ -357,6 +364,18 @@ class Report:
         from . import views
 
         return views.plot(self)
+
+    def plot_blocks(self) -> Figure:
+        """A matplotlib figure: which blocks each sparse head kept, queries downward, keys to the right.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed: ``pip install adaattn[plots]``.
+        """
+        from . import views
+
+        return views.plot_blocks(self)
 
     def _repr_html_(self) -> str:
         from . import views

@@ -81,12 +81,21 @@ typedef struct {
     ada_rung qk, pv;
 } ada_choice;
 
+/* Of a head's visible blocks, by so many parts of its queries and of its keys: how many there are and how
+ * many are computed. */
+#define ADA_PICTURE_MOST 32
+typedef struct {
+    int rows, columns;
+    uint32_t *visible, *kept; /* (B, H, rows, columns) */
+} ada_picture;
+
 /* Heads whose keys may stand in for others of their block, on rungs whose kernels can. */
 typedef struct {
     const double *budget2, *joint; /* (B, H): mean squared error of a row over own, and joint, of sparse.h; a
                                       budget of 0: none do */
     float *shift2;                 /* (B, H, T): the rows' estimates, in units of the budget */
     double *kept;                  /* (B, H): share of the visible blocks that were computed */
+    ada_picture *picture;          /* NULL: not wanted */
 } ada_sparse;
 
 #define ADA_UNBOUNDED INT64_MAX

@@ -41,6 +41,7 @@ typedef struct {
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */
+    ada_picture *picture;       /* of sparse heads, all zeros before; NULL: not wanted */
     ada_head *heads;            /* (B, H) results; may be NULL without a tolerance */
     double seconds[4];          /* probe, plan, execute, verify: the whole call */
 } ada_budget;

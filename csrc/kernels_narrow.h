@@ -72,7 +72,7 @@ typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_wei
  * weights may count as the next even one in the squares. All lanes; optional slots. */
 typedef void ada_gauge_bf16_fn(const ada_narrow_tile *t, int n, const float *reach, float *mass,
                                float *spread);
-typedef ada_gauge_bf16_fn ada_gauge_i8_fn;
+typedef ada_gauge_bf16_fn ada_gauge_i8_fn, ada_gauge_i16_fn;
 
 /* f32.o[e][i] += sum of weight j times v[e][j], the words of v from the first weight's key on, ADA_STRIP keys
  * in words from one e to the next and part words from part to part; n <= ADA_STRIP, a multiple of ADA_BLOCK
@@ -153,6 +153,7 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(weigh_i16_i16)                                                                                      \
     SLOT(gauge_bf16)                                                                                         \
     SLOT(gauge_i8)                                                                                           \
+    SLOT(gauge_i16)                                                                                          \
     SLOT(values_bf16)                                                                                        \
     SLOT(values_i8)                                                                                          \
     SLOT(values_i16)                                                                                         \

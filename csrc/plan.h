@@ -80,9 +80,10 @@ typedef struct {
     double budget2, joint;       /* as in ada_sparse */
     double kept, error, seconds; /* predicted */
 } ada_sparse_choice;
-/* Whether some candidate is faster so than the dense one, and within the budget. */
+/* Whether some candidate is faster so than the dense one, and within the budget; forced: whatever it takes,
+ * the one that comes nearest where none is. */
 bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES],
-                     int dense, ada_sparse_choice *choice);
+                     int dense, bool forced, ada_sparse_choice *choice);
 
 /* What a head of landmarks computes. */
 typedef struct {

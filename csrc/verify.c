@@ -246,7 +246,7 @@ static bool lse_holds(const ada_attending *a, const ada_head *head) {
 
 /* Whether a precision or a structure by name computed a head, which is then not replaced. */
 static bool was_forced(const ada_attending *a, const ada_head *head) {
-    return ada_is_forced(a->budget) || (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK);
+    return ada_is_forced(a->budget) || ada_is_thinned_by_name(a->budget, head);
 }
 
 /* The error of such a head, whose output (misses) or lse is off beyond doubt. */
@@ -261,10 +261,16 @@ static ada_status refuse(const ada_attending *a, int64_t index, bool misses, ada
                         "('%s', '%s')",
                         what, wanted, got, b, h, ada_rung_name(head->choice.qk),
                         ada_rung_name(head->choice.pv));
+    if (head->rank > 0)
+        return ada_fail(error, ADA_ERR_NUMERICAL,
+                        "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from "
+                        "%d landmarks",
+                        what, wanted, got, b, h, head->rank);
     return ada_fail(error, ADA_ERR_NUMERICAL,
-                    "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from %d "
-                    "landmarks",
-                    what, wanted, got, b, h, head->rank);
+                    "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from "
+                    "('%s', '%s') and %.0f %% of the blocks",
+                    what, wanted, got, b, h, ada_rung_name(head->choice.qk), ada_rung_name(head->choice.pv),
+                    100 * head->kept);
 }
 
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
@@ -319,16 +325,13 @@ static bool go_up(ada_attending *a, int64_t index) {
     ada_head_state *s = &a->states[index];
     const ada_look look = s->look;
     const bool first = !head->retried || s->was_sparse;
-    if (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK) return false;
+    if (ada_is_thinned_by_name(a->budget, head)) return false;
     s->was_sparse = ada_is_thinned(head);
-    if (head->rank > 0) head->choice = head->dense;
-    const int now = ada_candidate_of(head->choice);
-    if (s->was_sparse) { /* the same, but dense */
-        head->budget2 = 0, head->rank = 0, head->kept = 1;
-        head->predicted_error = head->forecast.error[now];
-        head->retried = true;
+    if (s->was_sparse) {
+        ada_make_dense(head);
         return true;
     }
+    const int now = ada_candidate_of(head->choice);
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (look == ADA_LOOK_ALL && first && now > c && isfinite(head->error_limit)) {

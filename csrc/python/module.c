@@ -96,7 +96,8 @@ PyDoc_STRVAR(
     "share, rank, its gain and limit). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
-    "its sizes (B, H, G, T, S, D, E, dtype), and what rules out (sparse, low rank) heads, or None; "
+    "its sizes (B, H, G, T, S, D, E, dtype), what rules out (sparse, low rank) heads, or None, and a "
+    "picture of the blocks that sparse heads kept, or None; "
     "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
@@ -126,21 +127,59 @@ static PyObject *sizes_of(const ada_problem *p) {
                          (long long)p->S, (long long)p->D, (long long)p->E, ada_dtype_name(p->query.dtype));
 }
 
+/* Shares of the blocks that sparse heads kept, (B, H, rows, columns): NaN where none is visible, and for
+ * other heads; None where no head is sparse. */
+static PyObject *new_picture(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
+    const ada_picture *from = budget->picture;
+    bool some = false;
+    for (int64_t i = 0; from && i < p->B * p->H; i++) some |= budget->heads[i].budget2 > 0;
+    if (!some || budget->plan_only) Py_RETURN_NONE;
+    const int64_t shape[4] = {p->B, p->H, from->rows, from->columns}, cells = shape[2] * shape[3];
+    ada_view view = {0};
+    PyObject *picture = ada_new_array(ADA_F32, 4, shape, NULL);
+    if (!picture || ada_view_of(state, picture, "report", true, &ada_on_cpu, &view)) {
+        Py_XDECREF(picture);
+        return NULL;
+    }
+    float *to = view.array.data;
+    for (int64_t i = 0; i < p->B * p->H * cells; i++) {
+        const bool sparse = budget->heads[i / cells].budget2 > 0 && from->visible[i] > 0;
+        to[i] = sparse ? (float)from->kept[i] / (float)from->visible[i] : NAN;
+    }
+    ada_view_release(&view);
+    return picture;
+}
+
 static PyObject *new_report(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
     const int64_t shape[3] = {p->B, p->H, HEAD_COLUMNS};
     ada_view view = {0};
     PyObject *table = ada_new_array(ADA_F64, 3, shape, NULL), *report = NULL;
-    if (table && ada_view_of(state, table, "report", true, &ada_on_cpu, &view) == 0) {
+    PyObject *picture = new_picture(state, p, budget);
+    if (table && picture && ada_view_of(state, table, "report", true, &ada_on_cpu, &view) == 0) {
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report =
-            Py_BuildValue("(O(dddd)dN(zz))", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p),
-                          ada_rules_out(p, ADA_STRUCTURE_SPARSE), ada_rules_out(p, ADA_STRUCTURE_LOW_RANK));
+        report = Py_BuildValue("(O(dddd)dN(zz)O)", table, s[0], s[1], s[2], s[3], ada_operations(p),
+                               sizes_of(p), ada_rules_out(p, ADA_STRUCTURE_SPARSE),
+                               ada_rules_out(p, ADA_STRUCTURE_LOW_RANK), picture);
     }
     ada_view_release(&view);
+    Py_XDECREF(picture);
     Py_XDECREF(table);
     return report;
+}
+
+/* Memory for a picture; heads of fewer queries or keys than a tile and a block have none. */
+static int alloc_picture(const ada_problem *p, ada_picture *to) {
+    const int64_t tiles = p->T / ADA_LANES, blocks = p->S / ADA_BLOCK;
+    to->rows = (int)(tiles < ADA_PICTURE_MOST ? tiles : ADA_PICTURE_MOST);
+    to->columns = (int)(blocks < ADA_PICTURE_MOST ? blocks : ADA_PICTURE_MOST);
+    const size_t cells = (size_t)(p->B * p->H) * (size_t)to->rows * (size_t)to->columns;
+    if (cells == 0) return 0;
+    to->visible = PyMem_Calloc(2 * cells, sizeof *to->visible);
+    if (!to->visible) return -1;
+    to->kept = to->visible + cells;
+    return 0;
 }
 
 /* Whether a plan is for this problem; raises where it is not. */
@@ -294,6 +333,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
     ada_planned *given = NULL;
+    ada_picture picture = {0};
     ada_place place = ada_on_cpu;
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
@@ -347,13 +387,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    static const char *const structures[] = {"auto", "dense", "low_rank"};
+    static const char *const structures[] = {"auto", "dense", "sparse", "low_rank"};
     int structure;
-    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense' or 'low_rank'", structures, 3,
-                    &structure) ||
+    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense', 'sparse' or 'low_rank'",
+                    structures, 4, &structure) ||
         ranks_of(state, args[MIN_RANK], args[MAX_RANK], &budget))
         goto done;
-    budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
+    budget.structure = (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
@@ -367,10 +407,11 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (return_report || budget.plan_only || p.has_tolerance) {
         budget.heads = PyMem_Calloc((size_t)(p.B * p.H), sizeof *budget.heads);
         p.ran = PyMem_Malloc((size_t)(p.B * p.H) * sizeof *p.ran);
-        if (!budget.heads || !p.ran) {
+        if (!budget.heads || !p.ran || (return_report && p.has_tolerance && alloc_picture(&p, &picture))) {
             PyErr_NoMemory();
             goto done;
         }
+        if (picture.visible) budget.picture = &picture;
     }
 
     const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
@@ -409,6 +450,7 @@ done:
     for (int i = 0; i < N_VIEWS; i++) ada_view_release(&views[i]);
     PyMem_Free(p.ran);
     PyMem_Free(budget.heads);
+    PyMem_Free(picture.visible);
     PyMem_Free(given);
     Py_XDECREF(report);
     Py_XDECREF(out);
