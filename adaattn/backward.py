@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _adaattn
-from .api import _allocate, _as_kind_of
+from .api import _allocate, _as_kind_of, check_verify
+from .rates import table as rate_table
+from .stats import GradientReport, tolerance_of
 
 
 class Gradients(NamedTuple):
@@ -42,8 +44,13 @@ def attention_backward(
     dropout_p: float = 0.0,
     seed: Any = None,
     needs: Iterable[str] = ("query", "key", "value"),
+    tolerance: float | None = None,
+    policy: str | None = None,
+    precision: str | tuple[str, str] = "auto",
+    verify: bool | str = "auto",
+    return_report: bool = False,
     num_threads: int | None = None,
-) -> Gradients:
+) -> Any:
     """Gradients of a loss with respect to the inputs of `attention`, from that with respect to its output.
 
     Weights are computed again from queries, keys and lse, tile by tile: memory beyond inputs and gradients
@@ -104,10 +111,14 @@ def attention_backward(
     >>> grads.query.shape
     (1, 8, 512, 64)
     """
-    result = Gradients(*_adaattn.attention_backward(
+    tolerance = tolerance_of(tolerance, policy)
+    result = _adaattn.attention_backward(
         grad_out, query, key, value, out, lse, attn_mask, causal, window, softcap, alibi_slopes, sinks,
-        kv_lengths, query_offset, scale, dropout_p, seed, needs, num_threads, _allocate,
-    ))  # fmt: skip
-    if isinstance(query, np.ndarray):
-        return result
-    return Gradients(*(None if x is None else _as_kind_of(query, x) for x in result))
+        kv_lengths, query_offset, scale, dropout_p, seed, needs, precision, tolerance, check_verify(verify),
+        None if tolerance is None else rate_table(), return_report, num_threads, _allocate,
+    )  # fmt: skip
+    arrays, report = result if return_report else (result, None)
+    if not isinstance(query, np.ndarray):
+        arrays = (None if x is None else _as_kind_of(query, x) for x in arrays)
+    gradients = Gradients(*arrays)
+    return (gradients, GradientReport.of(tolerance, *report)) if report else gradients
