@@ -99,6 +99,9 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
         }
         l += exp2(sink - from), delta = l > 0 ? delta / l : 0;
         truth[x] = (true_row){.lse = from + log2(l), .delta = delta};
+        for (int d = 0; d < D; d++)
+            truth[x].query2 += (double)s.one[x * D + d] * (double)s.one[x * D + d] * (ADA_LN2 * ADA_LN2);
+        for (int e = 0; e < E; e++) truth[x].grad2 += (double)s.other[x * E + e] * (double)s.other[x * E + e];
         for (int64_t j = 0; j < p->S; j++) {
             if (score[j] == -INFINITY) continue;
             const double w = exp2((double)score[j] - from) / l,

@@ -17,11 +17,10 @@ typedef struct {
     int64_t rows[MOST_SAMPLED];
     double weight[MOST_SAMPLED];
     int n;
-    double norm2, norm2_value; /* of the whole gradient: dQ, or dK and dV */
-    bool finite;
-    float *share, *live, *size;  /* [T] or [S] */
-    true_row *truth;             /* [MOST_SAMPLED] */
-    double *exact, *exact_value; /* [MOST_SAMPLED][D] of dQ or dK, and [E] of dV */
+    double norm2, norm2_value;            /* of the whole gradient: dQ, or dK and dV */
+    float *share, *live, *size, *product; /* [T] or [S] */
+    true_row *truth;                      /* [MOST_SAMPLED] */
+    double *exact, *exact_value;          /* [MOST_SAMPLED][D] of dQ or dK, and [E] of dV */
 } sampled;
 
 typedef struct {
@@ -41,14 +40,15 @@ static sampled carve_sampled(ada_carver *c, int64_t n, int64_t width, int64_t va
     sampled s = {.n = 0};
     const int64_t floats = n * (int64_t)sizeof(float), doubles = MOST_SAMPLED * (int64_t)sizeof(double);
     s.share = ada_carve(c, floats), s.live = ada_carve(c, floats), s.size = ada_carve(c, floats);
+    s.product = ada_carve(c, floats);
     s.truth = ada_carve(c, MOST_SAMPLED * (int64_t)sizeof *s.truth);
     s.exact = ada_carve(c, doubles * width), s.exact_value = ada_carve(c, doubles * value_width);
     return s;
 }
 
-/* Squared norms of the rows of an array's head, added to the shares that rows are drawn by; their sum. */
-static double add_norms(const back_run *r, const ada_array *a, int64_t b, int64_t h, const sampled *s,
-                        float *copy) {
+/* Squared norms of the rows of an array's head; their sum. */
+static double norms_of(const back_run *r, const ada_array *a, int64_t b, int64_t h, float *norms,
+                       float *copy) {
     const int64_t rows = a->shape[2];
     const int width = (int)a->shape[3];
     double sum = 0;
@@ -56,25 +56,44 @@ static double add_norms(const back_run *r, const ada_array *a, int64_t b, int64_
         const int n = (int)(rows - i < ADA_BLOCK ? rows - i : ADA_BLOCK);
         ptrdiff_t ld;
         const float *x = rows_at_f32(r->k, a, b, h, i, n, copy, &ld);
-        r->k->squares(s->size + i, NULL, x, ld, n, width, NULL, NULL);
+        r->k->squares(norms + i, NULL, x, ld, n, width, NULL, NULL);
     }
-    for (int64_t i = 0; i < rows; i++) sum += (double)s->size[i];
-    ada_add_shares(s->share, s->size, s->live, rows);
+    for (int64_t i = 0; i < rows; i++) sum += (double)norms[i];
     return sum;
 }
 
+static double draw_by_norms(const back_run *r, int which, int64_t b, int64_t h, const sampled *s,
+                            float *copy) {
+    const ada_array *a = &r->x->results[which];
+    if (!r->x->needs[which]) return 0;
+    const double sum = norms_of(r, a, b, h, s->size, copy);
+    ada_add_shares(s->share, s->size, s->live, a->shape[2]);
+    return sum;
+}
+
+/* Queries by equal shares, by their gradients, and by what an error of the output may put into those of keys.
+ */
 static void draw_queries_task(void *context, ada_job *job, int64_t head, int worker) {
     verification *v = context;
     const back_run *r = v->r;
     const ada_problem *p = r->p;
-    const int64_t b = head / p->H, h = head % p->H, group = b * p->G + h / (p->H / p->G);
+    const int64_t b = head / p->H, h = head % p->H, group = head / (p->H / p->G);
+    const ada_array *const factors[] = {&r->x->grad_out, &p->query, &r->x->out};
     sampled *s = &v->queries[head];
     if (!v->open[group] || ada_job_cancelled(job, worker)) return;
     float *copy = (float *)(r->scratch + worker * r->scratch_bytes);
-    for (int64_t i = 0; i < p->T; i++) s->share[i] = 0, s->live[i] = r->lse[head * p->T + i] > -INFINITY;
+    for (int64_t i = 0; i < p->T; i++) {
+        s->share[i] = 0, s->live[i] = r->lse[head * p->T + i] > -INFINITY;
+        s->product[i] = 1;
+    }
     ada_add_shares(s->share, NULL, s->live, p->T);
-    s->finite = isfinite(add_norms(r, &r->x->grad_out, b, h, s, copy));
-    if (r->x->needs[ADA_OF_QUERY]) s->norm2 = add_norms(r, &r->x->results[ADA_OF_QUERY], b, h, s, copy);
+    for (int x = 0; x < 3; x++) {
+        norms_of(r, factors[x], b, h, s->size, copy);
+        if (x == 0) ada_add_shares(s->share, s->size, s->live, p->T);
+        for (int64_t i = 0; i < p->T; i++) s->product[i] *= s->size[i];
+    }
+    ada_add_shares(s->share, s->product, s->live, p->T);
+    s->norm2 = draw_by_norms(r, ADA_OF_QUERY, b, h, s, copy);
     s->n = ada_sample_rows(s->share, p->T, sampled_rows(v->budget, group, p->T), QUERY_STREAM, s->rows,
                            s->weight);
 }
@@ -95,8 +114,8 @@ static void draw_keys_task(void *context, ada_job *job, int64_t group, int worke
         s->share[j] = 0;
     }
     ada_add_shares(s->share, NULL, s->live, p->S);
-    if (r->x->needs[ADA_OF_KEY]) s->norm2 = add_norms(r, &r->x->results[ADA_OF_KEY], b, g, s, copy);
-    if (r->x->needs[ADA_OF_VALUE]) s->norm2_value = add_norms(r, &r->x->results[ADA_OF_VALUE], b, g, s, copy);
+    s->norm2 = draw_by_norms(r, ADA_OF_KEY, b, g, s, copy);
+    s->norm2_value = draw_by_norms(r, ADA_OF_VALUE, b, g, s, copy);
     s->n =
         ada_sample_rows(s->share, p->S, sampled_rows(v->budget, group, p->S), KEY_STREAM, s->rows, s->weight);
 }
@@ -131,11 +150,15 @@ static void true_keys_task(void *context, ada_job *job, int64_t task, int worker
                                        s->exact + first * p->D, s->exact_value + first * p->E);
 }
 
-/* The error of a gradient's head, from its sampled rows and what its sums may share (beside2, squared).
+static void add_limits(ada_error_limits *to, const ada_error_limits *x) {
+    to->estimate2 += x->estimate2, to->lower2 += x->lower2, to->upper2 += x->upper2;
+}
+
+/* The error of a gradient's head, from its sampled rows and what comes on top (beside, squared).
  * misses: above what is allowed beyond doubt. False where it may be. */
 static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, const sampled *s,
-                         const double *exact, double norm2, double beside2, double allowed, ada_measured *to,
-                         bool *misses) {
+                         const double *exact, double norm2, const ada_error_limits *beside, double allowed,
+                         ada_measured *to, bool *misses) {
     const ada_array *a = &r->x->results[which];
     const int width = (int)a->shape[3];
     double error2[MOST_SAMPLED], piece[64];
@@ -152,59 +175,48 @@ static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, con
             }
         }
     }
-    const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
-    const double estimate2 = limits.estimate2 + beside2, upper2 = limits.upper2 + beside2;
-    const double error = norm2 > 0 ? sqrt(estimate2 / norm2) : estimate2 > 0 ? INFINITY : 0;
+    ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
+    add_limits(&limits, beside);
+    const double error = norm2 > 0 ? sqrt(limits.estimate2 / norm2) : limits.estimate2 > 0 ? INFINITY : 0;
     const double slack = 1 + fmin(error, 1);
-    *to = (ada_measured){error, norm2 > 0 ? sqrt(upper2 / norm2) * slack : error, s->n};
+    *to = (ada_measured){error, norm2 > 0 ? sqrt(limits.upper2 / norm2) * slack : error, s->n};
     *misses |= limits.lower2 > 0 && sqrt(limits.lower2 / norm2) > allowed * slack;
     return isnan(to->limit) || to->limit <= allowed;
 }
 
-/* What the given lse and out put into dK and dV: the squared sum of rows' own errors, and the square of the
+/* What the given lse and out put into dK and dV, squared: the sums of rows' own errors, and the square of the
  * share by which the lse moves all of them. */
 typedef struct {
-    double key2, value2, shift2;
+    ada_error_limits key, value;
+    double shift2;
 } forward_part;
 
 static forward_part part_of_forward(const verification *v, int64_t group) {
     const back_run *r = v->r;
     const ada_problem *p = r->p;
-    const int64_t per_group = p->H / p->G, b = group / p->G, first = group % p->G * per_group;
+    const int64_t per_group = p->H / p->G, first = group * per_group;
     const double kept = 1 / (1 - p->dropout_p);
-    forward_part f = {0};
+    forward_part f = {.shift2 = 0};
     double shift = 0, weights = 0;
-    for (int64_t h = first; h < first + per_group; h++) {
-        const sampled *s = &v->queries[b * p->H + h];
+    for (int64_t head = first; head < first + per_group; head++) {
+        const sampled *s = &v->queries[head];
+        double key2[MOST_SAMPLED], value2[MOST_SAMPLED];
         for (int i = 0; i < s->n; i++) {
             const true_row *t = &s->truth[i];
-            const int64_t row = (b * p->H + h) * p->T + s->rows[i];
-            if (t->lse == -INFINITY) continue;
-            const double off = ADA_LN2 * (r->lse[row] + r->reference[row] - t->lse),
-                         delta = r->delta[row] - t->delta;
-            double q2 = 0, go2 = 0, piece[64];
-            for (int side = 0; side < 2; side++) {
-                const ada_array *a = side ? &r->x->grad_out : &p->query;
-                for (int c = 0; c < a->shape[3]; c += 64) {
-                    const int n = (int)(a->shape[3] - c < 64 ? a->shape[3] - c : 64);
-                    ada_array part = *a;
-                    part.data = (char *)part.data + c * part.stride[3];
-                    ada_load_rows_f64(r->k, piece, n, &part, b, h, s->rows[i], 1, n);
-                    for (int x = 0; x < n; x++) *(side ? &go2 : &q2) += piece[x] * piece[x];
-                }
-            }
-            f.value2 += s->weight[i] * off * off * t->weight2 * kept * go2;
-            f.key2 += s->weight[i] * p->scale * p->scale * q2 *
-                      (off * off * t->score2 + 2 * off * delta * t->both + delta * delta * t->slope2);
+            const int64_t row = head * p->T + s->rows[i];
+            const double off = ADA_LN2 * (r->lse[row] + r->reference[row] - t->lse);
+            const double delta = r->delta[row] - t->delta;
+            value2[i] = off * off * t->weight2 * kept * t->grad2;
+            key2[i] =
+                t->query2 * (off * off * t->score2 + 2 * off * delta * t->both + delta * delta * t->slope2);
             shift += s->weight[i] * off, weights += s->weight[i];
         }
+        const ada_error_limits key = ada_limit_error(key2, s->weight, s->n);
+        const ada_error_limits value = ada_limit_error(value2, s->weight, s->n);
+        add_limits(&f.key, &key), add_limits(&f.value, &value);
     }
     if (weights > 0) f.shift2 = shift / weights * (shift / weights);
     return f;
-}
-
-static double rounding_to(ada_dtype dtype) {
-    return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
 }
 
 /* Whether a key head and its query heads keep the budget as far as is known. */
@@ -212,23 +224,27 @@ static bool compare_group(verification *v, int64_t group, bool *misses) {
     const back_run *r = v->r;
     const ada_problem *p = r->p;
     const bool *needs = r->x->needs;
-    const double allowed = v->budget->tolerance + rounding_to(p->query.dtype);
+    const double allowed = v->budget->tolerance + ada_rounding_of(p->query.dtype);
     const int64_t per_group = p->H / p->G, b = group / p->G, g = group % p->G;
-    const forward_part part = part_of_forward(v, group);
+    const ada_error_limits nothing = {0, 0, 0};
+    forward_part part = part_of_forward(v, group);
     const sampled *k = &v->keys[group];
     ada_gradient_head *head = &v->budget->heads[group];
     bool keeps = true;
     for (int64_t h = g * per_group; needs[ADA_OF_QUERY] && h < (g + 1) * per_group; h++) {
         const sampled *s = &v->queries[b * p->H + h];
-        keeps &= compare_rows(r, ADA_OF_QUERY, b, h, s, s->exact, s->norm2, 0, allowed,
+        keeps &= compare_rows(r, ADA_OF_QUERY, b, h, s, s->exact, s->norm2, &nothing, allowed,
                               &v->budget->queries[b * p->H + h], misses);
     }
+    const double key2 = part.shift2 * k->norm2, value2 = part.shift2 * k->norm2_value;
+    add_limits(&part.key, &(ada_error_limits){key2, 0, key2});
+    add_limits(&part.value, &(ada_error_limits){value2, 0, value2});
     if (needs[ADA_OF_KEY])
-        keeps &= compare_rows(r, ADA_OF_KEY, b, g, k, k->exact, k->norm2, part.key2 + part.shift2 * k->norm2,
-                              allowed, &head->key, misses);
+        keeps &=
+            compare_rows(r, ADA_OF_KEY, b, g, k, k->exact, k->norm2, &part.key, allowed, &head->key, misses);
     if (needs[ADA_OF_VALUE])
-        keeps &= compare_rows(r, ADA_OF_VALUE, b, g, k, k->exact_value, k->norm2_value,
-                              part.value2 + part.shift2 * k->norm2_value, allowed, &head->value, misses);
+        keeps &= compare_rows(r, ADA_OF_VALUE, b, g, k, k->exact_value, k->norm2_value, &part.value, allowed,
+                              &head->value, misses);
     return keeps;
 }
 
