@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _adaattn, api
 from ..backward import attention_backward, budget_of
+from ..errors import ArgumentError
 
 _NUMPY = frozenset((torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32))
 _BF16 = importlib.import_module("ml_dtypes").bfloat16 if importlib.util.find_spec("ml_dtypes") else None
@@ -215,6 +216,13 @@ def _gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     return (*(next(found) if need else None for need in needs), *nothing)
 
 
+def _refuse_second(ctx: Any, grads: Any) -> Any:
+    raise ArgumentError(
+        "query, key, value, ...: expected first derivatives alone, got a second one: the gradient of "
+        "attention has none of its own"
+    )
+
+
 def _operator(name: str, function: Any, fake: Any, schema: str) -> Any:
     operator = torch.library.custom_op(f"adaattn::{name}", function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
@@ -230,4 +238,4 @@ _operator(
     _backward,
     _fake_backward,
     f"(Tensor grad_out, Tensor out, Tensor lse, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
-)
+).register_autograd(_refuse_second)
