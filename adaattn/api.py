@@ -397,10 +397,16 @@ def _budget(
                 del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
             _refuse("None beside a precision by name", ranks)
+    check_verify(verify)
+    return tolerance, choices
+
+
+def check_verify(verify: Any) -> Any:
+    """True, False or "auto", which is True to the engine."""
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
         raise kind(f"verify: expected True, False or 'auto', got {got}")
-    return tolerance, choices
+    return verify
 
 
 def _rates_for(query: Any, device: Any) -> Any:

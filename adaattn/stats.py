@@ -480,3 +480,67 @@ def _array(saved: dict[str, Any], name: str, shape: tuple[int, ...], kind: type)
     if kind is str:
         return np.array([*values, *_adaattn.RUNGS])[: len(values)].reshape(shape)
     return np.array(values, {bool: np.bool_, int: np.int64, float: np.float64}[kind]).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class GradientReport:
+    """What `attention_backward` tells of a call: arrays of key heads (B, G), and of query heads (B, H).
+
+    Attributes
+    ----------
+    tolerance : float or None
+        What was promised.
+    precision_scores, precision_sums : (B, G) arrays of str
+        Rungs of the scores and the gradients of weights, and of the sums over queries and keys.
+    retried : (B, G) array of bool
+        A first choice missed the tolerance, or could not hold the head's numbers, and was done again.
+    predicted_error : (B, G) array
+        NaN where the gradient is exact for the dtype.
+    query_error, query_limit : (B, H) arrays
+        Relative error of a head's dQ, estimated from sampled rows, and its upper limit. NaN: not verified.
+    key_error, key_limit, value_error, value_limit : (B, G) arrays
+        The same of dK and dV.
+    verified_rows : (B, H) array of int
+        Queries whose rows of dQ were compared.
+    seconds : dict
+        "execute" and "verify".
+    """
+
+    tolerance: float | None
+    precision_scores: NDArray[np.str_]
+    precision_sums: NDArray[np.str_]
+    retried: NDArray[np.bool_]
+    predicted_error: NDArray[np.float64]
+    query_error: NDArray[np.float64]
+    query_limit: NDArray[np.float64]
+    key_error: NDArray[np.float64]
+    key_limit: NDArray[np.float64]
+    value_error: NDArray[np.float64]
+    value_limit: NDArray[np.float64]
+    verified_rows: NDArray[np.int64]
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, tolerance: Any, heads: NDArray[np.float64], queries: NDArray[np.float64], seconds: Any
+    ) -> GradientReport:
+        """From the engine's tables."""
+        heads, queries = (np.where(np.isnan(x), np.nan, x) for x in (heads, queries))
+        scores, sums, retried, predicted, *errors = np.moveaxis(heads, -1, 0).copy()
+        key, value, key_limit, value_limit = errors
+        query, limit, rows = np.moveaxis(queries, -1, 0).copy()
+        return cls(
+            tolerance=None if tolerance is None else float(tolerance),
+            precision_scores=_names(scores),
+            precision_sums=_names(sums),
+            retried=retried.astype(bool),
+            predicted_error=predicted,
+            query_error=query,
+            query_limit=limit,
+            key_error=key,
+            key_limit=key_limit,
+            value_error=value,
+            value_limit=value_limit,
+            verified_rows=rows.astype(np.int64),
+            seconds=dict(zip(("execute", "verify"), seconds, strict=True)),
+        )

@@ -173,8 +173,6 @@ typedef struct {
 /* To the four dimensions of a mask, with stride 0 where the array repeats; false when it does not fit. */
 bool ada_broadcast(const ada_problem *problem, ada_array *array);
 ada_status ada_backward_init(ada_backward_problem *backward, ada_error *error);
-ada_status ada_backward(const ada_backward_problem *backward, bool (*interrupt)(void *), void *context,
-                        ada_error *error);
 
 /* The bytes that an array covers, from its lowest to behind its highest element. */
 void ada_array_extent(const ada_array *array, uintptr_t *low, uintptr_t *high);
@@ -193,5 +191,6 @@ void ada_free(void *memory);
 void ada_alloc_fail_after(int n);
 /* For tests of the verification: outputs of rungs below fp32 are wrong by this factor; 1: they are right. */
 void ada_narrow_fault(double factor);
+double ada_narrow_fault_now(void);
 
 #endif

@@ -94,7 +94,7 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
 /* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the
  * area.
  */
-static double operations_of_head(const ada_problem *p, int64_t b) {
+double ada_operations_of_head(const ada_problem *p, int64_t b) {
     const int64_t step = (p->T + 63) / 64;
     double pairs = 0, counted = 0;
     for (int64_t i = step / 2; i < p->T; i += step, counted++) {
@@ -106,7 +106,7 @@ static double operations_of_head(const ada_problem *p, int64_t b) {
 
 double ada_operations(const ada_problem *p) {
     double sum = 0;
-    for (int64_t b = 0; b < p->B; b++) sum += (double)p->H * operations_of_head(p, b);
+    for (int64_t b = 0; b < p->B; b++) sum += (double)p->H * ada_operations_of_head(p, b);
     return sum;
 }
 
@@ -119,7 +119,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .lse = p->lse != NULL,
                       .dearest = a->budget->dearest,
                       .cheapest = a->budget->cheapest,
-                      .operations = operations_of_head(p, head / p->H),
+                      .operations = ada_operations_of_head(p, head / p->H),
                       .elements = (double)p->S * width,
                       .D = p->D,
                       .sparse = a->sparse,

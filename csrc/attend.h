@@ -54,5 +54,7 @@ ada_head ada_unknown_head(void);
 
 /* Floating-point operations of both products of a call, over the keys that spans leave. */
 double ada_operations(const ada_problem *problem);
+/* Of one head of sequence b. */
+double ada_operations_of_head(const ada_problem *problem, int64_t b);
 
 #endif

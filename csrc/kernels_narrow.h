@@ -92,6 +92,10 @@ typedef void ada_encode_i8_fn(int8_t *to, ptrdiff_t ldt, const float *rows, ptrd
 typedef void ada_encode_i16_fn(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                                const float *less, const float *factor);
 
+/* to[i / 2][j] = the pair of rows[i][j] and rows[i + 1][j], rounded to bf16, for ADA_LANES rows of ADA_BLOCK
+ * finite numbers. */
+typedef void ada_pair_bf16_fn(uint32_t *to, const float *rows);
+
 /* to[c][r] = from[r][c] for r < rows, c < columns, elements of 1, 2 or 4 bytes; strides in elements. rows is
  * a multiple of 16, 32 or 64 (64 bytes); whole groups of 16 columns are read and written. */
 typedef void ada_turn_8_fn(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int rows, int columns);
@@ -160,6 +164,7 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(encode_bf16)                                                                                        \
     SLOT(encode_i8)                                                                                          \
     SLOT(encode_i16)                                                                                         \
+    SLOT(pair_bf16)                                                                                          \
     SLOT(turn_8)                                                                                             \
     SLOT(turn_16)                                                                                            \
     SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)

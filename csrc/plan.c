@@ -216,6 +216,17 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
     return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
 }
 
+bool ada_plan_gradient(const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
+    const ada_choice narrow = ADA_GRADIENT_NARROW;
+    const ada_rate *scores = &rates[ada_candidate_of((ada_choice){narrow.qk, narrow.qk})];
+    const ada_rate *sums = &rates[ada_candidate_of((ada_choice){narrow.pv, narrow.pv})];
+    if (scores->gflops[0] == 0 || sums->gflops[0] == 0) return false;
+    /* Two products for the scores and three for the sums, where forward there is one of each. */
+    const double time = 2 * ada_predicted_seconds(t, scores) + 3 * ada_predicted_seconds(t, sums);
+    return ADA_GRADIENT_ERROR * t->margin <= t->tolerance &&
+           time < PAYS * 5 * ada_predicted_seconds(t, &rates[t->plain]);
+}
+
 /* ---- structure ---- */
 
 static bool has_float_mask(const ada_problem *p) {

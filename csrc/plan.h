@@ -65,6 +65,13 @@ bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], dou
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 
+/* The rung of a gradient below the exact one: scores and gradients of weights from 16-bit integers, sums over
+ * queries and keys from bf16; and its usual error. */
+#define ADA_GRADIENT_NARROW ((ada_choice){ADA_RUNG_INT16, ADA_RUNG_BF16})
+#define ADA_GRADIENT_ERROR 4e-3
+/* Whether a head's gradient is computed on it: within the budget, and faster than exactly. */
+bool ada_plan_gradient(const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
+
 typedef enum {
     ADA_STRUCTURE_AUTO,
     ADA_STRUCTURE_DENSE,

@@ -33,27 +33,6 @@ static int rung_of(const ada_module_state *state, PyObject *object, const char *
     return 0;
 }
 
-/* "auto", a rung, or a pair of rungs (scores, values). */
-static int precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
-    static const char expected[] =
-        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
-        "(scores, values)";
-    const bool pair = PyTuple_Check(object);
-    const char *names[ADA_RUNG_COUNT];
-    int index[2];
-    for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
-    if (pair && PyTuple_GET_SIZE(object) != 2) {
-        PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
-        return -1;
-    }
-    for (int i = 0; i < 2; i++) /* a pair has no "auto" */
-        if (ada_name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected,
-                        names + pair, ADA_RUNG_COUNT - pair, &index[i]))
-            return -1;
-    *choice = (ada_choice){(ada_rung)(index[0] + pair), (ada_rung)(index[1] + pair)};
-    return 0;
-}
-
 /* ---- attention ---- */
 
 bool ada_interrupted(void *context) {
@@ -194,29 +173,14 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
     return same > 0;
 }
 
-/* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is
- * checked. */
+/* Rates and a plan's choices, made by adaattn.stats alone: only what would crash is checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
     ada_view view = {0}, numbers = {0};
     int failed = -1;
     if (rates != Py_None) {
-        if (ada_view_of(state, rates, "rates", false, &ada_on_cpu, &view)) return -1;
-        const ada_array *a = &view.array;
-        if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] < 3 ||
-            a->shape[1] > 4) {
-            PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4)",
-                         ADA_CANDIDATES, ADA_CANDIDATES);
-            goto done;
-        }
-        for (int c = 0; c < ADA_CANDIDATES; c++) {
-            double x[4] = {0, 0, 0, 1};
-            for (int i = 0; i < a->shape[1]; i++)
-                x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
-            table[c] = (ada_rate){{x[0], x[1]}, x[2], x[3]};
-        }
+        if (ada_rates_of(state, rates, table)) return -1;
         budget->rates = table;
-        ada_view_release(&view);
     }
     if (choices == Py_None) return 0;
     PyObject *planned, *rungs, *heads;
@@ -373,7 +337,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     p.has_tolerance = args[TOLERANCE] != Py_None;
     if (ada_options_of(state, args + CAUSAL, view, &p) || ada_threads_of(state, args[NUM_THREADS], &p) ||
         (p.has_tolerance && ada_number_of(state, args[TOLERANCE], "tolerance", &p.tolerance)) ||
-        precision_of(state, args[PRECISION], &p.precision) ||
+        ada_precision_of(state, args[PRECISION], &p.precision) ||
         rung_of(state, args[MIN_PRECISION], "min_precision", &budget.cheapest) ||
         rung_of(state, args[MAX_PRECISION], "max_precision", &budget.dearest))
         goto done;
@@ -695,8 +659,10 @@ static PyObject *lend_team(PyObject *module, PyObject *args) {
 
 PyDoc_STRVAR(backward_doc, "attention_backward($module, grad_out, query, key, value, out, lse, attn_mask, "
                            "causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset, scale, "
-                           "dropout_p, seed, needs, num_threads, allocate, /)\n--\n\n"
-                           "adaattn.attention_backward with every argument by position; a tuple.");
+                           "dropout_p, seed, needs, precision, tolerance, verify, rates, return_report, "
+                           "num_threads, allocate, /)\n--\n\n"
+                           "adaattn.attention_backward with every argument by position: a tuple, and with "
+                           "return_report (that tuple, float64 of key heads, of query heads, seconds).");
 PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
                            "Opens the CUDA backend at this path, once for the process.");
 PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /)\n--\n\n"
