@@ -33,7 +33,7 @@ RUNS = 3  # of each contender, alternating; the median counts
 MOST_ROWS = 256  # of a layer that are compared with float64
 
 _Array = NDArray[Any]
-_Progress = Callable[[str], None]
+_Progress = Callable[[str, float], None]
 
 
 class Layer(NamedTuple):
@@ -60,8 +60,8 @@ class Race(NamedTuple):
         return float(np.linalg.norm(off) / np.linalg.norm(exact)), float(worst.max())
 
 
-def run(progress: _Progress = lambda step: None) -> dict[str, Any]:
-    """Read, measure, check and continue; `progress` is told each step.
+def run(progress: _Progress = lambda step, done: None) -> dict[str, Any]:
+    """Read, measure, check and continue; `progress` is told each step, and the share that is done.
 
     Returns
     -------
@@ -72,25 +72,25 @@ def run(progress: _Progress = lambda step: None) -> dict[str, Any]:
         pay on this machine; the text written and the seconds it took; `failures`, in sentences, and `passed`:
         whether there are none.
     """
-    progress("Loading the model")
+    progress("Loading the model", 0.0)
     model = Transformer.load(DATA / "bytelm.safetensors")
     text = np.frombuffer((DATA / "sample.txt").read_bytes(), np.uint8)[: LENGTH + 1]
-    progress(f"Reading {LENGTH:,} bytes")
+    progress(f"Reading {LENGTH:,} bytes", 0.1)
     logits, calls, read_seconds = read(model, text[:-1])
 
     compared = min(COMPARED, LENGTH)
     races = []
-    for number, call in enumerate(calls, 1):
-        progress(f"Measuring layer {number} of {len(calls)}")
+    for i, call in enumerate(calls):
+        progress(f"Measuring layer {i + 1} of {len(calls)}", 0.2 + 0.4 * i / len(calls))
         races.append(race(with_exact_rows([x[:, :, :compared] for x in call])))
     policies = [describe_policy("exact", races) | {"bits_per_byte": bits_per_byte(logits, text, compared)}]
-    for name in POLICIES:
-        progress(f"Reading {compared:,} bytes within the budget of '{name}'")
+    for i, name in enumerate(POLICIES):
+        progress(f"Reading {compared:,} bytes within the budget of '{name}'", 0.6 + 0.3 * i / len(POLICIES))
         cheap = Transformer.load(DATA / "bytelm.safetensors", policy=name)
         bits = bits_per_byte(cheap(text[None, :compared])[0], text, compared)
         policies.append(describe_policy(name, races) | {"bits_per_byte": bits})
 
-    progress(f"Writing {NEW_BYTES} bytes")
+    progress(f"Writing {NEW_BYTES} bytes", 0.9)
     start = time.perf_counter()
     tokens = model.generate(np.frombuffer(PROMPT, np.uint8)[None], NEW_BYTES)[0]
     write_seconds = time.perf_counter() - start
