@@ -27,7 +27,8 @@ figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
 img { display: block; width: 100%; min-width: 520px; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 75vh;
-  width: max-content; min-width: 100%; max-width: calc(100vw - 2rem); margin-left: 50%; transform: translateX(-50%); }
+  width: max-content; min-width: 100%; max-width: calc(100vw - 2rem); margin-left: 50%;
+  transform: translateX(-50%); }
 table { border-collapse: separate; border-spacing: 0; font-size: .8rem; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
