@@ -61,7 +61,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from .rates import HEAD_SIZES, cache_file, calibrate
 
     with _progress() as progress:
-        progress("Measuring every rung")
+        progress("Measuring every rung", None)
         result = calibrate()
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -140,7 +140,7 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
 def _profile(arguments: argparse.Namespace) -> int:
     from .bench import profile
 
-    with _bar() as progress:
+    with _progress() as progress:
         found = profile.profile(
             arguments.subject,
             arguments.rest,
@@ -167,7 +167,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         _print_table(*comparison.table())
         print("\n".join(comparison.notes))
         return 1 if comparison.worse else 0
-    with _bar() as progress:
+    with _progress() as progress:
         run = command.run(arguments, progress)
     for table in command.tables(run):
         print(f"\n{table.title}")
@@ -315,24 +315,9 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Give a function that shows the current step on a terminal, and nothing where stderr is not one."""
-    if not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    try:
-        from rich.console import Console
-    except ImportError:
-        yield lambda step: print(step, file=sys.stderr)
-        return
-    with Console(stderr=True).status("") as status:
-        yield status.update
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, float], None]]:
-    """Give a function that shows a step and the share that is done: a bar of rich, or a plain one, on a
-    terminal, and nothing elsewhere."""
+def _progress() -> Iterator[Callable[[str, float | None], None]]:
+    """Give a function that shows a step and the share that is done, None where nobody knows: a bar of rich,
+    or a plain one, on a terminal, and nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda step, done: None
         return
@@ -342,17 +327,20 @@ def _bar() -> Iterator[Callable[[str, float], None]]:
     except ImportError:
         width = 24
 
-        def show(step: str, done: float) -> None:
-            filled = round(width * done)
+        def show(step: str, done: float | None) -> None:
+            filled = round(width * (done or 0))
             bar = "#" * filled + "." * (width - filled)
-            print(f"\r[{bar}] {done:4.0%} {step[:48]:<48}", end="", file=sys.stderr, flush=True)
+            share = "    " if done is None else f"{done:4.0%}"
+            print(f"\r[{bar}] {share} {step[:48]:<48}", end="", file=sys.stderr, flush=True)
 
         yield show
         print(file=sys.stderr)
         return
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda step, done: progress.update(task, completed=done, description=step)
+        task = progress.add_task("", total=None)
+        yield lambda step, done: progress.update(
+            task, description=step, completed=done, total=None if done is None else 1.0
+        )
 
 
 def _outline(info: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -38,7 +38,7 @@ MOST_ROWS = 256  # of a layer that are compared with float64
 MOST_NUMPY = 4096  # bytes that NumPy, whose weights grow with their square, takes part with
 
 _Array = NDArray[Any]
-_Progress = Callable[[str], None]
+_Progress = Callable[[str, float], None]
 
 
 class Layer(NamedTuple):
@@ -65,8 +65,8 @@ class Race(NamedTuple):
         return float(np.linalg.norm(off) / np.linalg.norm(exact)), float(worst.max())
 
 
-def run(progress: _Progress = lambda step: None, length: int | None = None) -> dict[str, Any]:
-    """Read, measure, check and continue; `progress` is told each step.
+def run(progress: _Progress = lambda step, done: None, length: int | None = None) -> dict[str, Any]:
+    """Read, measure, check and continue; `progress` is told each step, and the share that is done.
 
     Parameters
     ----------
@@ -83,27 +83,27 @@ def run(progress: _Progress = lambda step: None, length: int | None = None) -> d
         `offered`, the rungs that pay on this machine; the text written and the seconds it took; `failures`,
         in sentences, and `passed`: whether there are none.
     """
-    progress("Loading the model")
+    progress("Loading the model", 0.0)
     model = Transformer.load(DATA / "bytelm.safetensors")
     compared = min(COMPARED, LENGTH) if length is None else length
     expected = EXPECTED_BITS_PER_BYTE if length is None else None
     length = LENGTH if length is None else length
     text = sources(length + 1)
-    progress(f"Reading {length:,} bytes")
+    progress(f"Reading {length:,} bytes", 0.1)
     logits, calls, read_seconds = read(model, text[:-1])
 
     races = []
-    for number, call in enumerate(calls, 1):
-        progress(f"Measuring layer {number} of {len(calls)}")
+    for i, call in enumerate(calls):
+        progress(f"Measuring layer {i + 1} of {len(calls)}", 0.2 + 0.4 * i / len(calls))
         races.append(race(with_exact_rows([x[:, :, :compared] for x in call])))
     policies = [describe_policy("exact", races) | {"bits_per_byte": bits_per_byte(logits, text, compared)}]
-    for name in POLICIES:
-        progress(f"Reading {compared:,} bytes within the budget of '{name}'")
+    for i, name in enumerate(POLICIES):
+        progress(f"Reading {compared:,} bytes within the budget of '{name}'", 0.6 + 0.3 * i / len(POLICIES))
         cheap = Transformer.load(DATA / "bytelm.safetensors", policy=name)
         bits = bits_per_byte(cheap(text[None, :compared])[0], text, compared)
         policies.append(describe_policy(name, races) | {"bits_per_byte": bits})
 
-    progress(f"Writing {NEW_BYTES} bytes")
+    progress(f"Writing {NEW_BYTES} bytes", 0.9)
     start = time.perf_counter()
     tokens = model.generate(np.frombuffer(PROMPT, np.uint8)[None], NEW_BYTES)[0]
     write_seconds = time.perf_counter() - start

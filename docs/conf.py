@@ -44,6 +44,8 @@ html_math_renderer = "mathml"  # below
 html_theme = "furo"
 html_title = f"AdaAttn {release}"
 html_extra_path = ["../llms.txt"]
+html_static_path = ["_static"]
+html_css_files = ["extra.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -19,12 +19,12 @@ import pytest
 import adaattn
 from adaattn import cli
 from adaattn.bench import changes, contenders, figures, heads, page, results, suite, timing
-from adaattn.bench.results import Head, Row, Run
+from adaattn.bench.results import Block, Head, Row, Run
 from adaattn.nn import files
 
 TINY = suite.Scope(
-    shapes=((1, 128, 64, 2),), kinds=("gaussian", "smooth"), sweep=(64, 256), bytes=192, tokens=(), rounds=2,
-    sample=1e-5, case=0.02,
+    shapes=((1, 128, 64, 2),), kinds=("gaussian", "smooth"), sweep=(64, 256), bytes=192, tokens=(), blocks=2,
+    rounds=1, sample=1e-5, case=0.02,
 )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_json_is_the_run(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     results.save_json(run, path)
-    assert json.loads(path.read_text())["format"] == "adaattn-bench-1"
+    assert json.loads(path.read_text())["format"] == "adaattn-bench-2"
     assert asdict(results.load(str(path))) == asdict(run)
     assert asdict(results.merge([run, run])) == asdict(run)
 
@@ -251,7 +251,8 @@ def test_figures_and_page(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert text.count("<picture>") == len(expected) and 'name="viewport"' in text
     assert text.count("data:image/svg+xml") == 2 * len(expected)
     assert not re.findall(r'(?:src|srcset|href)="(?!data:)', text) and "http" not in text.split("<h1>")[1]
-    assert text.count("<tr") == sum(1 + len(table.rows) for table in page.tables(run))
+    assert text.count("<tr") - text.count("<th colspan") == sum(1 + len(t.rows) for t in page.tables(run))
+    assert text.count("<th colspan") == len(run.rows) / len({row.name for row in run.rows})
 
 
 def test_page_escapes(run: Run) -> None:
@@ -438,36 +439,34 @@ def test_profile_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def made(
     factors: dict[str, float] | None = None, *, scatter: float = 0.01, drift: float = 1.0, seed: int = 0,
-    torch: bool = True,
+    torch: bool = True, peak: bool = True,
 ) -> Run:  # fmt: skip
-    """A run of six shapes whose true times are known, but for what the machine did to each round."""
+    """A run of six shapes whose true times are known, but for what the machine did: blocks of the same row
+    differ by `scatter`, and whole blocks by 20 %."""
     rng = random.Random(seed)
-    true = {"dense": 2.0, "both": 1.0, "onnxruntime": 3.0, "numpy": 6.0} | ({"torch": 2.5} if torch else {})
+    true = {"dense": 2.0, "both": 1.0, "onnxruntime": 3.0, "numpy": 6.0, "torch": 2.5, "peak": 1.0}
     rows = []
     for case in range(6):
-        rounds = [drift * math.exp(rng.gauss(0, 0.2)) for _ in range(11)]
-        samples = {
-            name: [
-                seconds * (factors or {}).get(name, 1) * x * math.exp(rng.gauss(0, scatter)) for x in rounds
-            ]
-            for name, seconds in true.items()
-        }
-        for name, own in samples.items():
-            q1, median, q3 = timing.quartiles(own)
-            row = Row(
-                "shapes", "gaussian", [1, 1, 64 + case, 64, 64], False, 2, name, median, q1, q3, 1.0, 1e-3
-            )
-            row.samples = own
-            if torch:
-                ratios = [x / y for x, y in zip(samples["torch"], own, strict=True)]
-                row.over_torch_q1, row.over_torch, row.over_torch_q3 = timing.quartiles(ratios)
+        paces = [drift * math.exp(rng.gauss(0, 0.2)) for _ in range(2)]
+        seconds = {}
+        for name, x in true.items():
+            x *= (factors or {}).get(name, 1)
+            seconds[name] = [x * pace * math.exp(rng.gauss(0, scatter)) for pace in paces]
+        peaks = seconds.pop("peak")
+        if not torch:
+            del seconds["torch"]
+        for name, own in seconds.items():
+            shape = [1, 1, 64 + case, 64, 64]
+            row = Row("shapes", "gaussian", shape, False, 2, name, own[0], own[0], own[0], 1.0, 1e-3)
+            row.blocks = [Block(x, y if peak else None) for x, y in zip(own, peaks, strict=True)]
             if name == "both":
                 row.promised, row.memory = 1e-2, 4_000_000
                 row.choices = [Head("bf16", "dense", 0, 1.0, None, None, None, None, None, False)]
             rows.append(row)
     machine = {"cpu": "one", "isa": [], "rates": "default", "offered": []}
     versions = {"adaattn": "1", "numpy": "1", "onnxruntime": "1"} | ({"torch": "1"} if torch else {})
-    return Run("2000-01-01", machine, versions, 2, 0.01, False, {}, {}, rows)
+    ceilings = {"FMA peak": 1.0} if peak else {}
+    return Run("2000-01-01", machine, versions, 2, 0.01, False, ceilings, {}, rows)
 
 
 def verdicts(before: Run, after: Run) -> dict[str, set[str]]:
@@ -477,50 +476,59 @@ def verdicts(before: Run, after: Run) -> dict[str, set[str]]:
     return found
 
 
-def test_noise_is_no_change() -> None:
-    """Rounds that scatter by 20 % and a machine that is half as fast today leave ratios as they were."""
-    for seed in range(1, 20):
-        after = made(scatter=0.05, drift=2.0, seed=seed)
-        assert verdicts(made(scatter=0.05), after) == {"dense": {""}, "both": {""}}
+@pytest.mark.parametrize("against", [{}, {"peak": False}], ids=["peak", "torch"])
+def test_noise_is_no_change(against: dict[str, bool]) -> None:
+    """Rows that scatter by 5 % from block to block, on a machine that is half as fast today, are the same."""
+    before = made(scatter=0.05, **against)
+    for seed in range(1, 300):
+        after = made(scatter=0.05, drift=2.0, seed=seed, **against)
+        assert not any(change.verdict for change in changes.compare(before, after).changes), seed
 
 
-def test_a_change_is_seen() -> None:
-    before = made()
-    assert verdicts(before, made({"both": 1.1}, drift=0.7, seed=1)) == {"dense": {""}, "both": {"slower"}}
-    assert verdicts(before, made({"both": 0.9}, drift=0.7, seed=1)) == {"dense": {""}, "both": {"faster"}}
-    assert changes.compare(before, made({"both": 1.1}, seed=1)).worse
-    assert not changes.compare(before, made({"both": 0.9}, seed=1)).worse
-    factors = [change.factor for change in changes.compare(before, made({"both": 1.1}, seed=1)).changes]
-    assert sorted(factors)[-6] == pytest.approx(1.1, rel=0.03)
+@pytest.mark.parametrize("against", [{}, {"peak": False}], ids=["peak", "torch"])
+def test_a_change_is_seen(against: dict[str, bool]) -> None:
+    def after(factor: float) -> Run:
+        return made({"both": factor}, drift=0.7, seed=1, **against)
+
+    before = made(**against)
+    assert verdicts(before, after(1.15)) == {"dense": {""}, "both": {"slower"}}
+    assert verdicts(before, after(0.85)) == {"dense": {""}, "both": {"faster"}}
+    assert changes.compare(before, after(1.15)).worse
+    assert not changes.compare(before, after(0.85)).worse
+    for change in changes.compare(before, after(1.15)).changes:
+        assert change.factor == pytest.approx(1.15 if change.row.name == "both" else 1, rel=0.05)
 
 
 def test_what_scatters_more_must_change_more() -> None:
-    """Also where only the runs differ, not their rounds: peers that did not change tell by how much."""
-    wild = made({"both": 1.1}, scatter=0.3, seed=1)
-    assert verdicts(made(scatter=0.3), wild)["both"] == {""}
-    moved = made({"both": 1.1, "onnxruntime": 1.12, "numpy": 0.88}, seed=1)
-    assert verdicts(made(), moved)["both"] == {""}
+    """Where the run's blocks lie apart, or the row's own."""
+    assert verdicts(made(scatter=0.1), made({"both": 1.15}, scatter=0.1, seed=1))["both"] == {""}
+    restless = made({"both": 1.15}, seed=1)
+    for row in restless.pick("shapes", "both"):
+        row.blocks[0].seconds *= 1.2
+        row.blocks[1].seconds /= 1.2
+    assert verdicts(made(), restless)["both"] == {""}
 
 
-def test_hitches_of_torch_are_not_ours() -> None:
-    assert verdicts(made(), made({"torch": 50.0}, seed=1)) == {"dense": {""}, "both": {""}}
-    after = made(seed=1)
-    for row in after.rows[:5]:  # of one case, all peers but one
-        if row.name in ("torch", "numpy"):
-            row.seconds /= 50
-        elif row.over_torch:
-            row.over_torch /= 50
-    assert verdicts(made(), after) == {"dense": {""}, "both": {""}}
+@pytest.mark.parametrize("peer", ["torch", "onnxruntime", "numpy", "peak"])
+def test_peers_that_did_not_change_have_a_say(peer: str) -> None:
+    """Whether they seem to have become slower, as ours has, or faster while ours has become slower."""
+    for factor in (1.2, 50.0):
+        assert verdicts(made(), made({"both": 1.15, peer: factor}, seed=1))["both"] == {""}
+    assert verdicts(made(), made({peer: 50.0}, seed=1)) == {"dense": {""}, "both": {""}}
 
 
-def test_times_count_where_torch_is_missing() -> None:
-    before = made(torch=False)
-    assert verdicts(before, made({"both": 4.0}, seed=1, torch=False))["both"] == {"slower"}
-    comparison = changes.compare(before, made(seed=1, torch=False))
-    assert any("times themselves" in note for note in comparison.notes)
-    other = made(seed=1)
-    other.versions["torch"] = "2"
-    assert any("times themselves" in note for note in changes.compare(made(), other).notes)
+def test_other_work_is_told() -> None:
+    assert not any("other work" in note for note in changes.compare(made(), made(seed=1)).notes)
+    notes = changes.compare(made(), made(scatter=0.3, seed=1)).notes
+    assert [note.split(":")[0] for note in notes if "other work" in note] == ["after"]
+
+
+def test_times_count_where_nothing_else_does() -> None:
+    before, after = made(torch=False, peak=False), made({"both": 20.0}, torch=False, peak=False, seed=1)
+    assert any("beside onnxruntime, numpy" in note for note in changes.compare(before, after).notes)
+    before.versions = {}
+    assert any("times themselves" in note for note in changes.compare(before, after).notes)
+    assert verdicts(before, after) == {"dense": {""}, "both": {"slower"}}
 
 
 def test_other_changes_are_told() -> None:

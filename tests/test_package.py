@@ -116,6 +116,22 @@ def test_extras() -> None:
     assert named <= extras >= {"torch", "transformers", "plots", "cuda", "demo", "test", "docs"}
 
 
+def test_what_wheels_are_tested_with() -> None:
+    """cibuildwheel installs what the test file that it runs, and what this imports of tests/, asks for."""
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.cibuildwheel]")[2]
+    required = set(re.findall(r"\w+", re.search(r"^test-requires = \[(.+)\]$", text, re.MULTILINE)[1]))
+    (run,) = re.findall(r"\{project\}/tests/(\w+)\.py", text)
+    found, files = set(), {run, "conftest"}
+    while files:
+        imports = re.findall(
+            r"^(?:import|from) (\w+)", (ROOT / "tests" / f"{files.pop()}.py").read_text(), re.MULTILINE
+        )
+        files |= {name for name in imports if (ROOT / "tests" / f"{name}.py").exists()} - found
+        found |= set(imports)
+    local = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    assert found - set(sys.stdlib_module_names) - local - {"adaattn", "numpy"} == required
+
+
 # ---- types
 
 

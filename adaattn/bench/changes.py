@@ -1,19 +1,19 @@
 """What changed between two saved runs beyond noise.
 
-Times of two runs differ because the machine does, so where both runs have torch on a case, the change of the
-ratio to torch's time of the same rounds counts; elsewhere that of the time itself. Where the times of peers,
-the middle one of the case's and of all, contradict that beyond noise, the least change that is seen counts:
-torch's own hitches must not pass for ours. A change is more than noise if it exceeds three standard errors
-and 3 %. The error of a median follows from the quartiles of its
-rounds; on top comes what runs differ by without reason: how far the ratios of onnxruntime and NumPy, which
-did not change, lie apart, or without those 3 % (10 % of times themselves).
+Times of two runs differ because the machine does, and other work can only make them longer: the shortest of
+each block of rounds counts, beside those of others in the same block: of the multiply-add peak, and of peers
+of the same version, which did not change. A change is the least that is seen beside any of them, and none
+where they contradict each other. Between two blocks of a run all other cases are measured, so they differ as
+runs do: a row's standard error follows from how far its own blocks lie apart, or those of the middle row,
+whichever is more. A change is more than noise if it exceeds four standard errors and 3 %. Where there is
+nothing to compare with, times themselves count, and runs are taken to differ by 10 % without reason.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ from .contenders import CONFIGURATIONS, LABELS
 from .results import Row, Run
 from .tables import scientific
 
-SIGMAS = 3
+SIGMAS = 4
 LEAST = 0.03
-_UNEXPLAINED, _UNEXPLAINED_TIMES = 0.03, 0.1
+_UNEXPLAINED = 0.1
+_RESTLESS = 0.1
+_Yardsticks = dict[str, list[float]]  # what times are compared beside: logarithms of seconds, by block
 
 
 @dataclass(frozen=True)
@@ -92,66 +94,87 @@ def compare(before: Run, after: Run) -> Comparison:
     if not ours:
         raise ArgumentError("--compare: expected runs with a case in common, got none")
     steady = [name for name in ("torch", "onnxruntime", "numpy") if _same_version(before, after, name)]
-    by_torch = "torch" in steady
-    controls = [
-        math.log(_factor(old, new, by_torch))
-        for old, new in both
-        if new.name in steady and new.name != "torch" and _has_torch(old, new)
-    ]
-    unexplained = _spread(controls) if by_torch and len(controls) >= 5 else None
-    peers: dict[tuple[Any, ...], list[float]] = {}
-    for old, new in both:
-        if new.name in steady:
-            peers.setdefault(new.key[:-1], []).append(new.seconds / old.seconds)
-    drift = statistics.median(x for own in peers.values() for x in own) if peers else 1.0
+    beside = [_yardsticks(run, steady) for run in (before, after)]
+    least = [_least_deviation(*one) for one in zip((before, after), beside, strict=True)]
     changes = []
-    for old, new in ours:
-        machine = drift, statistics.median(peers.get(new.key[:-1], [drift]))
-        changes.append(_change(old, new, by_torch, unexplained, machine))
-    return Comparison(changes, list(_notes(before, after, steady, both)))
+    for rows in ours:
+        yardsticks = [one[row.key[:-1]] for row, one in zip(rows, beside, strict=True)]
+        within = [
+            max(low, _deviation(row, own)) / math.sqrt(len(row.blocks))
+            for row, own, low in zip(rows, yardsticks, least, strict=True)
+        ]
+        changes.append(_change(*rows, *_moved(rows, yardsticks), math.hypot(*within)))
+    notes = list(_notes(before, after, steady))
+    for name, deviation in zip(("before", "after"), least, strict=True):
+        if deviation > _RESTLESS:
+            notes.append(f"{name}: blocks of the run lie {deviation:.0%} apart; was there other work?")
+    return Comparison(changes, notes)
+
+
+def _yardsticks(run: Run, steady: Sequence[str]) -> dict[tuple[Any, ...], _Yardsticks]:
+    """Those of each case, the peak first."""
+    found: dict[tuple[Any, ...], _Yardsticks] = {}
+    for row in run.rows:
+        own = found.setdefault(row.key[:-1], {})
+        if all(block.peak_seconds for block in row.blocks):
+            own.setdefault("peak", [math.log(block.peak_seconds or 0) for block in row.blocks])
+        if row.name in steady:
+            own[row.name] = _logs(row)
+    return found
+
+
+def _logs(row: Row) -> list[float]:
+    return [math.log(block.seconds) for block in row.blocks]
+
+
+def _beside(row: Row, yardstick: Sequence[float]) -> list[float]:
+    return [own - other for own, other in zip(_logs(row), yardstick, strict=False)]
+
+
+def _moved(rows: Sequence[Row], yardsticks: Sequence[_Yardsticks]) -> tuple[float, float]:
+    """By how much, as a logarithm, and what of it may be without reason."""
+    common = [name for name in yardsticks[0] if name in yardsticks[1]]
+    if not common:
+        old, new = (statistics.mean(_logs(row)) for row in rows)
+        return new - old, _UNEXPLAINED
+    seen = []
+    for name in common:
+        old, new = (
+            statistics.mean(_beside(row, own[name])) for row, own in zip(rows, yardsticks, strict=True)
+        )
+        seen.append(new - old)
+    return (min(seen, key=abs) if min(seen) > 0 or max(seen) < 0 else 0.0), 0.0
+
+
+def _deviation(row: Row, yardsticks: _Yardsticks) -> float:
+    """Of the row's blocks beside the first yardstick; 0 for a single one."""
+    logs = next((_beside(row, one) for one in yardsticks.values()), _logs(row))
+    return statistics.stdev(logs) if len(logs) > 1 else 0.0
+
+
+def _least_deviation(run: Run, yardsticks: dict[tuple[Any, ...], _Yardsticks]) -> float:
+    """That of the middle one of AdaAttn's rows, as if blocks were normal."""
+    ours = [row for row in run.rows if row.name in CONFIGURATIONS]
+    return 1.4826 * statistics.median(_deviation(row, yardsticks[row.key[:-1]]) for row in ours)
 
 
 def _same_version(before: Run, after: Run, name: str) -> bool:
     return before.versions.get(name) == after.versions.get(name) is not None
 
 
-def _has_torch(old: Row, new: Row) -> bool:
-    return bool(old.over_torch and new.over_torch)
-
-
-def _factor(old: Row, new: Row, by_torch: bool) -> float:
-    if by_torch and old.over_torch and new.over_torch:
-        return old.over_torch / new.over_torch
-    return new.seconds / old.seconds
-
-
-def _change(
-    old: Row, new: Row, by_torch: bool, unexplained: float | None, machine: Sequence[float]
-) -> Change:
-    """`machine`: how many times as long peers take that did not change."""
-    ratios = by_torch and _has_torch(old, new)
-    factor = _factor(old, new, by_torch)
-    if ratios:
-        seen = [factor, *(new.seconds / old.seconds / x for x in machine)]
-        scatter = SIGMAS * math.hypot(*(_deviation(row, False) for row in (old, new)), _UNEXPLAINED_TIMES)
-        if any(abs(math.log(factor / x)) > scatter for x in seen):
-            least = min(seen, key=lambda x: abs(math.log(x)))
-            factor = least if max(seen) < 1 or min(seen) > 1 else 1.0
-    default = _UNEXPLAINED if ratios else _UNEXPLAINED_TIMES
-    between = unexplained if ratios and unexplained is not None else default
-    deviation = math.hypot(_deviation(old, ratios), _deviation(new, ratios), between)
+def _change(old: Row, new: Row, moved: float, unexplained: float, deviation: float) -> Change:
     chosen = "" if old.rungs == new.rungs else f"{_listed(old.rungs)} -> {_listed(new.rungs)}"
     off = new.error > 2 * old.error or old.error > 2 * new.error
-    moved = abs((new.memory or 0) - (old.memory or 0))
+    grown = abs((new.memory or 0) - (old.memory or 0))
     known = old.memory is not None and new.memory is not None
     return Change(
         row=new,
-        factor=factor,
-        noise=math.exp(max(SIGMAS * deviation, math.log1p(LEAST))),
+        factor=math.exp(moved),
+        noise=math.exp(max(SIGMAS * math.hypot(deviation, unexplained), math.log1p(LEAST))),
         choices=chosen,
         error=f"error {scientific(old.error)} -> {scientific(new.error)}" if off else "",
         memory=f"{(old.memory or 0) / 1e6:.1f} -> {(new.memory or 0) / 1e6:.1f} MB"
-        if known and moved > max(1e6, 0.2 * (old.memory or 0))
+        if known and grown > max(1e6, 0.2 * (old.memory or 0))
         else "",
         broken=new.broken and not old.broken,
     )
@@ -161,35 +184,19 @@ def _listed(rungs: dict[str, int]) -> str:
     return ", ".join(f"{n} {rung}" for rung, n in rungs.items()) or "nothing"
 
 
-def _deviation(row: Row, ratios: bool) -> float:
-    """Standard error of the logarithm of a median, from quartiles as if rounds were normal."""
-    low, high = (row.over_torch_q1, row.over_torch_q3) if ratios else (row.seconds_q1, row.seconds_q3)
-    assert low and high
-    return 1.2533 * math.log(high / low) / 1.349 / math.sqrt(len(row.samples))
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Standard deviation of normal values around zero, by their median distance."""
-    return 1.4826 * statistics.median(abs(x) for x in values)
-
-
-def _notes(before: Run, after: Run, steady: list[str], both: list[tuple[Row, Row]]) -> list[str]:
-    notes = []
+def _notes(before: Run, after: Run, steady: Sequence[str]) -> Iterator[str]:
     for name in ("cpu", "isa", "rates", "offered"):
         old, new = (run.machine.get(name) for run in (before, after))
         if old != new:
-            notes.append(f"{name}: {old} -> {new}")
+            yield f"{name}: {old} -> {new}"
     for name in sorted(before.versions.keys() | after.versions.keys()):
         old, new = before.versions.get(name, "none"), after.versions.get(name, "none")
         if old != new:
-            notes.append(f"{name}: {old} -> {new}")
-    torch = [new.seconds / old.seconds for old, new in both if new.name == "torch"]
-    if "torch" in steady and torch:
-        notes.append(f"torch itself takes {statistics.median(torch):.2f} times as long, which is left out")
-    else:
-        notes.append("no torch of one version in both runs: times themselves are compared")
+            yield f"{name}: {old} -> {new}"
+    peaks = ["the multiply-add peak"] if "FMA peak" in before.ceilings.keys() & after.ceilings.keys() else []
+    others = ", ".join([*peaks, *steady])
+    yield f"times count beside {others}" if others else "times themselves count: no peer is of one version"
     for label, run, other in (("only before", before, after), ("only now", after, before)):
         missing = {row.key for row in run.rows} - {row.key for row in other.rows}
         if missing:
-            notes.append(f"{label}: {len(missing)} rows")
-    return notes
+            yield f"{label}: {len(missing)} rows"

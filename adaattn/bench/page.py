@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import figures
 from .results import Run
-from .tables import Table, tables
+from .tables import CASE, Table, tables
 from .timing import plural
 
 _STYLE = """
@@ -26,13 +26,18 @@ p, li { color: var(--soft); } ul { padding-left: 1.2rem; }
 figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
 img { display: block; width: 100%; min-width: 520px; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 75vh; }
-table { border-collapse: collapse; font-size: .8rem; white-space: nowrap;
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 75vh;
+  width: max-content; min-width: 100%; max-width: calc(100vw - 2rem); margin-left: 50%;
+  transform: translateX(-50%); }
+table { border-collapse: separate; border-spacing: 0; font-size: .8rem; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { position: sticky; top: 0; background: var(--ground); }
-th:first-child, td:first-child { text-align: left; }
-tr.first td { border-top: 2px solid var(--line); }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+  background: var(--ground); }
+thead th { position: sticky; top: 0; z-index: 1; }
+th:first-child, td:first-child { position: sticky; left: 0; text-align: left; }
+thead th:first-child { z-index: 2; }
+tbody th { color: var(--soft); } tbody th span { position: sticky; left: .6rem; }
+@media (max-width: 560px) { figcaption::before { content: "\\21C6  Swipe to see all of it. "; } }
 """
 
 
@@ -86,14 +91,21 @@ def _figures(run: Run) -> list[str]:
 
 
 def _table(table: Table) -> str:
-    lines = []
+    """Of rows with a case, the case as a line of its own above its contenders."""
+    header, lines = table.header, []
+    if cased := header[:2] == CASE:
+        header = header[2:]
     for row in table.rows:
-        first = ' class="first"' if row[0] else ""
-        lines.append(f"<tr{first}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+        if cased and row[0]:
+            lines.append(
+                f'<tr><th colspan="{len(header)}"><span>{escape(", ".join(row[:2]))}</span></th></tr>'
+            )
+        cells = row[2:] if cased else row
+        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    names = "".join(f"<th>{escape(name)}</th>" for name in header)
     return (
         f"<h2>{escape(table.title)}</h2>\n"
-        f'<div class="wide"><table><thead><tr>{header}</tr></thead>\n<tbody>\n'
+        f'<div class="wide"><table><thead><tr>{names}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..errors import ArgumentError
 from .timing import plural
 
-FORMAT = "adaattn-bench-1"
+FORMAT = "adaattn-bench-2"
 
 
 def known(x: Any) -> float | None:
@@ -50,6 +50,14 @@ class Head:
 
 
 @dataclass
+class Block:
+    """Of rounds that followed each other the shortest time per call, and that of the fp32 peak."""
+
+    seconds: float
+    peak_seconds: float | None
+
+
+@dataclass
 class Row:
     """One contender on one case.
 
@@ -58,7 +66,8 @@ class Row:
     rate over that of fp32 multiply-adds, `unit_share` the time that its rungs' units need at their peak over
     its own; `planning` the share of the call that is not execution; `memory` bytes beyond inputs and output;
     `promised` the tolerance, `measured` the largest error that verification measured, `error` that of the
-    worst head against float64 on some rows. `samples` are seconds per call, one for each round.
+    worst head against float64 on some rows. `samples` are seconds per call, one for each round, and `blocks`
+    the best of those that followed each other: between two blocks the suite does all other cases.
     """
 
     section: str
@@ -84,6 +93,7 @@ class Row:
     measured: float | None = None
     choices: list[Head] = field(default_factory=list)
     samples: list[float] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -172,7 +182,7 @@ def save_json(run: Run, path: Path) -> None:
 
 def save_csv(run: Run, path: Path) -> None:
     """A line for each row; how many heads took which rung stands in one cell."""
-    names = [f.name for f in fields(Row) if f.name not in ("choices", "samples")]
+    names = [f.name for f in fields(Row) if f.name not in ("choices", "samples", "blocks")]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, "rungs", "rounds"])

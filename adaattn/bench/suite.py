@@ -1,7 +1,9 @@
 """The suite: what is measured, in which order, and how a row comes about.
 
 Contenders and the machine's ceilings take turns on each case (`timing`), so ratios compare times of the same
-rounds. Errors are those of the worst head against float64 on up to 64 rows.
+rounds. All cases are gone through more than once, each time for a block of rounds: blocks of a case lie
+apart in time as two runs do, and tell what `changes` takes for noise. Errors are those of the worst head
+against float64 on up to 64 rows.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -29,9 +31,9 @@ from .contenders import CONFIGURATIONS, LABELS, build, obstacles, options_of, un
 from .heads import Array, Heads, bundled, errors, gaussian, many, minilm, smooth, topics
 from .memory import MemoryMeter
 from .peers import oracle, sample_rows, taken_rows
-from .results import Head, Point, Row, Run, Spectrum, known
+from .results import Block, Head, Point, Row, Run, Spectrum, known
 from .roofline import UNITS, WORK, Roofline
-from .timing import Runner, quartiles, ratio, take_turns, timer
+from .timing import Runner, quartiles, ratios, take_turns, timer
 
 SECTIONS = ("shapes", "sweep", "real", "spectra", "front")
 KINDS = ("gaussian", "sparse", "smooth")
@@ -50,14 +52,16 @@ class Scope:
     sweep: tuple[int, ...]  # tokens
     bytes: int  # that the bundled model reads
     tokens: tuple[int, ...]  # that MiniLM reads
-    rounds: int
+    blocks: int  # times that all cases with contenders are gone through
+    rounds: int  # in each block
     sample: float  # seconds, at least, behind one sample
-    case: float  # seconds that the rounds of a case may take before the last begins
+    case: float  # seconds that the rounds of a block may take before the last begins
+    quick: bool = False
 
 
 _SHAPES = ((4, 256, 256, 4), (4, 512, 256, 4), (4, 512, 512, 8))
-FULL = Scope(_SHAPES, KINDS, tuple(128 << i for i in range(9)), 2048, (128, 512), 11, 0.03, 6.0)
-QUICK = Scope(_SHAPES, ("gaussian",), (128, 512, 2048), 1024, (), 3, 0.006, 0.5)
+FULL = Scope(_SHAPES, KINDS, tuple(128 << i for i in range(9)), 2048, (128, 512), 2, 6, 0.03, 3.0)
+QUICK = Scope(_SHAPES, ("gaussian",), (128, 512, 2048), 1024, (), 2, 2, 0.006, 0.25, quick=True)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def run(
         _versions(),
         threads,
         tolerance,
-        scope == QUICK,
+        scope.quick,
         {} if ceilings is None else _ceilings(ceilings, threads),
         left_out,
     )
@@ -174,9 +178,11 @@ def run(
     gc.disable()
     try:
         cases = list_cases(scope, sections, given, left_out)
-        for i, case in enumerate(cases):
+        again = [case for case in cases if case.section not in ("spectra", "front")]
+        steps = cases + again * (scope.blocks - 1)
+        for i, case in enumerate(steps):
             heads = case.make()
-            progress(f"{case.section}: {case.label}, {heads.key.shape[2]} keys", i / len(cases))
+            progress(f"{case.section}: {case.label}, {heads.key.shape[2]} keys", i / len(steps))
             suite.measure(case, heads)
         progress("done", 1.0)
     finally:
@@ -219,6 +225,42 @@ def _ceilings(roofline: Roofline, threads: int) -> dict[str, float]:
     return found | {"read": 2 * key.nbytes / seconds / 1e9}
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """One that takes turns, its first output, and a report if it is AdaAttn's."""
+
+    runner: Runner
+    out: Any
+    report: Report | None
+
+
+@dataclass
+class _Rounds:
+    """All rounds of a row so far: with each other contender and unit, its time over the row's."""
+
+    row: Row
+    operations: int
+    over: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, runner: Runner, others: Mapping[str, Runner]) -> None:
+        """A block more, and the row's numbers again, from all blocks."""
+        row = self.row
+        for name, other in others.items():
+            self.over.setdefault(name, []).extend(ratios(other, runner))
+        peak = others.get("FMA peak")
+        row.blocks.append(Block(min(runner.samples), min(peak.samples) if peak else None))
+        row.samples += runner.samples
+        row.seconds_q1, row.seconds, row.seconds_q3 = quartiles(row.samples)
+        row.tflops = self.operations / row.seconds / 1e12
+        found = {name: quartiles(values) for name, values in self.over.items()}
+        row.over_dense = found["dense"][1]
+        if "torch" in found:
+            row.over_torch_q1, row.over_torch, row.over_torch_q3 = found["torch"]
+        if "FMA peak" in found:
+            row.peak_share = found["FMA peak"][1]
+            row.unit_share = _unit_share(row, {name: values[1] for name, values in found.items()})
+
+
 @dataclass
 class _Suite:
     """A run in the making."""
@@ -227,6 +269,7 @@ class _Suite:
     scope: Scope
     roofline: Roofline | None
     meter: MemoryMeter | None
+    rounds: dict[tuple[Case, str], _Rounds] = field(default_factory=dict)
 
     def measure(self, case: Case, heads: Heads) -> None:
         if case.section == "spectra":
@@ -234,44 +277,46 @@ class _Suite:
         elif case.section == "front":
             self.found.front += self.front(case, heads)
         else:
-            self.found.rows += self.rows(case, heads)
+            self.measure_rows(case, heads)
 
     # ---- cases with all contenders
 
-    def rows(self, case: Case, heads: Heads) -> list[Row]:
+    def measure_rows(self, case: Case, heads: Heads) -> None:
+        """A block of rounds: the first makes the case's rows, others add to them."""
         names = [name for name in LABELS if name not in self.found.left_out and not unfit(name, heads)]
-        rows = sample_rows(heads.query.shape[2])
-        exact = oracle([heads.query, heads.key, heads.value], rows, heads.causal)
-        runners, outs, reports = {}, {}, {}
-        for name in names:
-            runners[name], outs[name], reports[name] = self.prepare(name, heads)
+        made = {name: self.prepare(name, heads) for name in names}
         units = self.units(heads)
-        take_turns([*units.values(), *runners.values()], self.scope.rounds, self.scope.case)
+        runners = [*units.values(), *(one.runner for one in made.values())]
+        take_turns(runners, self.scope.rounds, self.scope.case)
         for name, unit in units.items():  # the best of the run
             rate = _operations(heads) / unit.seconds / 1e9
             self.found.ceilings[name] = max(self.found.ceilings[name], rate)
-        found = []
-        for name, runner in runners.items():
-            error = errors(taken_rows(outs.pop(name), rows, exact), exact).max()
-            row = _row(case, heads, runner, float(error))
-            if "torch" in runners:
-                row.over_torch_q1, row.over_torch, row.over_torch_q3 = ratio(runners["torch"], runner)
-            row.over_dense = ratio(runners["dense"], runner)[1]
-            if (report := reports[name]) is not None:
-                if row.seconds < 0.1:  # the first call found nothing in caches
+        others = units | {name: made[name].runner for name in ("torch", "dense") if name in made}
+        if (case, names[0]) not in self.rounds:
+            rows = {name: _row(case, heads, one.runner) for name, one in made.items()}
+            self.describe(rows, heads, made)
+            self.found.rows += rows.values()
+            self.rounds |= {(case, name): _Rounds(row, _operations(heads)) for name, row in rows.items()}
+        for name, one in made.items():
+            self.rounds[case, name].add(one.runner, others)
+
+    def describe(self, rows: Mapping[str, Row], heads: Heads, made: Mapping[str, _Contender]) -> None:
+        """What does not change from block to block: errors, choices, memory."""
+        sample = sample_rows(heads.query.shape[2])
+        exact = oracle([heads.query, heads.key, heads.value], sample, heads.causal)
+        for name, row in rows.items():
+            one = made[name]
+            row.error = float(errors(taken_rows(one.out, sample, exact), exact).max())
+            if (report := one.report) is not None:
+                if one.runner.seconds < 0.1:  # the first call found nothing in caches
                     options = options_of(name, self.found.tolerance)
                     report = heads.attend(num_threads=row.threads, return_report=True, **options)[1]
                 _describe(row, report, self.found.tolerance)
-            if units:
-                row.peak_share = ratio(units["FMA peak"], runner)[1]
-                row.unit_share = _unit_share(row, units, runner)
-            if self.meter is not None and runner.seconds < 5:
+            if self.meter is not None and one.runner.seconds < 5:
                 row.memory = self.meter.measure(name, heads, self.found.tolerance, row.threads)
-            found.append(row)
-        return found
 
-    def prepare(self, name: str, heads: Heads) -> tuple[Runner, Any, Report | None]:
-        """One that is ready to take turns, and its first output, with a report if it is AdaAttn's."""
+    def prepare(self, name: str, heads: Heads) -> _Contender:
+        """One that is ready to take turns."""
         call = build(name, heads, self.found.tolerance, self.found.threads)
         report = None
         start = time.perf_counter()
@@ -285,7 +330,7 @@ class _Suite:
         if name not in CONFIGURATIONS and name != "torch":
             runner.limit = max(0.1, self.scope.case / 4)
         runner.calibrate(self.scope.sample, first)
-        return runner, out, report
+        return _Contender(runner, out, report)
 
     def units(self, heads: Heads) -> dict[str, Runner]:
         """The machine's ceilings, which take turns with the contenders."""
@@ -303,8 +348,8 @@ class _Suite:
 
     def spectrum(self, head: Heads) -> Spectrum:
         """Entropy and rank of up to 256 rows, and the time of both structure and precision beside dense."""
-        runners = [self.prepare(name, head)[0] for name in ("dense", "both")]
-        take_turns(runners, self.scope.rounds, self.scope.case / 4)
+        runners = [self.prepare(name, head).runner for name in ("dense", "both")]
+        take_turns(runners, self.scope.rounds * self.scope.blocks, self.scope.case * self.scope.blocks / 4)
         dense, both = runners
         weights = _weights(head, sample_rows(head.query.shape[2], 256))
         options = options_of("both", self.found.tolerance)
@@ -349,7 +394,7 @@ class _Suite:
         ]
         for runner in runners:
             runner.calibrate(self.scope.sample / 3)
-        take_turns(runners, self.scope.rounds, self.scope.case)
+        take_turns(runners, self.scope.rounds * self.scope.blocks, self.scope.case * self.scope.blocks)
         return [replace(way[0], seconds=one.seconds) for way, one in zip(ways, runners, strict=True)]
 
 
@@ -361,12 +406,13 @@ def _operations(heads: Heads) -> int:
     return int(2 * B * H * pairs * (D + E))
 
 
-def _row(case: Case, heads: Heads, runner: Runner, error: float) -> Row:
-    q1, median, q3 = quartiles(runner.samples)
+def _row(case: Case, heads: Heads, runner: Runner) -> Row:
+    """Without rounds so far."""
     B, H, T, D = heads.query.shape
+    shape = [B, H, T, heads.key.shape[2], D]
     return Row(
-        case.section, case.label, [B, H, T, heads.key.shape[2], D], heads.causal, runner.threads, runner.name,
-        median, q1, q3, _operations(heads) / median / 1e12, error, samples=list(runner.samples),
+        case.section, case.label, shape, heads.causal, runner.threads, runner.name,
+        seconds=math.nan, seconds_q1=math.nan, seconds_q3=math.nan, tflops=math.nan, error=math.nan,
     )  # fmt: skip
 
 
@@ -399,15 +445,15 @@ def _choices(report: Report) -> list[Head]:
     return found
 
 
-def _unit_share(row: Row, units: dict[str, Runner], runner: Runner) -> float | None:
+def _unit_share(row: Row, over: Mapping[str, float]) -> float | None:
     """Of its time, what its rungs' units need at their peak; None where a head is on a rung without one."""
     shares = []
     for head in row.choices:
         work = {"FMA peak": 1.0} if head.rung == "fp32" else WORK.get(head.rung, {})
-        if not work or head.structure not in ("dense", "sparse") or not work.keys() <= units.keys():
+        if not work or head.structure not in ("dense", "sparse") or not work.keys() <= over.keys():
             return None
         done = (1 + head.kept) / 2  # all scores, and the values that are kept
-        shares.append(done * sum(part * ratio(units[unit], runner)[1] for unit, part in work.items()))
+        shares.append(done * sum(part * over[unit] for unit, part in work.items()))
     return statistics.mean(shares) if shares else None
 
 

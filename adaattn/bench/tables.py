@@ -15,6 +15,9 @@ TITLES = {
 }
 
 
+CASE = ["heads", "B,H,S,D"]  # the first columns of tables of cases, empty where they are those above
+
+
 class Table(NamedTuple):
     title: str
     header: list[str]
@@ -24,7 +27,7 @@ class Table(NamedTuple):
 def tables(run: Run) -> Iterator[Table]:
     """One for each section that was measured."""
     header = [
-        "heads", "B,H,S,D", "contender", "time", "quartiles", "x torch", "x dense", "TFLOP/s", "of fp32 peak",
+        *CASE, "contender", "time", "x torch", "x dense", "quartiles", "TFLOP/s", "of fp32 peak",
         "of own units", "planning", "memory", "rungs", "promised", "verified", "error",
     ]  # fmt: skip
     for section, title in TITLES.items():
@@ -68,9 +71,9 @@ def _cells(row: Row) -> list[str]:
     return [
         LABELS[row.name],
         duration(row.seconds),
-        f"{duration(row.seconds_q1)} - {duration(row.seconds_q3)}",
         times(row.over_torch),
         times(row.over_dense),
+        f"{duration(row.seconds_q1)} - {duration(row.seconds_q3)}",
         f"{row.tflops:.3f}",
         share(row.peak_share),
         share(row.unit_share),

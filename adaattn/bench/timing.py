@@ -83,9 +83,14 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return q1, median, q3
 
 
+def ratios(a: Runner, b: Runner) -> list[float]:
+    """a's time over b's in each round."""
+    return [x / y for x, y in zip(a.samples, b.samples, strict=False)]
+
+
 def ratio(a: Runner, b: Runner) -> Quartiles:
     """Quartiles of a's time over b's."""
-    return quartiles([x / y for x, y in zip(a.samples, b.samples, strict=False)])
+    return quartiles(ratios(a, b))
 
 
 def plural(threads: int) -> str:
