@@ -185,7 +185,8 @@ ada_status ada_fail(ada_error *error, ada_status status, const char *format, ...
     __attribute__((format(printf, 3, 4)));
 
 /* The only allocator: 64-byte aligned, NULL when there is no memory. ada_alloc_fail_after(n) makes the
- * (n + 1)-th allocation from now on fail once (for tests); a negative n switches that off. */
+ * (n + 1)-th allocation from now on fail once (for tests), and until then no call gets memory that an earlier
+ * one left; a negative n switches that off. */
 void *ada_alloc(int64_t bytes);
 void ada_free(void *memory);
 void ada_alloc_fail_after(int n);

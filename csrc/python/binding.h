@@ -74,6 +74,8 @@ int ada_number_of(const ada_module_state *state, PyObject *object, const char *n
 /* Values beyond 64 bits become the nearest one. */
 int ada_integer_of(const ada_module_state *state, PyObject *object, const char *name, const char *expected,
                    int64_t *value);
+/* Anything that is true or false. */
+int ada_flag_of(const ada_module_state *state, PyObject *object, const char *name, bool *value);
 /* One of the names, as its index. */
 int ada_name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
                 const char *const names[], int n, int *index);

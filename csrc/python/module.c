@@ -348,9 +348,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto done;
     }
     view += ADA_OPTION_VIEWS;
-    int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
-    int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
-    if (return_lse < 0 || return_report < 0) goto done;
+    bool return_lse, return_report;
+    if (ada_flag_of(state, args[RETURN_LSE], "return_lse", &return_lse) ||
+        ada_flag_of(state, args[RETURN_REPORT], "return_report", &return_report))
+        goto done;
     static const char *const structures[] = {"auto", "dense", "sparse", "low_rank"};
     int structure;
     if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense', 'sparse' or 'low_rank'",
