@@ -8,7 +8,7 @@ from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalErro
 from .gpu import gpu_info
 from .products import LinearReport, PackedWeight, linear
 from .rates import calibrate
-from .stats import Plan, Report
+from .stats import GradientReport, Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
@@ -17,6 +17,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Error",
+    "GradientReport",
     "Gradients",
     "KVCache",
     "LinearReport",
