@@ -64,8 +64,8 @@ class PackedWeight:
         scale, codes, left = _codes(self.weight if finite else np.zeros_like(weight))
         squares = np.square(self.weight, dtype=np.float64)
         size = float(squares.sum())
-        # Rounding of sums in fp32, and of their inputs: to 2^-24 each, four times over.
-        left2 = np.tile(2.0**-44 * squares.sum(axis=0), (3, 1))
+        # Rounding in fp32, of what a row is made of and of sums that grow along it, three times over.
+        left2 = np.tile(2.0**-48 * (16 + K / _chains()) * squares.sum(axis=0), (3, 1))
         self.errors: dict[str, float] = {}
         for rung in (_INT8, _INT16):
             lost = float(np.square(left[rung], dtype=np.float64).sum())
@@ -152,6 +152,12 @@ def _column_squares(left: _Array) -> _Array:
         return np.full(K, largest)
     squares *= (1 + 2.2 / N**0.5) ** 2  # three standard deviations of a sum over N features
     return squares
+
+
+@cache
+def _chains() -> int:
+    """How many sums the engine's fp32 makes of a product."""
+    return 1 if _adaattn.cpu_info()["kernels"]["row_scores_f32"] == "scalar" else 16
 
 
 @cache

@@ -186,7 +186,7 @@ class Dropout(Module):
         if not (self.training and self.p):
             return x
         kept = self._rng.random(x.shape, np.float32) >= self.p
-        self._saved = factor = kept * x.dtype.type(1 / (1 - self.p))
+        self._saved = factor = kept * x.dtype.type(1 / ((1 - self.p) or 1))
         y: Array = x * factor
         return y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -252,14 +253,24 @@ def float_type(dtype: DTypeLike) -> np.dtype[Any]:
 def at_least_one(**sizes: int) -> None:
     """Refuse sizes below 1, by name."""
     for name, size in sizes.items():
-        if size < 1:
-            raise ArgumentError(f"{name}: expected at least 1, got {size}")
+        integer(name, size, 1)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """The value, if it is an integer and large enough."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise DTypeError(f"{name}: expected an int, got {value!r}") from None
+    if found < least:
+        raise ArgumentError(f"{name}: expected at least {least}, got {found}")
+    return found
 
 
 def check_dropout(p: float) -> None:
-    """Refuse what is no probability, or 1."""
-    if not 0 <= p < 1:
-        raise ArgumentError(f"dropout: expected a number from 0 to below 1, got {p}")
+    """Refuse what is no probability."""
+    if not 0 <= p <= 1:
+        raise ArgumentError(f"dropout: expected a number from 0 to 1, got {p}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:

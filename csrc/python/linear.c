@@ -3,8 +3,8 @@
 
 #include "../linear.h"
 
-/* What adaattn.products.PackedWeight keeps: (N, K, weight2, weight, scale, left2, high codes, low codes). Made
- * by it alone, so only what would crash is checked. */
+/* What adaattn.products.PackedWeight keeps: (N, K, weight2, weight, scale, left2, high codes, low codes).
+ * Made by it alone, so only what would crash is checked. */
 static int packed_of(PyObject *packed, ada_linear *p) {
     long long N, K;
     PyObject *parts[5];
