@@ -133,7 +133,8 @@ typedef struct {
     bool compute_f64;    /* else fp32 accumulation */
     double most_bias;    /* octaves of a biased score that fp32 may hold */
     bool only_f64;       /* fp32 cannot hold the scale */
-    uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
+    uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout, 2^32: all
+                            are, and dropout_p is 0 */
 } ada_problem;
 
 /* The only validator. Normalises attn_mask to four dimensions with zero strides where it broadcasts. */

@@ -572,3 +572,23 @@ def test_tangents_of_forward_mode_are_refused() -> None:
         dual = torch.autograd.forward_ad.make_dual(value, value)
         with pytest.raises(adaattn.ArgumentError, match="expected tensors without tangents"):
             scaled_dot_product_attention(query, key, dual)
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    x = torch.randn(3, 1, 2, 4, 8)
+
+    def loss(x: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x).sum()
+
+    for call in (torch.func.vmap(loss), torch.func.grad(lambda x: loss(x[0]))):
+        with pytest.raises(adaattn.ArgumentError, match=r"^query, key, value: expected plain tensors, got"):
+            call(x)
+
+
+def test_everything_dropped() -> None:
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    ours = scaled_dot_product_attention(x, x, x, dropout_p=1.0)
+    theirs = torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=1.0)
+    assert torch.equal(ours, theirs) and not ours.any()
+    ours.sum().backward()
+    assert not x.grad.any()

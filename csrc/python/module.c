@@ -699,10 +699,16 @@ static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
 
 /* ---- the module ---- */
 
+PyDoc_STRVAR(linear_doc,
+             "linear($module, packed, x, bias, tolerance, first, report, num_threads, /)\n--\n\n"
+             "Rows x times the weight that a PackedWeight keeps, from the rung of index first on, and with "
+             "report a table of each row's rung and predicted error.");
+
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
     {"attention_backward", (PyCFunction)(void (*)(void))ada_py_attention_backward, METH_FASTCALL,
      backward_doc},
+    {"linear", (PyCFunction)(void (*)(void))ada_py_linear, METH_FASTCALL, linear_doc},
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
     {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
     {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
