@@ -26,7 +26,7 @@ SCRIPTS = {
     "adaptive_attention_demo": ["--length", "2048"],
     "basic_usage": [],
     "execute_notebooks": None,  # see test_notebooks.py
-    "huggingface_minilm": ["--tolerance", "0.05"],
+    "huggingface_minilm": ["--tolerance", "0.05", "--pages", "6"],
     "long_context": ["--length", "2500"],
     "torch_drop_in": [],
     "train_bytes": None,  # see test_nn_training.py
