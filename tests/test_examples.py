@@ -37,7 +37,7 @@ NEEDS = {"huggingface_minilm": ("torch", "transformers", MINILM), "torch_drop_in
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
