@@ -7,7 +7,7 @@ from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .gpu import gpu_info
 from .rates import calibrate
-from .stats import Plan, Report
+from .stats import GradientReport, Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
@@ -16,6 +16,7 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "Error",
+    "GradientReport",
     "Gradients",
     "KVCache",
     "NumericalError",

@@ -98,12 +98,13 @@ def attention(
     max_precision : "auto" or the name of a rung
         The most exact rung that it may choose. A head that none of the allowed rungs keeps within the
         tolerance is computed on the most exact of them, and the report shows by how much it misses.
-    structure : "auto", "dense" or "low_rank"
+    structure : "auto", "dense", "sparse" or "low_rank"
         Whether a tolerance may leave something out of long heads (from 2,048 queries and keys on) where that
-        is faster. Sparse heads: blocks of 64 keys, whose scores are all computed, count as one key of their
-        mean value for queries to which it makes little difference. Heads of low rank: few landmarks stand for
-        all keys. "dense" leaves nothing out. "low_rank" by name wins over the planner, at any length: it is
-        verified, and replaced only where the head's numbers do not allow landmarks. See the notes.
+        is faster. Sparse heads: blocks of 64 keys count as one key of their mean value for queries to which
+        it makes little difference. Heads of low rank: few landmarks stand for all keys. "dense" leaves
+        nothing out. "sparse" and "low_rank" by name win over the planner, at any length: they are verified,
+        and replaced (``retried``) only where the head's numbers do not allow them, or where there are fewer
+        than 64 queries or keys for "sparse". See the notes.
     min_rank, max_rank : int, optional
         Least and most landmarks of a head of low rank; the least rank that keeps the tolerance is taken. By
         default from 1 to 512, as many as keys at most.
@@ -147,8 +148,8 @@ def attention(
         An argument of the wrong type, or arrays of a dtype that is not taken.
     ArgumentError
         A value that makes no sense, or arguments that exclude each other: a policy beside a tolerance, a plan
-        for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance,
-        landmarks beside an option that does not go with them.
+        for other sizes or beside what it carries, `min_precision` or `max_precision` without a tolerance, a
+        structure by name beside an option that does not go with it, or sparse heads on a CPU without AVX2.
     DeviceError
         Arrays that do not all lie on the CPU or on one GPU, or a GPU that cannot be used (`gpu_info` says
         why). All four name the argument, what was expected and what came. Also what the CUDA runtime
@@ -188,13 +189,15 @@ def attention(
     hold (NaN, infinities, numbers beyond the format) is computed in fp32, and rows that overflow fp32 in
     fp64; other heads keep their bits.
 
-    From 2,048 queries and keys on a head may be sparse. All its scores are computed on its rung; then, for
+    From 2,048 queries and keys on a head may be sparse. Its scores are computed on its rung; then, for
     every 64 queries, those blocks of 64 keys stand in for their values that change these rows least: a block
     counts as its mean value, with the weight that its keys have together. How far that moves a row follows
     from its own weights and from how far the block's values lie apart, times what profiled rows say of such
-    estimates, so a row that looks at one key which nobody else sees keeps that key's block. Rows to verify
-    are drawn by their estimates too. Blocks where something is hidden are never left out, and with softcap,
-    ALiBi, dropout, a float mask or a precision by name nothing is. The lse is that of all keys.
+    estimates, so a row that looks at one key which nobody else sees keeps that key's block. Only blocks of
+    which centre and radius show that no key can have any weight (together a fiftieth of what a row may be off
+    by) are passed over without scores. Rows to verify are drawn by their estimates too. Blocks where
+    something is hidden are never left out, and with softcap, ALiBi, dropout, a float mask or a precision by
+    name nothing is. The lse is that of all keys.
 
     Such a long head may instead be of low rank, where its scores are those of few dimensions and spread
     little. The exponential kernel of queries and centred keys is projected onto landmarks, keys that randomly
@@ -262,7 +265,7 @@ def attention(
         device,
     )  # fmt: skip
     if return_report:
-        *arrays, (heads, seconds, operations, sizes, ruled_out) = result
+        *arrays, (heads, seconds, operations, sizes, ruled_out, picture) = result
         kept = arrays if isinstance(query, np.ndarray) else _as_kind_of(query, tuple(arrays), out)
         made = None
         if plan is None and tolerance is not None:
@@ -276,7 +279,7 @@ def attention(
                 forced=_given(precision),
                 lse=bool(return_lse),
             )
-        return (*kept, Report.of(heads, seconds, operations, made=made, given=plan))
+        return (*kept, Report.of(heads, seconds, operations, made=made, given=plan, picture=picture))
     return result if isinstance(query, np.ndarray) else _as_kind_of(query, result, out)
 
 
@@ -346,7 +349,7 @@ def plan(
     tolerance = tolerance_of(tolerance, policy)
     if tolerance is None:
         raise ArgumentError("tolerance: expected a number, or a policy, got None")
-    heads, _, _, sizes, ruled_out = _adaattn.attention(
+    heads, _, _, sizes, ruled_out, _ = _adaattn.attention(
         query, key, value, attn_mask, causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset,
         scale, dropout_p, seed, "auto", tolerance, min_precision, max_precision, structure, min_rank,
         max_rank, False, _rates_for(query, device), None, True, return_lse, False, None, num_threads,
@@ -394,10 +397,16 @@ def _budget(
                 del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
             _refuse("None beside a precision by name", ranks)
+    check_verify(verify)
+    return tolerance, choices
+
+
+def check_verify(verify: Any) -> Any:
+    """True, False or "auto", which is True to the engine."""
     if not isinstance(verify, bool) and not (isinstance(verify, str) and verify == _AUTO):
         kind, got = (ArgumentError, repr(verify)) if isinstance(verify, str) else (DTypeError, _type(verify))
         raise kind(f"verify: expected True, False or 'auto', got {got}")
-    return tolerance, choices
+    return verify
 
 
 def _rates_for(query: Any, device: Any) -> Any:

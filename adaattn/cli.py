@@ -26,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.choices["demo"].add_argument(
         "--plot", metavar="FILE", help="draw the result as well; needs matplotlib"
     )
+    commands.choices["demo"].add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="read and compare N bytes; from 2,048 on heads may be sparse or of low rank",
+    )
     _add_bench(commands.choices["bench"])
     _add_profile(commands.choices["profile"])
     words = sys.argv[1:] if argv is None else list(argv)
@@ -87,7 +93,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         figures.check(arguments.plot)
     with _progress() as progress:
-        result = demo.run(progress)
+        result = demo.run(progress, arguments.length)
     if arguments.plot is not None:
         figures.draw(result, arguments.plot)
     if arguments.json:
@@ -196,22 +202,25 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
 
 
 def _print_demo(result: Mapping[str, Any]) -> None:
+    expected = result["expected_bits_per_byte"]
     print(
         f"Read {result['bytes']:,} bytes in {result['read_seconds']:.2f} s at {result['bits_per_byte']:.6f} "
-        f"bits per byte (expected {result['expected_bits_per_byte']:.6f}).\n"
+        f"bits per byte{'' if expected is None else f' (expected {expected:.6f})'}.\n"
     )
+    alone = result["layers"][0]["speedup"] is None  # NumPy took no part
+    beside = "" if alone else ", ours and NumPy (one\nhead, times their number)"
     print(
-        f"Attention of each layer on the first {result['compared_bytes']:,} bytes, ours and NumPy (one\n"
-        f"head, times their number); relative error of ours against float64 on {result['checked_rows']} rows:"
+        f"Attention of each layer on the first {result['compared_bytes']:,} bytes{beside}; relative\n"
+        f"error of ours against float64 on {result['checked_rows']} rows:"
     )
+    peers = () if alone else ("NumPy, ms", "ratio")
     _print_table(
-        ("layer", "ours, ms", "NumPy, ms", "ratio", "error", "worst head"),
+        ("layer", "ours, ms", *peers, "error", "worst head"),
         [
             (
                 str(layer["layer"]),
                 f"{1e3 * layer['seconds']:.1f}",
-                f"{1e3 * layer['numpy_seconds']:.1f}",
-                f"{layer['speedup']:.1f}",
+                *(() if alone else (f"{1e3 * layer['numpy_seconds']:.1f}", f"{layer['speedup']:.1f}")),
                 f"{layer['error']:.1e}",
                 f"{layer['worst_head_error']:.1e}",
             )
@@ -246,12 +255,28 @@ def _print_policies(result: Mapping[str, Any]) -> None:
         ],
     )
     budgets = [policy for policy in policies if policy["tolerance"] is not None]
-    print(f"\nRungs of each layer's heads, in order. {_offer(result['offered'])}")
-    columns = [_rung_cells(policy["rungs"]) for policy in budgets]
+    structures = {name for policy in budgets for layer in policy["structures"] for name in layer}
+    told = ["percent: of the blocks that sparse heads keep."] if "sparse" in structures else []
+    told += ["R: landmarks of heads of low rank."] if "low_rank" in structures else []
+    print("\n" + " ".join(["Rungs of each layer's heads, in order.", *told, _offer(result["offered"])]))
+    columns = [_rung_cells(_named(policy)) for policy in budgets]
     layers = map(str, range(len(result["layers"])))
     _print_table(
         ("layer", *(policy["policy"] for policy in budgets)), list(zip(layers, *columns, strict=True))
     )
+
+
+def _named(policy: Mapping[str, Any]) -> list[list[str]]:
+    """A name for how each head of each layer was computed: "bf16", "int8:23%", "fp32:R48"."""
+    fields = (policy[name] for name in ("rungs", "structures", "kept", "ranks"))
+    marks = {"sparse": lambda kept, rank: f":{kept:.0%}", "low_rank": lambda kept, rank: f":R{rank}"}
+    return [
+        [
+            rung + (marks[structure](kept, rank) if structure in marks else "")
+            for rung, structure, kept, rank in zip(*layer, strict=True)
+        ]
+        for layer in zip(*fields, strict=True)
+    ]
 
 
 def _rung_cells(layers: Sequence[Sequence[str]]) -> list[str]:

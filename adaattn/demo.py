@@ -8,6 +8,7 @@ values that the model made of the text.
 from __future__ import annotations
 
 import math
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import api, reference
+from .errors import ArgumentError
 from .nn import Transformer
 from .nn.stats import rungs
 from .stats import POLICIES, Report
 
 DATA = Path(__file__).with_name("data")
+#: Of the standard library: read one after the other where sample.txt is too short.
+LIBRARY_FILES = ("argparse.py", "difflib.py", "typing.py")
 LENGTH = 4096
 COMPARED = 2048  # of them are what contenders compute
 EXPECTED_BITS_PER_BYTE = 1.208149  # float64 NumPy from the same float16 weights
@@ -31,6 +35,7 @@ PROMPT = b'def read_lines(path):\n    """Return the lines of the file at *path*.
 NEW_BYTES = 64
 RUNS = 3  # of each contender, alternating; the median counts
 MOST_ROWS = 256  # of a layer that are compared with float64
+MOST_NUMPY = 4096  # bytes that NumPy, whose weights grow with their square, takes part with
 
 _Array = NDArray[Any]
 _Progress = Callable[[str, float], None]
@@ -60,25 +65,33 @@ class Race(NamedTuple):
         return float(np.linalg.norm(off) / np.linalg.norm(exact)), float(worst.max())
 
 
-def run(progress: _Progress = lambda step, done: None) -> dict[str, Any]:
+def run(progress: _Progress = lambda step, done: None, length: int | None = None) -> dict[str, Any]:
     """Read, measure, check and continue; `progress` is told each step, and the share that is done.
+
+    Parameters
+    ----------
+    progress : callable
+    length : int, optional
+        Bytes to read, all of which contenders compute; by default LENGTH and COMPARED.
 
     Returns
     -------
     dict
-        Of JSON types: `bits_per_byte` and what was expected, the seconds that reading took; over the first
-        `compared_bytes`, with errors against float64 on `checked_rows` of a head's rows: `layers` (of
-        `describe_layer`) and `policies` (of `describe_policy`, and bits per byte); `offered`, the rungs that
-        pay on this machine; the text written and the seconds it took; `failures`, in sentences, and `passed`:
-        whether there are none.
+        Of JSON types: `bits_per_byte` and what was expected (None of a length of one's own), the seconds that
+        reading took; over the first `compared_bytes`, with errors against float64 on `checked_rows` of a
+        head's rows: `layers` (of `describe_layer`) and `policies` (of `describe_policy`, and bits per byte);
+        `offered`, the rungs that pay on this machine; the text written and the seconds it took; `failures`,
+        in sentences, and `passed`: whether there are none.
     """
     progress("Loading the model", 0.0)
     model = Transformer.load(DATA / "bytelm.safetensors")
-    text = np.frombuffer((DATA / "sample.txt").read_bytes(), np.uint8)[: LENGTH + 1]
-    progress(f"Reading {LENGTH:,} bytes", 0.1)
+    compared = min(COMPARED, LENGTH) if length is None else length
+    expected = EXPECTED_BITS_PER_BYTE if length is None else None
+    length = LENGTH if length is None else length
+    text = sources(length + 1)
+    progress(f"Reading {length:,} bytes", 0.1)
     logits, calls, read_seconds = read(model, text[:-1])
 
-    compared = min(COMPARED, LENGTH)
     races = []
     for i, call in enumerate(calls):
         progress(f"Measuring layer {i + 1} of {len(calls)}", 0.2 + 0.4 * i / len(calls))
@@ -95,12 +108,12 @@ def run(progress: _Progress = lambda step, done: None) -> dict[str, Any]:
     tokens = model.generate(np.frombuffer(PROMPT, np.uint8)[None], NEW_BYTES)[0]
     write_seconds = time.perf_counter() - start
 
-    bits = bits_per_byte(logits, text, LENGTH)
-    failures = list_failures(bits, policies)
+    bits = bits_per_byte(logits, text, length)
+    failures = list_failures(bits, expected, policies)
     return {
-        "bytes": LENGTH,
+        "bytes": length,
         "bits_per_byte": bits,
-        "expected_bits_per_byte": EXPECTED_BITS_PER_BYTE,
+        "expected_bits_per_byte": expected,
         "passed": not failures,
         "failures": failures,
         "read_seconds": read_seconds,
@@ -114,6 +127,26 @@ def run(progress: _Progress = lambda step, done: None) -> dict[str, Any]:
         "continuation": tokens[len(PROMPT) :].astype(np.uint8).tobytes().decode(errors="backslashreplace"),
         "write_seconds": write_seconds,
     }
+
+
+def sources(length: int) -> _Array:
+    """So many bytes of Python: sample.txt or, beyond its 4,737, the library of the Python that runs.
+
+    Raises
+    ------
+    ArgumentError
+        There are not so many, or none are asked for.
+    """
+    text = (DATA / "sample.txt").read_bytes()
+    if length > len(text):
+        library = Path(sysconfig.get_paths()["stdlib"])
+        text = b"".join((library / name).read_bytes() for name in LIBRARY_FILES)
+    if not 1 < length <= len(text):
+        raise ArgumentError(
+            f"length: expected 1 to {len(text) - 1}, of which {', '.join(LIBRARY_FILES)} have one more, "
+            f"got {length - 1}"
+        )
+    return np.frombuffer(text, np.uint8)[:length]
 
 
 def read(model: Transformer, text: _Array) -> tuple[_Array, list[tuple[_Array, ...]], float]:
@@ -157,14 +190,16 @@ def with_exact_rows(arrays: Sequence[_Array]) -> Layer:
 def race(layer: Layer) -> Race:
     """Causal attention by NumPy, exact, and within each policy's budget, taking turns.
 
-    NumPy computes one head; its time is taken times their number.
+    NumPy computes one head; its time is taken times their number. It has none (NaN) beyond MOST_NUMPY bytes.
     """
     query, key, value = layer.arrays
     one_head = query[:, :1], key[:, :1], value[:, :1]
     times: dict[str, list[float]] = {name: [] for name in ("numpy", "exact", *POLICIES)}
     out, report = {}, {}
     for _ in range(RUNS):
-        times["numpy"].append(query.shape[1] * _seconds(lambda: numpy_attention(*one_head)))
+        few = query.shape[2] <= MOST_NUMPY
+        one = _seconds(lambda: numpy_attention(*one_head)) if few else math.nan
+        times["numpy"].append(query.shape[1] * one)
         for name in ("exact", *POLICIES):
             policy = None if name == "exact" else name
             start = time.perf_counter()
@@ -175,14 +210,15 @@ def race(layer: Layer) -> Race:
     return Race(layer, {name: median(seconds) for name, seconds in times.items()}, out, report)
 
 
-def describe_layer(of_layer: Race) -> dict[str, float]:
-    """Seconds of exact attention and of NumPy's, their ratio, and errors of the former against float64."""
+def describe_layer(of_layer: Race) -> dict[str, float | None]:
+    """Seconds of exact attention and of NumPy's, their ratio, and errors of the former against float64; None
+    where NumPy took no part."""
     ours, numpys = of_layer.seconds["exact"], of_layer.seconds["numpy"]
     error, worst = of_layer.errors("exact")
     return {
         "seconds": ours,
-        "numpy_seconds": numpys,
-        "speedup": numpys / ours,
+        "numpy_seconds": None if math.isnan(numpys) else numpys,
+        "speedup": None if math.isnan(numpys) else numpys / ours,
         "error": error,
         "worst_head_error": worst,
     }
@@ -196,8 +232,8 @@ def describe_policy(name: str, races: list[Race]) -> dict[str, Any]:
     dict
         `policy`; `tolerance`, None for "exact"; `seconds` of all layers' attention, planning and verification
         included, and the `speedup` over exact; `worst_head_error` against float64; `measured_error`, the
-        largest that verification measured, None where it measured none; `retried` heads; `rungs` of each head
-        of each layer.
+        largest that verification measured, None where it measured none; `retried` heads; of each head of each
+        layer `rungs`, `structures`, `kept` (share of the blocks) and `ranks`.
     """
     reports = [of_layer.report[name] for of_layer in races]
     measured = float(np.fmax.reduce([report.measured_error for report in reports], axis=None))
@@ -211,14 +247,17 @@ def describe_policy(name: str, races: list[Race]) -> dict[str, Any]:
         "measured_error": None if math.isnan(measured) else measured,
         "retried": sum(int(report.retried.sum()) for report in reports),
         "rungs": [rungs(report) for report in reports],
+        "structures": [report.structure.ravel().tolist() for report in reports],
+        "kept": [report.kept_fraction.ravel().tolist() for report in reports],
+        "ranks": [report.rank.ravel().tolist() for report in reports],
     }
 
 
-def list_failures(bits: float, policies: list[dict[str, Any]]) -> list[str]:
+def list_failures(bits: float, expected: float | None, policies: list[dict[str, Any]]) -> list[str]:
     """What is not as it should be, in sentences."""
     failures = []
-    if abs(bits - EXPECTED_BITS_PER_BYTE) > BITS_TOLERANCE:
-        failures.append(f"expected {EXPECTED_BITS_PER_BYTE} bits per byte, got {bits:.6f}")
+    if expected is not None and abs(bits - expected) > BITS_TOLERANCE:
+        failures.append(f"expected {expected} bits per byte, got {bits:.6f}")
     for policy in policies:
         tolerance, error = policy["tolerance"], policy["worst_head_error"]
         if tolerance is not None and error > tolerance:

@@ -268,6 +268,10 @@ class Report:
         Operations of both products over the visible keys.
     plan : Plan or None
         What can be passed to a later call; None without a tolerance.
+    kept_blocks : (B, H, rows, columns) array or None
+        A picture of each sparse head, of up to 32 parts of its queries and of its keys: the share of a part's
+        visible blocks of 64 by 64 that was computed. NaN where nothing is visible and for other heads; None
+        where no head was sparse. `plot_blocks` draws it.
     stored_error : (B, H) array or None
         From a `KVCache`: the relative error of the output that keeping keys and values in its dtype is
         predicted to have cost, as if what was appended had been more exact. None elsewhere.
@@ -291,6 +295,7 @@ class Report:
     seconds: dict[str, float]
     flops: float
     plan: Plan | None
+    kept_blocks: NDArray[np.float32] | None = None
     stored_error: NDArray[np.float64] | None = None
 
     @classmethod
@@ -302,6 +307,7 @@ class Report:
         *,
         made: Plan | None = None,
         given: Plan | None = None,
+        picture: NDArray[np.float32] | None = None,
     ) -> Report:
         """From the engine's table of heads, with the plan that the call made or was given."""
         column = _columns(table)
@@ -331,6 +337,7 @@ class Report:
             seconds=dict(zip(PHASES, seconds, strict=True)),
             flops=flops,
             plan=made,
+            kept_blocks=picture,
         )
 
     def table(self) -> str:
@@ -357,6 +364,18 @@ class Report:
         from . import views
 
         return views.plot(self)
+
+    def plot_blocks(self) -> Figure:
+        """A matplotlib figure: which blocks each sparse head kept, queries downward, keys to the right.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not installed: ``pip install adaattn[plots]``.
+        """
+        from . import views
+
+        return views.plot_blocks(self)
 
     def _repr_html_(self) -> str:
         from . import views
@@ -461,3 +480,67 @@ def _array(saved: dict[str, Any], name: str, shape: tuple[int, ...], kind: type)
     if kind is str:
         return np.array([*values, *_adaattn.RUNGS])[: len(values)].reshape(shape)
     return np.array(values, {bool: np.bool_, int: np.int64, float: np.float64}[kind]).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class GradientReport:
+    """What `attention_backward` tells of a call: arrays of key heads (B, G), and of query heads (B, H).
+
+    Attributes
+    ----------
+    tolerance : float or None
+        What was promised.
+    precision_scores, precision_sums : (B, G) arrays of str
+        Rungs of the scores and the gradients of weights, and of the sums over queries and keys.
+    retried : (B, G) array of bool
+        A first choice missed the tolerance, or could not hold the head's numbers, and was done again.
+    predicted_error : (B, G) array
+        NaN where the gradient is exact for the dtype.
+    query_error, query_limit : (B, H) arrays
+        Relative error of a head's dQ, estimated from sampled rows, and its upper limit. NaN: not verified.
+    key_error, key_limit, value_error, value_limit : (B, G) arrays
+        The same of dK and dV.
+    verified_rows : (B, H) array of int
+        Queries whose rows of dQ were compared.
+    seconds : dict
+        "execute" and "verify".
+    """
+
+    tolerance: float | None
+    precision_scores: NDArray[np.str_]
+    precision_sums: NDArray[np.str_]
+    retried: NDArray[np.bool_]
+    predicted_error: NDArray[np.float64]
+    query_error: NDArray[np.float64]
+    query_limit: NDArray[np.float64]
+    key_error: NDArray[np.float64]
+    key_limit: NDArray[np.float64]
+    value_error: NDArray[np.float64]
+    value_limit: NDArray[np.float64]
+    verified_rows: NDArray[np.int64]
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, tolerance: Any, heads: NDArray[np.float64], queries: NDArray[np.float64], seconds: Any
+    ) -> GradientReport:
+        """From the engine's tables."""
+        heads, queries = (np.where(np.isnan(x), np.nan, x) for x in (heads, queries))
+        scores, sums, retried, predicted, *errors = np.moveaxis(heads, -1, 0).copy()
+        key, value, key_limit, value_limit = errors
+        query, limit, rows = np.moveaxis(queries, -1, 0).copy()
+        return cls(
+            tolerance=None if tolerance is None else float(tolerance),
+            precision_scores=_names(scores),
+            precision_sums=_names(sums),
+            retried=retried.astype(bool),
+            predicted_error=predicted,
+            query_error=query,
+            query_limit=limit,
+            key_error=key,
+            key_limit=key_limit,
+            value_error=value,
+            value_limit=value_limit,
+            verified_rows=rows.astype(np.int64),
+            seconds=dict(zip(("execute", "verify"), seconds, strict=True)),
+        )

@@ -198,6 +198,35 @@ def plot(report: Report) -> Figure:
     return figure
 
 
+def plot_blocks(report: Report) -> Figure:
+    heads = [at for at in np.ndindex(report.structure.shape) if report.structure[at] == "sparse"]
+    if report.kept_blocks is None:
+        heads = []
+    columns = min(8, max(len(heads), 1))
+    rows = -(-len(heads) // columns) or 1
+    try:
+        figure = empty_figure(figsize=(1.5 * columns + 1.5, 1.7 * rows + 0.6))
+    except ImportError as error:
+        raise ImportError("Report.plot_blocks needs matplotlib: pip install adaattn[plots]") from error
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    if report.kept_blocks is None:
+        axes[0, 0].text(0.5, 0.5, "no head is sparse", ha="center", transform=axes[0, 0].transAxes)
+        return figure
+    for axis, at in zip(axes.flat, heads, strict=False):
+        axis.set_axis_on()
+        image = axis.imshow(
+            report.kept_blocks[at], cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"{at[1] if report.structure.shape[0] == 1 else at}: {report.kept_fraction[at]:.0%}")
+    figure.colorbar(image, ax=axes, label="share of the blocks kept")
+    figure.supxlabel("keys")
+    figure.supylabel("queries")
+    return figure
+
+
 # ---- plans
 
 

@@ -3,15 +3,21 @@
 On real heads. The best is the fastest rung whose true error keeps the tolerance. Times of rungs are measured
 here, or those that a table of rates gives; a head that verification sends up pays for both rungs. Probing and
 verifying are not part of it: see budget.py.
+
+With --structures on long heads, real and built: the best is the fastest of every rung dense, every rung that
+may be sparse, within the budget that planning leaves it, and 16 to 256 landmarks; all are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,8 @@ import numpy as np
 from heads import Array, Heads, errors
 from instruments import COLORS, RATES, REAL, draw, rung_names, save, share, use_rates, verdict, write_json
 from report import show_table
+from structure import SETS
+from structure import TOLERANCES as LOOSE
 
 import adaattn
 import adaattn.rates as machine
@@ -27,6 +35,8 @@ from adaattn.rates import RUNGS, split
 
 TOLERANCES = (1e-5, 1e-4, 1e-3, 1e-2, 5e-2)
 WANTED = 1.1
+WANTED_STRUCTURES = 1.15
+RANKS = (16, 32, 64, 128, 256)
 
 
 @dataclass
@@ -83,31 +93,100 @@ def choices(name: str, heads: Heads, rounds: int) -> list[Choice]:
     return found
 
 
-def row(found: list[Choice]) -> list[str]:
+def structures(name: str, head: Heads, rounds: int) -> Iterator[Choice]:
+    """Of one long head, at each tolerance, with the names of what computes it: "bf16", "bf16 sparse"."""
+    exact = head.attend(precision="fp64")
+    dense = {rung: partial(head.attend, precision=split(rung), num_threads=1) for rung in RUNGS}
+    ranks = dict(low_rank_calls(head))
+    for tolerance in LOOSE:
+        plan = head.attend(adaattn.plan, tolerance=tolerance)
+        report = head.attend(tolerance=tolerance, return_report=True)[-1]
+        calls = dense | ranks | dict(sparse_calls(head, tolerance))
+        first, final = label(plan), label(report)
+        for label_of, made in ((first, plan), (final, report.plan)):
+            calls[label_of] = partial(head.attend, plan=made, verify=False, num_threads=1)
+        seconds = least_seconds(calls, {first, final}, exact, tolerance, rounds)
+        best = min((who for who in seconds if who != first or first == final), key=seconds.__getitem__)
+        spent = seconds[final] + (seconds[first] if first != final else 0)
+        yield Choice(name, head.name, tolerance, first, final, best, spent, seconds[best])
+
+
+def label(report: Any) -> str:
+    """Of a report's or a plan's head."""
+    structure, rung = str(report.structure[0, 0]), str(rung_names(report)[0, 0])
+    if structure == "low_rank":
+        return f"{int(report.rank[0, 0])} landmarks"
+    return rung if structure == "dense" else f"{rung} {structure}"
+
+
+def sparse_calls(head: Heads, tolerance: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call for each rung that may be sparse; the pair has the budget of its more exact part."""
+    for rung in ("int16", "bf16", "int8"):
+        made = head.attend(
+            adaattn.plan, tolerance=tolerance, structure="sparse", min_precision=rung, max_precision=rung
+        )
+        if made.structure[0, 0] != "sparse":
+            continue
+        yield f"{rung} sparse", partial(head.attend, plan=made, verify=False, num_threads=1)
+        if rung == "bf16":
+            pair = replace(made, precision_qk=np.full((1, 1), "int8"))
+            yield "int8/bf16 sparse", partial(head.attend, plan=pair, verify=False, num_threads=1)
+
+
+def low_rank_calls(head: Heads) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for rank in RANKS:
+        options = {"structure": "low_rank", "min_rank": rank, "max_rank": rank}
+        made = head.attend(adaattn.plan, tolerance=1e-9, **options)
+        if made.structure[0, 0] == "low_rank":
+            yield label(made), partial(head.attend, plan=made, verify=False, num_threads=1)
+
+
+def least_seconds(
+    calls: dict[str, Callable[[], Any]], wanted: set[str], exact: Array, tolerance: float, rounds: int
+) -> dict[str, float]:
+    """Of those that keep the tolerance and are not far slower than others, and of the wanted ones."""
+    once: dict[str, float] = {}
+    for who, call in calls.items():
+        start = time.perf_counter()
+        out = call()
+        spent = time.perf_counter() - start
+        if who in wanted or errors(out, exact)[0, 0] <= tolerance:
+            once[who] = spent
+    near = {who for who, spent in once.items() if spent < 1.5 * min(once.values())} | wanted
+    samples: dict[str, list[float]] = {who: [] for who in once if who in near}
+    for _ in range(rounds):
+        for who, own in samples.items():
+            start = time.perf_counter()
+            calls[who]()
+            own.append(time.perf_counter() - start)
+    return {who: min(own) for who, own in samples.items()}
+
+
+def row(found: list[Choice], wanted: float = WANTED) -> list[str]:
     regrets = np.array([x.regret for x in found])
     mean = float(regrets.mean())
     pairs = Counter(f"{x.final} for {x.best}" for x in found if x.final != x.best)
     common = ", ".join(f"{pair} {n / len(found):.0%}" for pair, n in pairs.most_common(3))
     right = f"{share(x.final == x.best for x in found):.0%}"
-    return [f"{mean:.2f}", verdict(mean, WANTED, most=True), f"{regrets.max():.2f}", right, common]
+    return [f"{mean:.2f}", verdict(mean, wanted, most=True), f"{regrets.max():.2f}", right, common]
 
 
-def show(found: list[Choice], rates: str, how: str) -> None:
+def show(found: list[Choice], rates: str, how: str, wanted: float = WANTED) -> None:
     rows = []
-    for name, tolerance in product(dict.fromkeys(x.set for x in found), TOLERANCES):
-        rows.append(
-            [name, f"{tolerance:g}", *row([x for x in found if (x.set, x.tolerance) == (name, tolerance)])]
-        )
-    for tolerance in TOLERANCES:
-        rows.append(["all", f"{tolerance:g}", *row([x for x in found if x.tolerance == tolerance])])
-    rows.append(["all", "all", *row(found)])
+    tolerances = sorted({x.tolerance for x in found})
+    for name, tolerance in product(dict.fromkeys(x.set for x in found), tolerances):
+        own = [x for x in found if (x.set, x.tolerance) == (name, tolerance)]
+        rows.append([name, f"{tolerance:g}", *row(own, wanted)])
+    for tolerance in tolerances:
+        rows.append(["all", f"{tolerance:g}", *row([x for x in found if x.tolerance == tolerance], wanted)])
+    rows.append(["all", "all", *row(found, wanted)])
     header = [
         "set",
         "tolerance",
         "mean",
-        f"<= {WANTED}",
+        f"<= {wanted}",
         "most",
-        "same rung",
+        "same choice",
         "most often chosen for the best",
     ]
     show_table(f"time over that of the best choice; rates: {rates}, times: {how}", header, rows)
@@ -126,23 +205,52 @@ def plot(folder: Path, found: list[Choice], rates: str) -> None:
     save(figure, folder, f"regret-{rates}")
 
 
+def measure_structures(names: list[str], args: argparse.Namespace) -> None:
+    first, step = map(int, args.part.split("/"))
+    found: list[Choice] = []
+    for name in names:
+        heads = [head for some in SETS[name]() for head in some.apart()]
+        for head in heads[first - 1 :: step]:
+            print(head.name, file=sys.stderr, flush=True)
+            found += structures(name, head, args.rounds)
+    show(found, args.rates, "measured", WANTED_STRUCTURES)
+    if args.json:
+        write_json(args.json, rates=args.rates, times="measured", choices=[vars(x) for x in found])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rates", choices=RATES, default="machine", metavar="TABLE", help=", ".join(RATES))
     help_times = "where rungs' times come from; default: measured for this machine's rates, else the table"
     parser.add_argument("--times", choices=["measured", "table"], help=help_times)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of measuring times")
-    parser.add_argument("--sets", nargs="+", choices=list(REAL), default=list(REAL), metavar="SET")
+    parser.add_argument("--structures", action="store_true", help="long heads, over rungs and structures")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="of the real heads, or of structure.py's")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="of long heads every N-th, from the I-th on"
+    )
+    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="show these, measure nothing")
     parser.add_argument("--quick", action="store_true", help="heads of at most 512 keys, 3 rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every head")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="regret-TABLE.png and .svg")
     args = parser.parse_args()
 
+    if args.load:
+        loaded = [Choice(**x) for path in args.load for x in json.loads(path.read_text())["choices"]]
+        show(loaded, args.rates, "measured", WANTED_STRUCTURES if args.structures else WANTED)
+        return
+    known = SETS if args.structures else REAL
+    names = args.sets or list(known)
+    if unknown := set(names) - set(known):
+        parser.error(f"--sets: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     use_rates(args.rates)
+    if args.structures:
+        measure_structures(names, args)
+        return
     how = args.times or ("measured" if args.rates in ("machine", "calibrated") else "table")
     rounds = (3 if args.quick else args.rounds) if how == "measured" else 0
     found: list[Choice] = []
-    for name in args.sets:
+    for name in names:
         if args.quick and not name.endswith(("128 tokens", "512 tokens", "512 bytes")):
             continue
         print(name, file=sys.stderr, flush=True)

@@ -1,17 +1,20 @@
 """What leaving values out gains: the planner's choice against its own dense one, and torch's fp32 attention.
 
 Heads are called one by one; the two structures and torch take turns, and a ratio compares the least times.
-Errors are those against fp64. sparsity.py has the study behind the rule.
+Errors are those against fp64. sparsity.py has the study behind the rule. A run may be cut into parts, whose
+files of --json are shown together by --load. --split tells instead where the time of sparse heads goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,35 +100,117 @@ class Case:
     retried: bool = False
 
 
-def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int, exact: Any) -> Case:
-    found = Case(name, head.name, tolerance, threads)
-    calls: dict[str, Callable[[], Any]] = {
-        structure: lambda structure=structure: head.attend(
-            tolerance=tolerance, structure=structure, num_threads=threads, return_report=True
-        )
-        for structure in ("auto", "dense")
-    }
+def measure(name: str, head: Heads, threads: int, rounds: int, exact: Any) -> list[Case]:
+    """At each tolerance."""
+    cases = [Case(name, head.name, t, threads) for t in TOLERANCES]
+    calls: list[tuple[Case, str, Callable[[], Any]]] = []
+    for case in cases:
+        for structure in ("auto", "dense"):
+            options = {"tolerance": case.tolerance, "structure": structure, "return_report": True}
+            calls.append((case, structure, partial(head.attend, num_threads=threads, **options)))
     with suppress(ImportError):
         arrays = [np.ascontiguousarray(x) for x in (head.query, head.key, head.value)]
-        calls["torch"] = build_torch(arrays, head.causal, threads)
+        calls.append((cases[0], "torch", build_torch(arrays, head.causal, threads)))
     for _ in range(rounds):
-        for who, call in calls.items():
+        for case, who, call in calls:
             start = time.perf_counter()
             result = call()
             spent = time.perf_counter() - start
-            found.seconds[who] = min(spent, found.seconds.get(who, spent))
-            if who == "torch":
-                continue
-            out, report = result
-            found.rungs[who] = str(rung_names(report)[0, 0])
-            if who == "auto":
-                found.structure, found.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
-                found.rank = int(report.rank[0, 0])
-                found.error = float(errors(out, exact)[0, 0]) / tolerance
-                found.predicted = float(report.predicted_error[0, 0]) / tolerance
-                found.limit = float(report.error_limit[0, 0]) / tolerance
-                found.retried = bool(report.retried[0, 0])
-    return found
+            case.seconds[who] = min(spent, case.seconds.get(who, spent))
+            if who != "torch":
+                note(case, who, *result, exact)
+    for case in cases:
+        case.seconds |= {who: spent for who, spent in cases[0].seconds.items() if who == "torch"}
+    return cases
+
+
+def note(case: Case, who: str, out: Any, report: Any, exact: Any) -> None:
+    """What one call tells."""
+    case.rungs[who] = str(rung_names(report)[0, 0])
+    if who != "auto":
+        return
+    case.structure, case.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
+    case.rank = int(report.rank[0, 0])
+    case.error = float(errors(out, exact)[0, 0]) / case.tolerance
+    case.predicted = float(report.predicted_error[0, 0]) / case.tolerance
+    case.limit = float(report.error_limit[0, 0]) / case.tolerance
+    case.retried = bool(report.retried[0, 0])
+
+
+@dataclass
+class Split:
+    """Milliseconds of one sparse head."""
+
+    head: str
+    tolerance: float
+    rung: str
+    kept: float
+    dense: float  # the planner's dense choice, planned and verified
+    looking: float  # probe and plan
+    scores: float  # with gauging them, packing and stand-ins: all blocks stand in
+    values: float  # of the blocks that are kept
+    verifying: float
+    everything: float  # were all blocks kept
+
+
+def split(head: Heads, tolerance: float, rounds: int) -> Split | None:
+    """None for heads that are not sparse."""
+    _, report = head.attend(tolerance=tolerance, num_threads=1, return_report=True)
+    plan = report.plan
+    if report.structure[0, 0] != "sparse":
+        return None
+    times: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, factor in (("some", 1.0), ("none", 1e12), ("all", 1e-12)):
+            given = replace(plan, sparse_budget=plan.sparse_budget * factor)
+            told = head.attend(plan=given, verify=False, num_threads=1, return_report=True)[1]
+            times.setdefault(name, []).append(told.seconds["execute"])
+        told = head.attend(tolerance=tolerance, num_threads=1, return_report=True)[1]
+        for name in ("probe", "plan", "verify"):
+            times.setdefault(name, []).append(told.seconds[name])
+        told = head.attend(tolerance=tolerance, structure="dense", num_threads=1, return_report=True)[1]
+        times.setdefault("dense", []).append(sum(told.seconds.values()))
+    least = {name: 1e3 * min(samples) for name, samples in times.items()}
+    return Split(
+        head=head.name,
+        tolerance=tolerance,
+        rung=str(rung_names(report)[0, 0]),
+        kept=float(report.kept_fraction[0, 0]),
+        dense=least["dense"],
+        looking=least["probe"] + least["plan"],
+        scores=least["none"],
+        values=max(least["some"] - least["none"], 0),
+        verifying=least["verify"],
+        everything=least["all"],
+    )
+
+
+def show_splits(splits: list[Split]) -> None:
+    """Shares of the dense time, and the gain as it is, without looking and verifying, and where blocks are
+    free."""
+    names = "looking", "scores", "values", "verifying"
+    rows = []
+    for t in TOLERANCES:
+        of = [one for one in splits if one.tolerance == t]
+        for one in [*of, None] if of else []:
+            some = of if one is None else [one]
+            dense = sum(x.dense for x in some)
+            parts = {name: sum(getattr(x, name) for x in some) for name in names}
+            rows.append(
+                [
+                    "all" if one is None else one.head,
+                    f"{t:g}",
+                    "" if one is None else one.rung,
+                    f"{np.mean([x.kept for x in some]):.2f}",
+                    *(f"{parts[name] / dense:.2f}" for name in names),
+                    f"{sum(x.everything for x in some) / dense:.2f}",
+                    f"{dense / sum(parts.values()):.2f}",
+                    f"{dense / (parts['scores'] + parts['values']):.2f}",
+                    f"{dense / parts['scores']:.2f}",
+                ]
+            )
+    header = ["head", "t", "rung", "kept", *names, "all kept", "gain", "only computed", "no values"]
+    show_table("Where the time of sparse heads goes, over that of dense ones", header, rows)
 
 
 def peaked(cases: list[Case]) -> set[str]:
@@ -193,17 +278,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rates", choices=RATES, default="machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th head, from the I-th on")
+    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="show these, measure nothing")
+    parser.add_argument("--split", action="store_true", help="where the time of sparse heads goes")
     args = parser.parse_args()
 
+    if args.load:
+        loaded = [Case(**case) for path in args.load for case in json.loads(path.read_text())["cases"]]
+        for threads in sorted({case.threads for case in loaded}):
+            show(loaded, threads)
+        return
     use_rates(args.rates)
     cases: list[Case] = []
+    splits: list[Split | None] = []
+    first, step = map(int, args.part.split("/"))
     for name in args.sets:
-        for heads in SETS[name]():
-            for head in heads.apart():
-                exact = head.attend(precision="fp64")
-                for threads in args.threads:
-                    cases += [measure(name, head, t, threads, args.rounds, exact) for t in TOLERANCES]
-                print(head.name, file=sys.stderr, flush=True)
+        heads = [head for some in SETS[name]() for head in some.apart()]
+        for head in heads[first - 1 :: step]:
+            print(head.name, file=sys.stderr, flush=True)
+            if args.split:
+                splits += [split(head, t, args.rounds) for t in TOLERANCES]
+                continue
+            exact = head.attend(precision="fp64")
+            for threads in args.threads:
+                cases += measure(name, head, threads, args.rounds, exact)
+    if args.split:
+        show_splits([one for one in splits if one])
+        return
     for threads in args.threads:
         show(cases, threads)
     if args.json:

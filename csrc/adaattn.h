@@ -81,12 +81,21 @@ typedef struct {
     ada_rung qk, pv;
 } ada_choice;
 
+/* Of a head's visible blocks, by so many parts of its queries and of its keys: how many there are and how
+ * many are computed. */
+#define ADA_PICTURE_MOST 32
+typedef struct {
+    int rows, columns;
+    uint32_t *visible, *kept; /* (B, H, rows, columns) */
+} ada_picture;
+
 /* Heads whose keys may stand in for others of their block, on rungs whose kernels can. */
 typedef struct {
     const double *budget2, *joint; /* (B, H): mean squared error of a row over own, and joint, of sparse.h; a
                                       budget of 0: none do */
     float *shift2;                 /* (B, H, T): the rows' estimates, in units of the budget */
     double *kept;                  /* (B, H): share of the visible blocks that were computed */
+    ada_picture *picture;          /* NULL: not wanted */
 } ada_sparse;
 
 #define ADA_UNBOUNDED INT64_MAX
@@ -164,8 +173,6 @@ typedef struct {
 /* To the four dimensions of a mask, with stride 0 where the array repeats; false when it does not fit. */
 bool ada_broadcast(const ada_problem *problem, ada_array *array);
 ada_status ada_backward_init(ada_backward_problem *backward, ada_error *error);
-ada_status ada_backward(const ada_backward_problem *backward, bool (*interrupt)(void *), void *context,
-                        ada_error *error);
 
 /* The bytes that an array covers, from its lowest to behind its highest element. */
 void ada_array_extent(const ada_array *array, uintptr_t *low, uintptr_t *high);
@@ -184,5 +191,6 @@ void ada_free(void *memory);
 void ada_alloc_fail_after(int n);
 /* For tests of the verification: outputs of rungs below fp32 are wrong by this factor; 1: they are right. */
 void ada_narrow_fault(double factor);
+double ada_narrow_fault_now(void);
 
 #endif

@@ -94,7 +94,7 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
 /* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the
  * area.
  */
-static double operations_of_head(const ada_problem *p, int64_t b) {
+double ada_operations_of_head(const ada_problem *p, int64_t b) {
     const int64_t step = (p->T + 63) / 64;
     double pairs = 0, counted = 0;
     for (int64_t i = step / 2; i < p->T; i += step, counted++) {
@@ -106,7 +106,7 @@ static double operations_of_head(const ada_problem *p, int64_t b) {
 
 double ada_operations(const ada_problem *p) {
     double sum = 0;
-    for (int64_t b = 0; b < p->B; b++) sum += (double)p->H * operations_of_head(p, b);
+    for (int64_t b = 0; b < p->B; b++) sum += (double)p->H * ada_operations_of_head(p, b);
     return sum;
 }
 
@@ -119,7 +119,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .lse = p->lse != NULL,
                       .dearest = a->budget->dearest,
                       .cheapest = a->budget->cheapest,
-                      .operations = operations_of_head(p, head / p->H),
+                      .operations = ada_operations_of_head(p, head / p->H),
                       .elements = (double)p->S * width,
                       .D = p->D,
                       .sparse = a->sparse,
@@ -141,7 +141,7 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
     const int best = ada_plan_head(guess, &task, rates);
     if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite) return 0;
-    if (only_ranks_pay(a)) return rows;
+    if (only_ranks_pay(a) || a->budget->structure == ADA_STRUCTURE_SPARSE) return rows;
     if (best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
@@ -198,7 +198,7 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
 static bool pays(const ada_attending *a, int64_t head) {
     const ada_problem *p = a->p;
     if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
-    if (only_ranks_pay(a)) return true;
+    if (only_ranks_pay(a) || a->budget->structure == ADA_STRUCTURE_SPARSE) return true;
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
@@ -279,25 +279,31 @@ static bool guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
-/* Candidates of which blocks may stand in. Short heads win too little. */
+/* Candidates of which blocks may stand in. Short heads win too little; by name a tile and a block suffice. */
 static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
+    const bool by_name = b->structure == ADA_STRUCTURE_SPARSE;
+    const int64_t queries = by_name ? ADA_LANES : ADA_SPARSE_LEAST, keys = by_name ? ADA_BLOCK : queries;
     unsigned candidates = 0;
-    if (b->structure != ADA_STRUCTURE_AUTO || b->given || ada_is_forced(b) ||
-        ada_rules_out(p, ADA_STRUCTURE_SPARSE) || p->T < ADA_SPARSE_LEAST || p->S < ADA_SPARSE_LEAST)
+    if (!(by_name || b->structure == ADA_STRUCTURE_AUTO) || b->given || ada_is_forced(b) ||
+        ada_rules_out(p, ADA_STRUCTURE_SPARSE) || p->T < queries || p->S < keys)
         return 0;
     for (int c = 0; c < ADA_CANDIDATES; c++)
-        if (b->rates[c].sparse < 1 && ada_may_stand_in(k, ada_candidates[c])) candidates |= 1u << c;
+        if ((by_name || b->rates[c].sparse < 1) && ada_may_stand_in(k, ada_candidates[c]))
+            candidates |= 1u << c;
     return candidates;
 }
 
-/* Heads of which some blocks stand in where that is faster than the choice that was made. */
+/* Heads of which some blocks stand in where that is faster than the choice that was made, or asked for. */
 static void choose_structure(const ada_attending *a, int64_t i, const ada_task *task) {
     ada_head *head = &a->budget->heads[i];
     const int dense = ada_candidate_of(head->choice);
+    const bool forced = a->budget->structure == ADA_STRUCTURE_SPARSE;
     ada_sparse_choice sparse;
-    if (!a->states[i].n || dense < 0 ||
-        !ada_plan_sparse(&head->forecast, task, a->budget->rates, dense, &sparse))
+    if (!a->states[i].n ||
+        !ada_plan_sparse(&head->forecast, task, a->budget->rates, dense, forced, &sparse)) {
+        head->retried |= forced;
         return;
+    }
     a->states[i].seconds = sparse.seconds;
     head->choice = ada_candidates[sparse.candidate];
     head->budget2 = sparse.budget2, head->joint = sparse.joint;
@@ -385,15 +391,15 @@ static void plan_heads(ada_attending *a) {
             head->predicted_error = ada_unseen_error(p, c);
         if (a->budget->given)
             take_given(p, &a->budget->given[i], i / p->H, head);
-        else if (a->sparse)
+        else if (a->sparse || a->budget->structure == ADA_STRUCTURE_SPARSE)
             choose_structure(a, i, &task);
     }
 }
 
 /* Whether heads may have landmarks, by what was asked for and their options. Short ones win too little. */
 static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
-    if (b->structure == ADA_STRUCTURE_DENSE || b->given || ada_is_forced(b) ||
-        ada_rules_out(p, ADA_STRUCTURE_LOW_RANK))
+    if (b->structure == ADA_STRUCTURE_DENSE || b->structure == ADA_STRUCTURE_SPARSE || b->given ||
+        ada_is_forced(b) || ada_rules_out(p, ADA_STRUCTURE_LOW_RANK))
         return false;
     return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
 }
@@ -527,7 +533,7 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
-        const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept};
+        const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
         const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
         for (int64_t i = 0; i < count; i++) {
             ada_head *head = &heads[launch[i]];
@@ -544,10 +550,18 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         head->kept = a->kept[list[i]];
         if (ran.qk == head->choice.qk && ran.pv == head->choice.pv) continue;
         head->choice = ran;
-        head->retried = true;
+        head->budget2 = 0, head->retried = true;
         head->predicted_error = head->forecast.error[ada_candidate_of(ran)];
     }
     return ADA_OK;
+}
+
+void ada_make_dense(ada_head *head) {
+    if (head->rank > 0) head->choice = head->dense;
+    const int c = ada_candidate_of(head->choice);
+    head->rank = 0, head->budget2 = 0, head->kept = 1;
+    head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
+    head->retried = true;
 }
 
 /* Those that fail are computed as if they had no landmarks. */
@@ -562,9 +576,7 @@ static ada_status execute_ranks(ada_attending *a, const int64_t *list, int64_t n
     for (int64_t i = 0; i < n; i++) {
         ada_head *head = &a->budget->heads[list[i]];
         if (!a->failed[i]) continue;
-        head->rank = 0, head->choice = head->dense, head->retried = true;
-        const int c = ada_candidate_of(head->choice);
-        head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
+        ada_make_dense(head);
         again[count++] = list[i];
     }
     return count ? execute_dense(a, again, count, true, error) : ADA_OK;
@@ -652,12 +664,21 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
     budget->seconds[2] = seconds;
 }
 
-/* Refuses landmarks where something does not go with them. */
+/* Refuses a structure by name where something does not go with it. */
 static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
+    const bool sparse = budget->structure == ADA_STRUCTURE_SPARSE;
     const char *what = ada_rules_out(p, budget->structure);
-    if (!what) return ADA_OK;
-    return ada_fail(error, ADA_ERR_ARGUMENT,
-                    "structure: expected 'auto' or 'dense' beside %s, got 'low_rank'", what);
+    bool computed = !sparse;
+    for (int c = 0; c < ADA_CANDIDATES; c++)
+        computed = computed || ada_may_stand_in(ada_kernels_get(), ada_candidates[c]);
+    if (what)
+        return ada_fail(error, ADA_ERR_ARGUMENT, "structure: expected 'auto' or 'dense' beside %s, got '%s'",
+                        what, sparse ? "sparse" : "low_rank");
+    if (!computed)
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "structure: expected 'auto', 'dense' or 'low_rank' on a CPU without AVX2, got "
+                        "'sparse'");
+    return ADA_OK;
 }
 
 ada_status ada_attend(const ada_problem *p, ada_budget *budget, bool (*interrupt)(void *), void *context,

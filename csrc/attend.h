@@ -41,6 +41,7 @@ typedef struct {
     bool plan_only;             /* nothing is executed */
     ada_rung dearest, cheapest; /* limits of the choice; AUTO: none */
     const ada_rate *rates;      /* [ADA_CANDIDATES] */
+    ada_picture *picture;       /* of sparse heads, all zeros before; NULL: not wanted */
     ada_head *heads;            /* (B, H) results; may be NULL without a tolerance */
     double seconds[4];          /* probe, plan, execute, verify: the whole call */
 } ada_budget;
@@ -53,5 +54,7 @@ ada_head ada_unknown_head(void);
 
 /* Floating-point operations of both products of a call, over the keys that spans leave. */
 double ada_operations(const ada_problem *problem);
+/* Of one head of sequence b. */
+double ada_operations_of_head(const ada_problem *problem, int64_t b);
 
 #endif

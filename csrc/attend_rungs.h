@@ -195,7 +195,7 @@ static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *p
 static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
     const ada_format format = s->store->pv.format;
     if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16) r->k->scale_channels(&s->t.f32, s->head.v_unit);
-    const double fault = atomic_load_explicit(&narrow_fault, memory_order_relaxed);
+    const double fault = ada_narrow_fault_now();
     for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         const float m = s->t.f32.m[i];

@@ -112,6 +112,12 @@ double ada_seconds_now(void);
 /* Something of a head's keys is left out. */
 static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
 
+/* Because that was asked for: it is not replaced where it misses the tolerance. */
+static inline bool ada_is_thinned_by_name(const ada_budget *b, const ada_head *h) {
+    return (h->rank > 0 && b->structure == ADA_STRUCTURE_LOW_RANK) ||
+           (h->budget2 > 0 && b->structure == ADA_STRUCTURE_SPARSE);
+}
+
 extern const ada_backend ada_cpu_backend;
 /* ada_attend with a budget, by this backend. */
 ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, void *device,
@@ -150,6 +156,8 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin);
  * much as by all others. */
 void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, const float *shift2,
                    uint64_t stream);
+/* A thinned head as if nothing had been left out of it. */
+void ada_make_dense(ada_head *head);
 /* The heads on the list, by their choices. */
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
 

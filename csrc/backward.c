@@ -7,16 +7,22 @@
  * sums, and every sum has one order for any number of threads. A key head whose sums are not finite in float
  * is computed again in double.
  */
+#include "backward.h"
+
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "attending.h"
 #include "execute.h"
+#include "operands.h"
+#include "verify.h"
 
 /* Parts of the queries and of the keys: at least so many tiles, as keys are packed once for each. */
 #define PART_TILES 8
 #define MOST_PARTS 8
+#define NARROW_BYTES (64 << 20)
 #define SLICE (ADA_BLOCK / PART_TILES) /* rows to be asked for beside each of a part's tiles */
 
 typedef struct {
@@ -43,7 +49,22 @@ typedef struct {
     ada_array mask;        /* its gradient, in four dimensions */
     bool careful;          /* in double, and what is hidden is left out pair by pair where it is not finite */
     atomic_bool *unfit;    /* [B * G] float does not hold it */
+    uint8_t *way;          /* [B * G] WAY_... */
+    atomic_bool *raised;   /* [B * G] the narrow way does not hold it */
+    char *narrow;          /* operands and sums of key heads from first on */
+    double fault;          /* of the narrow way, for tests */
 } back_run;
+
+/* What is to be done with a key head. */
+enum { WAY_DONE, WAY_NARROW, WAY_EXACT };
+
+/* Of a row that is computed for itself: its lse in log2 units, its sum of weights times their gradients, the
+ * squared norms of its query times the scale and of its grad_out, and sums over its keys: of squared weights,
+ * of squared slopes and gradients of its scores and of their products, where a slope is what a unit of the
+ * first sum moves a gradient by. */
+typedef struct {
+    double lse, delta, query2, grad2, weight2, slope2, score2, both;
+} true_row;
 
 static ada_range part_of(int64_t n, int64_t parts, int64_t part) {
     return (ada_range){n * part / parts, n * (part + 1) / parts};
@@ -75,6 +96,7 @@ static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
 #define KIND(name) name##_f32
 #define KIND_FN(name) name##_f32_fn
 #include "backward_tpl.h"
+#include "backward_exact_tpl.h"
 #undef REAL
 #undef KIND
 #undef KIND_FN
@@ -83,47 +105,14 @@ static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
 #define KIND(name) name##_f64
 #define KIND_FN(name) name##_f64_fn
 #include "backward_tpl.h"
+#include "backward_exact_tpl.h"
 #undef REAL
 #undef KIND
 #undef KIND_FN
 
-static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
+#include "backward_narrow.h"
 
-/* Reference and lse of some rows of a tile (bits of rows), computed again. */
-static void recompute_lse(const back_run *r, ada_patch patch, uint64_t rows, char *scratch) {
-    const ada_problem *p = r->p;
-    ada_carver carver = {scratch, 0};
-    const scratch_f64 s = scratch_of_f64(p, &carver);
-    const double sink = ada_sink(p, patch.h) * ADA_LOG2E;
-    double m[ADA_LANES], l[ADA_LANES] = {0};
-    for (int i = 0; i < ADA_LANES; i++) m[i] = sink;
-    for (int pass = 0; pass < 2; pass++)
-        for (int64_t block = 0; block < r->blocks; block++) {
-            ada_backward_tile_f64 t;
-            patch.j = block * ADA_BLOCK, patch.nk = ada_keys_of_block(p, block);
-            if (!see_tile_f64(r, &s, &patch, &t)) continue;
-            take_block_f64(r, &s, &patch);
-            score_tile_f64(r, &s, &t, take_rows_f64(r, &p->query, &patch, s.q));
-            for (int i = 0; i < patch.n; i++) {
-                const uint64_t seen = rows >> i & 1 ? seen_keys_f64(&t, i, patch.nk) : 0;
-                for (int j = 0; j < patch.nk; j++) {
-                    const int at = i * ADA_BLOCK + j;
-                    if (!(seen >> j & 1)) continue;
-                    const double x = s.s[at] + (t.bias ? t.bias[at] : 0);
-                    if (pass)
-                        l[i] += exp2(x - m[i]);
-                    else
-                        m[i] = fmax(m[i], x);
-                }
-            }
-        }
-    const int64_t row = (patch.b * p->H + patch.h) * p->T + patch.i;
-    for (int i = 0; i < patch.n; i++)
-        if (rows >> i & 1) {
-            r->reference[row + i] = m[i];
-            r->lse[row + i] = log2(l[i] + exp2(sink - m[i]));
-        }
-}
+static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
 
 static bool sees_keys(const back_run *r, int64_t b, int64_t h, int64_t i) {
     int64_t block = 0;
@@ -161,7 +150,7 @@ static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
             if (isfinite(lse) && fabs(lse) > p->most_bias) again |= (uint64_t)1 << x;
         }
         if (again) {
-            recompute_lse(r, (ada_patch){.b = b, .h = h, .i = i, .n = n}, again, scratch);
+            recompute_rows_f64(r, (ada_patch){.b = b, .h = h, .i = i, .n = n}, again, false, true, scratch);
             /* Nor do floats hold the scores. */
             atomic_store_explicit(&r->unfit[b * p->G + h / (p->H / p->G)], true, memory_order_relaxed);
         }
@@ -171,9 +160,16 @@ static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
     r->sinks[task] = sum;
 }
 
+/* Whether a key head is on the exact way, or the careful one after it. */
+static bool is_on_way(const back_run *r, int64_t group) {
+    if (r->way[group] != WAY_EXACT) return false;
+    return r->careful || !atomic_load_explicit(&r->unfit[group], memory_order_relaxed);
+}
+
 /* Zeroes the sums of a key head. */
 static void clear_task(void *context, ada_job *job, int64_t task, int worker) {
     const back_run *r = context;
+    if (!is_on_way(r, r->first + task)) return;
     const int64_t bytes = is_double(r) ? sizeof(double) : sizeof(float), per_group = r->p->H / r->p->G;
     (void)job, (void)worker;
     for (int i = 0; i <= ADA_OF_VALUE; i++) {
@@ -189,7 +185,7 @@ static void step_task(void *context, ada_job *job, int64_t task, int worker) {
     const int64_t group = r->first + task / r->key_parts, key_part = task % r->key_parts;
     const int64_t query_part = (key_part + r->step) % r->steps;
     if (query_part >= r->query_parts) return;
-    if (!r->careful && atomic_load_explicit(&r->unfit[group], memory_order_relaxed)) return;
+    if (!is_on_way(r, group)) return;
     if (!(is_double(r) ? part_back_f64(r, group, key_part, query_part, job, worker)
                        : part_back_f32(r, group, key_part, query_part, job, worker)))
         atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
@@ -201,7 +197,7 @@ static void finish_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_problem *p = r->p;
     const int64_t group = r->first + task, b = group / p->G, g = group % p->G, per_group = p->H / p->G;
     (void)job, (void)worker;
-    if (!r->careful && atomic_load_explicit(&r->unfit[group], memory_order_relaxed)) return;
+    if (!is_on_way(r, group)) return;
     if (!(is_double(r) ? scale_sums_f64(r, group) : scale_sums_f32(r, group)) && !r->careful) {
         atomic_store_explicit(&r->unfit[group], true, memory_order_relaxed);
         return;
@@ -280,10 +276,24 @@ typedef struct {
     int threads;
 } back_caller;
 
-static bool run_tasks(back_run *r, const back_caller *c, ada_task_fn *task, int64_t tasks, double work) {
-    const int threads = ada_threads_for(r->p, tasks, work);
-    return ada_parallel_for(tasks, threads < c->threads ? threads : c->threads, task, r, c->interrupt,
+static bool run_tasks_on(void *context, const ada_problem *p, const back_caller *c, ada_task_fn *task,
+                         int64_t tasks, double work) {
+    const int threads = ada_threads_for(p, tasks, work);
+    return ada_parallel_for(tasks, threads < c->threads ? threads : c->threads, task, context, c->interrupt,
                             c->context);
+}
+
+static bool run_tasks(back_run *r, const back_caller *c, ada_task_fn *task, int64_t tasks, double work) {
+    return run_tasks_on(r, r->p, c, task, tasks, work);
+}
+
+static ada_status no_memory(int64_t bytes, ada_error *error) {
+    return ada_fail(error, ADA_ERR_MEMORY, "attention_backward: no memory for %lld bytes of scratch",
+                    (long long)bytes);
+}
+
+static ada_status interrupted(ada_error *error) {
+    return ada_fail(error, ADA_INTERRUPTED, "attention_backward: interrupted");
 }
 
 /* The three gradients of the key heads from first on. */
@@ -307,8 +317,47 @@ static bool run_unfit(back_run *r, const back_caller *c, double *memory) {
         if (r->x->needs[i]) memory += sum_size(r->p, i);
     }
     for (one.first = 0; one.first < r->groups; one.first++)
-        if (r->unfit[one.first] && !run_steps(&one, c)) return false;
+        if (r->way[one.first] == WAY_EXACT && r->unfit[one.first] && !run_steps(&one, c)) return false;
     return true;
+}
+
+/* The key heads on the narrow way, as many at a time as have work for all threads and little memory. */
+static ada_status run_narrow(back_run *r, const back_caller *c, ada_error *error) {
+    const ada_problem *p = r->p;
+    const int64_t each = narrow_bytes(r), fair = NARROW_BYTES / each, least = c->threads;
+    const int64_t most = fair > least ? fair : least, all = r->groups, per_group = p->H / p->G;
+    back_run wave = *r;
+    wave.groups = most < all ? most : all;
+    wave.narrow = ada_scratch_take(wave.groups * each);
+    if (!wave.narrow) return no_memory(wave.groups * each, error);
+    bool done = true;
+    for (wave.first = 0; done && wave.first < all; wave.first += wave.groups) {
+        if (wave.groups > all - wave.first) wave.groups = all - wave.first;
+        const double heads = (double)(wave.groups * per_group), T = (double)p->T, S = (double)p->S;
+        const double work = heads * T * S * (double)(p->D + p->E) * 2.5,
+                     elements = heads * (T + S) * (double)p->D;
+        done = run_tasks(&wave, c, narrow_start_task, wave.groups, elements) &&
+               run_tasks(&wave, c, narrow_keys_task, wave.groups * r->blocks, elements) &&
+               run_tasks(&wave, c, narrow_queries_task, wave.groups * per_group * r->tiles, elements);
+        for (wave.step = 0; done && wave.step < r->steps; wave.step++)
+            done = run_tasks(&wave, c, narrow_step_task, wave.groups * r->key_parts, work / (double)r->steps);
+        done = done && run_tasks(&wave, c, narrow_finish_task, wave.groups, elements);
+    }
+    ada_scratch_give_back(wave.narrow);
+    for (int64_t i = 0; i < all; i++)
+        if (r->way[i] == WAY_NARROW) r->way[i] = r->raised[i] ? WAY_EXACT : WAY_DONE;
+    return done ? ADA_OK : interrupted(error);
+}
+
+/* All key heads on their ways. */
+static ada_status run_ways(back_run *r, const back_caller *c, double *spare, ada_error *error) {
+    bool any[3] = {false};
+    for (int64_t i = 0; i < r->groups; i++) any[r->way[i]] = true;
+    if (any[WAY_NARROW] && run_narrow(r, c, error)) return error->status;
+    for (int64_t i = 0; i < r->groups; i++) any[r->way[i]] = true;
+    if (any[WAY_EXACT] && !(run_steps(r, c) && run_unfit(r, c, spare))) return interrupted(error);
+    for (int64_t i = 0; i < r->groups; i++) r->way[i] = WAY_DONE;
+    return ADA_OK;
 }
 
 static bool run_mask(back_run *r, const back_caller *c) {
@@ -320,24 +369,76 @@ static bool run_mask(back_run *r, const back_caller *c) {
     return run_tasks(r, c, mask_task, tasks, work);
 }
 
-static bool run_all(back_run *r, const back_caller *c, double *spare) {
+#include "backward_verify.h"
+
+/* The rungs of a key head, by what was asked for or by its sizes. */
+static ada_choice choose_rungs(const back_run *r, const ada_gradient_budget *budget, int64_t group) {
+    const ada_problem *p = r->p;
+    const ada_choice narrow = ADA_GRADIENT_NARROW,
+                     plain = ada_candidates[r->unfit[group] || is_double(r) ? 0 : 1];
+    const double queries = (double)(p->H / p->G), width = (double)(p->D + p->E);
+    if (r->unfit[group]) return plain;
+    if (budget->asked.qk != ADA_RUNG_AUTO) return budget->asked;
+    if (budget->tolerance == 0 || r->x->needs[ADA_OF_SLOPES]) return plain;
+    const int rows = ada_most_rows_to_verify(p->T);
+    const ada_task task = {.tolerance = budget->tolerance,
+                           .margin = p->T < LEAST_QUERIES ? ADA_MARGIN_GUESSED
+                                                          : ADA_MARGIN * ada_reach_of_rows(rows),
+                           .operations = queries * ada_operations_of_head(p, group / p->G),
+                           .elements = ((double)p->S + queries * (double)p->T) * width,
+                           .D = p->D,
+                           .plain = ada_plain_candidate(p)};
+    return ada_plan_gradient(&task, budget->rates) ? narrow : plain;
+}
+
+static ada_status run_all(back_run *r, const back_caller *c, ada_gradient_budget *budget, double *spare,
+                          ada_error *error) {
     const ada_problem *p = r->p;
     const ada_backward_problem *x = r->x;
-    const bool *needs = x->needs;
-    const double rows = (double)(p->B * p->H * p->T);
-    for (int64_t i = 0; i < r->groups; i++)
-        atomic_init(&r->unfit[i], p->only_f64 && p->query.dtype != ADA_F64);
-    if (!run_tasks(r, c, rows_task, p->B * p->H * r->query_parts, rows * (double)p->E)) return false;
-    if (needs[ADA_OF_QUERY] || needs[ADA_OF_KEY] || needs[ADA_OF_VALUE] || needs[ADA_OF_SLOPES])
-        if (!run_steps(r, c) || !run_unfit(r, c, spare)) return false;
+    const bool *needs = x->needs, sums = needs[ADA_OF_QUERY] || needs[ADA_OF_KEY] || needs[ADA_OF_VALUE];
+    const double rows = (double)(p->B * p->H * p->T), start = ada_seconds_now();
+    const bool in_f64 = budget->asked.qk == ADA_RUNG_FP64 || p->only_f64;
+    for (int64_t i = 0; i < r->groups; i++) {
+        atomic_init(&r->unfit[i], in_f64 && p->query.dtype != ADA_F64);
+        atomic_init(&r->raised[i], false);
+    }
+    if (!run_tasks(r, c, rows_task, p->B * p->H * r->query_parts, rows * (double)p->E))
+        return interrupted(error);
+    for (int64_t i = 0; i < r->groups; i++) {
+        const ada_choice choice = choose_rungs(r, budget, i);
+        const bool narrow = choice.qk == ADA_RUNG_INT16;
+        r->way[i] = narrow ? WAY_NARROW : WAY_EXACT;
+        if (!budget->heads) continue;
+        budget->heads[i] = (ada_gradient_head){.choice = choice,
+                                               .predicted_error = narrow ? ADA_GRADIENT_ERROR : NAN,
+                                               .key = {NAN, NAN, 0},
+                                               .value = {NAN, NAN, 0}};
+    }
+    for (int64_t i = 0; budget->queries && i < p->B * p->H; i++)
+        budget->queries[i] = (ada_measured){NAN, NAN, 0};
+    if ((sums || needs[ADA_OF_SLOPES]) && run_ways(r, c, spare, error)) return error->status;
+    for (int64_t i = 0; budget->heads && i < r->groups; i++) {
+        ada_gradient_head *head = &budget->heads[i];
+        const ada_choice plain = ada_candidates[r->unfit[i] || is_double(r) ? 0 : 1];
+        const bool narrow = head->choice.qk == ADA_RUNG_INT16;
+        if (narrow ? !r->raised[i] : head->choice.qk == plain.qk) continue;
+        *head = (ada_gradient_head){plain, NAN, true, head->key, head->value};
+    }
+    const double now = ada_seconds_now();
+    budget->seconds[0] = now - start;
+    if (budget->tolerance > 0 && budget->verify && sums && p->T >= LEAST_QUERIES &&
+        verify_gradient(r, c, budget, spare, error))
+        return error->status;
     if (needs[ADA_OF_SINKS]) store_vector(p, &x->results[ADA_OF_SINKS], r->sinks, r->query_parts);
     if (needs[ADA_OF_SLOPES]) store_vector(p, &x->results[ADA_OF_SLOPES], r->slopes, r->key_parts);
     r->scores = true;
-    return !needs[ADA_OF_MASK] || run_mask(r, c);
+    if (needs[ADA_OF_MASK] && !run_mask(r, c)) return interrupted(error);
+    budget->seconds[1] = ada_seconds_now() - now;
+    return ADA_OK;
 }
 
-ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *), void *context,
-                        ada_error *error) {
+ada_status ada_backward(const ada_backward_problem *x, ada_gradient_budget *budget, bool (*interrupt)(void *),
+                        void *context, ada_error *error) {
     const ada_problem *p = &x->p;
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     back_run r = {.x = x,
@@ -346,7 +447,8 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
                   .tiles = (p->T + ADA_LANES - 1) / ADA_LANES,
                   .blocks = ada_block_count(p),
                   .scores = x->needs[ADA_OF_QUERY] || x->needs[ADA_OF_KEY] || x->needs[ADA_OF_SLOPES],
-                  .groups = p->B * p->G};
+                  .groups = p->B * p->G,
+                  .fault = ada_narrow_fault_now()};
     r.query_parts = count_parts(r.tiles), r.key_parts = count_parts(r.blocks);
     r.steps = r.query_parts > r.key_parts ? r.query_parts : r.key_parts;
     const int64_t heads = p->B * p->H, most_tasks = heads * r.tiles * r.blocks;
@@ -360,13 +462,17 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
     r.scratch_bytes = size.used;
+    size.used = 0;
+    narrow_scratch_of(p, &size);
+    if (size.used > r.scratch_bytes) r.scratch_bytes = size.used;
+    size.used = 0;
+    if (budget->tolerance > 0) truth_of_f64(&r, &size);
+    if (size.used > r.scratch_bytes) r.scratch_bytes = size.used;
     /* Twice: first to count the bytes. */
     ada_carver carver = {NULL, 0};
     double *spare = NULL;
     for (int turn = 0; turn < 2; turn++) {
-        if (turn && !(carver.base = ada_scratch_take(carver.used)))
-            return ada_fail(error, ADA_ERR_MEMORY, "attention_backward: no memory for %lld bytes of scratch",
-                            (long long)carver.used);
+        if (turn && !(carver.base = ada_scratch_take(carver.used))) return no_memory(carver.used, error);
         carver.used = 0;
         r.scratch = ada_carve(&carver, caller.threads * r.scratch_bytes);
         const int64_t row_bytes = heads * p->T * (int64_t)sizeof(double);
@@ -375,6 +481,8 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
         r.sinks = ada_carve(&carver, heads * r.query_parts * (int64_t)sizeof(double));
         r.slopes = ada_carve(&carver, heads * r.key_parts * (int64_t)sizeof(double));
         r.unfit = ada_carve(&carver, r.groups * (int64_t)sizeof *r.unfit);
+        r.raised = ada_carve(&carver, r.groups * (int64_t)sizeof *r.raised);
+        r.way = ada_carve(&carver, r.groups);
         int64_t spare_size = 0;
         for (int i = 0; i <= ADA_OF_VALUE; i++) {
             r.sums[i] = x->results[i].data;
@@ -384,7 +492,7 @@ ada_status ada_backward(const ada_backward_problem *x, bool (*interrupt)(void *)
         }
         spare = ada_carve(&carver, spare_size * (int64_t)sizeof(double));
     }
-    const bool done = run_all(&r, &caller, spare);
+    const ada_status status = run_all(&r, &caller, budget, spare, error);
     ada_scratch_give_back(r.scratch);
-    return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention_backward: interrupted");
+    return status;
 }

@@ -112,12 +112,18 @@ static pieces pieces_of(const certifying *r, ada_carver *c) {
     return s;
 }
 
+/* Whether pages that are read as they are lie as rows_of takes them. */
+static bool is_read_in_place(const ada_array *a) {
+    const int64_t real = sizeof(float);
+    return a->dtype == ADA_F32 && a->stride[3] == real && a->stride[2] == a->shape[3] * real;
+}
+
 bool ada_may_certify(const ada_problem *p, const ada_budget *b) {
-    return p->key.codes && p->value.codes && b->tolerance >= ADA_CERTIFIED_LEAST && !b->plan_only &&
-           b->structure == ADA_STRUCTURE_AUTO && b->asked.qk == ADA_RUNG_AUTO &&
-           b->dearest == ADA_RUNG_AUTO && b->cheapest == ADA_RUNG_AUTO && p->query.dtype != ADA_F64 &&
-           !p->only_f64 && !p->drop_below && p->S >= ADA_CERTIFIED_KEYS && p->D <= ADA_CODES_MOST &&
-           p->E <= ADA_CODES_MOST && p->T <= ADA_CERTIFIED_QUERIES &&
+    return is_read_in_place(&p->key) && is_read_in_place(&p->value) && p->key.codes && p->value.codes &&
+           b->tolerance >= ADA_CERTIFIED_LEAST && !b->plan_only && b->structure == ADA_STRUCTURE_AUTO &&
+           b->asked.qk == ADA_RUNG_AUTO && b->dearest == ADA_RUNG_AUTO && b->cheapest == ADA_RUNG_AUTO &&
+           p->query.dtype != ADA_F64 && !p->only_f64 && !p->drop_below && p->S >= ADA_CERTIFIED_KEYS &&
+           p->D <= ADA_CODES_MOST && p->E <= ADA_CODES_MOST && p->T <= ADA_CERTIFIED_QUERIES &&
            p->H / p->G * p->T <= ADA_CERTIFIED_ROWS;
 }
 
@@ -779,10 +785,11 @@ static void store_group(const certifying *r, ada_budget *budget, int64_t head) {
     }
 }
 
-/* The heads of a group as a call of their own: it gives the same bits as one with the others. */
-static ada_status attend_group(const ada_problem *whole, const ada_budget *budget, int64_t head,
-                               double seconds[4], bool (*interrupt)(void *), void *context,
-                               ada_error *error) {
+/* The heads of groups from that one on, `groups` of each of `sequences`, as a call of their own: it gives the
+ * same bits as one with the others. */
+static ada_status attend_groups(const ada_problem *whole, const ada_budget *budget, int64_t head,
+                                int64_t sequences, int64_t groups, double seconds[4],
+                                bool (*interrupt)(void *), void *context, ada_error *error) {
     const int64_t group = whole->H / whole->G, b = head / whole->G, g = head % whole->G, h = g * group;
     ada_problem p = *whole;
     ada_budget own = *budget;
@@ -795,7 +802,7 @@ static ada_status attend_group(const ada_problem *whole, const ada_budget *budge
                 (char *)of_heads[i]->data + b * of_heads[i]->stride[0] + h * of_heads[i]->stride[1];
     for (int i = 0; i < 2; i++) {
         of_groups[i]->data = ada_row_at(of_groups[i], b, g, 0);
-        of_groups[i]->shape[0] = of_groups[i]->shape[1] = 1;
+        of_groups[i]->shape[0] = sequences, of_groups[i]->shape[1] = groups;
         of_groups[i]->codes = NULL;
         if (of_sequences[i]->data)
             of_sequences[i]->data = (char *)of_sequences[i]->data + b * of_sequences[i]->stride[0];
@@ -803,14 +810,35 @@ static ada_status attend_group(const ada_problem *whole, const ada_budget *budge
     if (p.sinks.data) p.sinks.data = (char *)p.sinks.data + h * p.sinks.stride[0];
     if (p.lse) p.lse = (float *)p.lse + (b * p.H + h) * p.T;
     if (p.ran) p.ran += b * p.H + h;
-    p.query.shape[0] = p.out.shape[0] = 1, p.query.shape[1] = p.out.shape[1] = group;
-    p.B = p.G = 1, p.H = group;
+    p.B = sequences, p.G = groups, p.H = groups * group;
+    p.query.shape[0] = p.out.shape[0] = p.B, p.query.shape[1] = p.out.shape[1] = p.H;
     own.heads += b * whole->H + h;
+    own.picture = NULL; /* nothing stands in on a cache */
     if (own.given) own.given += b * whole->H + h;
     memset(own.seconds, 0, sizeof own.seconds);
     const ada_status status = ada_attend_within(&p, &ada_cpu_backend, NULL, &own, interrupt, context, error);
     for (int i = 0; i < 4; i++) seconds[i] += own.seconds[i];
     return status;
+}
+
+/* Those that are not certified, in as few calls as slices of the arrays allow. */
+static ada_status attend_unfit(const certifying *r, ada_budget *budget, bool (*interrupt)(void *),
+                               void *context, ada_error *error) {
+    const int64_t G = r->p->G, heads = r->p->B * G;
+    for (int64_t head = 0, n; head < heads; head += n) {
+        for (n = 0; head + n < heads && r->groups[head + n].unfit; n++) {
+        }
+        if (n == 0) {
+            n = 1;
+            continue;
+        }
+        const bool whole = head % G == 0 && n >= G;
+        const int64_t sequences = whole ? n / G : 1, left = G - head % G, groups = n < left ? n : left;
+        n = sequences * groups;
+        if (attend_groups(r->p, budget, head, sequences, groups, budget->seconds, interrupt, context, error))
+            return error->status;
+    }
+    return ADA_OK;
 }
 
 static bool compute(certifying *r, int threads, bool (*interrupt)(void *), void *context) {
@@ -865,12 +893,9 @@ ada_status ada_certify(const ada_problem *p, ada_budget *budget, bool (*interrup
     }
     error->status = ADA_OK;
     budget->seconds[2] = ada_seconds_now() - start;
-    for (int64_t head = 0; head < heads; head++) {
-        if (!r.groups[head].unfit)
-            store_group(&r, budget, head);
-        else if (attend_group(p, budget, head, budget->seconds, interrupt, context, error))
-            goto done;
-    }
+    for (int64_t head = 0; head < heads; head++)
+        if (!r.groups[head].unfit) store_group(&r, budget, head);
+    attend_unfit(&r, budget, interrupt, context, error);
 done:
     ada_scratch_give_back(memory);
     return error->status;

@@ -17,6 +17,7 @@
 static _Atomic double narrow_fault = 1;
 
 void ada_narrow_fault(double factor) { atomic_store(&narrow_fault, factor); }
+double ada_narrow_fault_now(void) { return atomic_load_explicit(&narrow_fault, memory_order_relaxed); }
 
 /* Writes the lse of a row; returns what its output is multiplied with. */
 static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {

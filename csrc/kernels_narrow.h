@@ -72,7 +72,7 @@ typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_wei
  * weights may count as the next even one in the squares. All lanes; optional slots. */
 typedef void ada_gauge_bf16_fn(const ada_narrow_tile *t, int n, const float *reach, float *mass,
                                float *spread);
-typedef ada_gauge_bf16_fn ada_gauge_i8_fn;
+typedef ada_gauge_bf16_fn ada_gauge_i8_fn, ada_gauge_i16_fn;
 
 /* f32.o[e][i] += sum of weight j times v[e][j], the words of v from the first weight's key on, ADA_STRIP keys
  * in words from one e to the next and part words from part to part; n <= ADA_STRIP, a multiple of ADA_BLOCK
@@ -91,6 +91,10 @@ typedef void ada_encode_i8_fn(int8_t *to, ptrdiff_t ldt, const float *rows, ptrd
                               const float *less, const float *factor);
 typedef void ada_encode_i16_fn(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                                const float *less, const float *factor);
+
+/* to[i / 2][j] = the pair of rows[i][j] and rows[i + 1][j], rounded to bf16, for ADA_LANES rows of ADA_BLOCK
+ * finite numbers. */
+typedef void ada_pair_bf16_fn(uint32_t *to, const float *rows);
 
 /* to[c][r] = from[r][c] for r < rows, c < columns, elements of 1, 2 or 4 bytes; strides in elements. rows is
  * a multiple of 16, 32 or 64 (64 bytes); whole groups of 16 columns are read and written. */
@@ -153,12 +157,14 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(weigh_i16_i16)                                                                                      \
     SLOT(gauge_bf16)                                                                                         \
     SLOT(gauge_i8)                                                                                           \
+    SLOT(gauge_i16)                                                                                          \
     SLOT(values_bf16)                                                                                        \
     SLOT(values_i8)                                                                                          \
     SLOT(values_i16)                                                                                         \
     SLOT(encode_bf16)                                                                                        \
     SLOT(encode_i8)                                                                                          \
     SLOT(encode_i16)                                                                                         \
+    SLOT(pair_bf16)                                                                                          \
     SLOT(turn_8)                                                                                             \
     SLOT(turn_16)                                                                                            \
     SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)

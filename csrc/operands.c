@@ -60,6 +60,7 @@ bool ada_may_stand_in(const ada_kernels *k, ada_choice choice) {
     const ada_operands qk = operands_of(k, choice.qk, false), pv = operands_of(k, choice.pv, true);
     if (qk.parts.a > 1 || pv.parts.a > 1) return false;
     if (pv.format == ADA_WORDS_I8) return qk.format == ADA_WORDS_I8 && k->weigh_i8_i8 && k->gauge_i8;
+    if (pv.format == ADA_WORDS_I16) return qk.format == ADA_WORDS_I16 && k->weigh_i16_i16 && k->gauge_i16;
     if (pv.format != ADA_WORDS_BF16 || !k->gauge_bf16) return false;
     if (qk.format == ADA_WORDS_BF16) return k->weigh_bf16_bf16;
     return qk.format == ADA_WORDS_I8 && k->weigh_i8_bf16;
@@ -97,6 +98,9 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
     if (p->sparse) {
         h.v_mean = ada_carve(c, s->blocks * p->E * (int64_t)sizeof *h.v_mean);
         h.reach = ada_carve(c, s->blocks * (int64_t)sizeof *h.reach);
+        h.v_most = ada_carve(c, s->blocks * (int64_t)sizeof *h.v_most);
+        h.k_mean = ada_carve(c, (s->blocks + ADA_KEY_STEP) * p->D * (int64_t)sizeof *h.k_mean);
+        h.k_reach = ada_carve(c, s->blocks * (int64_t)sizeof *h.k_reach);
     }
     return h;
 }
@@ -348,6 +352,8 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     const float largest =
         k->reach(rows, ld, ADA_BLOCK, D, less, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
     if (!fits(&s->qk, s->p->key.dtype, largest)) return false;
+    if (to->k_mean && to->seen[block] == UINT64_MAX)
+        to->k_reach[block] = ada_value_reach(k, rows, ld, D, to->k_mean + block * D, x->spare);
     if (s->qk.format == ADA_FLOATS) {
         float *at = (float *)to->k + key * D;
         for (int j = 0; j < ADA_BLOCK; j++)
@@ -401,6 +407,10 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
             !fits(&s->pv, s->p->value.dtype, k->reach(rows, ld, ADA_BLOCK, E, NULL, NULL)))
             return false;
         if (change) ada_round_to_grid(k, s->pv.grid, x->rows, (int64_t)ADA_BLOCK * E);
+        if (to->v_most) {
+            k->reach(rows, ld, ADA_BLOCK, E, NULL, &to->v_most[block]);
+            to->v_most[block] = sqrtf(to->v_most[block]);
+        }
         if (to->v_mean && to->seen[block] == UINT64_MAX) { /* others never stand in */
             float *mean = to->v_mean + block * E;
             to->reach[block] = ada_value_reach(k, rows, ld, E, mean, x->spare);

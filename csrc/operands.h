@@ -52,6 +52,8 @@ typedef struct {
     float *v_unit;  /* [E] what a one of an integer channel is worth */
     float *v_mean;  /* [blocks][E] where blocks may stand in: their mean values, in units of v_unit */
     float *reach;   /* [blocks] the largest distance of a value from that */
+    float *v_most;  /* [blocks] likewise: the largest norm of a value, of blocks that are seen */
+    float *k_mean, *k_reach;  /* [blocks][D] and [blocks] as v_mean and reach, of the keys of whole blocks */
     ptrdiff_t k_part, v_part; /* words from part to part */
 } ada_head_store;
 

@@ -216,6 +216,17 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
     return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
 }
 
+bool ada_plan_gradient(const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
+    const ada_choice narrow = ADA_GRADIENT_NARROW;
+    const ada_rate *scores = &rates[ada_candidate_of((ada_choice){narrow.qk, narrow.qk})];
+    const ada_rate *sums = &rates[ada_candidate_of((ada_choice){narrow.pv, narrow.pv})];
+    if (scores->gflops[0] == 0 || sums->gflops[0] == 0) return false;
+    /* Two products for the scores and three for the sums, where forward there is one of each. */
+    const double time = 2 * ada_predicted_seconds(t, scores) + 3 * ada_predicted_seconds(t, sums);
+    return ADA_GRADIENT_ERROR * t->margin <= t->tolerance &&
+           time < PAYS * 5 * ada_predicted_seconds(t, &rates[t->plain]);
+}
+
 /* ---- structure ---- */
 
 static bool has_float_mask(const ada_problem *p) {
@@ -262,37 +273,48 @@ const char *ada_rules_out(const ada_problem *p, ada_structure structure) {
 #define STAND_MARGIN 1.15
 /* Reading the kept blocks one by one costs so much of the dense time on top. */
 #define LISTED 0.05
+/* Of the budget, for what stands in by name where the rung leaves none. */
+#define LEAST_ROOM 0.1
 
 /* The share of blocks that 64 rows keep together, from what each keeps where it is alone. */
 static double kept_by_tile(double alone) { return pow(alone, 0.6); }
 
+/* A head on a candidate, with so much room for what stands in, as a share of its output. */
+static ada_sparse_choice sparse_on(const ada_forecast *f, const ada_task *t, const ada_rate *rate, int c,
+                                   double room) {
+    int level = ADA_LEVELS - 1;
+    while (level > 0 && f->level[level - 1].error <= room) level--;
+    const double kept = kept_by_tile(f->level[level].kept);
+    ada_task part = *t;
+    part.operations *= rate->sparse + kept * (1 + LISTED - rate->sparse);
+    return (ada_sparse_choice){.candidate = c,
+                               .budget2 = room * room * f->out2 / f->level[level].own,
+                               .joint = f->level[level].joint,
+                               .kept = kept,
+                               .error = hypot(f->error[c], room),
+                               .seconds = ada_predicted_seconds(&part, rate)};
+}
+
 bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES],
-                     int dense, ada_sparse_choice *choice) {
+                     int dense, bool forced, ada_sparse_choice *choice) {
     const double limit = t->tolerance / t->margin;
-    double best = PAYS * ada_predicted_seconds(t, &rates[dense]);
-    bool found = false;
+    double best = forced ? INFINITY : PAYS * ada_predicted_seconds(t, &rates[dense]);
+    bool found = false, within = false;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
-        if (!(t->sparse >> c & 1) || !allowed(t, ada_candidates[c]) || !f->finite ||
-            !(f->error[c] <= limit) || (t->lse && !(f->lse_error[c] <= fmax(limit, 1e-6))))
+        if (!(t->sparse >> c & 1) || !allowed(t, ada_candidates[c]) || !f->finite) continue;
+        const bool keeps = f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6));
+        double room = keeps ? sqrt(limit * limit - f->error[c] * f->error[c]) / STAND_MARGIN : 0;
+        if (forced)
+            room = fmax(room, LEAST_ROOM * limit);
+        else if (!keeps || !(f->level[ADA_LEVELS - 1].error <= room))
             continue;
-        const double room = sqrt(limit * limit - f->error[c] * f->error[c]) / STAND_MARGIN;
-        int level = ADA_LEVELS;
-        while (level > 0 && f->level[level - 1].error <= room) level--;
-        if (level == ADA_LEVELS) continue;
-        const double kept = kept_by_tile(f->level[level].kept), dense_share = 1 + LISTED - rates[c].sparse;
-        ada_task part = *t;
-        part.operations *= rates[c].sparse + kept * dense_share;
-        const double seconds = ada_predicted_seconds(&part, &rates[c]);
-        if (!(seconds < best)) continue;
-        best = seconds, found = true;
-        *choice = (ada_sparse_choice){.candidate = c,
-                                      .budget2 = room * room * f->out2 / f->level[level].own,
-                                      .joint = f->level[level].joint,
-                                      .kept = kept,
-                                      .error = hypot(f->error[c], room),
-                                      .seconds = seconds};
+        const ada_sparse_choice own = sparse_on(f, t, &rates[c], c, room);
+        const double cost = keeps ? own.seconds : own.error;
+        if (found && keeps != within ? !keeps : !(cost < best)) continue;
+        best = cost, found = true, within = keeps;
+        *choice = own;
     }
-    return found;
+    return found && choice->budget2 > 0;
 }
 
 /* Sampled rows and keys say by this much too little of a rank's error. */

@@ -65,6 +65,13 @@ bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], dou
 /* The cheapest candidate within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 
+/* The rung of a gradient below the exact one: scores and gradients of weights from 16-bit integers, sums over
+ * queries and keys from bf16; and its usual error. */
+#define ADA_GRADIENT_NARROW ((ada_choice){ADA_RUNG_INT16, ADA_RUNG_BF16})
+#define ADA_GRADIENT_ERROR 4e-3
+/* Whether a head's gradient is computed on it: within the budget, and faster than exactly. */
+bool ada_plan_gradient(const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
+
 typedef enum {
     ADA_STRUCTURE_AUTO,
     ADA_STRUCTURE_DENSE,
@@ -80,9 +87,10 @@ typedef struct {
     double budget2, joint;       /* as in ada_sparse */
     double kept, error, seconds; /* predicted */
 } ada_sparse_choice;
-/* Whether some candidate is faster so than the dense one, and within the budget. */
+/* Whether some candidate is faster so than the dense one, and within the budget; forced: whatever it takes,
+ * the one that comes nearest where none is. */
 bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES],
-                     int dense, ada_sparse_choice *choice);
+                     int dense, bool forced, ada_sparse_choice *choice);
 
 /* What a head of landmarks computes. */
 typedef struct {

@@ -356,12 +356,31 @@ static ada_status check_output(const ada_problem *p, const ada_array *a, const c
     return ADA_OK;
 }
 
+/* Gradients have fewer rungs than outputs. */
+static ada_status check_gradient_rungs(const ada_backward_problem *x, ada_choice c, ada_error *error) {
+    const bool in_f64 = x->p.query.dtype == ADA_F64, narrow = c.qk == ADA_RUNG_INT16 && c.pv == ADA_RUNG_BF16;
+    if (narrow && x->needs[ADA_OF_SLOPES])
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "precision: expected 'auto', 'fp32' or 'fp64' beside needs of 'alibi_slopes', got "
+                        "('int16', 'bf16')");
+    if (narrow || c.qk == ADA_RUNG_AUTO || (c.qk == ADA_RUNG_FP64 && c.pv == ADA_RUNG_FP64) ||
+        (c.qk == ADA_RUNG_FP32 && c.pv == ADA_RUNG_FP32 && !in_f64))
+        return ADA_OK;
+    return ada_fail(
+        error, ADA_ERR_ARGUMENT,
+        "precision: expected 'auto', %s'fp64' or ('int16', 'bf16') for the gradient of %s arrays, got "
+        "('%s', '%s')",
+        in_f64 ? "" : "'fp32', ", ada_dtype_name(x->p.query.dtype), ada_rung_name(c.qk), ada_rung_name(c.pv));
+}
+
 ada_status ada_backward_init(ada_backward_problem *x, ada_error *error) {
     const ada_array *inputs[] = {&x->p.query,     &x->p.key,   &x->p.value,
                                  &x->p.attn_mask, &x->p.sinks, &x->p.alibi_slopes};
     ada_array shapes[ADA_GRADIENTS];
     for (int i = 0; i < ADA_GRADIENTS; i++) shapes[i] = *inputs[i];
-    if (ada_problem_init(&x->p, error) || check_output(&x->p, &x->grad_out, "grad_out", false, error) ||
+    const ada_choice asked = x->p.precision;
+    if (ada_problem_init(&x->p, error) || check_gradient_rungs(x, asked, error) ||
+        check_output(&x->p, &x->grad_out, "grad_out", false, error) ||
         check_output(&x->p, &x->out, "out", false, error) || check_output(&x->p, &x->lse, "lse", true, error))
         return error->status;
     for (int i = 0; i < ADA_GRADIENTS; i++) {

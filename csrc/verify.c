@@ -178,8 +178,7 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
                    p->query.dtype == ADA_F64;
 }
 
-/* Of a number that is rounded to the dtype, relative. */
-static double rounding_of(ada_dtype dtype) {
+double ada_rounding_of(ada_dtype dtype) {
     return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
 }
 
@@ -188,7 +187,7 @@ static bool floats_suffice(const ada_exact *exact, int n, double tolerance) {
     bool suffice = true;
     for (int i = 0; i < n; i++)
         suffice &=
-            exact->good[i] && ADA_FINER * rounding_of(ADA_F32) * fabs(exact->reference[i]) <= tolerance;
+            exact->good[i] && ADA_FINER * ada_rounding_of(ADA_F32) * fabs(exact->reference[i]) <= tolerance;
     return suffice;
 }
 
@@ -226,7 +225,8 @@ ada_status ada_cpu_exact(ada_attending *a, ada_error *error) {
 
 /* Whether rows say otherwise than what was assumed of a head that nobody looked at. */
 static bool refuted(const ada_attending *a, const ada_head *head, const ada_head_state *s) {
-    const double rounding = ada_is_known(a->p) ? rounding_of(a->p->query.dtype) / 2 : 0; /* of the output */
+    const double rounding =
+        ada_is_known(a->p) ? ada_rounding_of(a->p->query.dtype) / 2 : 0; /* of the output */
     return !s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error + rounding;
 }
 
@@ -246,7 +246,7 @@ static bool lse_holds(const ada_attending *a, const ada_head *head) {
 
 /* Whether a precision or a structure by name computed a head, which is then not replaced. */
 static bool was_forced(const ada_attending *a, const ada_head *head) {
-    return ada_is_forced(a->budget) || (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK);
+    return ada_is_forced(a->budget) || ada_is_thinned_by_name(a->budget, head);
 }
 
 /* The error of such a head, whose output (misses) or lse is off beyond doubt. */
@@ -261,10 +261,16 @@ static ada_status refuse(const ada_attending *a, int64_t index, bool misses, ada
                         "('%s', '%s')",
                         what, wanted, got, b, h, ada_rung_name(head->choice.qk),
                         ada_rung_name(head->choice.pv));
+    if (head->rank > 0)
+        return ada_fail(error, ADA_ERR_NUMERICAL,
+                        "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from "
+                        "%d landmarks",
+                        what, wanted, got, b, h, head->rank);
     return ada_fail(error, ADA_ERR_NUMERICAL,
-                    "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from %d "
-                    "landmarks",
-                    what, wanted, got, b, h, head->rank);
+                    "structure: expected %s %g in every head, got about %.3g in head (%lld, %lld) from "
+                    "('%s', '%s') and %.0f %% of the blocks",
+                    what, wanted, got, b, h, ada_rung_name(head->choice.qk), ada_rung_name(head->choice.pv),
+                    100 * head->kept);
 }
 
 /* Compares a head with its exact rows; false where it may miss the tolerance. misses: it does so beyond
@@ -273,7 +279,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     const ada_problem *p = a->p;
     ada_head *head = &a->budget->heads[index];
     const ada_head_state *s = &a->states[index];
-    const double tolerance = a->budget->tolerance, allowed = tolerance + rounding_of(p->query.dtype);
+    const double tolerance = a->budget->tolerance, allowed = tolerance + ada_rounding_of(p->query.dtype);
     const int E = (int)p->E;
     double *error2 = a->error2 + index * ADA_MOST_ROWS, out[ADA_PIECE];
     *misses = false;
@@ -294,7 +300,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
         if (isnan(lse) || !isfinite(error2[i])) return true; /* unverifiable: plain arithmetic's own NaN */
         if (!p->lse || lse == -INFINITY) continue;
         const double off = fabs(a->backend->output_lse(a, index, i) - lse);
-        head->lse_error = fmax(head->lse_error, off - 4 * rounding_of(ADA_F32) * fabs(lse));
+        head->lse_error = fmax(head->lse_error, off - 4 * ada_rounding_of(ADA_F32) * fabs(lse));
     }
     if (nothing_seen && s->out2 > 0) return true; /* only rows of zeros were drawn: they tell nothing */
     const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
@@ -319,16 +325,13 @@ static bool go_up(ada_attending *a, int64_t index) {
     ada_head_state *s = &a->states[index];
     const ada_look look = s->look;
     const bool first = !head->retried || s->was_sparse;
-    if (head->rank > 0 && a->budget->structure == ADA_STRUCTURE_LOW_RANK) return false;
+    if (ada_is_thinned_by_name(a->budget, head)) return false;
     s->was_sparse = ada_is_thinned(head);
-    if (head->rank > 0) head->choice = head->dense;
-    const int now = ada_candidate_of(head->choice);
-    if (s->was_sparse) { /* the same, but dense */
-        head->budget2 = 0, head->rank = 0, head->kept = 1;
-        head->predicted_error = head->forecast.error[now];
-        head->retried = true;
+    if (s->was_sparse) {
+        ada_make_dense(head);
         return true;
     }
+    const int now = ada_candidate_of(head->choice);
     if (ada_is_forced(a->budget) || (head->choice.qk <= next && head->choice.pv <= next)) return false;
     int c = ada_candidate_of((ada_choice){next, next});
     if (look == ADA_LOOK_ALL && first && now > c && isfinite(head->error_limit)) {

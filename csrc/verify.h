@@ -2,7 +2,7 @@
 #ifndef ADA_VERIFY_H
 #define ADA_VERIFY_H
 
-#include <stdint.h>
+#include "adaattn.h"
 
 /* Squared Frobenius error of a head, from rows drawn with known probabilities: an estimate, and limits of its
  * root beyond which it lies with a probability of 1e-3 each. */
@@ -17,5 +17,8 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
  * most `most`, at which it does so by `reach`. */
 double ada_reach_of_rows(int n);
 int ada_rows_for_reach(double reach, int most);
+
+/* Of a number that is rounded to the dtype, relative. */
+double ada_rounding_of(ada_dtype dtype);
 
 #endif

@@ -24,7 +24,7 @@ MODULES: dict[str, list[str] | None] = {
     "adaattn.integrations.transformers": ["register", "statistics", "reset_statistics"],
     "adaattn.integrations.onnx": ["attention", "Outputs"],
 }
-INTERNAL = {"Plan.of", "Plan.choices", "Report.of"}
+INTERNAL = {"Plan.of", "Plan.choices", "Report.of", "GradientReport.of"}
 Definition = ast.FunctionDef | ast.ClassDef
 
 

@@ -491,7 +491,7 @@ def test_wrong_types(changes: Options, message: str) -> None:
         adaattn.attention_backward(**arguments)
 
 
-@pytest.mark.parametrize("name", ["tolerance", "precision", "device"])
+@pytest.mark.parametrize("name", ["plan", "structure", "device"])
 def test_what_the_gradient_does_not_take(name: str, rng: np.random.Generator) -> None:
     with pytest.raises(TypeError, match=name):
         adaattn.attention_backward(*problem(rng, SHAPES[1]), **{name: None})

@@ -306,6 +306,32 @@ def _offering(monkeypatch: pytest.MonkeyPatch, *gflops: float) -> None:
 
 
 @pytest.mark.usefixtures("short_demo")
+def test_demo_of_a_length_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it is compared, more than sample.txt has included, without NumPy where that is much, and with
+    the structure of every head."""
+    monkeypatch.setattr(module, "MOST_NUMPY", 2048)
+    monkeypatch.setattr(module, "RUNS", 1)
+    assert cli.main(["demo", "--length", "5000", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bytes"] == result["compared_bytes"] == 5000 and result["expected_bits_per_byte"] is None
+    assert result["layers"][0]["speedup"] is None and 0.5 < result["bits_per_byte"] < 2
+    for policy in result["policies"]:
+        for layer in range(4):
+            structures = policy["structures"][layer]
+            assert len(structures) == 4 and set(structures) <= {"dense", "sparse", "low_rank"}
+            assert [kept < 1 for kept in policy["kept"][layer]] == [name == "sparse" for name in structures]
+    cli._print_demo(result)
+    text = capsys.readouterr().out
+    sparse = any("sparse" in layer for policy in result["policies"] for layer in policy["structures"])
+    assert "NumPy" not in text and ("%" in text) == sparse
+    for length in ("0", "10000000"):
+        assert cli.main(["demo", "--length", length]) == 1
+        assert "length: expected 1 to" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short_demo")
 def test_demo_on_two_machines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Rungs are those that were computed with, and where nothing is faster than fp32 the table says so."""
     monkeypatch.setattr(module, "LENGTH", 256)

@@ -13,6 +13,7 @@ from support import same_bits
 
 import adaattn
 from adaattn import _adaattn, rates
+from adaattn.bench.heads import topics
 
 Array = NDArray[Any]
 
@@ -20,14 +21,15 @@ S = 2048  # from which on structure is looked for
 D = 64
 
 pytestmark = pytest.mark.skipif(
-    not {"gauge_i8", "gauge_bf16"} & set(_adaattn.cpu_info()["kernels"]), reason="no kernels for it here"
+    not {"gauge_i8", "gauge_i16", "gauge_bf16"} & set(_adaattn.cpu_info()["kernels"]),
+    reason="no kernels for it here",
 )
 
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates of a machine where values cost nearly everything, so that whatever may stand in pays."""
-    speed = {"fp32": 100.0, "bf16": 220.0, "int8/bf16": 300.0, "int8": 420.0}
+    speed = {"fp32": 100.0, "int16": 210.0, "bf16": 220.0, "int8/bf16": 300.0, "int8": 420.0}
     rows = [(speed.get(rung, 50.0),) * 2 + (0.0, 0.1 if rung in speed else 1.0) for rung in rates.RUNGS]
     monkeypatch.setattr(rates, "_table", np.array(rows, np.float64))
 
@@ -68,7 +70,7 @@ def test_estimates_tell_the_error(rng):
     arrays = local(rng, 4, 4)
     plan = adaattn.plan(*arrays, tolerance=5e-2)
     out = adaattn.attention(*arrays, plan=plan, verify=False)
-    assert (abs(np.log(errors(out, exactly(*arrays)) / plan.predicted_error)) < 1).all()
+    assert (abs(np.log(errors(out, exactly(*arrays)) / plan.predicted_error)) < 1.25).all()
 
 
 def test_kept_fraction_is_counted(rng):
@@ -191,6 +193,25 @@ def test_needles_are_kept(rng, base, every, tolerance):
     assert off.max() < 0.3, "a needle row was lost"
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tolerance", [1e-2, 5e-2])
+def test_blocks_are_passed_over_for_a_reason(rng, tolerance, causal):
+    """Rows of one topic never see blocks of another, whose scores are not computed, but for single keys that
+    lie there; some have large values."""
+    heads = topics(2 * S, run=256)
+    q, k, v = (x.copy() for x in (heads.query, heads.key, heads.value))
+    rows = rng.choice(np.arange(S, 2 * S), 48, replace=False)
+    keys = rng.choice(S, 48, replace=False)
+    k[0, 0, keys] = 1.5 * q[0, 0, rows]  # and so for all rows of that topic
+    v[0, 0, keys[::4]] *= 10
+    out, report = adaattn.attention(q, k, v, tolerance=tolerance, causal=causal, return_report=True)
+    exact = exactly(q, k, v, causal=causal)
+    assert report.structure[0, 0] == "sparse" and report.kept_fraction[0, 0] < 0.5
+    assert errors(out, exact)[0, 0] <= tolerance
+    off = np.linalg.norm((out - exact)[0, 0, rows], axis=1) / np.linalg.norm(exact[0, 0, rows], axis=1)
+    assert off.max() < 0.2, "a needle was passed over"
+
+
 def hard() -> Iterator[Any]:
     from heads import adversarial, gaussian
 
@@ -239,6 +260,54 @@ def test_reports_tell(rng):
     _, report = adaattn.attention(*arrays, tolerance=2e-2, return_report=True)
     assert "sparse" in report.table() and '"structure": [["sparse"]]' in report.to_json()
     assert "sparse" in report.plan.explain() and "% of the blocks" in report.plan.explain()
+
+
+@pytest.mark.parametrize("length", [S, S + 100, 3 * S])
+def test_pictures_of_kept_blocks(rng, length):
+    """Local heads keep what is near the diagonal; all of a picture's blocks are those that are counted."""
+    arrays = local(rng, 2, 2, length=length)
+    arrays[2][0, 1, 9, 3] = np.nan
+    _, report = adaattn.attention(*arrays, tolerance=5e-2, causal=True, return_report=True)
+    assert report.structure.tolist() == [["sparse", "dense"]]
+    picture = report.kept_blocks
+    assert picture.shape == (1, 2, 32, 32) and np.isnan(picture[0, 1]).all()
+    visible = ~np.isnan(picture[0, 0])
+    rows, columns = np.indices((32, 32))
+    assert visible[columns < rows - 1].all() and not visible[columns > rows + 1].any()
+    assert np.nanmin(picture[0, 0][rows == columns]) > 0.3
+    assert np.nanmean(picture[0, 0][columns < rows - 16]) < 0.5 * np.nanmean(picture[0, 0][rows == columns])
+    if length == S:  # a cell is a block
+        assert np.nanmean(picture[0, 0]) == pytest.approx(report.kept_fraction[0, 0], abs=1e-6)
+    same = adaattn.attention(*arrays, tolerance=5e-2, causal=True, return_report=True, num_threads=2)[1]
+    assert same_bits(same.kept_blocks, picture)
+    assert '"kept_blocks": [[[[' in report.to_json()
+
+
+def test_pictures_of_heads_sent_back(rng):
+    """There is none of what was computed again, nor where nothing is sparse, nor of short heads."""
+    arrays = local(rng, 2, 1)
+    plan = adaattn.plan(*arrays, tolerance=2e-2)
+    given = replace(plan, sparse_budget=plan.sparse_budget * [[1e4, 1]])
+    picture = adaattn.attention(*arrays, plan=given, return_report=True)[1].kept_blocks
+    assert np.isnan(picture[0, 0]).all() and not np.isnan(picture[0, 1]).any()
+    report = adaattn.attention(*arrays, tolerance=2e-2, structure="dense", return_report=True)[1]
+    assert report.kept_blocks is None and '"kept_blocks": null' in report.to_json()
+    short = by_name(*(x[:, :, :200] for x in arrays))[1].kept_blocks
+    assert short.shape == (1, 2, 3, 3) and np.isnan(short).sum() <= np.isnan(short[:, :, -1]).sum()
+
+
+def test_plot_of_kept_blocks(rng):
+    pytest.importorskip("matplotlib")
+    arrays = local(rng, 2, 2)
+    report = adaattn.attention(*arrays, tolerance=5e-2, return_report=True)[1]
+    figure = report.plot_blocks()
+    drawn = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in drawn[:2]] == [
+        f"{h}: {report.kept_fraction[0, h]:.0%}" for h in range(2)
+    ]
+    assert same_bits(np.asarray(drawn[1].images[0].get_array()), report.kept_blocks[0, 1])
+    dense = adaattn.attention(*arrays, tolerance=5e-2, structure="dense", return_report=True)[1]
+    assert dense.plot_blocks().axes[0].texts[0].get_text() == "no head is sparse"
 
 
 def test_json_with_a_structure_of_its_own_is_refused(rng):
@@ -305,9 +374,94 @@ def test_rates_decide(rng, monkeypatch):
     assert adaattn.plan(*arrays, tolerance=5e-2).structure[0, 0] == "dense"
 
 
+def by_name(*arrays: Array, tolerance: float = 5e-2, **options: Any) -> Any:
+    return adaattn.attention(*arrays, tolerance=tolerance, structure="sparse", return_report=True, **options)
+
+
+def test_sparse_by_name(rng, monkeypatch):
+    """Whatever the rates say, within the budget, and no less than is right."""
+    table = rates.table().copy()
+    table[:, 3] = 1
+    monkeypatch.setattr(rates, "_table", table)
+    arrays = local(rng, 4, 2)
+    assert (adaattn.plan(*arrays, tolerance=5e-2).structure == "dense").all()
+    plan = adaattn.plan(*arrays, tolerance=5e-2, structure="sparse")
+    out, report = by_name(*arrays, causal=True)
+    assert (report.structure == "sparse").all() and not report.retried.any()
+    assert (report.kept_fraction < 0.6).all() and (report.verified_rows >= 16).all()
+    assert (errors(out, exactly(*arrays, causal=True)) <= 5e-2).all()
+    assert (plan.structure == "sparse").all() and (plan.kept_fraction < 0.6).all()
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 100, 200, 513])
+def test_sparse_by_name_at_any_length(rng, length):
+    """Below a tile of queries there is nothing to leave out, and the report says so."""
+    arrays = [x[:, :, :length] for x in local(rng)]
+    out, report = by_name(*arrays, causal=True)
+    assert errors(out, exactly(*arrays, causal=True))[0, 0] <= 5e-2
+    assert (report.structure[0, 0] == "sparse") == (length >= 64) == (not report.retried[0, 0])
+    assert (report.verified_rows[0, 0] > 0) == (length >= 64)
+    if length > 500:
+        assert report.kept_fraction[0, 0] < 1
+
+
+def test_sparse_by_name_that_misses_is_an_error(rng):
+    """No rung whose blocks may stand in is as exact as that."""
+    arrays = local(rng, 2, 1)
+    with pytest.raises(
+        adaattn.NumericalError,
+        match=r"structure: expected a relative error of at most 1e-06 .* of the blocks",
+    ):
+        by_name(*arrays, tolerance=1e-6)
+    out, report = by_name(*arrays, tolerance=1e-6, verify=False)
+    assert (report.structure == "sparse").all() and (report.kept_fraction > 0.5).all()
+    assert (errors(out, exactly(*arrays)) < 2e-2).all()
+
+
+def test_sparse_by_name_keeps_to_the_limits_of_precision(rng):
+    arrays = local(rng)
+    for rung in sparse_rungs():
+        report = by_name(*arrays, min_precision=rung, max_precision=rung)[1]
+        assert report.structure[0, 0] == "sparse"
+        assert report.precision_qk[0, 0] == report.precision_pv[0, 0] == rung
+    report = by_name(*arrays, min_precision="fp32")[1]  # where nothing may stand in
+    assert report.structure[0, 0] == "dense" and report.retried[0, 0]
+
+
+def sparse_rungs() -> list[str]:
+    kernels = _adaattn.cpu_info()["kernels"]
+    gauges = {"int16": "gauge_i16", "bf16": "gauge_bf16", "int8": "gauge_i8"}
+    return [name for name, gauge in gauges.items() if gauge in kernels]
+
+
+def test_sparse_by_name_of_what_is_not_finite(rng):
+    q, k, v = local(rng, 2, 2)
+    v[0, 1, 1000, 3] = np.nan
+    out, report = by_name(q, k, v)
+    assert report.structure.tolist() == [["sparse", "dense"]] and report.retried.tolist() == [[False, True]]
+    assert np.isnan(out[0, 1, :, 3]).all() and np.isfinite(out[0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"alibi_slopes": [0.01]}, "alibi_slopes"),
+        ({"attn_mask": np.zeros((1, 1, 1, S), np.float32)}, "a floating attn_mask"),
+        ({"dropout_p": 0.1, "seed": 1}, "dropout_p"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_sparse_by_name_is_refused(rng, options, what):
+    expected = f"structure: expected 'auto' or 'dense' beside {what}, got 'sparse'"
+    with pytest.raises(adaattn.ArgumentError, match=expected):
+        by_name(*local(rng), **options)
+
+
 def test_bad_structure(rng):
     arrays = [x[:, :, :16] for x in local(rng)]
-    with pytest.raises(adaattn.ArgumentError, match="structure: expected 'auto', 'dense' or 'low_rank', got"):
+    expected = "structure: expected 'auto', 'dense', 'sparse' or 'low_rank', got"
+    with pytest.raises(adaattn.ArgumentError, match=expected):
         adaattn.attention(*arrays, tolerance=1e-2, structure="thin")
     with pytest.raises(adaattn.DTypeError, match="structure"):
         adaattn.attention(*arrays, tolerance=1e-2, structure=3)

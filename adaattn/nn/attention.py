@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import api
-from ..backward import attention_backward
+from ..backward import attention_backward, budget_of
 from ..cache import KVCache
 from ..errors import ArgumentError
 from ..rates import RUNGS
@@ -151,7 +151,9 @@ class MultiHeadAttention(Module):
         B, H, T, D = query.shape
         G = key.shape[1]
         grad = self.out.backward(grad_out).reshape(B, T, H, D).transpose(0, 2, 1, 3)
-        found = attention_backward(grad, query, key, value, attended, lse, **options)
+        found = attention_backward(
+            grad, query, key, value, attended, lse, **options, **self._gradient_budget()
+        )
         heads = np.empty((B, T, H + 2 * G, D), query.dtype)
         by_head = heads.transpose(0, 2, 1, 3)
         by_head[:, :H], by_head[:, H : H + G], by_head[:, H + G :] = found.query, found.key, found.value
@@ -159,6 +161,10 @@ class MultiHeadAttention(Module):
             cos, sin = turned
             turn(heads[:, :, : H + G], cos, -sin)
         return self.qkv.backward(heads.reshape(B, T, -1))
+
+    def _gradient_budget(self) -> dict[str, Any]:
+        """What `backward` passes to `attention_backward` beside the options of the call."""
+        return {}
 
     def _attend(self, query: Array, key: Array, value: Array, options: dict[str, Any]) -> Any:
         """`attend`'s result for the options, by the module's own choice of precision and structure."""
@@ -232,7 +238,8 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
     policy : "quality", "balanced" or "speed", optional
         Name of a tolerance: 1e-5, 1e-2, 5e-2.
     tolerance : float, optional
-        Largest relative error of a head's output; with neither it nor a policy: "balanced".
+        Largest relative error of a head's output and, in training, of its gradients; with neither it nor a
+        policy: "balanced".
     min_precision, max_precision : str
         The cheapest and the dearest rung that may be chosen, as in `adaattn.attention`.
     replan_every : int, optional
@@ -301,6 +308,9 @@ class AdaptivePrecisionAttention(MultiHeadAttention):
     def _budget(self, keys: int | None = None) -> dict[str, Any]:
         """Of a call over so many keys; None: over a cache's."""
         return {"tolerance": self._tolerance, **self._limits}
+
+    def _gradient_budget(self) -> dict[str, Any]:
+        return budget_of(self._tolerance, self._limits["min_precision"])
 
     def _kept_plan(self, report: Report) -> Plan | None:
         """The call's plan, if it may serve another one."""

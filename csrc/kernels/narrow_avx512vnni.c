@@ -167,3 +167,25 @@ bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_key
     UNROLL for (int v = 0; v < 4; v++) pairs(t, n, v * VL, most[v], l[v]);
     return true;
 }
+
+/* The squares of a pair add up to less than 2^31. */
+void ada_gauge_i16_avx512vnni(const ada_narrow_tile *t, int n, const float *reach, float *mass,
+                              float *spread) {
+    const words one = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
+    const uint32_t *w = t->w;
+    for (int b = 0; b < n / ADA_BLOCK; b++, mass += ADA_LANES, spread += ADA_LANES) {
+        words sum[4];
+        vec square[4];
+        UNROLL for (int v = 0; v < 4; v++) sum[v] = zero, square[v] = v_zero();
+        for (int j = 0; j < ADA_BLOCK; j += 2, w += ADA_LANES) UNROLL for (int v = 0; v < 4; v++) {
+                const words x = w_load(w + v * VL);
+                sum[v] = dot_i16(sum[v], x, one);
+                square[v] = v_add(square[v], _mm512_cvtepi32_ps(dot_i16(zero, x, x)));
+            }
+        UNROLL for (int v = 0; v < 4; v++) {
+            const vec worth = v_load(t->worth + v * VL);
+            store_gauge(mass + v * VL, spread + v * VL, reach[b], v_mul(_mm512_cvtepi32_ps(sum[v]), worth),
+                        v_mul(square[v], v_mul(worth, worth)));
+        }
+    }
+}

@@ -291,3 +291,31 @@ bool ada_weigh_i16_i16_avx2(const ada_narrow_tile *t, const ada_narrow_keys *key
 bool ada_weigh_i8_i8_avx2(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     return weigh_strip(t, keys, n, true);
 }
+
+/* ---- what weights come to in a block ----
+ * The squares of a pair add up to less than 2^31. */
+
+void ada_gauge_i16_avx2(const ada_narrow_tile *t, int n, const float *reach, float *mass, float *spread) {
+    enum { NV = 4 };
+    const words ones = _mm256_set1_epi16(1);
+    for (int b = 0; b < n / ADA_BLOCK; b++, mass += ADA_LANES, spread += ADA_LANES)
+        for (int lane = 0; lane < ADA_LANES; lane += NV * VL) {
+            const uint32_t *w = t->w + b * (ADA_BLOCK / 2) * ADA_LANES + lane;
+            words sum[NV];
+            vec square[NV];
+            UNROLL for (int v = 0; v < NV; v++) sum[v] = _mm256_setzero_si256(), square[v] = v_zero();
+            for (int j = 0; j < ADA_BLOCK; j += 2, w += ADA_LANES) UNROLL for (int v = 0; v < NV; v++) {
+                    const words x = w_load(w + v * VL);
+                    sum[v] = dot(sum[v], x, ones);
+                    square[v] = v_add(square[v], _mm256_cvtepi32_ps(_mm256_madd_epi16(x, x)));
+                }
+            UNROLL for (int v = 0; v < NV; v++) {
+                const int at = lane + v * VL;
+                const vec worth = v_load(t->worth + at), all = _mm256_cvtepi32_ps(sum[v]);
+                const vec rest = v_sub(square[v], v_mul(v_mul(all, v_set1(1.0f / ADA_BLOCK)), all));
+                v_store(mass + at, v_mul(all, worth));
+                v_store(spread + at,
+                        v_mul(_mm256_sqrt_ps(v_max(v_zero(), rest)), v_mul(worth, v_set1(reach[b]))));
+            }
+        }
+}

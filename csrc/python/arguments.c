@@ -104,3 +104,42 @@ int ada_threads_of(const ada_module_state *state, PyObject *object, ada_problem 
                ? ada_integer_of(state, object, "num_threads", "an int or None", &p->num_threads)
                : 0;
 }
+
+int ada_precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
+    static const char expected[] =
+        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
+        "(scores, values)";
+    const bool pair = PyTuple_Check(object);
+    const char *names[ADA_RUNG_COUNT];
+    int index[2];
+    for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
+    if (pair && PyTuple_GET_SIZE(object) != 2) {
+        PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
+        return -1;
+    }
+    for (int i = 0; i < 2; i++) /* a pair has no "auto" */
+        if (ada_name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected,
+                        names + pair, ADA_RUNG_COUNT - pair, &index[i]))
+            return -1;
+    *choice = (ada_choice){(ada_rung)(index[0] + pair), (ada_rung)(index[1] + pair)};
+    return 0;
+}
+
+int ada_rates_of(const ada_module_state *state, PyObject *object, ada_rate table[ADA_CANDIDATES]) {
+    ada_view view;
+    if (ada_view_of(state, object, "rates", false, &ada_on_cpu, &view)) return -1;
+    const ada_array *a = &view.array;
+    const bool good = a->dtype == ADA_F64 && a->ndim == 2 && a->shape[0] == ADA_CANDIDATES &&
+                      a->shape[1] >= 3 && a->shape[1] <= 4;
+    if (!good)
+        PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4)",
+                     ADA_CANDIDATES, ADA_CANDIDATES);
+    for (int c = 0; good && c < ADA_CANDIDATES; c++) {
+        double x[4] = {0, 0, 0, 1};
+        for (int i = 0; i < a->shape[1]; i++)
+            x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
+        table[c] = (ada_rate){{x[0], x[1]}, x[2], x[3]};
+    }
+    ada_view_release(&view);
+    return good ? 0 : -1;
+}

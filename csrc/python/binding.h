@@ -8,6 +8,7 @@
 #include <stdbool.h>
 
 #include "../adaattn.h"
+#include "../plan.h"
 #include "dlpack.h"
 
 /* module.c: one per module object, never changed after its exec. */
@@ -80,6 +81,10 @@ int ada_name_of(const ada_module_state *state, PyObject *object, const char *arg
 enum { ADA_OPTION_VIEWS = 5 };
 int ada_options_of(const ada_module_state *state, PyObject *const *args, ada_view *views, ada_problem *p);
 int ada_threads_of(const ada_module_state *state, PyObject *object, ada_problem *p);
+/* "auto", a rung, or a pair of rungs (scores, values). */
+int ada_precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice);
+/* Made by adaattn.rates alone: only what would crash is checked. */
+int ada_rates_of(const ada_module_state *state, PyObject *object, ada_rate table[ADA_CANDIDATES]);
 
 /* module.c */
 typedef struct {

@@ -33,27 +33,6 @@ static int rung_of(const ada_module_state *state, PyObject *object, const char *
     return 0;
 }
 
-/* "auto", a rung, or a pair of rungs (scores, values). */
-static int precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
-    static const char expected[] =
-        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
-        "(scores, values)";
-    const bool pair = PyTuple_Check(object);
-    const char *names[ADA_RUNG_COUNT];
-    int index[2];
-    for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
-    if (pair && PyTuple_GET_SIZE(object) != 2) {
-        PyErr_Format(state->argument_error, "precision: expected %s, got %R", expected, object);
-        return -1;
-    }
-    for (int i = 0; i < 2; i++) /* a pair has no "auto" */
-        if (ada_name_of(state, pair ? PyTuple_GET_ITEM(object, i) : object, "precision", expected,
-                        names + pair, ADA_RUNG_COUNT - pair, &index[i]))
-            return -1;
-    *choice = (ada_choice){(ada_rung)(index[0] + pair), (ada_rung)(index[1] + pair)};
-    return 0;
-}
-
 /* ---- attention ---- */
 
 bool ada_interrupted(void *context) {
@@ -96,7 +75,8 @@ PyDoc_STRVAR(
     "share, rank, its gain and limit). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
-    "its sizes (B, H, G, T, S, D, E, dtype), and what rules out (sparse, low rank) heads, or None; "
+    "its sizes (B, H, G, T, S, D, E, dtype), what rules out (sparse, low rank) heads, or None, and a "
+    "picture of the blocks that sparse heads kept, or None; "
     "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
@@ -126,21 +106,59 @@ static PyObject *sizes_of(const ada_problem *p) {
                          (long long)p->S, (long long)p->D, (long long)p->E, ada_dtype_name(p->query.dtype));
 }
 
+/* Shares of the blocks that sparse heads kept, (B, H, rows, columns): NaN where none is visible, and for
+ * other heads; None where no head is sparse. */
+static PyObject *new_picture(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
+    const ada_picture *from = budget->picture;
+    bool some = false;
+    for (int64_t i = 0; from && i < p->B * p->H; i++) some |= budget->heads[i].budget2 > 0;
+    if (!some || budget->plan_only) Py_RETURN_NONE;
+    const int64_t shape[4] = {p->B, p->H, from->rows, from->columns}, cells = shape[2] * shape[3];
+    ada_view view = {0};
+    PyObject *picture = ada_new_array(ADA_F32, 4, shape, NULL);
+    if (!picture || ada_view_of(state, picture, "report", true, &ada_on_cpu, &view)) {
+        Py_XDECREF(picture);
+        return NULL;
+    }
+    float *to = view.array.data;
+    for (int64_t i = 0; i < p->B * p->H * cells; i++) {
+        const bool sparse = budget->heads[i / cells].budget2 > 0 && from->visible[i] > 0;
+        to[i] = sparse ? (float)from->kept[i] / (float)from->visible[i] : NAN;
+    }
+    ada_view_release(&view);
+    return picture;
+}
+
 static PyObject *new_report(const ada_module_state *state, const ada_problem *p, const ada_budget *budget) {
     const int64_t shape[3] = {p->B, p->H, HEAD_COLUMNS};
     ada_view view = {0};
     PyObject *table = ada_new_array(ADA_F64, 3, shape, NULL), *report = NULL;
-    if (table && ada_view_of(state, table, "report", true, &ada_on_cpu, &view) == 0) {
+    PyObject *picture = new_picture(state, p, budget);
+    if (table && picture && ada_view_of(state, table, "report", true, &ada_on_cpu, &view) == 0) {
         for (int64_t i = 0; i < p->B * p->H; i++)
             fill_row((double *)view.array.data + i * HEAD_COLUMNS, &budget->heads[i]);
         const double *s = budget->seconds;
-        report =
-            Py_BuildValue("(O(dddd)dN(zz))", table, s[0], s[1], s[2], s[3], ada_operations(p), sizes_of(p),
-                          ada_rules_out(p, ADA_STRUCTURE_SPARSE), ada_rules_out(p, ADA_STRUCTURE_LOW_RANK));
+        report = Py_BuildValue("(O(dddd)dN(zz)O)", table, s[0], s[1], s[2], s[3], ada_operations(p),
+                               sizes_of(p), ada_rules_out(p, ADA_STRUCTURE_SPARSE),
+                               ada_rules_out(p, ADA_STRUCTURE_LOW_RANK), picture);
     }
     ada_view_release(&view);
+    Py_XDECREF(picture);
     Py_XDECREF(table);
     return report;
+}
+
+/* Memory for a picture; heads of fewer queries or keys than a tile and a block have none. */
+static int alloc_picture(const ada_problem *p, ada_picture *to) {
+    const int64_t tiles = p->T / ADA_LANES, blocks = p->S / ADA_BLOCK;
+    to->rows = (int)(tiles < ADA_PICTURE_MOST ? tiles : ADA_PICTURE_MOST);
+    to->columns = (int)(blocks < ADA_PICTURE_MOST ? blocks : ADA_PICTURE_MOST);
+    const size_t cells = (size_t)(p->B * p->H) * (size_t)to->rows * (size_t)to->columns;
+    if (cells == 0) return 0;
+    to->visible = PyMem_Calloc(2 * cells, sizeof *to->visible);
+    if (!to->visible) return -1;
+    to->kept = to->visible + cells;
+    return 0;
 }
 
 /* Whether a plan is for this problem; raises where it is not. */
@@ -155,29 +173,14 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
     return same > 0;
 }
 
-/* Rates and a plan's choices, made by adaattn.rates and adaattn.stats alone: only what would crash is
- * checked. */
+/* Rates and a plan's choices, made by adaattn.stats alone: only what would crash is checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
     ada_view view = {0}, numbers = {0};
     int failed = -1;
     if (rates != Py_None) {
-        if (ada_view_of(state, rates, "rates", false, &ada_on_cpu, &view)) return -1;
-        const ada_array *a = &view.array;
-        if (a->dtype != ADA_F64 || a->ndim != 2 || a->shape[0] != ADA_CANDIDATES || a->shape[1] < 3 ||
-            a->shape[1] > 4) {
-            PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4)",
-                         ADA_CANDIDATES, ADA_CANDIDATES);
-            goto done;
-        }
-        for (int c = 0; c < ADA_CANDIDATES; c++) {
-            double x[4] = {0, 0, 0, 1};
-            for (int i = 0; i < a->shape[1]; i++)
-                x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
-            table[c] = (ada_rate){{x[0], x[1]}, x[2], x[3]};
-        }
+        if (ada_rates_of(state, rates, table)) return -1;
         budget->rates = table;
-        ada_view_release(&view);
     }
     if (choices == Py_None) return 0;
     PyObject *planned, *rungs, *heads;
@@ -294,6 +297,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
     ada_planned *given = NULL;
+    ada_picture picture = {0};
     ada_place place = ada_on_cpu;
     PyObject *out = NULL, *lse = NULL, *report = NULL, *result = NULL;
     if (nargs != N_ARGS) {
@@ -333,7 +337,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     p.has_tolerance = args[TOLERANCE] != Py_None;
     if (ada_options_of(state, args + CAUSAL, view, &p) || ada_threads_of(state, args[NUM_THREADS], &p) ||
         (p.has_tolerance && ada_number_of(state, args[TOLERANCE], "tolerance", &p.tolerance)) ||
-        precision_of(state, args[PRECISION], &p.precision) ||
+        ada_precision_of(state, args[PRECISION], &p.precision) ||
         rung_of(state, args[MIN_PRECISION], "min_precision", &budget.cheapest) ||
         rung_of(state, args[MAX_PRECISION], "max_precision", &budget.dearest))
         goto done;
@@ -347,13 +351,13 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
     int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
     if (return_lse < 0 || return_report < 0) goto done;
-    static const char *const structures[] = {"auto", "dense", "low_rank"};
+    static const char *const structures[] = {"auto", "dense", "sparse", "low_rank"};
     int structure;
-    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense' or 'low_rank'", structures, 3,
-                    &structure) ||
+    if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense', 'sparse' or 'low_rank'",
+                    structures, 4, &structure) ||
         ranks_of(state, args[MIN_RANK], args[MAX_RANK], &budget))
         goto done;
-    budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
+    budget.structure = (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
@@ -367,10 +371,11 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     if (return_report || budget.plan_only || p.has_tolerance) {
         budget.heads = PyMem_Calloc((size_t)(p.B * p.H), sizeof *budget.heads);
         p.ran = PyMem_Malloc((size_t)(p.B * p.H) * sizeof *p.ran);
-        if (!budget.heads || !p.ran) {
+        if (!budget.heads || !p.ran || (return_report && p.has_tolerance && alloc_picture(&p, &picture))) {
             PyErr_NoMemory();
             goto done;
         }
+        if (picture.visible) budget.picture = &picture;
     }
 
     const int64_t out_shape[4] = {p.B, p.H, p.T, p.E};
@@ -409,6 +414,7 @@ done:
     for (int i = 0; i < N_VIEWS; i++) ada_view_release(&views[i]);
     PyMem_Free(p.ran);
     PyMem_Free(budget.heads);
+    PyMem_Free(picture.visible);
     PyMem_Free(given);
     Py_XDECREF(report);
     Py_XDECREF(out);
@@ -653,8 +659,10 @@ static PyObject *lend_team(PyObject *module, PyObject *args) {
 
 PyDoc_STRVAR(backward_doc, "attention_backward($module, grad_out, query, key, value, out, lse, attn_mask, "
                            "causal, window, softcap, alibi_slopes, sinks, kv_lengths, query_offset, scale, "
-                           "dropout_p, seed, needs, num_threads, allocate, /)\n--\n\n"
-                           "adaattn.attention_backward with every argument by position; a tuple.");
+                           "dropout_p, seed, needs, precision, tolerance, verify, rates, return_report, "
+                           "num_threads, allocate, /)\n--\n\n"
+                           "adaattn.attention_backward with every argument by position: a tuple, and with "
+                           "return_report (that tuple, float64 of key heads, of query heads, seconds).");
 PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
                            "Opens the CUDA backend at this path, once for the process.");
 PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /)\n--\n\n"

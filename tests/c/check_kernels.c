@@ -75,6 +75,7 @@ static const struct {
     {"weigh_i16_i16", make_weigh, ADA_F32, CHECK_I16},
     {"gauge_bf16", make_gauge, ADA_F32, ADA_BF16},
     {"gauge_i8", make_gauge, ADA_F32, CHECK_I8},
+    {"gauge_i16", make_gauge, ADA_F32, CHECK_I16},
     NARROW(encode, make_encode),
     {"turn_8", make_turn, ADA_F32, CHECK_U8},
     {"turn_16", make_turn, ADA_F32, CHECK_I16},

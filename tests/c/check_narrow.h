@@ -421,15 +421,15 @@ static void make_weigh(check *c) {
 static void make_gauge(check *c) {
     narrow_case s = {.we = elements_of(c->element), .n = ADA_BLOCK * pick(c, "n/64", 1, 4, 4)};
     const int blocks = s.n / ADA_BLOCK;
-    const bool bytes = c->element == CHECK_I8;
-    const double u = c->limit.unit;
+    const bool bytes = c->element == CHECK_I8, integers = c->element != ADA_BF16;
+    const double u = c->limit.unit, largest = c->element == CHECK_I16 ? ADA_I16_MAX : ADA_U8_MAX;
     s.w = new_buffer(c, "w", bytes ? CHECK_U8 : c->element, (int64_t)s.n * ADA_LANES, s.n * ADA_LANES, 64);
     s.worth = new_floats(c, "worth", ADA_LANES);
     buffer *reach = new_floats(c, "reach", blocks), *mass = new_floats(c, "mass", blocks * ADA_LANES);
     buffer *spread = new_floats(c, "spread", blocks * ADA_LANES);
     for (int64_t at = 0; at < (int64_t)s.n * ADA_LANES; at++) {
-        const double x = chance(c, 0.2) ? 0 : exp2(-uniform(c, 0, 8)) * ADA_U8_MAX;
-        set(s.w, at, bytes ? floor(x) : x);
+        const double x = chance(c, 0.2) ? 0 : exp2(-uniform(c, 0, 8)) * largest;
+        set(s.w, at, integers ? floor(x) : x);
     }
     const wide *w = values(s.w);
     for (int b = 0; b < blocks && !c->bench; b++)
@@ -440,7 +440,7 @@ static void make_gauge(check *c) {
                 sum += x;
                 least += bytes ? x * fmin(x, 254) : x * x, most += bytes ? x * (x + fmod(x, 2)) : x * x;
             }
-            const double worth = bytes ? (double)values(s.worth)[i] : 1, off = 200 * u * most;
+            const double worth = integers ? (double)values(s.worth)[i] : 1, off = 200 * u * most;
             const double even = sum * sum / ADA_BLOCK, r = (double)values(reach)[b] * worth;
             const double low = r * sqrt(fmax(least - even - off, 0)),
                          high = r * sqrt(fmax(most - even + off, 0));
