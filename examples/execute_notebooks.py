@@ -24,8 +24,9 @@ METADATA = {
 }
 
 
-def execute(path: Path, timeout: int = 120) -> Any:
-    """The notebook, executed by a kernel of this interpreter, in its own folder.
+def execute(path: Path, timeout: int = 300) -> Any:
+    """The notebook, executed by a kernel of this interpreter, in its own folder; `timeout` is that of a cell
+    and of the kernel's start.
 
     Raises
     ------
@@ -40,6 +41,7 @@ def execute(path: Path, timeout: int = 120) -> Any:
     client = NotebookClient(
         notebook,
         timeout=timeout,
+        startup_timeout=timeout,
         kernel_name="python3",
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],

@@ -23,7 +23,6 @@ except ImportError:
 
 import adaattn.integrations.transformers as integration
 
-PAGES = 16  # of the documentation, the longest ones
 TOKENS = 512  # of each page: what MiniLM was made for
 
 
@@ -48,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--question", default="what happens if an error is raised inside of a block?")
     parser.add_argument("--tolerance", type=float, default=1e-2)
+    parser.add_argument("--pages", type=int, default=16, help="of the documentation, the longest ones")
     options = parser.parse_args()
 
     folder = minilm()
@@ -56,7 +56,8 @@ def main() -> None:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     integration.register("adaattn", tolerance=options.tolerance, collect_statistics=True)
 
-    names = sorted(topics, key=lambda name: -len(topics[name]))[:PAGES]
+    count = options.pages
+    names = sorted(topics, key=lambda name: -len(topics[name]))[:count]
     pages = [topics[name] for name in names]
     found = {}
     for implementation in ("sdpa", "adaattn"):
@@ -64,14 +65,14 @@ def main() -> None:
         embed(model, tokenizer, pages[:2])
         integration.reset_statistics(model)
         start = time.perf_counter()
-        vectors = torch.cat([embed(model, tokenizer, pages[i : i + 4]) for i in range(0, PAGES, 4)])
+        vectors = torch.cat([embed(model, tokenizer, pages[i : i + 4]) for i in range(0, count, 4)])
         seconds = time.perf_counter() - start
         if implementation == "adaattn":
             statistics = integration.statistics(model)
         scores = vectors @ embed(model, tokenizer, [options.question])[0]
         found[implementation] = vectors, scores
         best = ", ".join(f"{names[i]} ({scores[i]:.3f})" for i in scores.argsort(descending=True)[:4])
-        print(f"{implementation:<8} {PAGES} pages in {seconds:.1f} s, attention and all else; best: {best}")
+        print(f"{implementation:<8} {count} pages in {seconds:.1f} s, attention and all else; best: {best}")
 
     (before, _), (after, _) = found["sdpa"], found["adaattn"]
     cosine = (before * after).sum(dim=1).min()
