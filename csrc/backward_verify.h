@@ -83,7 +83,7 @@ static void draw_queries_task(void *context, ada_job *job, int64_t head, int wor
     if (!v->open[group] || ada_job_cancelled(job, worker)) return;
     float *copy = (float *)(r->scratch + worker * r->scratch_bytes);
     for (int64_t i = 0; i < p->T; i++) {
-        s->share[i] = 0, s->live[i] = r->lse[head * p->T + i] > -INFINITY;
+        s->share[i] = 0, s->live[i] = sees_keys(r, b, h, i);
         s->product[i] = 1;
     }
     ada_add_shares(s->share, NULL, s->live, p->T);
@@ -162,6 +162,7 @@ static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, con
     const ada_array *a = &r->x->results[which];
     const int width = (int)a->shape[3];
     double error2[MOST_SAMPLED], piece[64];
+    if (!isfinite(norm2)) return true; /* plain arithmetic's own NaN */
     for (int i = 0; i < s->n; i++) {
         error2[i] = 0;
         for (int c = 0; c < width; c += 64) {
