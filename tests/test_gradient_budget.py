@@ -44,7 +44,7 @@ SHAPE = Shape(2, 4, 2, 130, 200, 24, 40)
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of a machine on which the rung pays, and so slow that it does for short heads; it runs anywhere."""
+    """Rates of a machine where the rung pays, so slow that it does for short heads; it runs anywhere."""
     table = np.array([rates._DEFAULTS["avx512bf16"][rung] for rung in rates.RUNGS]) * [0.01, 0.01, 1]
     monkeypatch.setattr(rates, "_table", table)
 

@@ -185,7 +185,8 @@ def _backward(
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
         return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
-    options |= budget_of(options.pop("tolerance"), options.pop("min_precision"), options.pop("verify", "auto"))
+    verify = options.pop("verify", "auto")
+    options |= budget_of(options.pop("tolerance"), options.pop("min_precision"), verify)
     for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
         options.pop(name)
     _read(options)
