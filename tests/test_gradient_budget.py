@@ -230,6 +230,16 @@ def test_nan(rng: np.random.Generator) -> None:
     assert all(np.isfinite(x).all() for x in hidden[:3])
 
 
+def test_small_gradients(rng: np.random.Generator) -> None:
+    """Their size has no part in it, down to where a float does not hold their squares."""
+    arrays = problem(rng)
+    expected, told = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
+    arrays[0] = arrays[0] * F32.type(2.0**-55)
+    actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
+    assert all(same_bits(a, e * F32.type(2.0**-55)) for a, e in zip(actual[:3], expected[:3], strict=True))
+    assert not report.retried.any() and not told.retried.any()
+
+
 # ---- bits
 
 
