@@ -496,6 +496,7 @@ static void make_pair(check *c) {
     if (c->style == SPECIALS) c->style = PLAIN;
     buffer *rows = new_buffer(c, "rows", ADA_F32, count, ADA_BLOCK, 64);
     buffer *to = new_buffer(c, "to", CHECK_I32, count / 2, ADA_BLOCK, 64);
+    for (int64_t at = 0; at < count; at++) set(rows, at, uniform(c, -2, 2) * exp2(integer(c, -60, 60)));
     for (int64_t at = 0; at < count / 2; at++) {
         const int64_t low = at / ADA_BLOCK * 2 * ADA_BLOCK + at % ADA_BLOCK;
         const uint32_t first = to_half((float)value_at(rows, low), ADA_BF16);
