@@ -30,9 +30,8 @@ typedef struct {
 
 typedef struct {
     narrow_side q, go;
-    float *shift,
-        *less; /* [T] what the means took of the scores, log2 units, and of the weights' gradients */
-    float *dq; /* [tiles][D up to 16][64] */
+    float *shift, *less; /* [T] what the means took of scores, log2 units, and of gradients of weights */
+    float *dq;           /* [tiles][D up to 16][64] */
 } narrow_queries;
 
 typedef struct {
