@@ -270,8 +270,8 @@ class Report:
         What can be passed to a later call; None without a tolerance.
     kept_blocks : (B, H, rows, columns) array or None
         A picture of each sparse head, of up to 32 parts of its queries and of its keys: the share of a part's
-        visible blocks of 64 by 64 that was computed. NaN where nothing is visible and for other heads; None
-        where no head was sparse. `plot_blocks` draws it.
+        visible blocks of 64 by 64 that was computed. NaN where nothing is visible, for the last queries where
+        these are not 64, and for other heads; None where no head was sparse. `plot_blocks` draws it.
     stored_error : (B, H) array or None
         From a `KVCache`: the relative error of the output that keeping keys and values in its dtype is
         predicted to have cost, as if what was appended had been more exact. None elsewhere.
