@@ -6,6 +6,7 @@ from .backward import Gradients, attention_backward
 from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .gpu import gpu_info
+from .products import LinearReport, PackedWeight, linear
 from .rates import calibrate
 from .stats import GradientReport, Plan, Report
 
@@ -19,7 +20,9 @@ __all__ = [
     "GradientReport",
     "Gradients",
     "KVCache",
+    "LinearReport",
     "NumericalError",
+    "PackedWeight",
     "Plan",
     "Report",
     "ShapeError",
@@ -32,6 +35,7 @@ __all__ = [
     "get_num_threads",
     "gpu_info",
     "linalg",
+    "linear",
     "merge",
     "plan",
     "reference",

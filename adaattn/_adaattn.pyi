@@ -66,6 +66,16 @@ def attention_backward(
     allocate: Any,
     /,
 ) -> tuple[Any, ...]: ...
+def linear(
+    packed: tuple[Any, ...],
+    x: Any,
+    bias: Any,
+    tolerance: Any,
+    first: int,
+    report: bool,
+    num_threads: Any,
+    /,
+) -> Any: ...
 def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, allocate: Any, /) -> Any: ...
 def _cache_count(cache_key: Any, cache_value: Any, key: Any, value: Any, /) -> int: ...
 def _cache_append(

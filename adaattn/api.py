@@ -79,7 +79,8 @@ def attention(
     scale : float, optional
         Default 1 / sqrt(D).
     dropout_p : float
-        Probability with which a normalised weight is zeroed; kept ones are divided by 1 - dropout_p.
+        Probability with which a normalised weight is zeroed; kept ones are divided by 1 - dropout_p. At 1 all
+        are, and the output is zero.
     seed : int or (B,) ints
         Needed where dropout_p > 0: the mask is a function of seed, head, query and key alone.
     tolerance : float, optional

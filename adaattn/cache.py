@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _adaattn
-from .api import attention
+from .api import _given, attention
 from .errors import ArgumentError, DTypeError, ShapeError
 from .stats import POLICIES, Plan
 
@@ -342,7 +342,7 @@ class KVCache:
             tolerance = plan.tolerance
         return (
             self._dtype == "fp32"
-            and all(options.get(name, "auto") == "auto" for name in ("precision", "structure"))
+            and not any(_given(options.get(name, "auto")) for name in ("precision", "structure"))
             and isinstance(tolerance, (int, float))
             and tolerance >= CODED_TOLERANCE
             and tokens >= CODED_TOKENS

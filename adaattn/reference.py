@@ -215,7 +215,7 @@ def _steps(
         p, lse = softmax(biased(capped, penalty, bias), visible, sink[h])
         keep = None
         if seeds is not None:
-            keep = dropout_keep(seeds[b], h, rows, columns, dropout_p) / (1 - dropout_p)
+            keep = dropout_keep(seeds[b], h, rows, columns, dropout_p) / ((1 - dropout_p) or 1)
         yield _Step(b, h, rows, keys, q, k, v, visible, distance, capped, p, keep, lse)
 
 
@@ -316,7 +316,7 @@ def dropout_keep(seed: np.uint64, head: int, rows: _Array, keys: _Array, dropout
     row = mix64(mix64(seed + np.uint64(head)) + rows.astype(np.uint64))[:, None]
     low, high = row.astype(np.uint32), (row >> np.uint64(32)).astype(np.uint32)
     bits = _fmix32(_fmix32(keys.astype(np.uint32) * np.uint32(0x9E3779B1) + low) ^ high)
-    keep: _Array = bits >= np.uint32(dropout_p * 2**32)
+    keep: _Array = bits >= np.uint64(dropout_p * 2**32)
     return keep
 
 

@@ -1,7 +1,8 @@
 """Tokens per second of the bundled model, greedy, beside the same model in torch modules and with a cache.
 
 Everyone takes a turn in every round; medians over the rounds, and of the ratios within a round. Reading the
-prompt, up to the first token, and writing the others are timed apart.
+prompt, up to the first token, and writing the others are timed apart. "packed": weights in 8 and 16 bits,
+within the tolerance "balanced".
 
 `python benchmarks/generation.py [--rounds N] [--prompt N] [--new N] [--threads N] [--json]`
 """
@@ -124,12 +125,15 @@ def main() -> int:
     model = nn.Transformer.load(MODEL)
     prompt = np.frombuffer((DATA / "sample.txt").read_bytes(), np.uint8)[None, : options.prompt]
     theirs = torch_model(model, options.prompt + options.new)
+    packed = nn.Transformer.load(MODEL).pack(policy="balanced")
     new = options.new
     contestants: dict[str, Callable[[Callable[[Any], object]], Any]] = {
         "torch": lambda seen: theirs.generate(prompt, new, seen),
         "adaattn, fp32 cache": lambda seen: model.generate(prompt, new, on_tokens=seen),
         "adaattn, bf16 cache": lambda seen: model.generate(prompt, new, on_tokens=seen, cache="bf16"),
         "adaattn, int8 cache": lambda seen: model.generate(prompt, new, on_tokens=seen, cache="int8"),
+        "packed, fp32 cache": lambda seen: packed.generate(prompt, new, on_tokens=seen),
+        "packed, int8 cache": lambda seen: packed.generate(prompt, new, on_tokens=seen, cache="int8"),
     }
     written = {name: write(lambda tokens: None) for name, write in contestants.items()}
     same = bool((written["torch"] == written["adaattn, fp32 cache"]).all())

@@ -209,7 +209,8 @@ def show_splits(splits: list[Split]) -> None:
                     f"{dense / parts['scores']:.2f}",
                 ]
             )
-    header = ["head", "t", "rung", "kept", *names, "all kept", "gain", "only computed", "no values"]
+    header = ["head", "t", "rung", "kept", "look", "scores", "values", "verify"]
+    header += ["all kept", "gain", "executed", "no values"]
     show_table("Where the time of sparse heads goes, over that of dense ones", header, rows)
 
 

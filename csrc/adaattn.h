@@ -133,7 +133,8 @@ typedef struct {
     bool compute_f64;    /* else fp32 accumulation */
     double most_bias;    /* octaves of a biased score that fp32 may hold */
     bool only_f64;       /* fp32 cannot hold the scale */
-    uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout */
+    uint64_t drop_below; /* a key is dropped when its 32 random bits are below this; 0: no dropout, 2^32: all
+                            are, and dropout_p is 0 */
 } ada_problem;
 
 /* The only validator. Normalises attn_mask to four dimensions with zero strides where it broadcasts. */
@@ -185,7 +186,8 @@ ada_status ada_fail(ada_error *error, ada_status status, const char *format, ...
     __attribute__((format(printf, 3, 4)));
 
 /* The only allocator: 64-byte aligned, NULL when there is no memory. ada_alloc_fail_after(n) makes the
- * (n + 1)-th allocation from now on fail once (for tests); a negative n switches that off. */
+ * (n + 1)-th allocation from now on fail once (for tests), and until then no call gets memory that an earlier
+ * one left; a negative n switches that off. */
 void *ada_alloc(int64_t bytes);
 void ada_free(void *memory);
 void ada_alloc_fail_after(int n);

@@ -40,7 +40,7 @@ static float largest_of(const float *x, int64_t n) {
     float largest = 0;
     for (int64_t i = 0; i < n; i++) {
         const float size = fabsf(x[i]);
-        largest = size <= largest ? largest : size; /* a NaN stays */
+        largest = size > largest || isnan(size) ? size : largest; /* a NaN stays */
     }
     return largest;
 }

@@ -62,6 +62,7 @@ typedef void ada_row_values_f64_fn(double *o, ptrdiff_t ldo, const double *p, in
  * Numbers are finite and below 2^100; rows of which none reaches 2^-100 may count as zero. Off by what n
  * additions round, and by 2^-23 of the row's largest number for each. Prefetches beyond the codes. */
 #define ADA_CODES_MOST 1024
+#define ADA_CODES_STEP 0x1p-23 /* of a row, in units of its largest number: what it may be rounded to */
 typedef void ada_code_products_fn(float *s, ptrdiff_t lds, const float *x, ptrdiff_t ldx, int rows,
                                   const uint8_t *codes, int n, int lanes);
 
@@ -71,7 +72,8 @@ typedef ada_load_f16_fn ada_load_bf16_fn;
 typedef void ada_store_f16_fn(uint16_t *to, const float *from, int64_t n);
 typedef ada_store_f16_fn ada_store_bf16_fn;
 
-/* Bit j of the result (j < n <= 64): key first + j is kept; its 32 random bits from state reach drop_below.
+/* Bit j of the result (j < n <= 64): key first + j is kept; its 32 random bits from state reach drop_below,
+ * which is below 2^32.
  */
 typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t drop_below);
 
@@ -87,13 +89,15 @@ typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t 
     SLOT(values_f32)                                                                                         \
     SLOT(unpack_f32)                                                                                         \
     SLOT(row_weights_f32)                                                                                    \
-    SLOT(product_f32) SLOT(backward_f32) SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64)                   \
-        SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64)     \
-            SLOT(row_weights_f64) SLOT(product_f64) SLOT(backward_f64) SLOT(row_scores_f32)                  \
-                SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_i8) SLOT(row_scores_f64)          \
-                    SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_i8)      \
-                        SLOT(row_values_f64) SLOT(load_f16) SLOT(load_bf16) SLOT(code_products)              \
-                            SLOT(store_f16) SLOT(store_bf16) SLOT(dropout) ADA_NARROW_SLOTS(SLOT)
+    SLOT(product_f32)                                                                                        \
+    SLOT(backward_f32)                                                                                       \
+    SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)                  \
+        SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(product_f64)   \
+            SLOT(backward_f64) SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16)               \
+                SLOT(row_scores_i8) SLOT(row_scores_f64) SLOT(row_values_f32) SLOT(row_values_f16)           \
+                    SLOT(row_values_bf16) SLOT(row_values_i8) SLOT(row_values_f64) SLOT(load_f16)            \
+                        SLOT(load_bf16) SLOT(code_products) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)   \
+                            ADA_NARROW_SLOTS(SLOT)
 
 typedef struct {
 #define SLOT(name) ada_##name##_fn *name;

@@ -10,10 +10,12 @@ static atomic_int allocations_left = -1;
 
 void ada_alloc_fail_after(int n) { atomic_store(&allocations_left, n); }
 
+static bool one_is_to_fail(void) {
+    return atomic_load_explicit(&allocations_left, memory_order_relaxed) >= 0;
+}
+
 void *ada_alloc(int64_t bytes) {
-    if (atomic_load_explicit(&allocations_left, memory_order_relaxed) >= 0 &&
-        atomic_fetch_sub(&allocations_left, 1) == 0)
-        return NULL;
+    if (one_is_to_fail() && atomic_fetch_sub(&allocations_left, 1) == 0) return NULL;
     void *memory;
     return posix_memalign(&memory, 64, bytes ? (size_t)bytes : 1) ? NULL : memory;
 }
@@ -41,7 +43,7 @@ static void kept_init(void) { pthread_key_create(&kept_key, free_kept); }
 void *ada_scratch_take(int64_t bytes) {
     pthread_once(&kept_once, kept_init);
     block *kept = pthread_getspecific(kept_key);
-    if (kept) {
+    if (kept && !one_is_to_fail()) {
         pthread_setspecific(kept_key, kept->next);
         if (kept->bytes >= bytes) return kept->memory;
         ada_free(kept);

@@ -202,8 +202,8 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
                         p->softcap);
     if (p->has_scale && !(p->scale > 0 && isfinite(p->scale)))
         return ada_fail(error, ADA_ERR_ARGUMENT, "scale: expected a finite number above 0, got %g", p->scale);
-    if (!(p->dropout_p >= 0 && p->dropout_p < 1))
-        return ada_fail(error, ADA_ERR_ARGUMENT, "dropout_p: expected a number from 0 to below 1, got %g",
+    if (!(p->dropout_p >= 0 && p->dropout_p <= 1))
+        return ada_fail(error, ADA_ERR_ARGUMENT, "dropout_p: expected a number from 0 to 1, got %g",
                         p->dropout_p);
     if (p->dropout_p > 0 && !p->seed.data)
         return ada_fail(error, ADA_ERR_ARGUMENT,
@@ -246,6 +246,7 @@ ada_status ada_problem_init(ada_problem *p, ada_error *error) {
     p->compute_f64 = p->precision.qk == ADA_RUNG_FP64;
     p->most_bias = 1024;
     p->drop_below = (uint64_t)(p->dropout_p * 0x1p32);
+    if (p->dropout_p == 1) p->dropout_p = 0; /* nothing is left to be scaled */
     return ADA_OK;
 }
 

@@ -235,7 +235,7 @@ static bool refuted(const ada_attending *a, const ada_head *head, const ada_head
 static bool doubts(const ada_attending *a, int64_t index) {
     const ada_head *head = &a->budget->heads[index];
     const ada_head_state *s = &a->states[index];
-    return !ada_is_forced(a->budget) && !s->doubted && s->n < ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
+    return !ada_is_forced(a->budget) && !s->doubted && s->n <= ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
            head->measured_error < a->budget->tolerance &&
            (head->error_limit > a->budget->tolerance || refuted(a, head, s));
 }

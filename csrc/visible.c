@@ -92,8 +92,9 @@ void ada_kept_rows(const ada_problem *p, const ada_kernels *k, const ada_patch *
     if (seed->ndim == 0) sequence = mix64(sequence ^ mix64((uint64_t)patch->b));
     uint64_t head = mix64(sequence + (uint64_t)patch->h);
     for (int r = 0; r < patch->n; r++)
-        rows[r] =
-            k->dropout(mix64(head + (uint64_t)(patch->i + r)), (uint32_t)patch->j, patch->nk, p->drop_below);
+        rows[r] = p->drop_below > UINT32_MAX ? 0
+                                             : k->dropout(mix64(head + (uint64_t)(patch->i + r)),
+                                                          (uint32_t)patch->j, patch->nk, p->drop_below);
 }
 
 void ada_transpose_bits(uint64_t rows[64]) {

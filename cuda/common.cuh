@@ -109,7 +109,7 @@ ADA_DEVICE uint64_t ada_dropout_row(const ada_cu_params &p, int b, int h, int t)
 }
 ADA_DEVICE bool ada_dropped(const ada_cu_params &p, uint64_t row, int j) {
     const uint32_t bits = ada_fmix32((uint32_t)j * 0x9E3779B1u + (uint32_t)row) ^ (uint32_t)(row >> 32);
-    return ada_fmix32(bits) < (uint32_t)p.drop_below;
+    return ada_fmix32(bits) < p.drop_below; /* which may be 2^32 */
 }
 
 ADA_DEVICE double ada_sink(const ada_cu_params &p, int h) {

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -43,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa_sample: also run under every narrower ADAATTN_ISA")
     config.addinivalue_line("markers", "slow: run with --full only")
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "fast")
+    from adaattn import rates
+
+    if rates.cache_file().exists():  # what `calibrate` measured on this machine is not for tests
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

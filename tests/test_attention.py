@@ -265,3 +265,22 @@ def test_half_dtypes_accumulate_in_fp32(shape: Shape, dtype: Any, rng: np.random
     arrays = inputs(rng, shape, dtype)
     wide = adaattn.attention(*(x.astype(F32) for x in arrays), causal=True)
     assert same_bits(adaattn.attention(*arrays, causal=True), wide.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("options", [{}, {"tolerance": 1e-2}, {"causal": True, "sinks": [1.0, 2.0]}], ids=str)
+def test_everything_dropped(dtype: Any, options: dict[str, Any]) -> None:
+    """As torch has it: zeros, and the lse of what was dropped."""
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 2, 130, 8)).astype(dtype)
+    out, lse = adaattn.attention(query, key, value, dropout_p=1, seed=3, return_lse=True, **options)
+    assert not out.any() and np.array_equal(
+        lse, adaattn.attention(query, key, value, return_lse=True, dropout_p=0.5, seed=3, **options)[1]
+    )
+    assert not adaattn.reference.attention(query, key, value, dropout_p=1, seed=3, **options).any()
+    options.pop("tolerance", None)
+    gradients = adaattn.attention_backward(
+        np.ones_like(out), query, key, value, out, lse, dropout_p=1, seed=3, **options
+    )
+    assert not any(x.any() for x in gradients if x is not None)
+    single = adaattn.attention(query[:, :, :1], key, value, dropout_p=1.0, seed=[3])
+    assert not single.any()

@@ -405,8 +405,8 @@ def _growth(calls: int) -> int:
 
 
 def test_no_leak() -> None:
-    """A lost reference to one array would cost 60 KB a call."""
-    assert in_new_process(_growth, 400) < 2 << 20
+    """A lost reference to one array would cost 60 KB a call, 12 MB in half of them; pages may be of 2 MB."""
+    assert in_new_process(_growth, 400) < 6 << 20
 
 
 # ---- errors

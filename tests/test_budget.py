@@ -95,9 +95,9 @@ def test_many_heads_of_two_rungs() -> None:
 
     def seconds(rungs: np.ndarray) -> float:
         mixed = dataclasses.replace(plan, precision_qk=rungs[None], precision_pv=rungs[None])
-        start = time.perf_counter()
+        start = time.process_time()  # other processes do not count
         adaattn.attention(*arrays, plan=mixed, verify=False)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert seconds(rungs) < 3 * seconds(np.full(n, "int16")) + 0.3
 

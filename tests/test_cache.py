@@ -547,6 +547,10 @@ def test_attention_refuses(cache: KVCache) -> None:
     refuses(DTypeError, "^query: expected float32", cache.attention, query.astype(np.int32))
     refuses(ShapeError, "^attn_mask: expected", cache.attention, query, attn_mask=np.ones((3, 99), bool))
     refuses(ArgumentError, "^softcap: expected", cache.attention, query, softcap=-1.0)
+    long = KVCache(2, 2, 40)
+    long.append(*np.ones((2, 2, 2, 2048, 40), F32))
+    for name in ("precision", "structure"):  # where what they are tells whether to make codes
+        refuses(DTypeError, f"^{name}: expected ", long.attention, query, tolerance=0.1, **{name: np.ones(2)})
 
 
 def test_truncate_and_reorder_refuse(cache: KVCache) -> None:

@@ -251,6 +251,7 @@ def test_what_has_no_codes_is_computed_without(bad: float, rng: np.random.Genera
     cache = made(key, value)
     out, report = cache.attention(query, tolerance=2e-2, return_report=True)
     np.testing.assert_array_equal(np.isnan(report.error_bound), [[False, True]])
+    assert cache._codes is not None and np.isinf(cache._codes[1].norms[0, 1, 700 // 64]).all()
     assert same_bits(out[:, :1], expected[:, :1])
     plain = adaattn.attention(query, key, value, causal=True, tolerance=2e-2)
     np.testing.assert_allclose(out[:, 1], plain[:, 1], rtol=1e-5)

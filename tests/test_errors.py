@@ -127,18 +127,18 @@ def masks_of_wrong_value() -> Iterator[Case]:
 
 
 def numbers() -> Iterator[Case]:
-    no_numbers = ["x", None, [], [1.0, 2.0], 1j, {}, True, object()]
+    no_numbers = ["x", None, [], [1.0, 2.0], 1j, {}, True, object(), np.array("x"), np.ones(2)]
     for name in ("softcap", "scale"):
         for value in (np.nan, np.inf, -np.inf, 0, 0.0, -1.0, np.float32(-2)):
             yield value_error(name, f"expected a finite number above 0, got {float(value):g}", value)
         for value in no_numbers:
             if value is not None:
-                yield dtype_error(name, f"expected a number, got {type(value).__name__}", value)
-    for value in (1, 1.0, 1.5, -0.1, np.nan, np.inf, -np.inf):
-        sentence = f"expected a number from 0 to below 1, got {float(value):g}"
+                yield dtype_error(name, f"expected a number, got *{type(value).__name__}", value)
+    for value in (1.5, -0.1, np.nan, np.inf, -np.inf):
+        sentence = f"expected a number from 0 to 1, got {float(value):g}"
         yield value_error("dropout_p", sentence, value, seed=1)
     for value in no_numbers:
-        yield dtype_error("dropout_p", f"expected a number, got {type(value).__name__}", value, seed=1)
+        yield dtype_error("dropout_p", f"expected a number, got *{type(value).__name__}", value, seed=1)
     yield value_error("scale", "expected *, got *", 10**400)
 
 
@@ -272,6 +272,8 @@ def other_arguments() -> Iterator[Case]:
     yield value_error("num_threads", "expected an int of at least 1, got -*", -(2**70))
     for value in (1.0, "2", [1], True, object()):
         yield dtype_error("num_threads", f"expected an int or None, got {type(value).__name__}", value)
+    for name in ("return_lse", "return_report"):
+        yield dtype_error(name, "expected a bool, got *ndarray", np.ones(2))
 
 
 def budgets() -> Iterator[Case]:
@@ -380,7 +382,7 @@ def test_malformed_call(entry: Case) -> None:
 
 
 # adaattn.plan takes the same arguments, but for these.
-NOT_OF_PLAN = {"precision", "plan", "verify", "out"}
+NOT_OF_PLAN = {"precision", "plan", "verify", "out", "return_report"}
 
 
 @pytest.mark.parametrize(

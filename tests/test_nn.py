@@ -164,7 +164,7 @@ def test_attention_module(num_kv_heads: int | None, causal: bool, x: Any) -> Non
         ({"num_kv_heads": 3}, r"^num_kv_heads: expected a divisor of 4 heads, got 3$"),
         ({"num_heads": 0}, r"^num_heads: expected at least 1, got 0$"),
         ({"num_kv_heads": 0}, r"^num_kv_heads: expected at least 1, got 0$"),
-        ({"dropout": 1}, r"^dropout: expected a number from 0 to below 1, got 1$"),
+        ({"dropout": 1.5}, r"^dropout: expected a number from 0 to 1, got 1.5$"),
         (
             {"num_heads": 16, "rotary_base": 1e4},
             r"^rotary_base: expected None with an odd head size, got 10000$",
@@ -181,7 +181,7 @@ def test_heads_that_do_not_fit(options: dict[str, int], message: str) -> None:
     [
         ({"num_layers": 0}, r"^num_layers: expected at least 1, got 0$"),
         ({"max_seq_len": 0}, r"^max_seq_len: expected at least 1, got 0$"),
-        ({"dropout": -0.1}, r"^dropout: expected a number from 0 to below 1, got -0.1$"),
+        ({"dropout": -0.1}, r"^dropout: expected a number from 0 to 1, got -0.1$"),
         ({"norm": "batchnorm"}, r"^norm: expected one of 'rmsnorm', 'layernorm', got 'batchnorm'$"),
         ({"norm_position": "mid"}, r"^norm_position: expected one of 'pre', 'post', got 'mid'$"),
         ({"positions": "sine"}, r"^positions: expected one of 'rotary', 'learned', .* got 'sine'$"),
@@ -678,3 +678,11 @@ def test_a_model_forgets_its_statistics() -> None:
     model.reset_statistics()
     assert model.statistics().total.call_count == 0
     assert math.isnan(model.statistics().total.sparse_ratio)
+
+
+def test_everything_dropped() -> None:
+    drop, x = nn.Dropout(1.0, seed=0), np.ones((2, 3), np.float32)
+    assert not drop(x).any() and not drop.backward(x).any()
+    attend = nn.DenseAttention(8, 2, dropout=1, bias=False, seed=0)
+    x = np.ones((1, 5, 8), np.float32)
+    assert not attend(x).any() and not attend.backward(x).any()

@@ -179,6 +179,16 @@ def test_top_k_and_top_p() -> None:
         ({"temperature": np.nan}, adaattn.ArgumentError, "temperature: expected .*, got nan"),
         ({"top_k": 0}, adaattn.ArgumentError, "top_k: expected at least 1, got 0"),
         ({"top_p": 0}, adaattn.ArgumentError, "top_p: expected a number above 0 and up to 1, got 0"),
+        ({"top_k": 1.5}, adaattn.DTypeError, "top_k: expected an int, got 1.5"),
+        ({"top_p": "half"}, adaattn.DTypeError, "top_p: expected a number, got 'half'"),
+        ({"temperature": None}, adaattn.DTypeError, "temperature: expected a number, got None"),
+        (
+            {"stop_tokens": [1.5]},
+            adaattn.DTypeError,
+            r"stop_tokens: expected a sequence of ints, got \[1.5\]",
+        ),
+        ({"stop_tokens": 3}, adaattn.DTypeError, "stop_tokens: expected a sequence of ints, got 3"),
+        ({"max_new_tokens": 1.5}, adaattn.DTypeError, "max_new_tokens: expected an int, got 1.5"),
         ({"max_new_tokens": -1}, adaattn.ArgumentError, "max_new_tokens: expected at least 0, got -1"),
         ({"cache": "fp8"}, adaattn.ArgumentError, "dtype: expected 'auto', .* got 'fp8'"),
         ({"prompt": np.ones((1, 2))}, adaattn.DTypeError, "prompt: expected integers, got float64"),
@@ -218,3 +228,21 @@ def test_models_that_cannot_generate() -> None:
     broken.norm.weight[3] = np.nan
     with pytest.raises(adaattn.NumericalError, match=r"^logits: expected finite numbers"):
         broken.generate(np.array([[1]]), 1)
+
+
+@pytest.mark.parametrize("cache", ["fp32", "int8", None])
+def test_sequences_that_stop_take_no_further_positions(cache: str | None) -> None:
+    """With learned positions, of which there are 40: a batch goes as far as each of its members alone."""
+    model = small(positions="learned")
+    prompts = [np.arange(38) % 7, np.arange(3), np.arange(30) % 5]
+    alone = [model.generate([prompt], 9 if len(prompt) < 31 else 2, cache=cache)[0] for prompt in prompts]
+    stop = int(alone[0][38])
+    expected = []
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        new = tokens[len(prompt) :]
+        ends = np.flatnonzero(new == stop)
+        expected.append(tokens if not ends.size else tokens[: len(prompt) + ends[0] + 1])
+    assert len(expected[0]) == 39, "the longest one stops at once, when one position is left"
+    together = model.generate(prompts, 9, stop_tokens=[stop], cache=cache)
+    for tokens, wanted in zip(together, expected, strict=True):
+        assert tokens.tolist() == wanted.tolist()

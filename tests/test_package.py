@@ -69,16 +69,26 @@ def test_import_loads_numpy_and_the_standard_library_only() -> None:
 
 
 def test_import_takes_little_longer_than_numpys(tmp_path: Path) -> None:
-    """At most 20 ms more, in one of up to 30 processes that find compiled bytecode: some wait for others."""
-    command = [sys.executable, "-X", "importtime", "-c", "import numpy; import adaattn"]
+    """At most 0.3 of NumPy's (20 ms where that takes 67), both in computing time, which other processes leave
+    alone, in one of up to 30 processes that find compiled bytecode."""
+    code = (
+        "from time import process_time as now; start = now(); import numpy; middle = now(); import adaattn; "
+        "print((now() - middle) / (middle - start))"
+    )
     path = {"PYTHONPATH": str(ROOT)} if PACKAGE.parent == ROOT else {}
     environment = os.environ | path | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    times: list[int] = []
-    while len(times) < 30 and not (times and times[-1] <= 20_000):
-        told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stderr
-        times.append(int(re.search(r"(\d+) \| adaattn$", told, re.MULTILINE)[1]))
-    assert min(times) <= 20_000, times
+
+    def share() -> float:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return float(done.stdout)
+
+    share()  # compiles
+    shares: list[float] = []
+    while len(shares) < 30 and not (shares and shares[-1] <= 0.3):
+        shares.append(share())
+    assert min(shares) <= 0.3, shares
 
 
 def test_everything_public_has_a_docstring() -> None:

@@ -14,6 +14,7 @@ from support import same_bits
 import adaattn
 from adaattn import _adaattn, rates
 from adaattn.bench.heads import topics
+from adaattn.linalg import stable_softmax
 
 Array = NDArray[Any]
 
@@ -281,6 +282,33 @@ def test_pictures_of_kept_blocks(rng, length):
     same = adaattn.attention(*arrays, tolerance=5e-2, causal=True, return_report=True, num_threads=2)[1]
     assert same_bits(same.kept_blocks, picture)
     assert '"kept_blocks": [[[[' in report.to_json()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_and_output_are_those_of_brute_force(rng, causal):
+    """Those that move a tile least stand in; the output is that of their masses and mean values."""
+    n = 16
+    arrays = [x[:, :, : 64 * n] for x in local(rng)]
+    out, report = by_name(*arrays, tolerance=0.2, causal=causal)
+    q, k, v = (x[0, 0].astype(np.float64) for x in arrays)
+    p = stable_softmax(np.where(np.tri(64 * n, dtype=bool) | (not causal), q @ k.T / 8, -np.inf))
+    p = p.reshape(n, 64, n, 64).swapaxes(1, 2)  # tile, block, row, key
+    values = v.reshape(n, 64, D)
+    means = values.mean(axis=1)
+    reach = np.linalg.norm(values - means[:, None], axis=2).max(axis=1)
+    cost = reach**2 * np.sum((p - p.mean(axis=3, keepdims=True)) ** 2, axis=(2, 3))
+    picture = report.kept_blocks[0, 0]
+    seen = np.tri(n, dtype=bool) | (not causal)
+    assert picture.shape == (n, n) and (np.isnan(picture) == ~seen).all()
+    assert set(picture[seen]) == {0, 1} and not (causal and (np.diag(picture) == 0).any())
+    for tile in range(n):
+        plain = seen[tile] & ~(causal & (np.arange(n) == tile))
+        stands, keeps = (cost[tile, plain & (picture[tile] == kept)] for kept in (0, 1))
+        assert not stands.size or not keeps.size or stands.max() < 1.2 * keeps.min()
+    each = np.where((picture == 0)[:, :, None, None], p.sum(axis=3)[..., None] * means[:, None], p @ values)
+    expected = each.sum(axis=1).reshape(1, 1, -1, D)
+    assert errors(expected, exactly(*arrays, causal=causal))[0, 0] > 0.04
+    assert errors(out, expected)[0, 0] < 0.02
 
 
 def test_pictures_of_heads_sent_back(rng):

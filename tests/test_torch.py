@@ -348,16 +348,18 @@ def test_the_engine_runs_on_torchs_threads() -> None:
 
 
 def _interrupted() -> float:
-    """Seconds from Ctrl-C to its exception."""
+    """Seconds that each of two threads computes from Ctrl-C to its exception."""
     torch.set_num_threads(2)
     row = np.zeros((1, 1, 1, 64), np.float32)
     arrays = [np.broadcast_to(row, (1, 1, 400_000, 64)) for _ in range(3)]
     sent: list[float] = []
-    threading.Timer(0.5, lambda: (sent.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))).start()
+    threading.Timer(
+        0.5, lambda: (sent.append(time.process_time()), os.kill(os.getpid(), signal.SIGINT))
+    ).start()
     try:
         adaattn.attention(*arrays, num_threads=2)
     except KeyboardInterrupt:
-        return time.monotonic() - sent[0]
+        return (time.process_time() - sent[0]) / min(2, len(os.sched_getaffinity(0)))
     raise AssertionError("the call ended by itself")
 
 
@@ -570,3 +572,23 @@ def test_tangents_of_forward_mode_are_refused() -> None:
         dual = torch.autograd.forward_ad.make_dual(value, value)
         with pytest.raises(adaattn.ArgumentError, match="expected tensors without tangents"):
             scaled_dot_product_attention(query, key, dual)
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    x = torch.randn(3, 1, 2, 4, 8)
+
+    def loss(x: Any) -> Any:
+        return scaled_dot_product_attention(x, x, x).sum()
+
+    for call in (torch.func.vmap(loss), torch.func.grad(lambda x: loss(x[0]))):
+        with pytest.raises(adaattn.ArgumentError, match=r"^query, key, value: expected plain tensors, got"):
+            call(x)
+
+
+def test_everything_dropped() -> None:
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    ours = scaled_dot_product_attention(x, x, x, dropout_p=1.0)
+    theirs = torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=1.0)
+    assert torch.equal(ours, theirs) and not ours.any()
+    ours.sum().backward()
+    assert not x.grad.any()

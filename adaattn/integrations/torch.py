@@ -89,10 +89,15 @@ def scaled_dot_product_attention(
     ------
     adaattn.Error
         As in `adaattn.attention`; also for a mask with NaN or +inf, which torch makes NaN of, and for
-        tensors with tangents: there are no derivatives in forward mode.
+        tensors with tangents or inside the transforms of `torch.func`, which there are no rules for.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(query, key, value, attn_mask, alibi_slopes, sinks)
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ArgumentError(
+            "query, key, value: expected plain tensors, got those of torch.func.vmap, grad or another of its "
+            "transforms; a leading dimension and torch.autograd.grad do the same"
+        )
     if query.dim() == key.dim() == value.dim() == 4 and _fit(query.shape, key.shape, value.shape, enable_gqa):
         batch = None
     else:
@@ -243,6 +248,29 @@ def _flag(verify: Any) -> bool:
     return verify
 
 
+def options_of_calls(
+    *,
+    tolerance: float | None = None,
+    policy: str | None = None,
+    precision: str | tuple[str, str] = _AUTO,
+    min_precision: str = _AUTO,
+    max_precision: str = _AUTO,
+    structure: str = _AUTO,
+    verify: bool | str = _AUTO,
+    num_threads: int | None = None,
+) -> dict[str, Any]:
+    """Those options of `scaled_dot_product_attention` that do not change what is computed, for many calls."""
+    return {
+        "tolerance": tolerance_of(tolerance, policy),
+        "precision": precision,
+        "min_precision": min_precision,
+        "max_precision": max_precision,
+        "structure": structure,
+        "verify": verify,
+        "num_threads": num_threads,
+    }
+
+
 # ---- the module
 
 
@@ -273,15 +301,7 @@ class AdaAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         batch_first: bool = False,
         device: Any = None,
         dtype: Any = None,
-        *,
-        tolerance: float | None = None,
-        policy: str | None = None,
-        precision: str | tuple[str, str] = _AUTO,
-        min_precision: str = _AUTO,
-        max_precision: str = _AUTO,
-        structure: str = _AUTO,
-        verify: bool | str = _AUTO,
-        num_threads: int | None = None,
+        **budget: Any,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -296,15 +316,7 @@ class AdaAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
             device,
             dtype,
         )
-        self.options: dict[str, Any] = {
-            "tolerance": tolerance_of(tolerance, policy),
-            "precision": precision,
-            "min_precision": min_precision,
-            "max_precision": max_precision,
-            "structure": structure,
-            "verify": verify,
-            "num_threads": num_threads,
-        }
+        self.options = options_of_calls(**budget)
 
     def _reset_parameters(self) -> None:
         """Torch's, the last step of its __init__; then what keeps `torch.nn.TransformerEncoderLayer` from its

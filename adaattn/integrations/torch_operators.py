@@ -192,7 +192,7 @@ def _backward(
     if options["num_threads"] is None:
         options["num_threads"] = torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
-    gradients = attention_backward(*arrays, needs=wanted, **budget, **options)
+    gradients = attention_backward(*arrays, needs=wanted, **(budget | options))
     return [_as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
 
 

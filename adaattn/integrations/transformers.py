@@ -20,8 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 
 from ..errors import ArgumentError
 from ..nn.stats import ModelStatistics, Tally
-from ..stats import tolerance_of
-from .torch import combined, hidden_keys, is_traced, scaled_dot_product_attention
+from .torch import combined, hidden_keys, is_traced, options_of_calls, scaled_dot_product_attention
 from .torch_operators import compute
 
 _tallies: WeakKeyDictionary[Any, Tally] = WeakKeyDictionary()  # modules with attention to what they computed
@@ -31,15 +30,8 @@ _registered: set[str] = set()
 def register(
     name: str = "adaattn",
     *,
-    tolerance: float | None = None,
-    policy: str | None = None,
-    precision: str | tuple[str, str] = "auto",
-    min_precision: str = "auto",
-    max_precision: str = "auto",
-    structure: str = "auto",
-    verify: bool | str = "auto",
-    num_threads: int | None = None,
     collect_statistics: bool = False,
+    **budget: Any,
 ) -> None:
     """Make attention available to models as ``attn_implementation=name``; again with one name: new options.
 
@@ -74,15 +66,7 @@ def register(
         or name in AttentionMaskInterface().valid_keys()
     ):
         raise ArgumentError(f"name: expected one that is free, got {name!r}, which transformers has already")
-    options = {
-        "tolerance": tolerance_of(tolerance, policy),
-        "precision": precision,
-        "min_precision": min_precision,
-        "max_precision": max_precision,
-        "structure": structure,
-        "verify": verify,
-        "num_threads": num_threads,
-    }
+    options = options_of_calls(**budget)
 
     def attention(
         module: Any,

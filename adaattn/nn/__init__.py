@@ -1,7 +1,8 @@
 """Modules of Transformers: NumPy arrays in and out, parameters as NumPy arrays, float32 by default.
 
 A module's array attributes are its parameters and its module attributes (or lists of them) its children; the
-dotted paths to the parameters are the keys of `state_dict`. Matrix products are NumPy's BLAS, attention is
+dotted paths to the parameters are the keys of `state_dict`. Matrix products are NumPy's BLAS, or for few rows
+`adaattn.linear`, of weights that `pack` keeps in fewer bits too; attention is
 `adaattn.attention`, and its gradient `adaattn.attention_backward`. In training, which is how modules start,
 calls keep what `backward` needs; `eval()` ends that.
 """

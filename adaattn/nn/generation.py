@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, DTypeError, NumericalError, ShapeError
-from .module import Array, Seed
+from .module import Array, Seed, integer
 
 if TYPE_CHECKING:
     from .transformer import Transformer
@@ -23,13 +22,13 @@ class Sampler:
     """Draws tokens from logits; see `Transformer.generate`."""
 
     def __init__(self, temperature: float, top_k: int | None, top_p: float | None, seed: Seed) -> None:
-        if not 0 <= temperature < math.inf:
+        self.temperature = _number("temperature", temperature)
+        self.top_k = None if top_k is None else integer("top_k", top_k, 1)
+        self.top_p = None if top_p is None else _number("top_p", top_p)
+        if not 0 <= self.temperature < math.inf:
             raise ArgumentError(f"temperature: expected a finite number of at least 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ArgumentError(f"top_k: expected at least 1, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ArgumentError(f"top_p: expected a number above 0 and up to 1, got {top_p}")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._rng = np.random.default_rng(seed)
         self._rngs: list[np.random.Generator] = []
 
@@ -67,12 +66,10 @@ def generate(
     cache: dict[str, Any] | None,
 ) -> Tokens | list[Tokens]:
     """The loop of `Transformer.generate`; `cache` holds options of `KVCache`, None does without."""
-    if (new := operator.index(max_new_tokens)) < 0:
-        raise ArgumentError(f"max_new_tokens: expected at least 0, got {new}")
-    tokens, lengths = _padded(prompt, new)
-    B, longest = len(tokens), int(lengths.max())
-    rows, ended, stops = np.arange(B), np.zeros(B, bool), np.asarray(stop_tokens, np.intp)
-    ends = lengths.copy()
+    new = integer("max_new_tokens", max_new_tokens, 0)
+    tokens, ends = _padded(prompt, new)
+    B, longest = len(tokens), int(ends.max())
+    rows, ended, stops = np.arange(B), np.zeros(B, bool), _stops(stop_tokens)
     was_training, last = model.training, np.empty(0, np.intp)
     model.eval()
     try:
@@ -86,19 +83,35 @@ def generate(
                 hidden = hidden[rows, ends - 1][:, None]
             last = choose(model.project(hidden)[:, 0])
             tokens[rows, ends] = last
-            ends += 1
+            ends += ~ended
             if on_tokens is not None:
                 on_tokens(np.where(ended, -1, last))
-            lengths += ~ended
             if stops.size:
                 ended |= np.isin(last, stops)
                 if ended.all():
                     break
+                if ended.any():  # the next token of one that has ended takes the place of its last one
+                    for held in caches or ():
+                        held.truncate(held.lengths - ended)
     finally:
         model.train(was_training)
     if isinstance(prompt, np.ndarray) and not stops.size:
         return tokens
-    return [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+    return [row[:n] for row, n in zip(tokens, ends, strict=True)]
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DTypeError(f"{name}: expected a number, got {value!r}") from None
+
+
+def _stops(tokens: Sequence[int]) -> Tokens:
+    found = np.asarray(tokens)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise DTypeError(f"stop_tokens: expected a sequence of ints, got {tokens!r}")
+    return found.astype(np.intp)
 
 
 def _padded(prompt: ArrayLike | Sequence[ArrayLike], new: int) -> tuple[Tokens, Tokens]:

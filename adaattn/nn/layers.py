@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..products import few_rows
 from .activations import ACTIVATIONS, silu
-from .module import Array, Module, Seed, check_dropout, float_type, one_of
+from .module import Array, Module, Packed, Seed, check_dropout, float_type, one_of
 
 
 class Linear(Module):
@@ -33,10 +34,10 @@ class Linear(Module):
     def __call__(self, x: Array) -> Array:
         if self.training:
             self._saved = x
-        y = project(x, self.weight)
-        if self.bias is not None:
-            y += self.bias
-        return y
+        return project(x, self.weight, self.bias, self._packed)
+
+    def _product(self) -> Array:
+        return self.weight
 
     def backward(self, grad_out: Array) -> Array:
         x = self._recall()
@@ -46,12 +47,17 @@ class Linear(Module):
         return project_backward(x, self.weight, grad_out, self._gradient("weight"))
 
 
-def project(x: Array, weight: Array) -> Array:
-    """x Wᵀ over the last axis: one matrix product, or for a single row a product with a vector."""
-    if x.size == x.shape[-1]:
-        row: Array = weight @ x.reshape(-1)
-        return row.reshape(*x.shape[:-1], len(weight))
+def project(x: Array, weight: Array, bias: Array | None = None, packed: Packed | None = None) -> Array:
+    """x Wᵀ + b over the last axis, within a tolerance where the weight is packed."""
+    kept, tolerance = None, None
+    if packed is not None and packed.kept.weight is weight:
+        kept, tolerance = packed.kept, packed.tolerance
+    few = few_rows(x, weight, bias, kept, tolerance)
+    if few is not None:
+        return few
     y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+    if bias is not None:
+        y += bias
     return y.reshape(*x.shape[:-1], len(weight))
 
 
@@ -180,7 +186,7 @@ class Dropout(Module):
         if not (self.training and self.p):
             return x
         kept = self._rng.random(x.shape, np.float32) >= self.p
-        self._saved = factor = kept * x.dtype.type(1 / (1 - self.p))
+        self._saved = factor = kept * x.dtype.type(1 / ((1 - self.p) or 1))
         y: Array = x * factor
         return y
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..products import PackedWeight
+from ..stats import tolerance_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Seed = int | np.random.Generator | None
 Array = NDArray[Any]
+
+
+class Packed(NamedTuple):
+    """A weight's codes, what error a product with them may have, and whether one could write to it before."""
+
+    kept: PackedWeight
+    tolerance: float
+    writeable: bool
 
 
 class Module:
@@ -27,6 +39,7 @@ class Module:
 
     training = True
     _saved: Any = None  # by the last call in training, for `backward`
+    _packed: Packed | None = None  # of what `_product` says
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Direct children with their paths, in the order of their creation."""
@@ -43,7 +56,12 @@ class Module:
             yield from child.named_modules(f"{path}.{name}" if path else name)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the module and its children to training (with False: to evaluation); returns the module."""
+        """Switch the module and its children to training (with False: to evaluation); returns the module.
+
+        Training unpacks weights, see `pack`.
+        """
+        if mode:
+            self.unpack()
         for _, module in self.named_modules():
             module.training = mode
             module._saved = None
@@ -52,6 +70,54 @@ class Module:
     def eval(self) -> Self:
         """Switch to evaluation: no dropout, and nothing is kept for `backward`."""
         return self.train(False)
+
+    def pack(self, tolerance: float | None = None, *, policy: str | None = None) -> Self:
+        """Switch to evaluation, with weights kept in 8 and 16 bits too; returns the module.
+
+        Products of few rows, such as those of each new token, are then computed from the fewest bits that
+        keep the tolerance, see `adaattn.linear`; many rows are as without. It takes half of the weights'
+        memory more, and they are read-only as long as it lasts: `train`, `load_state_dict` and `unpack` end
+        it, and copies and pickles of the module are not packed.
+
+        Parameters
+        ----------
+        tolerance : float
+            Largest relative error of a row that a product gives.
+        policy : "quality", "balanced" or "speed"
+            Name of a tolerance, in its place.
+
+        Raises
+        ------
+        ArgumentError
+            There is no tolerance, or it is not a finite number above 0.
+        DTypeError
+            The parameters are not float32.
+        """
+        tolerance = tolerance_of(tolerance, policy)
+        if tolerance is None or not 0 < tolerance < math.inf:
+            raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance}")
+        self.eval().unpack()
+        modules = [module for _, module in self.named_modules()]
+        weights = [(module, weight) for module in modules if (weight := module._product()) is not None]
+        packed = [Packed(PackedWeight(w), tolerance, w.flags.writeable) for _, w in weights]
+        for (module, weight), kept in zip(weights, packed, strict=True):
+            module._packed, weight.flags.writeable = kept, False
+        return self
+
+    def unpack(self) -> Self:
+        """Give up what `pack` made; returns the module."""
+        for _, module in self.named_modules():
+            if module._packed is not None:
+                module._packed.kept.weight.flags.writeable = module._packed.writeable
+                module._packed = None
+        return self
+
+    def _product(self) -> Array | None:
+        """The parameter that calls multiply rows with, if there is one."""
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
 
     def _by_path(self, of_module: Any) -> dict[str, Array]:
         """Joins dicts of arrays by parameter, one for each module."""
@@ -82,6 +148,7 @@ class Module:
             )
         if foreign := state.keys() - own.keys():
             raise ArgumentError(f"state: expected only parameters of the module, got {_join(foreign)}")
+        self.unpack()
         copy_into(own, state)
 
     def parameters(self) -> list[Array]:
@@ -129,7 +196,7 @@ class Module:
             if path in states:
                 vars(module)["_rng"].bit_generator.state = states[path]
 
-    def _pack(self) -> None:
+    def _gather(self) -> None:
         """Move all parameters to one block of memory, where large pages serve them: a quarter less time for
         the products with single vectors that generation consists of."""
         parameters = self.state_dict().values()
@@ -186,14 +253,24 @@ def float_type(dtype: DTypeLike) -> np.dtype[Any]:
 def at_least_one(**sizes: int) -> None:
     """Refuse sizes below 1, by name."""
     for name, size in sizes.items():
-        if size < 1:
-            raise ArgumentError(f"{name}: expected at least 1, got {size}")
+        integer(name, size, 1)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """The value, if it is an integer and large enough."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise DTypeError(f"{name}: expected an int, got {value!r}") from None
+    if found < least:
+        raise ArgumentError(f"{name}: expected at least {least}, got {found}")
+    return found
 
 
 def check_dropout(p: float) -> None:
-    """Refuse what is no probability, or 1."""
-    if not 0 <= p < 1:
-        raise ArgumentError(f"dropout: expected a number from 0 to below 1, got {p}")
+    """Refuse what is no probability."""
+    if not 0 <= p <= 1:
+        raise ArgumentError(f"dropout: expected a number from 0 to 1, got {p}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:

@@ -151,7 +151,7 @@ class Transformer(Module):
         if not tied_embeddings:
             self.head = Linear(embed_dim, vocab_size, bias=False, dtype=dtype, seed=rng)
         self.drop = Dropout(dropout, seed=rng)
-        self._pack()
+        self._gather()
 
     def __call__(
         self,
@@ -197,7 +197,10 @@ class Transformer(Module):
             return self.head(hidden)
         if self.training:
             self._saved = hidden
-        return project(hidden, self.embed.weight)
+        return project(hidden, self.embed.weight, None, self._packed)
+
+    def _product(self) -> Array | None:
+        return self.embed.weight if self.head is None else None
 
     def _learned(self, T: int, caches: Sequence[KVCache] | None) -> Array:
         at = token_positions(None if caches is None else caches[0].lengths, T)

@@ -10,7 +10,7 @@ INLINE uint32_t fmix32(uint32_t h) {
 
 uint64_t KERNEL(dropout)(uint64_t state, uint32_t first, int n, uint64_t drop_below) {
     const uint32_t a = (uint32_t)state, c = (uint32_t)(state >> 32);
-    /* drop_below <= 2^32; at 2^32 nothing would be kept, which validation excludes. */
+    /* drop_below < 2^32 */
     const uint32_t threshold = (uint32_t)drop_below;
     uint8_t kept[64];
     for (uint32_t j = 0; j < 64; j++)

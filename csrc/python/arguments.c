@@ -1,13 +1,14 @@
 /* Arguments that calls share: numbers, names, and the options of attention. */
 #include "binding.h"
 
-/* Replaces a TypeError or OverflowError by ours. */
+/* Replaces a TypeError, ValueError or OverflowError by ours. */
 static int type_error(const ada_module_state *state, const char *name, const char *expected,
                       PyObject *object) {
     if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError))
         PyErr_Format(state->argument_error, "%s: expected %s, got one beyond the range of float64", name,
                      expected);
-    else if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError))
+    else if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError) ||
+             PyErr_ExceptionMatches(PyExc_ValueError))
         PyErr_Format(state->dtype_error, "%s: expected %s, got %s", name, expected, Py_TYPE(object)->tp_name);
     return -1;
 }
@@ -30,6 +31,12 @@ int ada_integer_of(const ada_module_state *state, PyObject *object, const char *
     return *value == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
+int ada_flag_of(const ada_module_state *state, PyObject *object, const char *name, bool *value) {
+    const int truth = PyObject_IsTrue(object);
+    *value = truth > 0;
+    return truth < 0 ? type_error(state, name, "a bool", object) : 0;
+}
+
 int ada_name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
                 const char *const names[], int n, int *index) {
     if (!PyUnicode_Check(object)) return type_error(state, argument, expected, object);
@@ -41,7 +48,7 @@ int ada_name_of(const ada_module_state *state, PyObject *object, const char *arg
 
 static int causal_of(const ada_module_state *state, PyObject *object, ada_causal *causal) {
     static const char *const names[] = {"lower_right", "upper_left"};
-    int index;
+    int index = 0;
     if (object == Py_False || object == Py_True) {
         *causal = object == Py_True ? ADA_LOWER_RIGHT : ADA_NOT_CAUSAL;
         return 0;

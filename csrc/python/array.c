@@ -496,6 +496,16 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
     return 0;
 }
 
+void *ada_elements_of(PyObject *object, ada_dtype dtype, int64_t count) {
+    const int type = dtype == ADA_F64 ? NPY_DOUBLE : dtype == ADA_F32 ? NPY_FLOAT : NPY_UINT8;
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (PyArray_Check(object) && PyArray_TYPE(array) == type && PyArray_ISCARRAY_RO(array) &&
+        PyArray_SIZE(array) == count)
+        return PyArray_DATA(array);
+    PyErr_SetString(PyExc_TypeError, "packed: expected what the package makes");
+    return NULL;
+}
+
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like) {
     npy_intp dims[4];
     for (int i = 0; i < ndim; i++) dims[i] = (npy_intp)shape[i];

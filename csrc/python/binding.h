@@ -65,6 +65,9 @@ int ada_view_of_numbers(const ada_module_state *state, PyObject *object, const c
  * not wanted. */
 bool ada_is_stored(PyObject *object);
 int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada_view *view);
+/* The elements of a NumPy array made by the package: C-contiguous, of so many floats, doubles or (I8)
+ * unsigned bytes, as long as it lives. NULL with an exception where it is another. */
+void *ada_elements_of(PyObject *object, ada_dtype dtype, int64_t count);
 /* A new NumPy array, C-contiguous; bfloat16 takes its NumPy dtype from like. */
 PyObject *ada_new_array(ada_dtype dtype, int ndim, const int64_t *shape, PyObject *like);
 bool ada_is_numpy(PyObject *object);
@@ -74,6 +77,8 @@ int ada_number_of(const ada_module_state *state, PyObject *object, const char *n
 /* Values beyond 64 bits become the nearest one. */
 int ada_integer_of(const ada_module_state *state, PyObject *object, const char *name, const char *expected,
                    int64_t *value);
+/* Anything that is true or false. */
+int ada_flag_of(const ada_module_state *state, PyObject *object, const char *name, bool *value);
 /* One of the names, as its index. */
 int ada_name_of(const ada_module_state *state, PyObject *object, const char *argument, const char *expected,
                 const char *const names[], int n, int *index);
@@ -98,6 +103,9 @@ PyObject *ada_new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, i
 
 /* backward.c */
 PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+/* linear.c */
+PyObject *ada_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 /* device.c */
 /* Where a call with this query and this device argument works. Opens the CUDA backend if it is on a GPU. */

@@ -348,9 +348,10 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto done;
     }
     view += ADA_OPTION_VIEWS;
-    int return_lse = PyObject_IsTrue(args[RETURN_LSE]);
-    int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
-    if (return_lse < 0 || return_report < 0) goto done;
+    bool return_lse, return_report;
+    if (ada_flag_of(state, args[RETURN_LSE], "return_lse", &return_lse) ||
+        ada_flag_of(state, args[RETURN_REPORT], "return_report", &return_report))
+        goto done;
     static const char *const structures[] = {"auto", "dense", "sparse", "low_rank"};
     int structure;
     if (ada_name_of(state, args[STRUCTURE], "structure", "'auto', 'dense', 'sparse' or 'low_rank'",
@@ -698,10 +699,16 @@ static PyObject *alloc_fail_after(PyObject *module, PyObject *object) {
 
 /* ---- the module ---- */
 
+PyDoc_STRVAR(linear_doc,
+             "linear($module, packed, x, bias, tolerance, first, report, num_threads, /)\n--\n\n"
+             "Rows x times the weight that a PackedWeight keeps, from the rung of index first on, and with "
+             "report a table of each row's rung and predicted error.");
+
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
     {"attention_backward", (PyCFunction)(void (*)(void))ada_py_attention_backward, METH_FASTCALL,
      backward_doc},
+    {"linear", (PyCFunction)(void (*)(void))ada_py_linear, METH_FASTCALL, linear_doc},
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
     {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
     {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
