@@ -283,8 +283,8 @@ def test_command(
         monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     saved, sheet = tmp_path / "run.json", tmp_path / "run.csv"
-    arguments = ["bench", "--quick", "--sections", "shapes", "front", "--kinds", "gaussian"]
-    arguments += ["--threads", "1", "--tolerance", "0.05"]
+    arguments = ["bench", "--quick", "--sections", "shapes", "sweep", "front", "--kinds", "gaussian"]
+    arguments += ["--lengths", "96", "--threads", "1", "--tolerance", "0.05"]
     assert cli.main([*arguments, "--json", str(saved), "--csv", str(sheet)]) == 0
     printed = capsys.readouterr()
     assert "Shapes of made heads" in printed.out and "adaptive precision" in printed.out
@@ -294,6 +294,7 @@ def test_command(
     found = results.load(str(saved))
     assert sheet.exists() and found.tolerance == 0.05 and found.quick
     assert {row.heads for row in found.rows} == {"gaussian"}
+    assert {row.shape[3] for row in found.pick("sweep")} == {96}
     assert cli.main(["bench", "--load", str(saved)]) == 0
     assert capsys.readouterr().out == printed.out
     assert cli.main(["bench", "--compare", str(saved), str(saved)]) == 0
@@ -316,6 +317,7 @@ def test_command_tells_of_a_broken_promise(
         (["--kinds", "other"], "--kinds: expected names among gaussian, sparse, smooth, got 'other'"),
         (["--tolerance", "0"], "--tolerance: expected a number between 0 and 1, got 0"),
         (["--tolerance", "nan"], "--tolerance: expected a number between 0 and 1, got nan"),
+        (["--lengths", "64", "0"], "--lengths: expected at least 1, got 0"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--causal"], "--causal: expected --heads beside it, got none"),
         (["--json", "/no/such/folder/x.json"], "--json: expected a folder that exists"),
