@@ -394,7 +394,8 @@ def _budget(
     else:
         tolerance = tolerance_of(tolerance, policy)
         if _given(precision):
-            if limits["structure"] == "dense":
+            structure = limits["structure"]
+            if isinstance(structure, str) and structure == "dense":
                 del limits["structure"]
             _refuse("'auto' beside a precision by name", limits)
             _refuse("None beside a precision by name", ranks)

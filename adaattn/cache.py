@@ -184,19 +184,21 @@ class KVCache:
                 raise ArgumentError(
                     f"{name}: expected none since the cache sets it, got {type(options[name]).__name__}"
                 )
-        if options.get("causal") == "upper_left":
+        causal = options.get("causal")
+        if isinstance(causal, str) and causal == "upper_left":
             raise ArgumentError(
                 "causal: expected a bool or 'lower_right' since the cache sets the offset, got 'upper_left'"
             )
-        shape = tuple(getattr(query, "shape", ()))
+        sizes = getattr(query, "shape", ())
+        shape = tuple(sizes) if isinstance(sizes, (tuple, list)) else ()
         fits = len(shape) == 4 and (shape[0], shape[1] % self._heads, shape[3]) == (
             self._batch,
             0,
             self._widths[0],
         )
         if len(shape) > 0 and not (fits and min(shape) > 0):
-            sizes = f"({self._batch}, a multiple of {self._heads}, T, {self._widths[0]})"
-            raise ShapeError(f"query: expected shape {sizes}, got {shape}")
+            wanted = f"({self._batch}, a multiple of {self._heads}, T, {self._widths[0]})"
+            raise ShapeError(f"query: expected shape {wanted}, got {shape}")
         S = max(1, int(self._lengths.max()))
         key, value = (Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value))
         if self._may_be_certified(shape, S, options):

@@ -125,7 +125,8 @@ class DeviceArray:
 
 def device_of(array: Any) -> int | None:
     """The GPU that an array lies on; None for one that does not."""
-    kind, device = array.__dlpack_device__() if hasattr(array, "__dlpack_device__") else (None, None)
+    speaks = hasattr(array, "__dlpack_device__") and not isinstance(array, type)
+    kind, device = array.__dlpack_device__() if speaks else (None, None)
     return device if kind in (_CUDA, _MANAGED) else None
 
 

@@ -286,9 +286,12 @@ def weigh(p: _Array, visible: _Array, v: _Array) -> _Array:
 def _add_up(w: _Array, x: _Array, visible: _Array) -> _Array:
     """w @ x, where pairs that do not see each other add nothing, not even NaN."""
     if np.isfinite(x).all() and np.isfinite(w).all():
-        sums: _Array = w @ x
-        return sums
-    return np.stack([(w[i, see, None] * x[see]).sum(axis=0) for i, see in enumerate(visible)])
+        product: _Array = w @ x
+        return product
+    sums = np.zeros((len(w), x.shape[1]))
+    for i, see in enumerate(visible):
+        sums[i] = (w[i, see, None] * x[see]).sum(axis=0)
+    return sums
 
 
 def _shrink(x: _Array, shape: tuple[int, ...]) -> _Array:

@@ -110,15 +110,16 @@ static double lse_at(const ada_array *lse, int64_t b, int64_t h, int64_t i) {
 #undef KIND
 #undef KIND_FN
 
-#include "backward_narrow.h"
-
-static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
-
+/* Whether a query sees a key. */
 static bool sees_keys(const back_run *r, int64_t b, int64_t h, int64_t i) {
     int64_t block = 0;
     float rows[ADA_BLOCK];
     return ada_row_sees(r->p, r->k, b, h, i, &block, rows);
 }
+
+#include "backward_narrow.h"
+
+static bool is_double(const back_run *r) { return r->careful || r->p->query.dtype == ADA_F64; }
 
 /* What the rows of a part of the queries of a head need, and the gradient of its sink from them. */
 static void rows_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -388,7 +389,9 @@ static ada_choice choose_rungs(const back_run *r, const ada_gradient_budget *bud
                            .elements = ((double)p->S + queries * (double)p->T) * width,
                            .D = p->D,
                            .plain = ada_plain_candidate(p)};
-    return ada_plan_gradient(&task, budget->rates) ? narrow : plain;
+    /* A row takes three products, a key four. */
+    const double verifying = rows * width * (3 * queries * (double)p->S + 4 * queries * (double)p->T);
+    return ada_plan_gradient(&task, budget->verify ? verifying : 0, budget->rates) ? narrow : plain;
 }
 
 static ada_status run_all(back_run *r, const back_caller *c, ada_gradient_budget *budget, double *spare,

@@ -25,6 +25,10 @@ static KIND(truth) KIND(truth_of)(const back_run *r, ada_carver *c) {
     return s;
 }
 
+static double KIND(power_of_2)(double y) {
+    return sizeof(REAL) == sizeof(float) ? (double)exp2f((float)y) : exp2(y);
+}
+
 /* Caps n scores; cap gets the slope there. */
 static void KIND(cap_scores)(const back_run *r, REAL *x, REAL *cap, int n) {
     const REAL most = (REAL)(r->p->softcap * ADA_LOG2E);
@@ -92,10 +96,11 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
         double m = sink, l = 0, delta = 0;
         for (int64_t j = 0; j < p->S; j++) m = fmax(m, (double)score[j]);
         const double from = m > -INFINITY ? m : 0;
-        for (int64_t j = 0; j < p->S; j++) {
+        for (int64_t j = 0; j < p->S; j++) { /* scores to weights; what is hidden stays below 0 */
             if (score[j] == -INFINITY) continue;
-            const double w = exp2((double)score[j] - from);
+            const double w = KIND(power_of_2)((double)score[j] - from);
             l += w, delta += w * (double)gradient[j];
+            score[j] = (REAL)w;
         }
         l += exp2(sink - from), delta = l > 0 ? delta / l : 0;
         truth[x] = (true_row){.lse = from + log2(l), .delta = delta};
@@ -104,9 +109,8 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
         for (int e = 0; e < E; e++) truth[x].grad2 += (double)s.other[x * E + e] * (double)s.other[x * E + e];
         for (int64_t j = 0; j < p->S; j++) {
             if (score[j] == -INFINITY) continue;
-            const double w = exp2((double)score[j] - from) / l,
-                         d = w * ((double)gradient[j] - delta) * (double)cap[j];
-            const double slope = w * (double)cap[j];
+            const double w = (double)score[j] / l, slope = w * (double)cap[j];
+            const double d = slope * ((double)gradient[j] - delta);
             truth[x].weight2 += w * w, truth[x].slope2 += slope * slope;
             truth[x].score2 += d * d, truth[x].both += d * slope;
             gradient[j] = (REAL)d;
@@ -168,7 +172,8 @@ static void KIND(true_keys)(const back_run *r, int64_t group, const int64_t *j, 
                     const bool dropped = p->drop_below && !(keep[c] & 1);
                     const double y =
                         (double)score[c] + (double)bias - r->reference[row + c] - r->lse[row + c];
-                    const double w = hidden ? 0 : exp2(y), from = dropped ? 0 : kept * (double)gradient[c];
+                    const double w = hidden ? 0 : KIND(power_of_2)(y),
+                                 from = dropped ? 0 : kept * (double)gradient[c];
                     seen[x] |= (uint64_t)!hidden << c;
                     score[c] = (REAL)(dropped ? 0 : w * kept);
                     gradient[c] = hidden ? 0 : (REAL)(w * (from - r->delta[row + c]) * (double)cap[c]);
@@ -213,7 +218,7 @@ static void KIND(recompute_rows)(const back_run *r, ada_patch patch, uint64_t ro
                         m[i] = fmax(m[i], x);
                         continue;
                     }
-                    const double w = exp2(x - m[i]);
+                    const double w = KIND(power_of_2)(x - m[i]);
                     l[i] += w;
                     if (with_delta && (!t.keep || t.keep[i] >> j & 1)) delta[i] += w * kept * (double)s.g[at];
                 }

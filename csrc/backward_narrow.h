@@ -7,6 +7,7 @@
  * weights' gradients those of the scores.
  */
 #define STRIP_TILES (ADA_STRIP / ADA_LANES)
+#define LEAST_NORM2 0x1p-120f       /* a float holds the squares */
 #define STRIP_WORDS (ADA_STRIP / 2) /* of bf16, from one coordinate to the next */
 
 /* Rows of a head in tiles of 64. */
@@ -22,15 +23,15 @@ typedef struct {
 /* Of a key head, and of each query head that shares it. */
 typedef struct {
     narrow_side key, value;
+    uint64_t *seen; /* [blocks] bit per key: some query may attend to it; the others are no part */
     float *key_mean, *value_mean; /* zeros where they stay as they are */
     float *dk, *dv;               /* [blocks][width up to 16][64] */
 } narrow_keys;
 
 typedef struct {
     narrow_side q, go;
-    float *shift,
-        *less; /* [T] what the means took of the scores, log2 units, and of the weights' gradients */
-    float *dq; /* [tiles][D up to 16][64] */
+    float *shift, *less; /* [T] what the means took of scores, log2 units, and of gradients of weights */
+    float *dq;           /* [tiles][D up to 16][64] */
 } narrow_queries;
 
 typedef struct {
@@ -62,6 +63,7 @@ static narrow_keys carve_narrow_keys(const back_run *r, ada_carver *c) {
     const ada_problem *p = r->p;
     narrow_keys n;
     n.key = side_of(c, r->blocks, p->D, true, true), n.value = side_of(c, r->blocks, p->E, true, false);
+    n.seen = ada_carve(c, r->blocks * (int64_t)sizeof *n.seen);
     n.key_mean = ada_carve(c, p->D * (int64_t)sizeof(float));
     n.value_mean = ada_carve(c, p->E * (int64_t)sizeof(float));
     n.dk = ada_carve(c, r->blocks * lane_floats(p->D) * (int64_t)sizeof(float));
@@ -134,7 +136,7 @@ static bool pack_words(const back_run *r, const narrow_side *side, int64_t tile,
     for (int i = 0; i < n; i += step) {
         float norm2;
         const float largest = r->k->reach(rows + i * ld, ld, step, width, less, &norm2);
-        if (largest != 0 && !(largest >= ADA_NARROW_LEAST && largest <= ADA_NARROW_MOST)) return false;
+        if (largest != 0 && !(norm2 >= LEAST_NORM2 && largest <= ADA_NARROW_MOST)) return false;
         const float factor = largest == 0 ? 0 : fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
         for (int c = 0; c < width; c++) s->factor[c] = factor;
         for (int x = i; x < i + step; x++) unit[x] = factor == 0 ? 0 : 1 / factor;
@@ -156,20 +158,41 @@ static void pack_turned(const back_run *r, const narrow_side *side, int64_t tile
                   ADA_STRIP, words, ldw, ADA_LANES, ldw);
 }
 
-/* The mean of a head's rows, of a sample. */
-static void mean_of_rows(const back_run *r, const ada_array *a, int64_t b, int64_t g, int64_t keys,
+/* The mean of the rows of a head that are seen, of a sample. */
+static void mean_of_rows(const back_run *r, const ada_array *a, int64_t b, int64_t g, const uint64_t *seen,
                          const narrow_scratch *s, float *mean) {
     enum { SAMPLE = 1024 };
     const int width = (int)a->shape[3];
-    const int64_t step = (keys + SAMPLE - 1) / SAMPLE;
+    const int64_t rows = a->shape[2], step = (rows + SAMPLE - 1) / SAMPLE;
     float *largest = s->factor, count = 0;
     memset(largest, 0, (size_t)width * sizeof *largest);
-    for (int64_t j = 0; j < keys; j += step, count++) {
+    for (int64_t j = 0; j < rows; j += step) {
         ptrdiff_t ld;
+        if (!(seen[j / ADA_BLOCK] >> j % ADA_BLOCK & 1)) continue;
         const float *row = rows_at_f32(r->k, a, b, g, j, 1, s->base.rows, &ld);
         r->k->columns(mean, largest, row, ld, 1, width);
+        count++;
     }
-    for (int c = 0; c < width; c++) mean[c] /= count;
+    for (int c = 0; count > 0 && c < width; c++) mean[c] /= count;
+}
+
+/* n rows of a head; other's (NULL: zeros) in place of those that are not seen. */
+static const float *seen_rows(const back_run *r, const ada_array *a, int64_t b, int64_t h, int64_t i, int n,
+                              uint64_t seen, const float *other, float *copy, ptrdiff_t *ld) {
+    const size_t width = (size_t)a->shape[3];
+    const float *rows = rows_at_f32(r->k, a, b, h, i, n, copy, ld);
+    if ((seen & ada_first_bits(n)) == ada_first_bits(n)) return rows;
+    for (int x = 0; x < n; x++) {
+        float *to = copy + (size_t)x * width;
+        if (!(seen >> x & 1) && !other)
+            memset(to, 0, width * sizeof *to);
+        else if (!(seen >> x & 1))
+            memcpy(to, other, width * sizeof *to);
+        else if (rows != copy)
+            memcpy(to, rows + x * *ld, width * sizeof *to);
+    }
+    *ld = (ptrdiff_t)width;
+    return copy;
 }
 
 static void set_unfit(const back_run *r, int64_t group) {
@@ -180,7 +203,7 @@ static void set_unfit(const back_run *r, int64_t group) {
 static void narrow_start_task(void *context, ada_job *job, int64_t task, int worker) {
     const back_run *r = context;
     const ada_problem *p = r->p;
-    const int64_t group = r->first + task, b = group / p->G, g = group % p->G, keys = ada_key_count(p, b);
+    const int64_t group = r->first + task, b = group / p->G, g = group % p->G, per_group = p->H / p->G;
     if (r->way[group] != WAY_NARROW || ada_job_cancelled(job, worker)) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     const narrow_scratch s = narrow_scratch_of(p, &carver);
@@ -189,9 +212,13 @@ static void narrow_start_task(void *context, ada_job *job, int64_t task, int wor
     memset(n.value_mean, 0, (size_t)p->E * sizeof(float));
     memset(n.dk, 0, (size_t)(r->blocks * lane_floats(p->D)) * sizeof(float));
     memset(n.dv, 0, (size_t)(r->blocks * lane_floats(p->E)) * sizeof(float));
-    /* A cap minds the shift of a score; what is dropped has no gradient to be shifted. */
-    if (keys && !p->has_softcap) mean_of_rows(r, &p->key, b, g, keys, &s, n.key_mean);
-    if (keys && !p->drop_below) mean_of_rows(r, &p->value, b, g, keys, &s, n.value_mean);
+    for (int64_t block = 0; block < r->blocks; block++)
+        n.seen[block] = ada_block_seen(p, r->k, b, g * per_group, per_group, block, s.base.s);
+    /* A cap minds the shift of a score; what is dropped has no gradient to be shifted. Nor is a mean of keys
+     * that one head of several does not see. */
+    const bool alike = per_group == 1 || !p->attn_mask.data || p->attn_mask.stride[1] == 0;
+    if (alike && !p->has_softcap) mean_of_rows(r, &p->key, b, g, n.seen, &s, n.key_mean);
+    if (alike && !p->drop_below) mean_of_rows(r, &p->value, b, g, n.seen, &s, n.value_mean);
 }
 
 static void narrow_keys_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -208,11 +235,12 @@ static void narrow_keys_task(void *context, ada_job *job, int64_t task, int work
     /* A row's gradients of scores add up to nothing, but for what a sink or a cap takes. */
     const bool balanced = !p->sinks.data && !p->has_softcap;
     ptrdiff_t ld;
-    const float *k = rows_at_f32(r->k, &p->key, b, g, j, nk, s.base.rows, &ld);
+    const uint64_t seen = n.seen[block];
+    const float *k = seen_rows(r, &p->key, b, g, j, nk, seen, n.key_mean, s.base.rows, &ld);
     bool good = pack_words(r, &n.key, block, k, ld, nk, n.key_mean, &s);
     if (good) pack_turned(r, &n.key, block, k, ld, nk, balanced ? n.key_mean : NULL, &s);
     for (int i = 0; i < ADA_LANES; i++) n.key.unit[block * ADA_LANES + i] *= (float)(p->scale * ADA_LOG2E);
-    const float *v = rows_at_f32(r->k, &p->value, b, g, j, nk, s.base.rows, &ld);
+    const float *v = seen_rows(r, &p->value, b, g, j, nk, seen, n.value_mean, s.base.rows, &ld);
     if (!good || !pack_words(r, &n.value, block, v, ld, nk, n.value_mean, &s)) set_unfit(r, group);
 }
 
@@ -231,12 +259,14 @@ static void narrow_queries_task(void *context, ada_job *job, int64_t task, int w
     const float factor = (float)(p->scale * ADA_LOG2E);
     ptrdiff_t ld;
     memset(to.dq + tile * lane_floats(D), 0, (size_t)lane_floats(D) * sizeof(float));
-    const float *q = rows_at_f32(r->k, &p->query, b, h, i, n, s.base.rows, &ld);
+    uint64_t seen = 0; /* rows that see a key */
+    for (int row = 0; row < n; row++) seen |= (uint64_t)sees_keys(r, b, h, i + row) << row;
+    const float *q = seen_rows(r, &p->query, b, h, i, n, seen, NULL, s.base.rows, &ld);
     bool good = pack_words(r, &to.q, tile, q, ld, n, NULL, &s);
     if (good) pack_turned(r, &to.q, tile, q, ld, n, NULL, &s);
     r->k->row_scores_f32(to.shift + i, keys.key_mean, 1, q, ld, n, D);
     for (int row = 0; row < n; row++) to.shift[i + row] *= factor;
-    const float *go = rows_at_f32(r->k, &r->x->grad_out, b, h, i, n, s.base.rows, &ld);
+    const float *go = seen_rows(r, &r->x->grad_out, b, h, i, n, seen, NULL, s.base.rows, &ld);
     good = good && pack_words(r, &to.go, tile, go, ld, n, NULL, &s);
     if (good) pack_turned(r, &to.go, tile, go, ld, n, NULL, &s);
     r->k->row_scores_f32(to.less + i, keys.value_mean, 1, go, ld, n, E);

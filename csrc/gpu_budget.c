@@ -216,15 +216,17 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
                                         .look_operations = 0,
                                         .look_seconds = LOOK_SECONDS};
     on_device d = {.call = call};
+    const ada_rate *given = budget->rates;
     ada_rate rates[ADA_CANDIDATES];
     for (int i = 0; i < ADA_CANDIDATES; i++) {
         const ada_rung own = p->query.dtype == ADA_F16    ? ADA_RUNG_FP16
                              : p->query.dtype == ADA_BF16 ? ADA_RUNG_BF16
                                                           : ADA_RUNG_AUTO;
-        rates[i] =
-            ada_gpu_table()->computes(call, ada_candidates[i]) ? budget->rates[i] : (ada_rate){.sparse = 1};
+        rates[i] = ada_gpu_table()->computes(call, ada_candidates[i]) ? given[i] : (ada_rate){.sparse = 1};
         if (ada_candidates[i].qk == own && ada_candidates[i].pv == own) rates[i].pack_ns = 0;
     }
-    budget->rates = rates;
-    return ada_attend_within(p, &backend, &d, budget, interrupt, context, error);
+    budget->rates = rates; /* for as long as they are there */
+    const ada_status status = ada_attend_within(p, &backend, &d, budget, interrupt, context, error);
+    budget->rates = given;
+    return status;
 }

@@ -82,6 +82,6 @@ typedef struct {
     int rows, width;         /* keys, a multiple of ADA_KEY_STEP */
 } KIND(ada_backward_tile);
 
-/* w = 2^(s + bias - lse), 0 where hidden. s becomes w, where there is keep kept * w or 0; g becomes
- * w * (g - delta), 0 where hidden, with g likewise kept or 0. False when a result is NaN or infinite. */
+/* w = 2^(s + bias - lse), 0 where hidden. s becomes w, where there is keep kept * w or 0 * w; g becomes
+ * w * (g - delta), 0 where hidden, with g kept or 0. False when a result is NaN or infinite. */
 typedef bool KIND_FN(ada_backward)(const KIND(ada_backward_tile) * tile);

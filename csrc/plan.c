@@ -216,15 +216,23 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
     return best >= 0 ? best : dearest >= 0 ? dearest : t->plain;
 }
 
-bool ada_plan_gradient(const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
+/* Rows of gradients run at this share of the speed of fp32 tiles; and what a head costs besides, in seconds.
+ */
+#define GRADIENT_ROW_SPEED 0.25
+#define GRADIENT_COST 1.5e-4
+
+bool ada_plan_gradient(const ada_task *t, double verifying, const ada_rate rates[ADA_CANDIDATES]) {
     const ada_choice narrow = ADA_GRADIENT_NARROW;
     const ada_rate *scores = &rates[ada_candidate_of((ada_choice){narrow.qk, narrow.qk})];
     const ada_rate *sums = &rates[ada_candidate_of((ada_choice){narrow.pv, narrow.pv})];
     if (scores->gflops[0] == 0 || sums->gflops[0] == 0) return false;
+    ada_task rows = *t;
+    rows.operations = verifying / GRADIENT_ROW_SPEED, rows.elements = 0;
     /* Two products for the scores and three for the sums, where forward there is one of each. */
-    const double time = 2 * ada_predicted_seconds(t, scores) + 3 * ada_predicted_seconds(t, sums);
-    return ADA_GRADIENT_ERROR * t->margin <= t->tolerance &&
-           time < PAYS * 5 * ada_predicted_seconds(t, &rates[t->plain]);
+    const double plain = 2.5 * ada_predicted_seconds(t, &rates[t->plain]);
+    const double time = ada_predicted_seconds(t, scores) + 1.5 * ada_predicted_seconds(t, sums) +
+                        ada_predicted_seconds(&rows, &rates[t->plain]) + GRADIENT_COST;
+    return ADA_GRADIENT_ERROR * t->margin <= t->tolerance && time < PAYS * plain;
 }
 
 /* ---- structure ---- */

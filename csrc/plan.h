@@ -69,8 +69,9 @@ int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_
  * queries and keys from bf16; and its usual error. */
 #define ADA_GRADIENT_NARROW ((ada_choice){ADA_RUNG_INT16, ADA_RUNG_BF16})
 #define ADA_GRADIENT_ERROR 4e-3
-/* Whether a head's gradient is computed on it: within the budget, and faster than exactly. */
-bool ada_plan_gradient(const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
+/* Whether a head's gradient is computed on it: within the budget, and faster than exactly with so many
+ * operations of rows that verify it. */
+bool ada_plan_gradient(const ada_task *task, double verifying, const ada_rate rates[ADA_CANDIDATES]);
 
 typedef enum {
     ADA_STRUCTURE_AUTO,

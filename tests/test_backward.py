@@ -295,8 +295,22 @@ def test_rows_without_keys(options: Options, dtype: Any, sinks: Any, rng: np.ran
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["grad_out", "query", "key", "value"])
+def test_nan_that_nothing_sees(which: int, rng: np.random.Generator) -> None:
+    """Neither in the engine nor in the oracle, which has no key at all to add up."""
+    options: Options = {"attn_mask": np.zeros((5, 7), bool)}
+    arrays = problem(rng, Shape(1, 2, 1, 5, 7, 8, 8), **options)
+    arrays[which][...] = np.nan
+    for gradients in (adaattn.attention_backward, reference.attention_backward):
+        assert not any(x.any() for x in gradients(*arrays, **options)[:3])
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (4, 4)}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (4, 4)}, {"softcap": 3.0}, {"dropout_p": 0.9, "seed": 1}],
+    ids=str,
+)
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["grad_out", "query", "key", "value"])
 @pytest.mark.parametrize("dtype", [F64, F32, F16], ids=str)
 def test_one_nan(dtype: Any, which: int, options: Options, rng: np.random.Generator) -> None:

@@ -542,8 +542,9 @@ def test_attention_refuses(cache: KVCache) -> None:
     for shape in [(1, 4, 3, 40), (2, 3, 3, 40), (2, 4, 3, 41), (4, 3, 40), (2, 4, 0, 40)]:
         message = r"^query: expected shape \(2, a multiple of 2, T, 40\), got "
         refuses(ShapeError, message, cache.attention, np.ones(shape, F32))
-    for wrong in (None, [1.0], 3):
+    for wrong in (None, [1.0], 3, np.ndarray):
         refuses(DTypeError, "^query: expected an array", cache.attention, wrong)
+    refuses(DTypeError, "^causal: expected a bool", cache.attention, query, causal=np.ones(2))
     refuses(DTypeError, "^query: expected float32", cache.attention, query.astype(np.int32))
     refuses(ShapeError, "^attn_mask: expected", cache.attention, query, attn_mask=np.ones((3, 99), bool))
     refuses(ArgumentError, "^softcap: expected", cache.attention, query, softcap=-1.0)

@@ -282,6 +282,9 @@ def budgets() -> Iterator[Case]:
     for value in ("1e-2", "balanced", [], [1e-2], 1j, {}, True, object()):
         yield dtype_error("tolerance", f"expected a number, got {type(value).__name__}", value)
     yield value_error("tolerance", "expected a number, got *", 10**400)
+    yield dtype_error("query", "expected an array (*), got type", np.ndarray, tolerance=0.1)
+    sentence = "expected 'auto' beside a precision by name, got array(*)"
+    yield value_error("structure", sentence, np.ones(2), precision="int8", tolerance=0.1)
     expected = "expected None or one of 'quality', 'balanced', 'speed', got "
     for value in ("fast", "", "Quality", "none"):
         yield value_error("policy", expected + repr(value), value)

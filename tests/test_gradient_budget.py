@@ -44,8 +44,8 @@ SHAPE = Shape(2, 4, 2, 130, 200, 24, 40)
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of a machine on which the rung pays; it runs anywhere."""
-    table = np.array([rates._DEFAULTS["avx512bf16"][rung] for rung in rates.RUNGS])
+    """Rates of a machine where the rung pays, so slow that it does for short heads; it runs anywhere."""
+    table = np.array([rates._DEFAULTS["avx512bf16"][rung] for rung in rates.RUNGS]) * [0.01, 0.01, 1]
     monkeypatch.setattr(rates, "_table", table)
 
 
@@ -230,7 +230,47 @@ def test_nan(rng: np.random.Generator) -> None:
     assert all(np.isfinite(x).all() for x in hidden[:3])
 
 
+def test_small_gradients(rng: np.random.Generator) -> None:
+    """Their size has no part in it, down to where a float does not hold their squares."""
+    arrays = problem(rng)
+    expected, told = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
+    arrays[0] = arrays[0] * F32.type(2.0**-55)
+    actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
+    assert all(same_bits(a, e * F32.type(2.0**-55)) for a, e in zip(actual[:3], expected[:3], strict=True))
+    assert not report.retried.any() and not told.retried.any()
+
+
 # ---- bits
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30, 1e4], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_lengths": np.array([150, 90])},
+        {"attn_mask": np.arange(200) % 3 > 0},
+        {"attn_mask": np.where(np.arange(130)[:, None] % 3 > 0, 0.0, -np.inf), "sinks": np.zeros(4)},
+        {"causal": True, "query_offset": -40},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_what_is_hidden_changes_no_bit(garbage: float, options: Options, rng: np.random.Generator) -> None:
+    """Keys that no query sees, and queries that see none."""
+    arrays = problem(rng, **options)
+    budget: Options = {"tolerance": 1e-2, "precision": NARROW, "return_report": True}
+    expected, told = adaattn.attention_backward(*arrays, **budget, **options)
+    weights = reference.attention_backward(np.ones_like(arrays[0]), *arrays[1:], **options)
+    unseen = ~weights.value.any(axis=(1, 3))  # (B, S)
+    blind = ~np.abs(arrays[4]).any(axis=-1)  # (B, H, T)
+    assert unseen.any() or blind.any()
+    for x in arrays[2:4]:
+        x[np.broadcast_to(unseen[:, None], x.shape[:3])] = garbage
+    for x in arrays[:2]:
+        x[blind] = garbage
+    actual, report = adaattn.attention_backward(*arrays, **budget, **options)
+    assert (report.precision_scores == "int16").all()
+    assert all(map(same_bits, actual[:3], expected[:3]))
+    assert (report.query_error == told.query_error).all() and (report.key_error == told.key_error).all()
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "bias (T, S)", "dropout"])
@@ -295,9 +335,13 @@ def test_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, rng: np.random.Gener
     assert rungs(alibi, tolerance=1e-2, **slopes) == {"int16", "bf16"}
     assert rungs(alibi, tolerance=1e-2, needs=["query", "alibi_slopes"], **slopes) == {"fp32"}
     for kind in ("avx2", "avx512vnni", "scalar"):
-        table = np.array([rates._DEFAULTS[kind][rung] for rung in rates.RUNGS])
+        table = np.array([rates._DEFAULTS[kind][rung] for rung in rates.RUNGS]) * [0.01, 0.01, 1]
         monkeypatch.setattr(rates, "_table", table)
         assert rungs(arrays, tolerance=1e-2) == {"fp32"}
+    table = np.array([rates._DEFAULTS["avx512bf16"][rung] for rung in rates.RUNGS])
+    monkeypatch.setattr(rates, "_table", table)
+    assert rungs(arrays, tolerance=1e-2) == {"fp32"}  # saves less than it costs
+    assert rungs(problem(rng, Shape(1, 1, 1, 1024, 1024, 64, 64)), tolerance=1e-2) == {"int16", "bf16"}
 
 
 def test_fp64_by_name(rng: np.random.Generator) -> None:

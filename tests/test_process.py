@@ -494,7 +494,7 @@ PATHS: dict[str, tuple[int, Callable[[np.random.Generator, list[Array]], Callabl
     "budget": (2, lambda rng, x: lambda: adaattn.attention(*x, tolerance=1e-2, return_lse=True)),
     "plan": (1, lambda rng, x: lambda: adaattn.plan(*x, tolerance=1e-2).predicted_error),
     "retried": (3, lambda rng, x: planned([y * np.float32(1e2) for y in x], "int8")),
-    "sparse": (3, lambda rng, x: planned(x, "int8", structure="sparse", sparse_budget=1e30)),
+    "sparse": (2, lambda rng, x: planned(x, "int8", structure="sparse", sparse_budget=1e30)),
     "low rank": (3, lambda rng, x: lambda: adaattn.attention(*x, tolerance=0.9, structure="low_rank")),
     "not of low rank": (3, lambda rng, x: planned(x, "fp32", structure="low_rank", rank=3, rank_limit=-1.0)),
     "a float mask": (

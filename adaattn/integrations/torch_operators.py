@@ -185,14 +185,15 @@ def _backward(
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
         return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
-    budget = budget_of(options.pop("tolerance"), options.pop("min_precision"), options.pop("verify", "auto"))
+    verify = options.pop("verify", "auto")
+    options |= budget_of(options.pop("tolerance"), options.pop("min_precision"), verify)
     for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
         options.pop(name)
     _read(options)
     if options["num_threads"] is None:
         options["num_threads"] = torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
-    gradients = attention_backward(*arrays, needs=wanted, **(budget | options))
+    gradients = attention_backward(*arrays, needs=wanted, **options)
     return [_as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
 
 

@@ -92,7 +92,7 @@ INLINE bool backward_row(const tile_t *t, int r, const bool plain) {
         vec w = v_select(m_greater(most, y), v_exp2(y), v_mul(y, infinity)), dropped = w;
         if (!plain && t->keep) {
             const mask kept_lanes = m_bits(keep, j);
-            dropped = v_select(kept_lanes, v_mul(w, kept), v_zero());
+            dropped = v_mul(w, v_select(kept_lanes, kept, v_zero())); /* what is not finite makes NaN */
             g = v_select(kept_lanes, v_mul(g, kept), v_zero());
         }
         g = v_mul(w, v_sub(g, delta));

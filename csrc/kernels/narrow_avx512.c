@@ -9,6 +9,7 @@
 #define OWN_ENCODE
 #define OWN_ENCODE_BF16
 #define OWN_ROUND_BF16
+#define OWN_PAIR_BF16
 #include "narrow_tpl.h"
 
 INLINE __mmask16 first_columns(int n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }
@@ -166,4 +167,12 @@ void KERNEL(round_bf16)(const ada_narrow_tile *t, int n) {
         }
         _mm512_store_ps(t->sum + i, _mm512_add_ps(_mm512_load_ps(t->sum + i), sum));
     }
+}
+
+void KERNEL(pair_bf16)(uint32_t *to, const float *rows) {
+    for (int i = 0; i < ADA_LANES; i += 2, rows += 2 * ADA_BLOCK, to += ADA_BLOCK)
+        for (int j = 0; j < ADA_BLOCK; j += VL) {
+            const __m512i low = bf16_bits(v_loadu(rows + j)), high = bf16_bits(v_loadu(rows + ADA_BLOCK + j));
+            _mm512_storeu_si512(to + j, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
+        }
 }

@@ -93,13 +93,3 @@ void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *rea
                         _mm512_castsi512_ps(square[v]));
     }
 }
-
-void ada_pair_bf16_avx512bf16(uint32_t *to, const float *rows) {
-    for (int i = 0; i < ADA_LANES; i += 2, rows += 2 * ADA_BLOCK)
-        for (int j = 0; j < ADA_BLOCK; j += VL, to += VL) {
-            const __m256bh low = _mm512_cvtneps_pbh(v_load(rows + j));
-            const __m256bh high = _mm512_cvtneps_pbh(v_load(rows + ADA_BLOCK + j));
-            const words x = _mm512_cvtepu16_epi32((__m256i)low), y = _mm512_cvtepu16_epi32((__m256i)high);
-            w_store(to, _mm512_or_si512(x, _mm512_slli_epi32(y, 16)));
-        }
-}

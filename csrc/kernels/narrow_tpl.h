@@ -220,11 +220,13 @@ void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts,
 }
 #endif
 
+#ifndef OWN_PAIR_BF16
 void KERNEL(pair_bf16)(uint32_t *to, const float *rows) {
     for (int i = 0; i < ADA_LANES; i += 2, rows += 2 * ADA_BLOCK, to += ADA_BLOCK)
         for (int j = 0; j < ADA_BLOCK; j++)
             to[j] = bf16_from_float(rows[j]) | (uint32_t)bf16_from_float(rows[ADA_BLOCK + j]) << 16;
 }
+#endif
 
 #ifndef OWN_ENCODE
 #    define ENCODE_INTEGERS(op, type, most)                                                                  \

@@ -23,7 +23,7 @@ bool KERNEL(backward)(const KIND(ada_backward_tile) * t) {
             const bool see = (!t->visible || (t->visible[r] >> j & 1)) && bias != -INFINITY;
             const REAL kept = !t->keep ? 1 : t->keep[r] >> j & 1 ? t->kept : 0;
             const REAL w = see ? EXP2(t->s[at] + bias - t->lse[r]) : 0;
-            t->s[at] = kept != 0 ? w * kept : 0;
+            t->s[at] = w * kept;
             finite &= (bool)isfinite(t->s[at]);
             if (!t->g) continue;
             t->g[at] = see ? w * ((kept != 0 ? t->g[at] * kept : 0) - t->delta[r]) : 0;

@@ -77,6 +77,7 @@ static const struct {
     {"gauge_i8", make_gauge, ADA_F32, CHECK_I8},
     {"gauge_i16", make_gauge, ADA_F32, CHECK_I16},
     NARROW(encode, make_encode),
+    {"pair_bf16", make_pair, ADA_F32, ADA_BF16},
     {"turn_8", make_turn, ADA_F32, CHECK_U8},
     {"turn_16", make_turn, ADA_F32, CHECK_I16},
     {"turn_32", make_turn, ADA_F32, CHECK_I32},

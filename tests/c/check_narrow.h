@@ -491,6 +491,22 @@ static void make_encode(check *c) {
         RUN(c, CALL_AS(c, encode_i8, data(to), ldt, rows.first, rows.ld, n, width, data(less), data(factor)));
 }
 
+static void make_pair(check *c) {
+    const int64_t count = ADA_LANES * ADA_BLOCK;
+    if (c->style == SPECIALS) c->style = PLAIN;
+    buffer *rows = new_buffer(c, "rows", ADA_F32, count, ADA_BLOCK, 64);
+    buffer *to = new_buffer(c, "to", CHECK_I32, count / 2, ADA_BLOCK, 64);
+    for (int64_t at = 0; at < count; at++) set(rows, at, uniform(c, -2, 2) * exp2(integer(c, -60, 60)));
+    for (int64_t at = 0; at < count / 2; at++) {
+        const int64_t low = at / ADA_BLOCK * 2 * ADA_BLOCK + at % ADA_BLOCK;
+        const uint32_t first = to_half((float)value_at(rows, low), ADA_BF16);
+        const uint32_t second = to_half((float)value_at(rows, low + ADA_BLOCK), ADA_BF16);
+        expect_bits(to, at, first | second << 16);
+    }
+    c->bytes = 6.0 * (double)count;
+    RUN(c, CALL_AS(c, pair_bf16, (uint32_t *)to->data, (float *)rows->data));
+}
+
 static void make_turn(check *c) {
     const int size = dtype_bytes(c->element);
     const int rows = 64 / size * pick(c, "rows/64", 1, 3, 4), columns = pick(c, "columns", 1, 70, 128);
