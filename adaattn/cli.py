@@ -113,6 +113,9 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kinds", nargs="+", metavar="NAME", help="made heads, some of: gaussian, sparse, smooth"
     )
+    command.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", help="tokens of the sweep; default 128 to 32768"
+    )
     command.add_argument("--heads", nargs="+", metavar="FILE", help="your own: .npz or .safetensors")
     command.add_argument("--causal", action="store_true", help="the heads of --heads are causal")
     command.add_argument("--tolerance", type=float, metavar="T", help="of the adaptive ones; default 0.01")

@@ -65,7 +65,9 @@ def test_every_contender_takes_part(run: Run) -> None:
 def test_rows_agree_with_themselves(run: Run) -> None:
     for row in run.rows:
         B, H, T, S, D = row.shape
-        assert row.seconds_q1 <= row.seconds <= row.seconds_q3 and 1 <= len(row.samples) <= 2
+        assert row.seconds_q1 <= row.seconds <= row.seconds_q3
+        assert [block.seconds for block in row.blocks] == row.samples and len(row.samples) == 2
+        assert ("ceilings" in run.left_out) or all(block.peak_seconds > 0 for block in row.blocks)
         E = 24 if row.heads == "own" else D
         pairs = T * (T + 1) // 2 if row.causal else T * S
         assert row.tflops * row.seconds * 1e12 == pytest.approx(2 * B * H * pairs * (D + E))
@@ -266,7 +268,7 @@ def test_page_escapes(run: Run) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "QUICK", replace(TINY, kinds=("gaussian",)))
+    monkeypatch.setattr(suite, "QUICK", replace(TINY, kinds=("gaussian", "smooth"), quick=True))
 
 
 @pytest.mark.parametrize("rich", [False, True])
@@ -281,14 +283,18 @@ def test_command(
         monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     saved, sheet = tmp_path / "run.json", tmp_path / "run.csv"
-    arguments = ["bench", "--quick", "--sections", "shapes", "front", "--threads", "1", "--tolerance", "0.05"]
+    arguments = ["bench", "--quick", "--sections", "shapes", "sweep", "front", "--kinds", "gaussian"]
+    arguments += ["--lengths", "96", "--threads", "1", "--tolerance", "0.05"]
     assert cli.main([*arguments, "--json", str(saved), "--csv", str(sheet)]) == 0
     printed = capsys.readouterr()
     assert "Shapes of made heads" in printed.out and "adaptive precision" in printed.out
     # rich draws ten times a second: a step may pass between two pictures
     assert ("100%" if rich else "front: bytelm 192, layer 1") in printed.err
     assert ("[####" in printed.err) is not rich
-    assert sheet.exists() and results.load(str(saved)).tolerance == 0.05
+    found = results.load(str(saved))
+    assert sheet.exists() and found.tolerance == 0.05 and found.quick
+    assert {row.heads for row in found.rows} == {"gaussian"}
+    assert {row.shape[3] for row in found.pick("sweep")} == {96}
     assert cli.main(["bench", "--load", str(saved)]) == 0
     assert capsys.readouterr().out == printed.out
     assert cli.main(["bench", "--compare", str(saved), str(saved)]) == 0
@@ -311,6 +317,7 @@ def test_command_tells_of_a_broken_promise(
         (["--kinds", "other"], "--kinds: expected names among gaussian, sparse, smooth, got 'other'"),
         (["--tolerance", "0"], "--tolerance: expected a number between 0 and 1, got 0"),
         (["--tolerance", "nan"], "--tolerance: expected a number between 0 and 1, got nan"),
+        (["--lengths", "64", "0"], "--lengths: expected at least 1, got 0"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--causal"], "--causal: expected --heads beside it, got none"),
         (["--json", "/no/such/folder/x.json"], "--json: expected a folder that exists"),
@@ -503,10 +510,11 @@ def test_what_scatters_more_must_change_more() -> None:
     """Where the run's blocks lie apart, or the row's own."""
     assert verdicts(made(scatter=0.1), made({"both": 1.15}, scatter=0.1, seed=1))["both"] == {""}
     restless = made({"both": 1.15}, seed=1)
-    for row in restless.pick("shapes", "both"):
-        row.blocks[0].seconds *= 1.2
-        row.blocks[1].seconds /= 1.2
-    assert verdicts(made(), restless)["both"] == {""}
+    row = restless.pick("shapes", "both")[0]
+    row.blocks[0].seconds *= 1.2
+    row.blocks[1].seconds /= 1.2
+    found = [c.verdict for c in changes.compare(made(), restless).changes if c.row.name == "both"]
+    assert found == ["", *["slower"] * 5]
 
 
 @pytest.mark.parametrize("peer", ["torch", "onnxruntime", "numpy", "peak"])

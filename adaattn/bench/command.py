@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace, progress: suite.Progress) -> Run:
         scope = suite.QUICK if arguments.quick else suite.FULL
         if arguments.kinds:
             scope = replace(scope, kinds=tuple(arguments.kinds))
+        if arguments.lengths:
+            scope = replace(scope, sweep=tuple(arguments.lengths))
         found = suite.run(
             scope,
             sections=arguments.sections or suite.SECTIONS,
@@ -72,6 +74,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"--tolerance: expected a number between 0 and 1, got {arguments.tolerance:g}")
     if arguments.threads is not None and arguments.threads < 1:
         raise ArgumentError(f"--threads: expected at least 1, got {arguments.threads}")
+    if any(length < 1 for length in arguments.lengths or ()):
+        raise ArgumentError(f"--lengths: expected at least 1, got {min(arguments.lengths)}")
     if arguments.causal and not arguments.heads:
         raise ArgumentError("--causal: expected --heads beside it, got none")
     if arguments.plot or arguments.html:

@@ -240,6 +240,7 @@ class _Rounds:
 
     row: Row
     operations: int
+    calls: int  # behind each sample
     over: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, runner: Runner, others: Mapping[str, Runner]) -> None:
@@ -284,7 +285,8 @@ class _Suite:
     def measure_rows(self, case: Case, heads: Heads) -> None:
         """A block of rounds: the first makes the case's rows, others add to them."""
         names = [name for name in LABELS if name not in self.found.left_out and not unfit(name, heads)]
-        made = {name: self.prepare(name, heads) for name in names}
+        earlier = {name: self.rounds[case, name] for name in names if (case, name) in self.rounds}
+        made = {name: self.prepare(name, heads, earlier.get(name)) for name in names}
         units = self.units(heads)
         runners = [*units.values(), *(one.runner for one in made.values())]
         take_turns(runners, self.scope.rounds, self.scope.case)
@@ -292,11 +294,14 @@ class _Suite:
             rate = _operations(heads) / unit.seconds / 1e9
             self.found.ceilings[name] = max(self.found.ceilings[name], rate)
         others = units | {name: made[name].runner for name in ("torch", "dense") if name in made}
-        if (case, names[0]) not in self.rounds:
+        if not earlier:
             rows = {name: _row(case, heads, one.runner) for name, one in made.items()}
             self.describe(rows, heads, made)
             self.found.rows += rows.values()
-            self.rounds |= {(case, name): _Rounds(row, _operations(heads)) for name, row in rows.items()}
+            self.rounds |= {
+                (case, name): _Rounds(row, _operations(heads), made[name].runner.calls)
+                for name, row in rows.items()
+            }
         for name, one in made.items():
             self.rounds[case, name].add(one.runner, others)
 
@@ -315,9 +320,15 @@ class _Suite:
             if self.meter is not None and one.runner.seconds < 5:
                 row.memory = self.meter.measure(name, heads, self.found.tolerance, row.threads)
 
-    def prepare(self, name: str, heads: Heads) -> _Contender:
-        """One that is ready to take turns."""
+    def prepare(self, name: str, heads: Heads, earlier: _Rounds | None = None) -> _Contender:
+        """One that is ready to take turns: without a first call where it had rounds before."""
         call = build(name, heads, self.found.tolerance, self.found.threads)
+        runner = Runner(name, timer(call), self.found.threads)
+        if name not in CONFIGURATIONS and name != "torch":
+            runner.limit = max(0.1, self.scope.case / 4)
+        if earlier is not None:
+            runner.calls = earlier.calls
+            return _Contender(runner, None, None)
         report = None
         start = time.perf_counter()
         if name in CONFIGURATIONS:
@@ -325,11 +336,7 @@ class _Suite:
             out, report = heads.attend(num_threads=self.found.threads, return_report=True, **options)
         else:
             out = call()
-        first = time.perf_counter() - start
-        runner = Runner(name, timer(call), self.found.threads)
-        if name not in CONFIGURATIONS and name != "torch":
-            runner.limit = max(0.1, self.scope.case / 4)
-        runner.calibrate(self.scope.sample, first)
+        runner.calibrate(self.scope.sample, time.perf_counter() - start)
         return _Contender(runner, out, report)
 
     def units(self, heads: Heads) -> dict[str, Runner]:
