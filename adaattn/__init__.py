@@ -7,11 +7,12 @@ from .cache import KVCache
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .gpu import gpu_info
 from .rates import calibrate
-from .stats import Plan, Report
+from .stats import POLICIES, Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
 __all__ = [
+    "POLICIES",
     "ArgumentError",
     "DTypeError",
     "DeviceError",

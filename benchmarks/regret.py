@@ -8,6 +8,7 @@ verifying are not part of it: see budget.py.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from heads import Array, Heads, errors
-from instruments import COLORS, RATES, REAL, draw, rung_names, save, share, use_rates, verdict, write_json
+from instruments import COLORS, RATES, REAL, draw, save, share, use_rates, verdict, write_json
 from report import show_table
 
 import adaattn
@@ -72,7 +73,7 @@ def choices(name: str, heads: Heads, rounds: int) -> list[Choice]:
         plan = heads.attend(adaattn.plan, tolerance=tolerance)
         report = heads.attend(tolerance=tolerance, return_report=True)[-1]
         seconds = plan.candidate_seconds if measured is None else np.broadcast_to(measured, error.shape)
-        first, final = rung_names(plan), rung_names(report)
+        first, final = plan.rungs, report.rungs
         for i, at in enumerate(np.ndindex(first.shape)):
             times: dict[str, Any] = dict(zip(RUNGS, seconds[at].tolist(), strict=True))
             keeping = [rung for rung, e in zip(RUNGS, error[at], strict=True) if e <= tolerance]
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of measuring times")
     parser.add_argument("--sets", nargs="+", choices=list(REAL), default=list(REAL), metavar="SET")
     parser.add_argument("--quick", action="store_true", help="heads of at most 512 keys, 3 rounds")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="measure nothing; show these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every head")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="regret-TABLE.png and .svg")
     args = parser.parse_args()
@@ -142,7 +144,11 @@ def main() -> None:
     how = args.times or ("measured" if args.rates in ("machine", "calibrated") else "table")
     rounds = (3 if args.quick else args.rounds) if how == "measured" else 0
     found: list[Choice] = []
-    for name in args.sets:
+    for file in args.join or ():
+        kept = json.loads(file.read_text())
+        how = kept["times"]
+        found += [Choice(**choice) for choice in kept["choices"]]
+    for name in args.sets if not args.join else ():
         if args.quick and not name.endswith(("128 tokens", "512 tokens", "512 bytes")):
             continue
         print(name, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from heads import Heads, bundled, errors, gaussian
-from instruments import RATES, rung_names, use_rates, verdict, write_json
+from instruments import RATES, use_rates, verdict, write_json
 from report import show_table
 
 from adaattn.bench.heads import topics
@@ -117,7 +117,7 @@ def measure(name: str, head: Heads, tolerance: float, threads: int, rounds: int,
             if who == "torch":
                 continue
             out, report = result
-            found.rungs[who] = str(rung_names(report)[0, 0])
+            found.rungs[who] = str(report.rungs[0, 0])
             if who == "auto":
                 found.structure, found.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
                 found.rank = int(report.rank[0, 0])
