@@ -355,6 +355,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto done;
     budget.structure = structure == 2 ? ADA_STRUCTURE_LOW_RANK : (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
+    budget.verify_all = args[VERIFY] == Py_True;
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
     budget.asked = p.precision;
