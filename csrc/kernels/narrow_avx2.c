@@ -9,7 +9,9 @@
 #define OWN_INTEGERS
 #define OWN_TURNS
 #define OWN_REACH
+#define OWN_SQUARES
 #define OWN_ENCODE
+#include "squares_tpl.h"
 #include "narrow_tpl.h"
 
 /* Eight words, each made of neighbouring rows' elements of one column. */
