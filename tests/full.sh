@@ -21,7 +21,7 @@ git ls-files -z --cached --others --exclude-standard | tar -c --null --files-fro
     ADAATTN_SANITIZE=address,undefined "$python" setup.py --quiet build_ext --inplace
     export LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)"
     export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1
-    "$python" -m pytest tests/test_{attention,backward,bits,nan,fuzz,errors,dlpack,nn}.py "$@"
+    "$python" -m pytest tests/test_{attention,backward,bits,nan,fuzz,errors,dlpack,linear,nn}.py "$@"
 ) || failed+=("sanitizers")
 
 echo "== coverage"
