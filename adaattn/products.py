@@ -319,6 +319,7 @@ def _by_blas(x: _Array, weight: _Array, bias: _Array | None, rung: int) -> _Arra
     return y.reshape(*x.shape[:-1], len(weight)).astype(x.dtype, copy=False)
 
 
+@np.errstate(all="ignore")
 def _measured(x: _Array, weight: _Array, bias: _Array | None, y: _Array) -> float:
     """Relative error of y, from up to 16 of its features in float64."""
     N, K = weight.shape

@@ -23,7 +23,7 @@ git ls-files -z --cached --others --exclude-standard | tar -c --null --files-fro
     # What is freed is kept for a while: few megabytes, as tests look at the memory that calls take.
     export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=4
     export UBSAN_OPTIONS=halt_on_error=1
-    "$python" -m pytest tests/test_{attention,backward,bits,budget,cache,certified,dlpack,errors,fuzz,lowrank}.py \
+    "$python" -m pytest tests/test_{attention,backward,bits,budget,cache,certified,dlpack,errors,fuzz,linear,lowrank}.py \
         tests/test_{nan,nn,nn_gradients,nn_rank,plan,promise,report,rungs,sampling,sparse,torch}.py "$@"
 ) || failed+=("sanitizers")
 
