@@ -27,7 +27,7 @@
 #define ROW_SPEED 0.6
 /* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung.
  */
-#define LOOK_OPERATIONS 150
+#define LOOK_OPERATIONS 110
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
@@ -203,7 +203,7 @@ static bool pays(const ada_attending *a, int64_t head) {
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
     /* What is done for each row, not for each element, weighs more where rows are short. */
-    const double each = a->backend->look_operations * (1 + 16 / (double)p->D);
+    const double each = a->backend->look_operations * (1 + fmin(1024 / (double)(p->D * p->D), 1));
     const double looking = 1e-9 * each * looked_at / rates[task.plain].gflops[0];
     return ada_may_pay(&task, rates, looking + a->backend->look_seconds);
 }

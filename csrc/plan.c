@@ -199,15 +199,18 @@ static bool allowed(const ada_task *t, ada_choice choice) {
     return t->cheapest == ADA_RUNG_AUTO || (choice.qk <= t->cheapest && choice.pv <= t->cheapest);
 }
 
-/* No head is known on which a rung's error is below this. */
+/* No head is known on which a rung's error is below this; most have less than COMMON times as much. */
+#define COMMON 8
 static const double least_error[ADA_CANDIDATES] = {0, 0, 0, 3e-7, 1e-5, 5e-5, 3e-4, 1e-3, 1.5e-3};
 
 bool ada_may_pay(const ada_task *t, const ada_rate rates[ADA_CANDIDATES], double cost) {
     const double plain = ada_predicted_seconds(t, &rates[t->plain]);
     for (int c = t->plain + 1; c < ADA_CANDIDATES; c++) {
         const double saved = plain - ada_predicted_seconds(t, &rates[c]);
+        /* Few heads are as good as the best: what only they allow must be worth twice the looking. */
+        const double stake = COMMON * least_error[c] <= t->tolerance ? cost : 2 * cost;
         if (allowed(t, ada_candidates[c]) && ADA_MARGIN * least_error[c] <= t->tolerance &&
-            saved > (1 - PAYS) * plain && saved > cost)
+            saved > (1 - PAYS) * plain && saved > stake)
             return true;
     }
     return !allowed(t, ada_candidates[t->plain]);

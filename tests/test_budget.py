@@ -451,3 +451,19 @@ def test_heads_with_other_weights_are_verified(options: dict[str, Any]) -> None:
     query, key, value = np.random.default_rng(0).standard_normal((3, 1, 1, 100, 32), np.float32)
     _, report = adaattn.attention(query, key, value, tolerance=1e-2, **options, return_report=True)
     assert (report.verified_rows > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "D", "tolerance", "looks"),
+    [(128, 64, 5e-2, False), (256, 32, 1e-2, False), (256, 32, 5e-2, True), (512, 32, 1e-2, True)],
+)
+def test_looking_that_only_the_best_heads_repay_is_left_out(
+    keys: int, D: int, tolerance: float, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 1e-2 int8 would save more than looking costs, but few heads allow it."""
+    monkeypatch.setattr(rates, "_table", rates._defaults("avx512bf16"))
+    arrays = np.random.default_rng(0).standard_normal((3, 1, 2, keys, D), np.float32)
+    plan = adaattn.plan(*arrays, tolerance=tolerance)
+    assert np.isnan(plan.candidate_error).all() != looks
+    assert looks or (plan.rungs == "fp32").all()
+    assert looks or "nothing was looked at" in plan.explain()

@@ -233,8 +233,8 @@ def test_block_is_pre_norm_with_residuals(x: Any) -> None:
 
 @pytest.fixture
 def long(rng: np.random.Generator) -> Any:
-    """Queries enough to be verified."""
-    return rng.standard_normal((2, 128, 64), dtype=np.float32)
+    """Heads long enough to be looked at and verified."""
+    return rng.standard_normal((2, 320, 64), dtype=np.float32)
 
 
 def adaptive(**options: Any) -> nn.AdaptivePrecisionAttention:
@@ -604,8 +604,8 @@ def test_bundled_model_on_its_first_bytes(bundled: nn.Transformer) -> None:
 def told(rng: np.random.Generator) -> Any:
     """Statistics of a model whose second layer is called more often than its first."""
     model = small(tolerance=0.5, collect_statistics=True).eval()
-    model(rng.integers(0, 50, (2, 128)))
-    model.blocks[1].attn(rng.standard_normal((1, 70, 16)).astype(np.float32))
+    model(rng.integers(0, 50, (2, 320)))
+    model.blocks[1].attn(rng.standard_normal((1, 300, 16)).astype(np.float32))
     return model.statistics()
 
 
