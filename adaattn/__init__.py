@@ -8,11 +8,12 @@ from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalErro
 from .gpu import gpu_info
 from .products import LinearReport, PackedWeight, linear
 from .rates import calibrate
-from .stats import GradientReport, Plan, Report
+from .stats import POLICIES, GradientReport, Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]
 
 __all__ = [
+    "POLICIES",
     "ArgumentError",
     "DTypeError",
     "DeviceError",

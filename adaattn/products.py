@@ -19,7 +19,7 @@ _Array = NDArray[Any]
 
 _LANES = _DEPTH = 256  # as in csrc/linear.h
 _LOW = 256  # what a one in the high byte of a code stands for in ones of the low byte
-_MOST = 127 * _LOW + 127  # the largest code: its high byte is at most 127
+_MOST = 127 * _LOW  # the largest code, which the high byte alone has exactly
 
 #: What a row may be computed with, cheap to dear.
 LADDER = ("int8", "int16", "fp32", "fp64")

@@ -22,7 +22,7 @@ _SCALARS = _adaattn.HEAD_FIELDS[: -3 * _N]
 _SIZES = ("B", "H", "G", "T", "S", "D", "E")
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-#: Names for tolerances.
+#: The policies: names for tolerances.
 POLICIES: Mapping[str, float] = {"quality": 1e-5, "balanced": 1e-2, "speed": 5e-2}
 
 PHASES = ("probe", "plan", "execute", "verify")
@@ -54,6 +54,11 @@ def _columns(table: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 def _names(indices: NDArray[np.float64]) -> NDArray[np.str_]:
     names: NDArray[np.str_] = np.array(_adaattn.RUNGS)[indices.astype(int)]
     return names
+
+
+def _pairs(qk: NDArray[np.str_], pv: NDArray[np.str_]) -> NDArray[np.str_]:
+    both: NDArray[np.str_] = np.where(qk == pv, qk, np.char.add(np.char.add(qk, "/"), pv))
+    return both
 
 
 def _structures(budget: NDArray[np.float64], rank: NDArray[Any]) -> NDArray[np.str_]:
@@ -93,7 +98,8 @@ class Plan:
     precision_qk, precision_pv : (B, H) array of str
         Rungs of the scores and of the values.
     predicted_error : (B, H) array
-        Relative Frobenius error of the output; NaN where it is not known.
+        Relative Frobenius error of the output; NaN where it is not known. Of heads that nothing was looked at
+        it is what such heads show, in a report's plan what some rows said when the head was computed.
     structure : (B, H) array of str
         "sparse" where the values of some blocks of keys are left out, "low_rank" where landmarks stand for
         all keys, else "dense".
@@ -196,6 +202,11 @@ class Plan:
         numbers = np.stack([getattr(self, name) for name in names], axis=-1)
         return tuple(self.sizes.values()), rungs, numbers.reshape(-1)
 
+    @property
+    def rungs(self) -> NDArray[np.str_]:
+        """(B, H): the rung of both products, by its name in `candidates`: "bf16", "int8/bf16"."""
+        return _pairs(self.precision_qk, self.precision_pv)
+
     def explain(self) -> str:
         """For each head the choice and why it won; then the candidates with predicted time and error."""
         from . import views
@@ -270,8 +281,8 @@ class Report:
         What can be passed to a later call; None without a tolerance.
     kept_blocks : (B, H, rows, columns) array or None
         A picture of each sparse head, of up to 32 parts of its queries and of its keys: the share of a part's
-        visible blocks of 64 by 64 that was computed. NaN where nothing is visible and for other heads; None
-        where no head was sparse. `plot_blocks` draws it.
+        visible blocks of 64 by 64 that was computed. NaN where nothing is visible, for the last queries where
+        these are not 64, and for other heads; None where no head was sparse. `plot_blocks` draws it.
     stored_error : (B, H) array or None
         From a `KVCache`: the relative error of the output that keeping keys and values in its dtype is
         predicted to have cost, as if what was appended had been more exact. None elsewhere.
@@ -339,6 +350,11 @@ class Report:
             plan=made,
             kept_blocks=picture,
         )
+
+    @property
+    def rungs(self) -> NDArray[np.str_]:
+        """(B, H): the rung of both products: "bf16", or "int8/bf16" for scores in int8 and values in bf16."""
+        return _pairs(self.precision_qk, self.precision_pv)
 
     def table(self) -> str:
         """A line for each head; columns that say nothing about any head are left out.

@@ -1,19 +1,23 @@
 """What a tolerance costs and what it gains: probe, plan and verification as a share of a call, and speed.
 
 Everyone takes a turn in every round, and a ratio compares times of the same round: the three policies, a plan
-that is used again, the exact default, and torch's attention at fp32, on Gaussian and on real heads.
+that is used again, the exact default, and torch's attention at fp32, on Gaussian and on real heads. Nobody
+who is timed makes a report; shares come from calls besides. Long runs can be cut: --part, then --join.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,6 @@ from instruments import (
     REAL,
     draw,
     geometric_mean,
-    rung_names,
     save,
     use_rates,
     verdict,
@@ -73,23 +76,25 @@ class Runner:
     keys: int
     threads: int
     name: str
-    call: Callable[[], Any] = field(repr=False)
+    call: Callable[..., Any] | None = field(default=None, repr=False)
+    tells: bool = False  # has a report
     seconds: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)  # of probe, plan and verification
     rungs: list[str] = field(default_factory=list)
 
     def turn(self) -> None:
-        """Calls for a while; the mean counts."""
+        """Calls for a while; the mean counts. Then once with a report."""
+        assert self.call is not None
         start = time.perf_counter()
         calls = 0
         while calls == 0 or time.perf_counter() - start < TURN:
-            result = self.call()
+            self.call()
             calls += 1
         self.seconds.append((time.perf_counter() - start) / calls)
-        if isinstance(result, tuple):
-            spent = result[-1].seconds
-            self.shares.append(1 - spent["execute"] / sum(spent.values()))
-            self.rungs = sorted(set(rung_names(result[-1]).flat))
+        if self.tells:
+            report = self.call(return_report=True)[-1]
+            self.shares.append(1 - report.seconds["execute"] / sum(report.seconds.values()))
+            self.rungs = sorted(set(report.rungs.flat))
 
     def over(self, other: Runner) -> float:
         """How many times as fast as another, in the median round."""
@@ -98,17 +103,19 @@ class Runner:
 
 def runners(group: str, case: str, heads: Heads, threads: int) -> list[Runner]:
     causal = bool(heads.options.get("causal"))
-    calls: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: heads.attend(policy=name, return_report=True, num_threads=threads)
-        for name in POLICIES
+    calls: dict[str, Callable[..., Any]] = {
+        name: partial(heads.attend, policy=name, num_threads=threads) for name in POLICIES
     }
     plan = heads.attend(policy="balanced", return_report=True)[-1].plan
-    calls[REUSE] = lambda: heads.attend(plan=plan, return_report=True, num_threads=threads)
-    calls["exact"] = lambda: heads.attend(num_threads=threads)
+    calls[REUSE] = partial(heads.attend, plan=plan, num_threads=threads)
+    calls["exact"] = partial(heads.attend, num_threads=threads)
     with suppress(ImportError):
         calls["torch"] = build_torch([heads.query, heads.key, heads.value], causal, threads)
     keys = heads.key.shape[2]
-    return [Runner(group, case, heads.name, keys, threads, name, call) for name, call in calls.items()]
+    return [
+        Runner(group, case, heads.name, keys, threads, name, call, name in (*POLICIES, REUSE))
+        for name, call in calls.items()
+    ]
 
 
 def measure(
@@ -120,7 +127,8 @@ def measure(
             for threads in thread_counts:
                 turns = runners(group, case, heads, threads)
                 for one in turns:
-                    one.call()
+                    if one.call:
+                        one.call()
                 for i in range(rounds):
                     for one in (*turns[i % len(turns) :], *turns[: i % len(turns)]):
                         if threads > 1:
@@ -128,9 +136,19 @@ def measure(
                         one.turn()
                 found.append(turns)
                 for one in turns:
-                    del one.call
+                    one.call = None
             print(f"{group}: {case}, {heads.name}", file=sys.stderr, flush=True)
     return found
+
+
+def joined(files: list[Path]) -> list[list[Runner]]:
+    """The runs that --json kept, by case again."""
+    found: dict[tuple[Any, ...], list[Runner]] = {}
+    for file in files:
+        for run in json.loads(file.read_text())["runs"]:
+            one = Runner(**run)
+            found.setdefault((file, one.group, one.case, one.head, one.threads), []).append(one)
+    return list(found.values())
 
 
 def show_shares(found: list[list[Runner]], threads: int) -> None:
@@ -205,6 +223,8 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=["overhead", "Gaussian", "real"], metavar="GROUP")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--quick", action="store_true", help="short heads and three rounds")
+    parser.add_argument("--part", metavar="K/N", help="of N parts of every group's cases the K-th: 1/3")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="measure nothing; show these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything, with every sample")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="budget.png and .svg")
     args = parser.parse_args()
@@ -220,10 +240,13 @@ def main() -> None:
         "real": real,
     }
     cases = {name: members for name, members in cases.items() if name in (args.groups or cases)}
+    if args.part:
+        first, step = map(int, args.part.split("/"))
+        cases = {name: islice(members, first - 1, None, step) for name, members in cases.items()}
     gc.disable()
-    found = measure(cases, args.threads, 3 if args.quick else args.rounds)
-    for threads in args.threads:
-        if "overhead" in cases:
+    found = joined(args.join) if args.join else measure(cases, args.threads, 3 if args.quick else args.rounds)
+    for threads in sorted({turns[0].threads for turns in found}):
+        if any(turns[0].group == "overhead" for turns in found):
             show_shares(found, threads)
         for group in ("Gaussian", "real"):
             show_speeds(found, group, threads)

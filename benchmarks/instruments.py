@@ -16,7 +16,7 @@ from heads import Array, Heads, bundled, minilm
 import adaattn
 import adaattn.rates as machine
 
-POLICIES = adaattn.stats.POLICIES
+POLICIES = adaattn.POLICIES
 
 #: All heads of two real models.
 REAL: dict[str, Callable[[], Iterator[Heads]]] = {
@@ -52,12 +52,6 @@ def _calibrated() -> Array:
         for rung in machine.RUNGS
     ]
     return np.array(rows, np.float64)
-
-
-def rung_names(report: Any) -> Array:
-    """Of each head of a report or plan: one rung, or scores/values."""
-    pairs = zip(report.precision_qk.flat, report.precision_pv.flat, strict=True)
-    return np.array([qk if qk == pv else f"{qk}/{pv}" for qk, pv in pairs]).reshape(report.precision_qk.shape)
 
 
 def share(part: Any) -> float:

@@ -26,7 +26,6 @@ from instruments import (
     RATES,
     REAL,
     draw,
-    rung_names,
     save,
     share,
     use_rates,
@@ -118,7 +117,7 @@ def attend(heads: Heads, exact: tuple[Array, Array], tolerance: float, lse: bool
         off = np.abs(np.where(np.isfinite(exact[1]), more[0], 0) - wanted).max(axis=2)
         # The scores behind an lse are about as large: four roundings of that size.
         allowed = np.maximum(tolerance, 4 * ROUNDING * np.maximum(1, np.abs(wanted).max(axis=2)))
-    columns = (rung_names(report), true, report.predicted_error, report.measured_error, report.error_limit)
+    columns = (report.rungs, true, report.predicted_error, report.measured_error, report.error_limit)
     columns += (report.verified_rows, report.retried, off, allowed)
     return list(zip(*(x.ravel().tolist() for x in columns), strict=True))
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from heads import Array, Heads, errors
-from instruments import COLORS, RATES, REAL, draw, rung_names, save, share, use_rates, verdict, write_json
+from instruments import COLORS, RATES, REAL, draw, save, share, use_rates, verdict, write_json
 from report import show_table
 from structure import SETS
 from structure import TOLERANCES as LOOSE
@@ -83,7 +83,7 @@ def choices(name: str, heads: Heads, rounds: int) -> list[Choice]:
         plan = heads.attend(adaattn.plan, tolerance=tolerance)
         report = heads.attend(tolerance=tolerance, return_report=True)[-1]
         seconds = plan.candidate_seconds if measured is None else np.broadcast_to(measured, error.shape)
-        first, final = rung_names(plan), rung_names(report)
+        first, final = plan.rungs, report.rungs
         for i, at in enumerate(np.ndindex(first.shape)):
             times: dict[str, Any] = dict(zip(RUNGS, seconds[at].tolist(), strict=True))
             keeping = [rung for rung, e in zip(RUNGS, error[at], strict=True) if e <= tolerance]
@@ -113,7 +113,7 @@ def structures(name: str, head: Heads, rounds: int) -> Iterator[Choice]:
 
 def label(report: Any) -> str:
     """Of a report's or a plan's head."""
-    structure, rung = str(report.structure[0, 0]), str(rung_names(report)[0, 0])
+    structure, rung = str(report.structure[0, 0]), str(report.rungs[0, 0])
     if structure == "low_rank":
         return f"{int(report.rank[0, 0])} landmarks"
     return rung if structure == "dense" else f"{rung} {structure}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from heads import Heads, bundled, errors, gaussian
-from instruments import RATES, rung_names, use_rates, verdict, write_json
+from instruments import RATES, use_rates, verdict, write_json
 from report import show_table
 
 from adaattn.bench.heads import topics
@@ -126,7 +126,7 @@ def measure(name: str, head: Heads, threads: int, rounds: int, exact: Any) -> li
 
 def note(case: Case, who: str, out: Any, report: Any, exact: Any) -> None:
     """What one call tells."""
-    case.rungs[who] = str(rung_names(report)[0, 0])
+    case.rungs[who] = str(report.rungs[0, 0])
     if who != "auto":
         return
     case.structure, case.kept = str(report.structure[0, 0]), float(report.kept_fraction[0, 0])
@@ -174,7 +174,7 @@ def split(head: Heads, tolerance: float, rounds: int) -> Split | None:
     return Split(
         head=head.name,
         tolerance=tolerance,
-        rung=str(rung_names(report)[0, 0]),
+        rung=str(report.rungs[0, 0]),
         kept=float(report.kept_fraction[0, 0]),
         dense=least["dense"],
         looking=least["probe"] + least["plan"],

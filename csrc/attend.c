@@ -119,7 +119,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
                       .lse = p->lse != NULL,
                       .dearest = a->budget->dearest,
                       .cheapest = a->budget->cheapest,
-                      .operations = ada_operations_of_head(p, head / p->H),
+                      .operations = a->operations[head / p->H],
                       .elements = (double)p->S * width,
                       .D = p->D,
                       .sparse = a->sparse,
@@ -156,7 +156,7 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
     ada_head_state *s = &a->states[head];
     memset(share, 0, (size_t)T * sizeof *share);
     ada_add_shares(share, NULL, live, T);
-    if (s->look) ada_add_shares(share, live, live, T);
+    if (s->look || s->uneven) ada_add_shares(share, live, live, T);
     if (norms) ada_add_shares(share, norms, live, T);
     for (int i = 0; shift2 && i < 3; i++) ada_add_shares(share, shift2, live, T);
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
@@ -202,7 +202,9 @@ static bool pays(const ada_attending *a, int64_t head) {
     const ada_task task = ada_task_of(a, head, 1);
     const double looked_at = task.elements + (double)(p->T * p->D);
     const ada_rate *rates = a->budget->rates;
-    const double looking = 1e-9 * a->backend->look_operations * looked_at / rates[task.plain].gflops[0];
+    /* What is done for each row, not for each element, weighs more where rows are short. */
+    const double each = a->backend->look_operations * (1 + 16 / (double)p->D);
+    const double looking = 1e-9 * each * looked_at / rates[task.plain].gflops[0];
     return ada_may_pay(&task, rates, looking + a->backend->look_seconds);
 }
 
@@ -274,11 +276,6 @@ static void bound_outliers(ada_attending *a, int64_t head) {
     }
 }
 
-/* Whether weights are what queries and keys alone make of them, as guesses have it. */
-static bool guesses_are_fair(const ada_problem *p) {
-    return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
-}
-
 /* Candidates of which blocks may stand in. Short heads win too little; by name a tile and a block suffice. */
 static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
     const bool by_name = b->structure == ADA_STRUCTURE_SPARSE;
@@ -330,7 +327,7 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const ada_head_state *s = &a->states[i];
     /* Dropout makes rows differ too much for two of them to tell. */
     const bool told = s->n && !a->p->drop_below;
-    const bool fair = told || a->p->T >= ADA_LEAST_QUERIES || guesses_are_fair(a->p);
+    const bool fair = told || a->p->T >= ADA_LEAST_QUERIES || ada_guesses_are_fair(a->p);
     ada_forecast known = {.finite = false};
     if (s->look) known = *f;
     for (int c = task->plain + 1; !(s->look == ADA_LOOK_ALL && fair) && c < ADA_CANDIDATES; c++)
@@ -533,6 +530,8 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran;
+        if (pair == ADA_RUNG_FP32 * ADA_RUNG_COUNT + ADA_RUNG_FP32 && ada_may_glance(a))
+            problem.head_done = ada_glance_at, problem.done_context = a;
         const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
         const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
         for (int64_t i = 0; i < count; i++) {
@@ -620,6 +619,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->rank = ada_carve(&c, heads * (int64_t)sizeof *a->rank);
     a->gain = ada_carve(&c, heads * (int64_t)sizeof *a->gain);
     a->limit = ada_carve(&c, heads * (int64_t)sizeof *a->limit);
+    a->operations = ada_carve(&c, p->B * (int64_t)sizeof *a->operations);
     a->failed = ada_carve(&c, heads * (int64_t)sizeof *a->failed);
     a->scratch = ada_carve(&c, threads * a->scratch_bytes);
     if (a->backend->carve) a->backend->carve(a, &c);
@@ -631,9 +631,12 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     ada_budget *budget = a->budget;
     double start = ada_seconds_now();
     bool probed = false;
+    for (int64_t b = 0; b < p->B; b++) a->operations[b] = ada_operations_of_head(p, b);
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         budget->heads[i] = ada_unknown_head();
-        a->states[i] = (ada_head_state){.look = look_at(a, i)};
+        /* Which follows from the sequence and the options alone. */
+        const ada_look look = i % p->H ? a->states[i - 1].look : look_at(a, i);
+        a->states[i] = (ada_head_state){.look = look};
         probed |= a->states[i].look != ADA_LOOK_NONE;
     }
     if (probed && a->backend->probe(a, error)) return error->status;

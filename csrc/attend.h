@@ -35,6 +35,7 @@ typedef struct {
     ada_choice asked;         /* AUTO, or the precision that was forced: it is verified and never changed */
     const ada_planned *given; /* (B, H), or NULL */
     bool verify;
+    bool verify_all;            /* even where that costs more than it may be worth */
     bool report;                /* heads are to be told all that became of them */
     ada_structure structure;    /* that was asked for */
     int least_rank, most_rank;  /* limits of the landmarks; 0: none */

@@ -32,6 +32,8 @@ typedef struct {
     bool exact_f64;
     double out2;       /* squared norm of the output; NaN or infinite: not to be verified */
     double value2;     /* mean squared norm of the values */
+    bool trusted;      /* a glance at the head says that it is far within the budget: not to be verified */
+    bool uneven;       /* it says that some rows are far larger than others */
     bool open;         /* to be verified */
     bool known;        /* rows are those to verify, and their exact ones are known */
     bool doubted;      /* these are its second rows */
@@ -96,6 +98,7 @@ struct ada_attending {
     int64_t *list;             /* [4][B * H] those to compute; and of ada_execute_heads */
     int *rank;                 /* [B * H], these and the next two as in ada_low_rank */
     double *gain, *limit;
+    double *operations; /* [B] of a head */
     char *rank_scratch; /* while ranks are looked for */
     int64_t rank_scratch_bytes;
     bool *failed;
@@ -160,6 +163,15 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
 void ada_make_dense(ada_head *head);
 /* The heads on the list, by their choices. */
 ada_status ada_execute_heads(ada_attending *a, const int64_t *list, int64_t n, ada_error *error);
+
+/* Whether weights are what queries and keys alone make of them, as guesses have it. */
+static inline bool ada_guesses_are_fair(const ada_problem *p) {
+    return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
+}
+
+/* Told of plain heads as they are done, where ada_may_glance. */
+bool ada_may_glance(const ada_attending *a);
+void ada_glance_at(void *attending, int64_t head, int worker);
 
 /* Sizes of a head's rows: 1 where it sees a key, else 0. scratch: for a mask that is read. */
 void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch);

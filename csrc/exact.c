@@ -14,19 +14,23 @@ int64_t ada_exact_keys(const ada_problem *p) { return ada_block_count(p) * ADA_B
 
 #define REAL float
 #define KIND(name) name##_f32
+#define OF_FLOATS(name) name##_f32
 #include "read_tpl.h"
 #include "exact_tpl.h"
 #undef REAL
 #undef KIND
+#undef OF_FLOATS
 #undef REAL_DTYPE
 #undef REAL_LARGEST
 
 #define REAL double
 #define KIND(name) name##_f64
+#define OF_FLOATS(name) name##_wide
 #include "read_tpl.h"
 #include "exact_tpl.h"
 #undef REAL
 #undef KIND
+#undef OF_FLOATS
 #undef REAL_DTYPE
 #undef REAL_LARGEST
 

@@ -1,4 +1,5 @@
-/* Exact rows in REAL, block by block with an online softmax. Included by exact.c behind read_tpl.h. */
+/* Exact rows in REAL, block by block with an online softmax. Included by exact.c behind read_tpl.h; OF_FLOATS
+ * names kernels of single queries whose keys and values are floats. */
 typedef struct {
     REAL *q, *k, *v, *o, *s, *bias, *reference;
 } KIND(exact_scratch);
@@ -27,6 +28,15 @@ static void KIND(add_scores)(const REAL *x, int n, uint64_t visible, double *sum
     for (int i = 0; i < PARTS; i++) *sum += (double)s[i], *square += (double)q[i];
 }
 
+/* n rows of (b, h) from j as row kernels read them: as floats where they lie, or as REAL. */
+static const void *KIND(keys_at)(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t j,
+                                 int n, REAL *copy, ptrdiff_t *ld, bool *floats) {
+    *floats = a->dtype == ADA_F32 && (a->stride[3] == (int64_t)sizeof(float) || a->shape[3] == 1);
+    if (!*floats) return KIND(rows_at)(k, a, b, h, j, n, copy, ld);
+    *ld = a->stride[2] / (ptrdiff_t)sizeof(float);
+    return ada_row_at(a, b, h, j);
+}
+
 static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                              const int64_t *queries, int rows, const KIND(exact_scratch) * s,
                              ada_exact *exact) {
@@ -51,10 +61,15 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
         const int nk = (int)(span.end - j < ADA_BLOCK ? span.end - j : ADA_BLOCK);
         const uint64_t all = nk == 64 ? UINT64_MAX : ((uint64_t)1 << nk) - 1;
         ptrdiff_t ldk, ldv;
-        const REAL *key = KIND(rows_at)(k, &p->key, b, g, j, nk, s->k, &ldk);
-        const REAL *value = KIND(rows_at)(k, &p->value, b, g, j, nk, s->v, &ldv);
+        bool floats[2];
+        const void *key = KIND(keys_at)(k, &p->key, b, g, j, nk, s->k, &ldk, &floats[0]);
+        const char *value = KIND(keys_at)(k, &p->value, b, g, j, nk, s->v, &ldv, &floats[1]);
+        const ptrdiff_t value_bytes = ldv * (ptrdiff_t)(floats[1] ? sizeof(float) : sizeof(REAL));
         uint64_t visible[ADA_EXACT_ROWS], common = all;
-        KIND(scores_of_rows)(k, s->s, s->q, rows, key, ldk, nk, D);
+        for (int r = 0; r < rows; r += ADA_ROW_GROUP)
+            (floats[0] ? k->OF_FLOATS(row_scores) : k->KIND(row_scores))(
+                s->s + r * ADA_BLOCK, s->q + r * D, rows - r < ADA_ROW_GROUP ? rows - r : ADA_ROW_GROUP, key,
+                ldk, nk, D);
         for (int r = 0; r < rows; r++) {
             const ada_patch patch = {b, h, queries[r], j, 1, nk};
             REAL *x = s->s + r * ADA_BLOCK;
@@ -71,11 +86,11 @@ static void KIND(exact_rows)(const ada_problem *p, const ada_kernels *k, int64_t
             exact->visible[r] += __builtin_popcountll(visible[r]);
             common &= visible[r];
         }
-        if (common == all)
-            KIND(add_values_of_rows)(k, s->o, s->s, rows, value, ldv, nk, E);
-        else
-            for (int r = 0; r < rows; r++) ADA_FOR_RUNS(visible[r], first, n) /* what is hidden is not read */
-        k->KIND(row_values)(s->o + r * E, E, s->s + r * ADA_BLOCK + first, 1, value + first * ldv, ldv, n, E);
+        const int together = common == all ? ADA_ROW_GROUP : 1; /* what is hidden is not read */
+        for (int r = 0; r < rows; r += together) ADA_FOR_RUNS(common == all ? all : visible[r], first, n)
+        (floats[1] ? k->OF_FLOATS(row_values) : k->KIND(row_values))(
+            s->o + r * E, E, s->s + r * ADA_BLOCK + first, rows - r < together ? rows - r : together,
+            value + first * value_bytes, ldv, n, E);
     }
     for (int r = 0; r < rows; r++) {
         const double factor = ada_row_factor(p, h, (double)row[r].m, (double)row[r].l, &exact->lse[r]);

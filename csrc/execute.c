@@ -178,6 +178,9 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     uint64_t dead = r->p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
                                       : complete_tile_f32(r, &patch, job, worker);
     if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
+    if (!r->left || ada_job_cancelled(job, worker)) return;
+    if (atomic_fetch_sub_explicit(&r->left[task / r->tiles], 1, memory_order_acq_rel) == 1)
+        r->p->head_done(r->p->done_context, head_of_task(r, task), worker);
 }
 
 static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -381,7 +384,10 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     }
     const int64_t partial_bytes =
         rows * r.splits * (p->E + 2) * (int64_t)(p->compute_f64 ? sizeof(double) : sizeof(float));
-    const int64_t bytes = threads * r.scratch_bytes + partial_bytes + store_bytes;
+    size.used = 0;
+    const bool told = p->head_done && !few && !on_rungs;
+    if (told) ada_carve(&size, r.n_heads * (int64_t)sizeof *r.left);
+    const int64_t bytes = threads * r.scratch_bytes + partial_bytes + store_bytes + size.used;
     r.scratch = ada_scratch_take(bytes);
     if (!r.scratch) return ada_no_scratch(bytes, error);
     r.partials = r.scratch + threads * r.scratch_bytes;
@@ -391,6 +397,11 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
         for (int64_t i = 0; r.tallies && i < r.n_heads; i++)
             atomic_init(&r.tallies[i].blocks, 0), atomic_init(&r.tallies[i].stand_ins, 0);
         ada_store_attach(&r.store, heads, (char *)r.partials + carver.used);
+    }
+    if (told) {
+        ada_carver carver = {r.partials, 0}; /* nor on this one */
+        r.left = ada_carve(&carver, r.n_heads * (int64_t)sizeof *r.left);
+        for (int64_t i = 0; i < r.n_heads; i++) atomic_init(&r.left[i], (int)r.tiles);
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 

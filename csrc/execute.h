@@ -44,6 +44,7 @@ typedef struct {
     ada_store store;     /* of the rungs that need one */
     atomic_bool *raised; /* [n_heads] that their rung could not hold */
     ada_tally *tallies;  /* [n_heads] where blocks stand in */
+    atomic_int *left;    /* [n_heads] tiles, where somebody wants to know of the last; NULL: nobody does */
 } ada_run;
 
 /* The error of a call that has no scratch memory. */

@@ -49,6 +49,7 @@ typedef void ada_row_scores_f32_fn(float *s, const float *q, int rows, const voi
 typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn, ada_row_scores_i8_fn;
 typedef void ada_row_scores_f64_fn(double *s, const double *q, int rows, const void *k, ptrdiff_t ldk, int n,
                                    int D);
+typedef ada_row_scores_f64_fn ada_row_scores_wide_fn; /* of float keys, to the same bits as of doubles */
 
 /* o[r * ldo + e] += sum of p[r * ADA_BLOCK + j] v[j][e] over j < n, for r < rows; likewise. */
 typedef void ada_row_values_f32_fn(float *o, ptrdiff_t ldo, const float *p, int rows, const void *v,
@@ -56,6 +57,7 @@ typedef void ada_row_values_f32_fn(float *o, ptrdiff_t ldo, const float *p, int 
 typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn, ada_row_values_i8_fn;
 typedef void ada_row_values_f64_fn(double *o, ptrdiff_t ldo, const double *p, int rows, const void *v,
                                    ptrdiff_t ldv, int n, int E);
+typedef ada_row_values_f64_fn ada_row_values_wide_fn; /* likewise */
 
 /* s[r * lds + i] = sum of x[r * ldx + j] (code[j][i] - 128) over j < n for r < rows <= ADA_ROW_GROUP and i <
  * lanes, where codes lie as [n / 4][lanes][4]; n <= ADA_CODES_MOST is a multiple of 4, lanes one of 16.
@@ -91,13 +93,14 @@ typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t 
     SLOT(row_weights_f32)                                                                                    \
     SLOT(product_f32)                                                                                        \
     SLOT(backward_f32)                                                                                       \
-    SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)                  \
-        SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(product_f64)   \
-            SLOT(backward_f64) SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16)               \
-                SLOT(row_scores_i8) SLOT(row_scores_f64) SLOT(row_values_f32) SLOT(row_values_f16)           \
-                    SLOT(row_values_bf16) SLOT(row_values_i8) SLOT(row_values_f64) SLOT(load_f16)            \
-                        SLOT(load_bf16) SLOT(code_products) SLOT(store_f16) SLOT(store_bf16) SLOT(dropout)   \
-                            ADA_NARROW_SLOTS(SLOT)
+    SLOT(pack_f64)                                                                                           \
+    SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64)        \
+        SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(product_f64) SLOT(backward_f64)         \
+            SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_i8)              \
+                SLOT(row_scores_f64) SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16)         \
+                    SLOT(row_values_i8) SLOT(row_values_f64) SLOT(row_scores_wide) SLOT(row_values_wide)     \
+                        SLOT(load_f16) SLOT(load_bf16) SLOT(code_products) SLOT(store_f16) SLOT(store_bf16)  \
+                            SLOT(dropout) ADA_NARROW_SLOTS(SLOT)
 
 typedef struct {
 #define SLOT(name) ada_##name##_fn *name;

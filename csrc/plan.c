@@ -165,6 +165,21 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
     for (int k = 0; keys->block_mean && k < ADA_LEVELS; k++) forecast_level(rows, n, out2, k, f);
 }
 
+void ada_forecast_plain(const ada_row_profile *rows, int n, double total, const ada_problem *p, double *error,
+                        double *lse_error) {
+    double noise = 0, out2 = 0, most = 0;
+    for (int i = 0; i < n; i++) {
+        const ada_row_profile *x = &rows[i];
+        noise += x->weight * (score_noise(x, ADA_RUNG_FP32, p, x->p2d, x->p2d_norm, 0, total) +
+                              value_noise(x, ADA_RUNG_FP32, p, 0, 0));
+        out2 += x->weight * x->out2;
+        most = fmax(most, score_noise(x, ADA_RUNG_FP32, p, x->p2, x->p2_norm, 0, total));
+    }
+    *error = out2 > 0 ? sqrt(noise / out2) : noise > 0 ? INFINITY : 0;
+    if (!isfinite(noise) || !isfinite(out2)) *error = NAN;
+    *lse_error = ADA_LARGEST_OF_MANY * sqrt(most);
+}
+
 /* ---- choice ---- */
 
 double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {

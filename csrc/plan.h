@@ -43,6 +43,11 @@ typedef struct {
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
                        ada_forecast *forecast);
 
+/* The errors of the plain fp32 rung alone, of the output and the largest of the lse, by profiles of rows
+ * whose keys have these variances in sum; NaN where something is not finite. */
+void ada_forecast_plain(const ada_row_profile *rows, int n, double total, const ada_problem *p, double *error,
+                        double *lse_error);
+
 /* By how much predictions from profiles may be off. */
 #define ADA_MARGIN 1.25
 

@@ -23,6 +23,8 @@
 #define OUTLIER 8
 /* Values whose squared norm is so far above the mean decide the error of rows that attend to them. */
 #define HEAVY 32
+/* Numbers so much larger than those of the rows that a glance falls on are another kind. */
+#define UNEVEN 2
 
 static double square(double x) { return x * x; }
 
@@ -220,67 +222,113 @@ static void profile_query(const ada_problem *p, const ada_query_figures *f, ada_
  * in units of a mean value's squared norm. x: n rows of queries, spread: of their scores. */
 static void add_heavy(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
                       const probe_scratch *s, const float *x, ptrdiff_t ld, int n, const float *spread,
-                      const double *keys_seen, double *crowd) {
+                      const float *one_over, float *crowd) {
     float dots[(1 + ADA_HEAVY) * ADA_BLOCK];
     scores_of_rows_f32(k, dots, s->heavy, keys->heavies + 1, x, ld, n, (int)p->D);
     for (int c = 1; c <= keys->heavies; c++) {
         const double share = (double)keys->value2[keys->heavy[c - 1]] / keys->value2_mean;
         for (int i = 0; i < n; i++) {
             const double above = p->scale * (double)(dots[c * ADA_BLOCK + i] - dots[i]);
-            const double weight = exp(fmin(above - (double)spread[i] / 2, 700)) / keys_seen[i];
-            crowd[i] += share * square(fmin(weight, 1));
+            const double weight = exp(fmin(above - (double)spread[i] / 2, 700)) * (double)one_over[i];
+            crowd[i] += (float)(share * square(fmin(weight, 1)));
         }
     }
+}
+
+/* 2^x to 4e-3, for x from -126 to 127, in steps that compilers vectorise. */
+static inline float rough_exp2(float x) {
+    union {
+        int32_t bits;
+        float f;
+    } u;
+    const int32_t octave = (int32_t)(x + 127) - 127; /* towards -inf */
+    const float part = x - (float)octave;
+    u.bits = (octave + 127) << 23;
+    return u.f * (1 + part * (0.6565f + part * 0.3435f));
+}
+
+/* Of n rows that spread so, the share of a weight's square in its row, were scores normal:
+ * sum p^2 = exp(spread) / keys, at most 1; one_over[i]: 1 / keys. */
+static void crowd_of(const float *spread, const float *one_over, int n, float *crowd) {
+    for (int i = 0; i < n; i++) {
+        const float most = spread[i] < 30 ? spread[i] : 30;
+        const float share = rough_exp2(most > 0 ? most * (float)ADA_LOG2E : 0) * one_over[i];
+        crowd[i] = share < 1 ? share : 1;
+    }
+}
+
+/* Scales the spreads of rows that see keys, sets the others to -1; sums, in parts. */
+static void find_spreads(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, float *size,
+                         float *rows, ada_spreads *spreads, double *mean) {
+    const float scale2 = (float)(p->scale * p->scale);
+    float parts[ADA_PARTS] = {0}, largest = 0;
+    int64_t start, end, block = 0, live = 0, finite = 0;
+    double sum = 0;
+    ada_seeing_rows(p, b, &start, &end);
+    for (int64_t i = 0; i < start; i++) size[i] = -1;
+    for (int64_t i = end; i < p->T; i++) size[i] = -1;
+    for (int64_t i = start; i < end; i++) size[i] *= scale2;
+    for (int64_t i = start; ada_mask_is_read(p) && i < end; i++)
+        if (!ada_row_sees(p, k, b, h, i, &block, rows)) size[i] = -1;
+    for (int64_t i = start; i < end; i += ADA_PARTS) {
+        const int n = (int)(end - i < ADA_PARTS ? end - i : ADA_PARTS);
+        for (int c = 0; c < n; c++) {
+            const float x = size[i + c];
+            const bool sees = x != -1;
+            parts[c] += sees ? x : 0;
+            largest = x > largest ? x : largest;
+            live += sees, finite += x < INFINITY;
+        }
+        if (i / ADA_PARTS % 64 != 63 && i + ADA_PARTS < end) continue;
+        sum += total_of(parts);
+        memset(parts, 0, sizeof parts);
+    }
+    spreads->finite = finite == end - start;
+    spreads->largest = (double)largest;
+    *mean = live > 0 ? sum / (double)live : 0;
 }
 
 ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
                               const ada_key_probe *keys, float *size, char *scratch) {
     ada_carver carver = {scratch, 0};
     const probe_scratch s = scratch_of(p, false, &carver);
-    const float scale2 = (float)(p->scale * p->scale);
+    const ada_span first_span = ada_visible_span(p, b, 0), last_span = ada_visible_span(p, b, p->T - 1);
+    const bool alike = first_span.first == last_span.first && first_span.end == last_span.end;
     ada_spreads spreads = {.finite = true};
-    double sum = 0, live = 0;
-    int64_t block = 0;
+    double mean;
     for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
         const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, i, n, s.rows, &ld);
         k->squares(size + i, NULL, q, ld, n, (int)p->D, NULL, keys->variance);
     }
-    for (int64_t i = 0; i < p->T; i++) { /* sizes are spreads so far */
-        size[i] = ada_row_sees(p, k, b, h, i, &block, s.rows) ? size[i] * scale2 : -1;
-        if (size[i] == -1) continue;
-        spreads.finite &= isfinite(size[i]) != 0;
-        sum += (double)size[i], live++;
-    }
+    find_spreads(p, k, b, h, size, s.rows, &spreads, &mean); /* sizes are spreads so far */
     if (keys->heavies) {
         memcpy(s.heavy, keys->mean, (size_t)p->D * sizeof(float));
         for (int c = 0; c < keys->heavies; c++)
             ada_load_rows_f32(k, s.heavy + (c + 1) * p->D, p->D, &p->key, b, h / (p->H / p->G),
                               keys->heavy[c], 1, (int)p->D);
     }
+    const float far = (float)fmax(MOST_SPREAD, OUTLIER * mean);
+    float one_over[ADA_BLOCK], crowd[ADA_BLOCK];
     for (int64_t first = 0; first < p->T; first += ADA_BLOCK) {
         const int n = (int)(p->T - first < ADA_BLOCK ? p->T - first : ADA_BLOCK);
-        double crowd[ADA_BLOCK], count[ADA_BLOCK];
         float *spread = size + first;
-        for (int i = 0; i < n; i++) {
-            const ada_span span = ada_visible_span(p, b, first + i);
-            count[i] = span.end > span.first ? (double)(span.end - span.first) : 1;
-            /* Weights of scores that spread like normal ones: sum p^2 = exp(spread) / keys, at most 1. */
-            const double share = (double)expf(spread[i] < 30 ? spread[i] : 30) / count[i];
-            crowd[i] = share < 1 ? share : 1;
+        for (int i = 0; i < n && !(alike && first > 0); i++) {
+            const ada_span span = alike ? first_span : ada_visible_span(p, b, first + i);
+            one_over[i] = span.end > span.first ? 1 / (float)(span.end - span.first) : 1;
         }
+        crowd_of(spread, one_over, n, crowd);
         if (keys->heavies) {
             ptrdiff_t ld;
             const float *q = rows_at_f32(k, &p->query, b, h, first, n, s.rows, &ld);
-            add_heavy(p, k, keys, &s, q, ld, n, spread, count, crowd);
+            add_heavy(p, k, keys, &s, q, ld, n, spread, one_over, crowd);
         }
+        for (int i = 0; i < n && spreads.largest > (double)far; i++)
+            if (spread[i] > far) spreads.outliers += (double)spread[i];
         for (int i = 0; i < n; i++) {
-            const double x = (double)spread[i];
-            if (x > spreads.largest) spreads.largest = x;
-            const double most = x < MOST_SPREAD ? x : MOST_SPREAD;
-            if (x > MOST_SPREAD && x > OUTLIER * sum / live) spreads.outliers += x;
-            size[first + i] = x >= 0 && x < INFINITY ? (float)((most + 1) * crowd[i]) : 0;
+            const float x = spread[i], most = x < MOST_SPREAD ? x : MOST_SPREAD;
+            spread[i] = x >= 0 && x < INFINITY ? (most + 1) * crowd[i] : 0;
         }
     }
     return spreads;
@@ -295,26 +343,26 @@ double ada_uniform(uint64_t stream, int index) {
 
 void ada_add_shares(float *share, const float *size, const float *live, int64_t T) {
     double sum = 0;
-    for (int64_t i = 0; i < T; i++) sum += live[i] > 0 ? (size ? (double)size[i] : 1) : 0;
+    for (int64_t i = 0; i < T; i += ADA_BLOCK) {
+        const int n = (int)(T - i < ADA_BLOCK ? T - i : ADA_BLOCK);
+        float parts[ADA_PARTS] = {0};
+        for (int c = 0; c < n; c++) parts[c % ADA_PARTS] += live[i + c] > 0 ? (size ? size[i + c] : 1) : 0;
+        sum += total_of(parts);
+    }
     const float each = sum > 0 && isfinite(sum) ? (float)(1 / sum) : 0;
-    for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each * (size ? size[i] : 1) : 0;
+    if (size)
+        for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each * size[i] : 0;
+    else
+        for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each : 0;
 }
 
-int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
-    double rest = 0, bound = INFINITY;
-    for (int64_t i = 0; i < T; i++) {
-        union {
-            float f;
-            uint32_t bits;
-        } u = {shares[i]};
-        rest += (double)shares[i];
-        stream = (stream ^ u.bits) * 0x100000001B3u; /* FNV-1a by words: other heads draw other rows */
-    }
-    if (!(rest > 0) || n == 0) return 0;
-    /* Those of at least 1 / left of what is not certain become certain, until none is left. */
-    int left = n;
-    for (bool changed = true; changed && left > 0;) {
-        const double limit = rest / left;
+/* Shares that are certain to be drawn, n at most: those of at least 1 / left of what is not certain, until
+ * none is left. rest: of all shares, then of the others; returns the least of them. */
+static double certain_bound(const float *shares, int64_t T, int n, double *rest, int *left) {
+    double bound = INFINITY;
+    *left = n;
+    for (bool changed = true; changed && *left > 0;) {
+        const double limit = *rest / *left;
         double still = 0;
         int certain = 0;
         for (int64_t i = 0; i < T; i++) {
@@ -322,17 +370,44 @@ int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int6
             if (share > 0 && share >= limit) certain++;
             if (share < limit) still += share;
         }
-        changed = n - certain < left;
-        if (certain >= n) { /* as many as there are rows, or the largest take all */
-            bound = limit;
-            left = n - certain;
-            break;
-        }
-        left = n - certain, rest = still, bound = limit;
+        changed = n - certain < *left;
+        bound = limit;
+        *left = n - certain;
+        if (certain >= n) break; /* as many as there are rows, or the largest take all */
+        *rest = still;
     }
-    if (left < 0) left = 0;
-    int found = 0, stratum = 0;
-    double before = 0;
+    if (*left < 0) *left = 0;
+    return bound;
+}
+
+/* A number that other shares make another one of, and their sum and largest. */
+static uint64_t digest(const float *shares, int64_t T, double *sum, float *largest) {
+    uint64_t hash[4] = {1, 2, 3, 4};
+    double parts[4] = {0};
+    float most[4] = {0};
+    for (int64_t i = 0; i < T; i += 4)
+        for (int c = 0; c < 4 && i + c < T; c++) {
+            union {
+                float f;
+                uint32_t bits;
+            } u = {shares[i + c]};
+            hash[c] = (hash[c] ^ u.bits) * 0x100000001B3u; /* FNV-1a by words */
+            parts[c] += (double)u.f;
+            most[c] = u.f > most[c] ? u.f : most[c];
+        }
+    *sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    *largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    return ((hash[0] * 0x100000001B3u ^ hash[1]) * 0x100000001B3u ^ hash[2]) * 0x100000001B3u ^ hash[3];
+}
+
+int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int64_t *rows, double *weight) {
+    double rest, bound = INFINITY, before = 0;
+    float largest;
+    int left = n, found = 0, stratum = 0;
+    stream ^= digest(shares, T, &rest, &largest); /* other heads draw other rows */
+    if (!(rest > 0) || n == 0) return 0;
+    if ((double)largest >= rest / n) bound = certain_bound(shares, T, n, &rest, &left);
+    double next = ada_uniform(stream, 0) * rest / fmax(left, 1);
     for (int64_t i = 0; i < T && found < n; i++) {
         const double share = (double)shares[i];
         if (!(share > 0)) continue;
@@ -341,9 +416,10 @@ int ada_sample_rows(const float *shares, int64_t T, int n, uint64_t stream, int6
             continue;
         }
         before += share;
-        for (; stratum < left && found < n && (stratum + ada_uniform(stream, stratum)) * rest / left < before;
-             stratum++)
+        for (; next < before && stratum < left && found < n; stratum++) {
             rows[found] = i, weight[found++] = fmax(rest / (left * share), 1 + DBL_EPSILON);
+            next = (stratum + 1 + ada_uniform(stream, stratum + 1)) * rest / left;
+        }
     }
     return found;
 }
@@ -579,6 +655,108 @@ void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, co
     x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;
     x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = NAN;
     x->good = isfinite(x->p2d_step) && isfinite(x->size);
+}
+
+/* Of the rows from first to end, at most so many at equal distances: their array. */
+static ada_array spread_out(const ada_array *a, int64_t b, int64_t h, int64_t first, int64_t end, int most,
+                            int64_t *step, int *n) {
+    ada_array some = *a;
+    *step = (end - first + most - 1) / most;
+    *n = *step ? (int)((end - first + *step - 1) / *step) : 0;
+    some.data = ada_row_at(a, b, h, first);
+    some.stride[2] *= *step;
+    return some;
+}
+
+/* The largest magnitude in rows first ... end - 1. */
+static float largest_of(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t first,
+                        int64_t end, float *rows) {
+    float most = 0;
+    for (int64_t i = first; i < end; i += ADA_BLOCK) {
+        const int n = (int)(end - i < ADA_BLOCK ? end - i : ADA_BLOCK);
+        ptrdiff_t ld;
+        const float *x = rows_at_f32(k, a, b, h, i, n, rows, &ld);
+        const float own = k->reach(x, ld, n, (int)a->shape[3], NULL, NULL);
+        if (!(own <= most)) most = own; /* a NaN stays */
+    }
+    return most;
+}
+
+/* Whether what lies between the rows of a glance is like them. */
+static bool is_even(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t first,
+                    int64_t end, const ada_array *some, int n, float *rows) {
+    return largest_of(k, a, b, h, first, end, rows) <= UNEVEN * largest_of(k, some, 0, 0, 0, n, rows);
+}
+
+int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_row_profile profiles[2],
+               double *total, char *scratch) {
+    ada_carver carver = {scratch, 0};
+    const probe_scratch s = scratch_of(p, false, &carver);
+    const int D = (int)p->D, E = (int)p->E;
+    const int64_t g = h / (p->H / p->G);
+    const double scale2 = p->scale * p->scale;
+    float *mean = s.column, *variance = s.sum, x2[ADA_GUESS_ROWS], by_mean[ADA_GUESS_ROWS];
+    int64_t start, end, step;
+    int n;
+    ptrdiff_t ld;
+    double value2 = 0;
+    ada_seeing_rows(p, b, &start, &end);
+    if (end <= start) return 0;
+    const int64_t first = ada_visible_span(p, b, start).first, last = ada_visible_span(p, b, end - 1).end;
+    const bool few = p->T * p->S <= ADA_FEW_SCORES;
+    const int most = few ? ADA_GUESS_ROWS / 2 : ADA_GUESS_ROWS;
+    bool even = few;
+    const ada_array key = spread_out(&p->key, b, g, first, last, most, &step, &n);
+    even = even && is_even(k, &p->key, b, g, first, last, &key, n, s.rows);
+    const float *x = rows_at_f32(k, &key, 0, 0, 0, n, s.rows, &ld);
+    memset(mean, 0, (size_t)D * sizeof *mean);
+    memset(variance, 0, (size_t)D * sizeof *variance);
+    memset(s.heavy, 0, (size_t)D * sizeof *s.heavy);
+    k->columns(mean, s.heavy, x, ld, n, D); /* the largest are of no use */
+    for (int d = 0; d < D; d++) mean[d] /= (float)n;
+    k->squares(x2, variance, x, ld, n, D, mean, NULL);
+    *total = 0;
+    for (int d = 0; d < D; d++) variance[d] /= (float)n, *total += (double)variance[d];
+    for (int d = 0; d < D; d++) mean[d] *= mean[d];
+    const ada_array value = spread_out(&p->value, b, g, first, last, most, &step, &n);
+    even = even && is_even(k, &p->value, b, g, first, last, &value, n, s.rows);
+    x = rows_at_f32(k, &value, 0, 0, 0, n, s.rows, &ld);
+    k->squares(x2, NULL, x, ld, n, E, NULL, NULL);
+    for (int i = 0; i < n; i++) value2 += (double)x2[i];
+    value2 /= n;
+    const ada_array query = spread_out(&p->query, b, h, start, end, most, &step, &n);
+    float spread[ADA_GUESS_ROWS], one_over[ADA_GUESS_ROWS], p2[ADA_GUESS_ROWS];
+    even = even && is_even(k, &p->query, b, h, start, end, &query, n, s.rows);
+    x = rows_at_f32(k, &query, 0, 0, 0, n, s.rows, &ld);
+    k->squares(spread, NULL, x, ld, n, D, NULL, variance);
+    k->squares(by_mean, NULL, x, ld, n, D, NULL, mean);
+    for (int i = 0; i < n; i++) {
+        const ada_span span = ada_visible_span(p, b, start + i * step);
+        spread[i] *= (float)scale2, by_mean[i] *= (float)scale2;
+        one_over[i] = 1 / (float)(span.end - span.first);
+    }
+    crowd_of(spread, one_over, n, p2);
+    const ada_array out = spread_out(&p->out, b, h, start, end, most, &step, &n);
+    x = rows_at_f32(k, &out, 0, 0, 0, n, s.rows, &ld);
+    k->squares(x2, NULL, x, ld, n, E, NULL, NULL);
+    ada_row_profile *peak = profiles + 1;
+    double noise = 0;
+    profiles[0] = profiles[1] = (ada_row_profile){0};
+    for (int i = 0; i < n; i++) {
+        /* Were 1 / p^2 keys alike and their values independent; at most what two of them make. */
+        const double share = (double)p2[i], apart = value2 * (share < 0.5 ? share * (1 - share) : 0.25);
+        const double size = (double)spread[i] + (double)by_mean[i];
+        profiles->p2d += apart, profiles->p2v += share * value2;
+        profiles->out2 += (double)x2[i];
+        profiles->spread += apart * (double)spread[i], noise += apart * size;
+        if (!(size * share <= peak->size * peak->p2)) peak->size = size, peak->p2 = share;
+    }
+    profiles->weight = 1; /* of their sum */
+    profiles->good = even;
+    if (profiles->p2d > 0) profiles->spread /= profiles->p2d, noise /= profiles->p2d;
+    profiles->size = noise, profiles->p2d_norm = profiles->p2d * *total;
+    profiles->reference = 3 * sqrt(profiles->size), peak->reference = 3 * sqrt(peak->size);
+    return 2;
 }
 
 void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *x) {

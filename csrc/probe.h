@@ -109,6 +109,15 @@ int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS
 void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, const int64_t *rows,
                   const ada_query_figures *figures, int n, ada_row_profile *profile);
 
+/* From some queries, keys, values and outputs of a head that was computed on its plain rung: a profile of all
+ * rows and one, without weight, of the row whose lse errs most; returns how many, 0 where no row sees a key.
+ * Only fields that the plain rung's error follows from; good: the head has at most ADA_FEW_SCORES, and no
+ * number that is far larger than those of these rows. Not beside masks and biases, which make other weights.
+ */
+#define ADA_FEW_SCORES (256 * 256)
+int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_row_profile profiles[2],
+               double *total, char *scratch);
+
 /* Makes a guess that of a row with this spread and all its weight on one key: the one whose lse errs most. */
 void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *guess);
 

@@ -84,19 +84,47 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head *head = &a->budget->heads[index];
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
-    if (s->look && !head->forecast.finite) return 0;
+    if ((s->look && !head->forecast.finite) || s->trusted) return 0;
     if (!ada_is_thinned(head) && head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
         const bool far = 16 * ADA_FINER * head->predicted_error <= a->budget->tolerance;
-        const int64_t rows = T / (far ? 256 : 128), least = s->look || a->budget->tolerance > 1e-4 ? 1 : 4;
+        const bool hard = !s->look && a->budget->tolerance <= 1e-4;
+        const int64_t rows = T / (far ? 256 : 128), least = s->uneven ? 8 : hard ? 4 : 1;
         return rows < least ? (int)least : rows > 8 ? 8 : (int)rows;
     }
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    const int least = ada_is_thinned(head) ? SPARSE_ROWS : 8;
+    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : 4;
     return rows < least ? least : rows;
+}
+
+bool ada_may_glance(const ada_attending *a) {
+    const ada_problem *p = a->p;
+    return a->budget->verify && !p->on_gpu && !p->stored && !p->only_f64 && p->query.dtype != ADA_F64 &&
+           p->T >= ADA_LEAST_QUERIES && !ada_is_forced(a->budget) && ada_guesses_are_fair(p);
+}
+
+/* What was assumed of the error of a head that nobody looked at gives way to what some of its rows say. */
+void ada_glance_at(void *attending, int64_t index, int worker) {
+    ada_attending *a = attending;
+    const ada_problem *p = a->p;
+    ada_head_state *s = &a->states[index];
+    ada_row_profile *rows = a->profiles + index * ADA_MOST_ROWS;
+    double total, error, lse_error;
+    if (s->look) return;
+    const int n =
+        ada_glance(p, a->k, index / p->H, index % p->H, rows, &total, a->scratch + worker * a->scratch_bytes);
+    if (n == 0) return;
+    ada_forecast_plain(rows, n, total, p, &error, &lse_error);
+    if (isnan(error)) return;
+    a->budget->heads[index].predicted_error = error;
+    const double limit = a->budget->tolerance / ADA_MARGIN_GUESSED;
+    /* Of a head this small one exact row would cost more than the 2 % of it that a budget may. */
+    s->uneven = !rows[0].good && p->T * p->S <= ADA_FEW_SCORES;
+    s->trusted = !a->budget->verify_all && rows[0].good && error <= limit &&
+                 (!p->lse || lse_error <= fmax(limit, 1e-6));
 }
 
 static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[ADA_PIECE]) {
@@ -157,6 +185,20 @@ void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch) {
         sizes[i] = ada_row_sees(p, a->k, b, h, i, &block, (float *)scratch);
 }
 
+/* Sizes of rows by the squared norms of their queries. */
+static void size_by_queries(const ada_attending *a, int64_t head, float *scratch) {
+    const ada_problem *p = a->p;
+    float *sizes = a->sizes + head * p->T;
+    for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
+        const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
+        float norm2[ADA_BLOCK];
+        ptrdiff_t ld;
+        const float *q = rows_at_f32(a->k, &p->query, head / p->H, head % p->H, i, n, scratch, &ld);
+        a->k->squares(norm2, NULL, q, ld, n, (int)p->D, NULL, NULL);
+        for (int r = 0; r < n; r++) sizes[i + r] *= (norm2[r] < INFINITY ? norm2[r] : 0) + FLT_MIN;
+    }
+}
+
 static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
@@ -167,7 +209,10 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     s->out2 = a->backend->output_norm(a, head, norms, scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
-    if (!s->look && !s->known) ada_mark_seeing_rows(a, head, scratch);
+    if (!s->look && !s->known) {
+        ada_mark_seeing_rows(a, head, scratch);
+        if (s->uneven) size_by_queries(a, head, (float *)scratch);
+    }
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
                       ada_is_thinned(&a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
@@ -227,7 +272,9 @@ ada_status ada_cpu_exact(ada_attending *a, ada_error *error) {
 static bool refuted(const ada_attending *a, const ada_head *head, const ada_head_state *s) {
     const double rounding =
         ada_is_known(a->p) ? ada_rounding_of(a->p->query.dtype) / 2 : 0; /* of the output */
-    return !s->look && head->measured_error > ADA_MARGIN_GUESSED * head->predicted_error + rounding;
+    const int c = ada_candidate_of(head->choice);
+    const double assumed = fmax(head->predicted_error, c < 0 ? 0 : ada_unseen_error(a->p, c));
+    return !s->look && head->measured_error > ADA_MARGIN_GUESSED * assumed + rounding;
 }
 
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it

@@ -398,3 +398,56 @@ def test_a_plan_knows_how_far_its_heads_are_from_the_tolerance() -> None:
     unknown = dataclasses.replace(plan, predicted_error=np.full((1, 4), np.nan))
     _, report = adaattn.attention(*arrays, plan=unknown, return_report=True)
     assert (report.verified_rows == 16).all()
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (100, 333), (256, 256)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_small_heads_in_fp32_are_predicted(sizes: tuple[int, int], causal: bool, sigma: float) -> None:
+    """By rows that are looked at when the head is done; True verifies them all the same."""
+    T, S = sizes
+    rng = np.random.default_rng(T)
+    query, key, value = (rng.standard_normal((2, 3, n, 32), np.float32) for n in (T, S, S))
+    call = {"causal": causal, "tolerance": 1e-5, "max_precision": "fp32", "min_precision": "fp32"}
+    out, report = adaattn.attention(sigma * query, key, value, **call, return_report=True)
+    exact = adaattn.reference.attention(sigma * query, key, value, causal=causal)
+    true = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+    assert (report.verified_rows == 0).all() and np.isnan(report.measured_error).all()
+    assert (report.precision_qk == "fp32").all() and not report.retried.any()
+    assert (true / 3 <= report.predicted_error).all() and (report.predicted_error <= 4 * true).all()
+    _, report = adaattn.attention(sigma * query, key, value, **call, verify=True, return_report=True)
+    assert (report.verified_rows > 0).all() and (report.error_limit <= 1e-5).all()
+
+
+def test_larger_heads_in_fp32_are_verified() -> None:
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 2, 257, 32), np.float32)
+    _, report = adaattn.attention(query, key, value, policy="quality", return_report=True)
+    assert (report.precision_qk == "fp32").all() and (report.verified_rows > 0).all()
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("row", range(33, 41))
+def test_a_row_unlike_the_others_is_not_predicted(which: str, row: int) -> None:
+    """Whether or not it is one of those that are looked at."""
+    arrays = dict(
+        zip(
+            ("query", "key", "value"),
+            np.random.default_rng(row).standard_normal((3, 1, 1, 100, 32), np.float32),
+            strict=True,
+        )
+    )
+    arrays[which][0, 0, row] *= 1000
+    out, report = adaattn.attention(**arrays, tolerance=1e-5, return_report=True)
+    exact = adaattn.reference.attention(**arrays)
+    assert np.linalg.norm(out - exact) <= 1e-5 * np.linalg.norm(exact)
+    if report.verified_rows[0, 0] == 0:  # one of them: its share of the error is in the prediction
+        assert np.linalg.norm(out - exact) <= 4 * report.predicted_error[0, 0] * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "options", [{"attn_mask": np.ones((100, 100), bool)}, {"alibi_slopes": np.full(1, 0.1)}]
+)
+def test_heads_with_other_weights_are_verified(options: dict[str, Any]) -> None:
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 1, 100, 32), np.float32)
+    _, report = adaattn.attention(query, key, value, tolerance=1e-2, **options, return_report=True)
+    assert (report.verified_rows > 0).all()

@@ -116,7 +116,7 @@ def test_rows_whose_terms_cancel_go_up() -> None:
 def test_errors_of_a_weight_that_depend_on_each_other(level: float) -> None:
     """Half of the inputs have one weight, between two codes: their errors add up instead of cancelling."""
     weight = normal(128, 256)
-    weight[:, ::2], weight[:, 1] = level / 127.5, 1
+    weight[:, ::2], weight[:, 1] = level / 127, 1
     weight[:, 3::2] *= 0.2
     x = np.zeros((1, 256), np.float32)
     x[:, ::2] = 1

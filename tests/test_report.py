@@ -59,6 +59,9 @@ def test_rungs(precision: object, dtype: type, rungs: tuple[str, str], rng: np.r
     for name, expected in zip(("precision_qk", "precision_pv", "retried"), (*rungs, False), strict=True):
         assert getattr(report, name).shape == (SHAPE.B, SHAPE.H)
         assert (getattr(report, name) == expected).all()
+    qk, pv = rungs
+    assert (report.rungs == (qk if qk == pv else f"{qk}/{pv}")).all()
+    assert report.rungs.shape == (SHAPE.B, SHAPE.H)
 
 
 def test_one_head_goes_up(rng: np.random.Generator) -> None:

@@ -274,7 +274,8 @@ def test_pictures_of_kept_blocks(rng, length):
     assert picture.shape == (1, 2, 32, 32) and np.isnan(picture[0, 1]).all()
     visible = ~np.isnan(picture[0, 0])
     rows, columns = np.indices((32, 32))
-    assert visible[columns < rows - 1].all() and not visible[columns > rows + 1].any()
+    full = rows < 31 if length % 64 else rows < 32  # the last queries are no tile, and left as they are
+    assert visible[full & (columns < rows - 1)].all() and not visible[columns > rows + 1].any()
     assert np.nanmin(picture[0, 0][rows == columns]) > 0.3
     assert np.nanmean(picture[0, 0][columns < rows - 16]) < 0.5 * np.nanmean(picture[0, 0][rows == columns])
     if length == S:  # a cell is a block

@@ -1,7 +1,7 @@
-// Ceilings of the machine: the rates of products out of registers (fp32 FMA, vpdpbusd, vdpbf16ps), and the time to
-// read two given arrays.
-// Both use the widest vectors that the CPU has. The threads wait for each other before the clock starts, and
-// the time runs from the first start to the last end, so that creating and joining them is not counted.
+// Ceilings of the machine: the rates of products out of registers (fp32 FMA, vpdpbusd, vdpbf16ps), and the
+// time to read two given arrays. Both use the widest vectors that the CPU has. The threads wait for each
+// other before the clock starts, and the time runs from the first start to the last end, so that creating and
+// joining them is not counted.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -11,8 +11,8 @@
 #include <time.h>
 
 #define MAX_THREADS 256
-#define FMA_STEPS 8192   // about 40 us between two looks at the clock
-#define READ_BLOCK 4096  // bytes; threads' shares are cut at multiples of it
+#define FMA_STEPS 8192  // about 40 us between two looks at the clock
+#define READ_BLOCK 4096 // bytes; threads' shares are cut at multiples of it
 
 static double now(void) {
     struct timespec t;
@@ -61,12 +61,15 @@ DEFINE_READ(read_plain, , 2)
 
 // Operations of one of the narrow products in a block of work, 0 where the CPU lacks it.
 #if defined(__x86_64__)
-#define STEP(op, i) op " %%zmm31, %%zmm30, %%zmm" #i "\n\t"
-#define STEPS4(op, a, b, c, d) STEP(op, a) STEP(op, b) STEP(op, c) STEP(op, d)
-#define STEPS16(op) STEPS4(op, 0, 1, 2, 3) STEPS4(op, 4, 5, 6, 7) STEPS4(op, 8, 9, 10, 11) STEPS4(op, 12, 13, 14, 15)
-#define CLOBBER                                                                                              \
-    "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11",        \
-        "zmm12", "zmm13", "zmm14", "zmm15"
+/* clang-format off */
+#    define STEP(op, i) op " %%zmm31, %%zmm30, %%zmm" #i "\n\t"
+/* clang-format on */
+#    define STEPS4(op, a, b, c, d) STEP(op, a) STEP(op, b) STEP(op, c) STEP(op, d)
+#    define STEPS16(op)                                                                                      \
+        STEPS4(op, 0, 1, 2, 3) STEPS4(op, 4, 5, 6, 7) STEPS4(op, 8, 9, 10, 11) STEPS4(op, 12, 13, 14, 15)
+#    define CLOBBER                                                                                          \
+        "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11",    \
+            "zmm12", "zmm13", "zmm14", "zmm15"
 __attribute__((target("avx512f"))) static double vnni_block(void) {
     if (!__builtin_cpu_supports("avx512vnni")) return 0;
     for (int step = 0; step < FMA_STEPS; step++) __asm__ volatile(STEPS16("vpdpbusd")::: CLOBBER);
@@ -100,12 +103,12 @@ static uint64_t read_range(const char *p, size_t bytes, size_t ahead) {
 
 typedef struct {
     int threads;
-    double seconds;         // FMA: how long
-    const char *arrays[2];  // read: what, how far to prefetch (0: not at all), how often
+    double seconds;        // FMA: how long
+    const char *arrays[2]; // read: what, how far to prefetch (0: not at all), how often
     size_t bytes, ahead;
     int passes;
     double (*block)(void);
-    int home;  // CPU of the calling thread
+    int home; // CPU of the calling thread
     atomic_int ready;
 } team_t;
 
@@ -183,8 +186,8 @@ static double run_team(team_t *team, double *flops) {
     return end - start;
 }
 
-// Operations per second of all threads together over about `seconds`; unit 0: fp32 FMA, 1: vpdpbusd, 2: vdpbf16ps.
-// Not positive: it failed, or the CPU lacks the unit.
+// Operations per second of all threads together over about `seconds`; unit 0: fp32 FMA, 1: vpdpbusd, 2:
+// vdpbf16ps. Not positive: it failed, or the CPU lacks the unit.
 double roofline_peak(int unit, int threads, double seconds) {
     double (*const blocks[])(void) = {fma_block, vnni_block, bf16_block};
     team_t team = {.threads = threads, .seconds = seconds, .block = blocks[unit]};
@@ -195,7 +198,12 @@ double roofline_peak(int unit, int threads, double seconds) {
 // Seconds to read two arrays of `bytes` bytes once, mean of `passes`, several of which follow an untimed one;
 // negative: it failed. `ahead` is how many bytes ahead of the loads to prefetch, 0: not at all.
 double roofline_read(const void *a, const void *b, size_t bytes, size_t ahead, int threads, int passes) {
-    team_t team = {.threads = threads, .arrays = {a, b}, .bytes = bytes, .ahead = ahead, .passes = passes, .block = fma_block};
+    team_t team = {.threads = threads,
+                   .arrays = {a, b},
+                   .bytes = bytes,
+                   .ahead = ahead,
+                   .passes = passes,
+                   .block = fma_block};
     double flops;
     return run_team(&team, &flops) / passes;
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..stats import PHASES, Report, jsonable
-from ..views import COLOURS, empty_figure, error_text, pair_text, time_text
+from ..views import COLOURS, empty_figure, error_text, time_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,5 +186,4 @@ def _cells(told: AttentionStatistics) -> tuple[str, ...]:
 
 def rungs(report: Report) -> list[str]:
     """Names of the rungs of one head after another."""
-    pairs = zip(report.precision_qk.flat, report.precision_pv.flat, strict=True)
-    return [pair_text(*pair) for pair in pairs]
+    return [str(rung) for rung in report.rungs.flat]

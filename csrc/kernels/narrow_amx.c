@@ -186,7 +186,7 @@ typedef struct {
     const int32_t *start;
     float slot[2][SIDE * SIDE] __attribute__((aligned(64)));
     y_line line;
-    vec l[ADA_LANES / VL];         /* sums of weights */
+    vec l[ADA_LANES / VL];        /* sums of weights */
     words most[ADA_LANES / SIDE]; /* largest y of each lane */
 } weighing;
 

@@ -9,7 +9,9 @@
 #define OWN_INTEGERS
 #define OWN_TURNS
 #define OWN_REACH
+#define OWN_SQUARES
 #define OWN_ENCODE
+#include "squares_tpl.h"
 #include "narrow_tpl.h"
 
 /* Eight words, each made of neighbouring rows' elements of one column. */
@@ -35,8 +37,8 @@ INLINE void turn(void *to, ptrdiff_t ldt, const void *from, ptrdiff_t ldf, int r
             vec x[VL];
             UNROLL for (int i = 0; i < VL; i++) x[i] = join_rows(from, ldf, r + i, c, BYTES);
             v_transpose(x);
-            UNROLL for (int i = 0; i < VL; i++) v_storeu(
-                (float *)((char *)to + (c + i) * ldt * BYTES) + r, x[i]);
+            UNROLL for (int i = 0; i < VL; i++)
+                v_storeu((float *)((char *)to + (c + i) * ldt * BYTES) + r, x[i]);
         }
 }
 

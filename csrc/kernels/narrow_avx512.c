@@ -6,10 +6,12 @@
 #define KERNEL(op) ada_##op##_avx512
 #define OWN_TURNS
 #define OWN_REACH
+#define OWN_SQUARES
 #define OWN_ENCODE
 #define OWN_ENCODE_BF16
 #define OWN_ROUND_BF16
 #define OWN_PAIR_BF16
+#include "squares_tpl.h"
 #include "narrow_tpl.h"
 
 INLINE __mmask16 first_columns(int n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }

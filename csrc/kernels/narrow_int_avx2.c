@@ -65,8 +65,7 @@ INLINE void steps_i8(words acc[GROUP], const uint32_t *x, ptrdiff_t ldx, const u
     for (; n > 0; n -= CHUNK, b += CHUNK) {
         const int some = n < CHUNK ? (int)n : CHUNK;
         widen(&rows, b, ldb, some);
-        for (int d = 0; d < some; d++, x += ldx)
-            UNROLL for (int odd = 0; odd < 2; odd++) {
+        for (int d = 0; d < some; d++, x += ldx) UNROLL for (int odd = 0; odd < 2; odd++) {
                 words lanes[2] = {w_load(x), w_load(x + VL)};
                 UNROLL for (int v = 0; v < 2; v++) {
                     lanes[v] = odd ? _mm256_srli_epi16(lanes[v], 8)
@@ -125,8 +124,8 @@ INLINE void values(const ada_narrow_tile *t, const uint32_t *v, int n, const boo
     uint32_t w[ADA_STRIP / 2 * 2 * VL] __attribute__((aligned(64)));
     for (int lane = 0; lane < t->f32.lanes; lane += 2 * VL) {
         for (int j = 0; j < width; j++)
-            UNROLL for (int x = 0; x < 2; x++) w_store(w + (j * 2 + x) * VL,
-                                                       w_load(t->w + j * ADA_LANES + lane + x * VL));
+            UNROLL for (int x = 0; x < 2; x++)
+                w_store(w + (j * 2 + x) * VL, w_load(t->w + j * ADA_LANES + lane + x * VL));
         for (int e = 0; e < E; e += ROWS) {
             words acc[GROUP];
             UNROLL for (int a = 0; a < GROUP; a++) acc[a] = _mm256_setzero_si256();
@@ -169,8 +168,7 @@ INLINE void round_lanes(const ada_narrow_tile *t, int n, int end, int lane, cons
     const words ones = _mm256_set1_epi16(1);
     words sum[ADA_LANES / VL];
     UNROLL for (int v = 0; v < NV; v++) sum[v] = _mm256_setzero_si256();
-    for (int j = 0; j < end; j += keys)
-        UNROLL for (int v = 0; v < NV; v++) {
+    for (int j = 0; j < end; j += keys) UNROLL for (int v = 0; v < NV; v++) {
             const float *p = t->f32.p + lane + v * VL;
             const vec f = v_load(inverse + v * VL);
             words w = join_halves(rounded(p, j, n, f), rounded(p, j + keys / 2, n, f)), all = w;

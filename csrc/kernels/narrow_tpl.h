@@ -296,6 +296,7 @@ float KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const flo
 }
 #endif
 
+#ifndef OWN_SQUARES
 /* 8 floats in the compiler's own vectors, as it does not make them of sums in an array. */
 typedef float floats8 __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -329,6 +330,7 @@ static inline __attribute__((always_inline)) void squares_of(float *norm2, float
         norm2[r] = sum_of_floats8(sums[0] + sums[1]) + rest;
     }
 }
+#endif
 
 float KERNEL(stand_in)(float *sum, float *apart, const float *x, const float *weight, float joint) {
     float part[16] = {0}, total = 0;

@@ -9,3 +9,9 @@
 #define LOAD v_load_f64
 #define LOAD_N v_load_f64_n
 #include "row_tpl.h"
+
+#define ROW(op) ada_##op##_wide_avx2
+#define ELEMENT float
+#define LOAD v_load_f32_wide
+#define LOAD_N v_load_f32_wide_n
+#include "row_tpl.h"

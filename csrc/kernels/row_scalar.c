@@ -45,3 +45,8 @@ void ada_store_bf16_scalar(uint16_t *to, const float *from, int64_t n) {
 #define ELEMENT double
 #define VALUE(x) (x)
 #include "scalar_row_tpl.h"
+
+#define ROW(op) ada_##op##_wide_scalar
+#define ELEMENT float
+#define VALUE(x) (double)(x)
+#include "scalar_row_tpl.h"

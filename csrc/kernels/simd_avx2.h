@@ -214,5 +214,10 @@ INLINE void v_sum4(double sums[4], const vec r[4]) {
 
 INLINE vec v_load_f64(const double *p) { return v_loadu(p); }
 INLINE vec v_load_f64_n(const double *p, int n) { return v_load_n(p, n); }
+INLINE vec v_load_f32_wide(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+INLINE vec v_load_f32_wide_n(const float *p, int n) {
+    const __m128i first = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, first));
+}
 
 #endif

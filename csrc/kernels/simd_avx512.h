@@ -221,5 +221,9 @@ INLINE void v_sum4(double sums[4], const vec r[4]) {
 
 INLINE vec v_load_f64(const double *p) { return v_loadu(p); }
 INLINE vec v_load_f64_n(const double *p, int n) { return v_load_n(p, n); }
+INLINE vec v_load_f32_wide(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE vec v_load_f32_wide_n(const float *p, int n) {
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(m_first(n), p));
+}
 
 #endif

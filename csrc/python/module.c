@@ -360,6 +360,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         goto done;
     budget.structure = (ada_structure)structure;
     budget.verify = PyObject_IsTrue(args[VERIFY]);
+    budget.verify_all = args[VERIFY] == Py_True;
     budget.plan_only = args[PLAN_ONLY] == Py_True;
     budget.report = return_report;
     budget.asked = p.precision;
