@@ -200,6 +200,8 @@ def test_json_is_the_run(run: Run, tmp_path: Path) -> None:
     assert json.loads(path.read_text())["format"] == "adaattn-bench-2"
     assert asdict(results.load(str(path))) == asdict(run)
     assert asdict(results.merge([run, run])) == asdict(run)
+    faster = replace(run, ceilings={name: 2 * x for name, x in run.ceilings.items()})
+    assert results.merge([faster, run]).ceilings == faster.ceilings
 
 
 @pytest.mark.parametrize(

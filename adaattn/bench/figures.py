@@ -256,7 +256,7 @@ def _draw_front(run: Run, theme: Theme) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="relative error against float64", ylabel="ms")
     axes.margins(x=0.1, y=0.16)
     _plain_ticks(axes.yaxis)
-    _name_points(axes, [*dense, *others], theme)
+    _name_points(axes, [*dense, *others], planned, theme)
     figure.suptitle(
         f"Error against time of every rung: one head of {run.front[0].heads}\n"
         "(choices with planning and verifying)"
@@ -265,7 +265,7 @@ def _draw_front(run: Run, theme: Theme) -> Any:
     return figure
 
 
-def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
+def _name_points(axes: Any, points: Sequence[Point], circled: Sequence[Point], theme: Theme) -> None:
     """A name at each point where it is in nobody's way; one text for those that lie on each other."""
     groups: list[tuple[Point, list[str]]] = []
     for point in points:
@@ -286,6 +286,7 @@ def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
         return 530 * x, 290 * y
 
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(place, points)]
+    taken += [(x - 8, y - 8, x + 8, y + 8) for x, y in map(place, circled)]
     for point, names in groups:
         text = ", ".join(names)
         x, y = place(point)
@@ -304,8 +305,9 @@ def _name_points(axes: Any, points: Sequence[Point], theme: Theme) -> None:
 _Box = tuple[float, float, float, float]  # left, low, right, high
 _PLACES = (
     (0, 8, "center"), (0, -15, "center"), (9, -3, "left"), (-9, -3, "right"), (7, 8, "left"),
-    (-7, 8, "right"), (7, -14, "left"), (-7, -14, "right"), (0, 20, "center"), (0, -27, "center"),
-    (-9, -27, "right"),
+    (-7, 8, "right"), (7, -14, "left"), (-7, -14, "right"), (12, -3, "left"), (-12, -3, "right"),
+    (11, 10, "left"), (-11, 10, "right"), (0, 20, "center"), (0, -27, "center"), (-9, -27, "right"),
+    (11, -20, "left"), (-11, -20, "right"),
 )  # fmt: skip
 
 

@@ -215,14 +215,14 @@ def load(path: str) -> Run:
 
 
 def merge(runs: Sequence[Run]) -> Run:
-    """Several runs as one: what was measured more than once comes from the last of them."""
+    """Several runs as one: of what was measured more than once the last counts, of ceilings the highest."""
     last = runs[-1]
     rows = {row.key: row for run in runs for row in run.rows}
     front = {(p.heads, p.name, p.structure, p.planned, p.tolerance): p for run in runs for p in run.front}
     spectra = {s.heads: s for run in runs for s in run.spectra}
     return Run(
         last.date, last.machine, last.versions, last.threads, last.tolerance, any(run.quick for run in runs),
-        {name: x for run in runs for name, x in run.ceilings.items()},
+        {name: max(run.ceilings.get(name, 0.0) for run in runs) for run in runs for name in run.ceilings},
         last.left_out, list(rows.values()), list(front.values()), list(spectra.values()),
     )  # fmt: skip
 
