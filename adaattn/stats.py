@@ -271,6 +271,9 @@ class Report:
         NaN where no row was profiled.
     block_entropy : (B, H) array
         Nats: of the mass of blocks of 64 keys; what is missing to the entropy lies within them.
+    local_entropy : (B, H) array
+        Nats: of the weights of the 64 keys nearest to the row's own place, among themselves; mean over rows
+        in which these weigh anything.
     score_std : (B, H) array
         Standard deviation of a row's scores.
     seconds : dict
@@ -302,6 +305,7 @@ class Report:
     entropy: NDArray[np.float64]
     entropy_std: NDArray[np.float64]
     block_entropy: NDArray[np.float64]
+    local_entropy: NDArray[np.float64]
     score_std: NDArray[np.float64]
     seconds: dict[str, float]
     flops: float
@@ -344,6 +348,7 @@ class Report:
             entropy=column["entropy"],
             entropy_std=column["entropy_std"],
             block_entropy=column["block_entropy"],
+            local_entropy=column["local_entropy"],
             score_std=column["score_std"],
             seconds=dict(zip(PHASES, seconds, strict=True)),
             flops=flops,

@@ -44,6 +44,7 @@ ada_head ada_unknown_head(void) {
     ada_head head = {.forecast = {.entropy = NAN,
                                   .entropy_std = NAN,
                                   .block_entropy = NAN,
+                                  .local_entropy = NAN,
                                   .score_std = NAN,
                                   .finite = true},
                      .predicted_error = NAN,

@@ -125,7 +125,7 @@ static void forecast_level(const ada_row_profile *rows, int n, double out2, int 
 
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
                        ada_forecast *f) {
-    double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0;
+    double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0, locals = 0, local = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
     if (p->query.dtype == ADA_F64 && keys->count > 0 && keys->value2_mean < LEAST_VALUE2) f->finite = false;
@@ -140,6 +140,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
             counted += x->weight;
             entropies += x->weight * x->entropy, entropies2 += x->weight * square(x->entropy);
             blocks += x->weight * x->block_entropy;
+            if (!isnan(x->local_entropy)) locals += x->weight, local += x->weight * x->local_entropy;
         }
         for (int c = 0; c < ADA_CANDIDATES; c++) {
             const ada_choice choice = ada_candidates[c];
@@ -156,7 +157,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
         f->finite &= !isnan(f->error[c]);
     }
     const double m = entropies / counted;
-    f->entropy = m, f->block_entropy = blocks / counted;
+    f->entropy = m, f->block_entropy = blocks / counted, f->local_entropy = local / locals;
     f->entropy_std = isnan(m) ? NAN : sqrt(fmax(entropies2 / counted - m * m, 0));
     for (int i = 0; i < n; i++) weights += rows[i].visible > 0 ? rows[i].weight : 0;
     f->score_std = stds / weights;

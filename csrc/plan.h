@@ -24,8 +24,10 @@ typedef struct {
 /* Predicted for one head: relative Frobenius error of the output per candidate, largest error of its lse. */
 typedef struct {
     double error[ADA_CANDIDATES], lse_error[ADA_CANDIDATES];
-    double entropy, entropy_std, block_entropy, score_std; /* nats; means over the rows, and their spread */
-    double out2;                                           /* mean squared norm of the output's rows */
+    double entropy, entropy_std, block_entropy,
+        local_entropy; /* nats; means over the rows, and their spread */
+    double score_std;
+    double out2; /* mean squared norm of the output's rows */
     struct {
         double kept, error, own, joint; /* share of the blocks, relative error, sparse.h */
     } level[ADA_LEVELS];                /* of what stands in, by the profiled rows */

@@ -460,6 +460,22 @@ static void take_sums(ada_row_profile *x, const ada_row_sums *sums) {
     x->entropy = -total_of(sums->plog) * ADA_LN2;
 }
 
+/* Nats: of the weights p of the ADA_BLOCK keys of the row's span that are nearest to its own place, among
+ * themselves. */
+static double local_entropy(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t row,
+                            const float *weights) {
+    static const float zeros[ADA_BLOCK];
+    const ada_span span = ada_visible_span(p, b, row);
+    int64_t first = ada_position(p, b, row) - ADA_BLOCK / 2;
+    if (first > span.end - ADA_BLOCK) first = span.end - ADA_BLOCK;
+    if (first < span.first) first = span.first;
+    const int64_t last = ada_exact_keys(p) - ADA_BLOCK; /* what is hidden weighs nothing */
+    if (first > last) first = last;
+    ada_row_sums sums = {0};
+    const double mass = (double)k->row_sums(&sums, weights + first, zeros, zeros, zeros, 0, 0, 0, 0);
+    return mass > 0 ? fmax(log2(mass) - total_of(sums.plog) / mass, 0) * ADA_LN2 : NAN;
+}
+
 /* The blocks that may stand in for the tile of each row: their bounds, and what they move it by. counts[r] of
  * them. */
 static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
@@ -599,6 +615,7 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
     for (int r = 0; r < n; r++) {
         take_sums(&profiles[r], &sums[r]);
         profiles[r].block_entropy = -block_plog[r] * ADA_LN2;
+        profiles[r].local_entropy = local_entropy(p, k, b, rows[r], exact.p + r * all_keys);
         profiles[r].good &= isfinite(profiles[r].p2d_step) && isfinite(profiles[r].spread);
     }
 }
@@ -653,7 +670,7 @@ void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, co
     x->pv = value2;
     /* Weights around a peak are rounded away: what real heads showed at worst. */
     x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;
-    x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = NAN;
+    x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = x->local_entropy = NAN;
     x->good = isfinite(x->p2d_step) && isfinite(x->size);
 }
 

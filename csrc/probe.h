@@ -50,6 +50,7 @@ typedef struct {
     double q2, qmax2;    /* squared norm and largest of scale * q */
     double reference;    /* largest score, about */
     double entropy, block_entropy; /* nats, over keys and over blocks of ADA_BLOCK keys */
+    double local_entropy; /* nats, of the weights near the row's own place; NaN where there are none */
     double score_std;
     int64_t visible;
     bool good;                        /* all of it is finite */

@@ -11,7 +11,7 @@ import pytest
 from support import BF16, F16
 
 import adaattn
-from adaattn import rates
+from adaattn import linalg, rates
 
 RATES = [50, 100, 100, 130, 180, 150, 220, 290, 400]  # every rung pays, at any size
 
@@ -467,3 +467,22 @@ def test_looking_that_only_the_best_heads_repay_is_left_out(
     assert np.isnan(plan.candidate_error).all() != looks
     assert looks or (plan.rungs == "fp32").all()
     assert looks or "nothing was looked at" in plan.explain()
+
+
+def test_entropy_at_three_scales(rng: np.random.Generator) -> None:
+    """Keys that repeat after 64 and one query: a row, its blocks and its window follow by hand."""
+    T, D, periods = 2048, 16, 32
+    key = np.tile(rng.standard_normal((64, D)), (periods, 1)).astype(np.float32)[None, None]
+    query = np.broadcast_to(rng.standard_normal(D).astype(np.float32), (1, 1, T, D))
+    value = rng.standard_normal(key.shape).astype(np.float32)
+    scores = key[0, 0, :64].astype(np.float64) @ query[0, 0, 0] / np.sqrt(D)
+    own = float(linalg.attention_entropy(linalg.stable_softmax(scores)))
+    for options in ({}, {"causal": True, "query_offset": 64 * periods}):
+        _, report = adaattn.attention(
+            query, key, value, tolerance=1e-2, verify=True, return_report=True, **options
+        )
+        found = [
+            x[0, 0] for x in (report.entropy, report.block_entropy, report.local_entropy, report.entropy_std)
+        ]
+        expected = own + np.log(periods), np.log(periods), own, 0
+        np.testing.assert_allclose(found, expected, atol=2e-3)

@@ -80,12 +80,12 @@ PyDoc_STRVAR(
     "plan_only returns nothing else.");
 
 /* A row of the report, and the names of its numbers. */
-enum { HEAD_SCALARS = 21, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
+enum { HEAD_SCALARS = 22, HEAD_COLUMNS = HEAD_SCALARS + 3 * ADA_CANDIDATES };
 static const char *const head_fields[HEAD_SCALARS] = {
     "precision_qk",  "precision_pv", "retried",       "finite",          "profiled_rows",  "verified_rows",
     "sparse_budget", "sparse_joint", "kept_fraction", "predicted_error", "measured_error", "error_limit",
-    "error_bound",   "lse_error",    "entropy",       "entropy_std",     "block_entropy",  "score_std",
-    "rank",          "rank_gain",    "rank_limit"};
+    "error_bound",   "lse_error",    "entropy",       "entropy_std",     "block_entropy",  "local_entropy",
+    "score_std",     "rank",         "rank_gain",     "rank_limit"};
 
 static void fill_row(double *row, const ada_head *head) {
     const ada_forecast *f = &head->forecast;
@@ -93,8 +93,8 @@ static void fill_row(double *row, const ada_head *head) {
         head->choice.qk,      head->choice.pv,   head->retried,     f->finite,       f->rows,
         head->verified_rows,  head->budget2,     head->joint,       head->kept,      head->predicted_error,
         head->measured_error, head->error_limit, head->error_bound, head->lse_error, f->entropy,
-        f->entropy_std,       f->block_entropy,  f->score_std,      head->rank,      head->rank_gain,
-        head->rank_limit};
+        f->entropy_std,       f->block_entropy,  f->local_entropy,  f->score_std,    head->rank,
+        head->rank_gain,      head->rank_limit};
     memcpy(row, scalars, sizeof scalars);
     memcpy(row + HEAD_SCALARS, f->error, sizeof f->error);
     memcpy(row + HEAD_SCALARS + ADA_CANDIDATES, f->lse_error, sizeof f->lse_error);
