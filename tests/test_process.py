@@ -558,6 +558,7 @@ def backward_call(arrays: list[Array], side: Any, **options: Any) -> Callable[[]
     given = {name: p.default for name, p in inspect.signature(adaattn.attention_backward).parameters.items()}
     given |= dict(zip(("query", "key", "value", "out", "lse"), (*arrays, *side), strict=True)) | options
     given |= {"grad_out": side[0], "needs": ("query", "attn_mask", "sinks"), "allocate": api._allocate}
+    given |= {"rates": None if given["tolerance"] is None else rates.table()}
     names = inspect.signature(_adaattn.attention_backward).parameters
     return functools.partial(_adaattn.attention_backward, *(given[name] for name in names))
 
@@ -575,6 +576,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
         engine_call(*arrays, window=(1, 2), sinks=[1, 2, 3, 4], kv_lengths=[3, 4]),
         functools.partial(adaattn.merge, *side, *side),
         backward_call(arrays, side, **options),
+        backward_call(arrays, side, **options, tolerance=1e-2, return_report=True),
         _adaattn.cpu_info,  # adaattn.cpu_info reads a file besides, where CPython itself fails
         engine_call(*arrays, softcap=-1.0),
         engine_call(*arrays, causal="left"),
@@ -601,7 +603,7 @@ def _python_allocations_that_fail(which: int) -> tuple[int, set[str]]:
     return raised, others - {""}
 
 
-OUTCOMES = ["result"] * 5 + ["ArgumentError"] * 2 + ["DTypeError"] + ["result"] * 2 + ["ArgumentError"]
+OUTCOMES = ["result"] * 6 + ["ArgumentError"] * 2 + ["DTypeError"] + ["result"] * 2 + ["ArgumentError"]
 
 
 @pytest.mark.parametrize(("which", "outcome"), list(enumerate(OUTCOMES)))
