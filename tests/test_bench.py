@@ -379,7 +379,7 @@ def test_profile_of_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         for one in layer["within"]:
             assert one["seconds"] > 0 < one["speedup"] and len(one["heads"]) == layer["shape"][1]
             for head in one["heads"]:
-                assert head["measured"] <= one["tolerance"]
+                assert head["measured"] is None or head["measured"] <= one["tolerance"]
                 assert head["cheaper"] == (head["rung"] not in ("fp32", "fp64"))
                 assert head["saves"] is None or head["saves"] < 1
     if "int8" in adaattn.cpu_info()["rates"]["offered"]:

@@ -265,7 +265,7 @@ def test_exact_and_adaptive_training_side_by_side(
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_bytes"] = module
     spec.loader.exec_module(module)
-    options = {"policy": "speed", "lr": 0.01, "batch": 1, "length": 256, "dim": 64, "heads": 4, "dropout": 0}
+    options = {"policy": "speed", "lr": 0.01, "batch": 1, "length": 512, "dim": 64, "heads": 4, "dropout": 0}
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     arguments = command(text, tmp_path / "out", 30, "--compare", *more)[2:]
     assert module.main(arguments) == 0
