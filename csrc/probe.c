@@ -349,11 +349,9 @@ void ada_add_shares(float *share, const float *size, const float *live, int64_t 
         for (int c = 0; c < n; c++) parts[c % ADA_PARTS] += live[i + c] > 0 ? (size ? size[i + c] : 1) : 0;
         sum += total_of(parts);
     }
-    const float each = sum > 0 && isfinite(sum) ? (float)(1 / sum) : 0;
-    if (size)
-        for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each * size[i] : 0;
-    else
-        for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? each : 0;
+    const float each = (float)(1 / sum);
+    if (!(each > 0 && each < INFINITY)) return; /* sizes that a float does not hold have no shares */
+    for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? (size ? each * size[i] : each) : 0;
 }
 
 /* Shares that are certain to be drawn, n at most: those of at least 1 / left of what is not certain, until

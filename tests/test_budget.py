@@ -59,6 +59,18 @@ def test_doubles_too_small_for_floats(T: int) -> None:
     assert (report.precision_pv == "fp64").all() and not np.isinf(report.measured_error).any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1e-22, 1e-21, 1e20, 1e30])
+def test_outputs_whose_squares_no_float_holds(size: float, dtype: Any) -> None:
+    """Rows are drawn by equal shares then."""
+    q, k, v = heads(2, 256, 256, 24, dtype)
+    v *= dtype(size)
+    out, report = adaattn.attention(q, k, v, tolerance=1e-2, precision="bf16", return_report=True)
+    assert (report.verified_rows == 8).all() and (report.error_limit <= 1e-2).all()
+    true = errors(out / dtype(size), [q, k, v / dtype(size)])
+    assert (report.measured_error > true / 3).all() and (report.measured_error < 3 * true + 1e-8).all()
+
+
 def test_a_forced_rung_far_beyond_the_tolerance() -> None:
     """Eight rows suffice to be sure of a factor of ten thousand."""
     arrays = heads(2, 128, 128, 32)
