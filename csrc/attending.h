@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "execute.h"
 #include "probe.h"
+#include "verify.h"
 
 #define ADA_MOST_ROWS 32
 /* Groups of rows of all heads are tasks. */
@@ -66,7 +67,6 @@ typedef struct {
     double look_operations; /* to look at an element of a head, in operations of the plain rung, */
     double look_seconds;    /* and at any head */
 } ada_backend;
-enum { ADA_PIECE = 64 };
 
 struct ada_attending {
     const ada_problem *p;

@@ -49,34 +49,11 @@ static sampled carve_sampled(ada_carver *c, int64_t n, int64_t width, int64_t va
     return s;
 }
 
-/* Squared norms of the rows of an array's head; their sum, also where it is beyond a float's squares. */
-static double norms_of(const back_run *r, const ada_array *a, int64_t b, int64_t h, float *norms,
-                       float *copy) {
-    const int64_t rows = a->shape[2];
-    const int width = (int)a->shape[3];
-    double sum = 0;
-    for (int64_t i = 0; i < rows; i += ADA_BLOCK) {
-        const int n = (int)(rows - i < ADA_BLOCK ? rows - i : ADA_BLOCK);
-        double block = 0;
-        ptrdiff_t ld;
-        const float *x = rows_at_f32(r->k, a, b, h, i, n, copy, &ld);
-        r->k->squares(norms + i, NULL, x, ld, n, width, NULL, NULL);
-        for (int row = 0; row < n; row++) block += (double)norms[i + row];
-        if (!(block > 1e-30 && block < 1e30)) {
-            block = 0;
-            for (int row = 0; row < n; row++)
-                for (int c = 0; c < width; c++) block += (double)x[row * ld + c] * (double)x[row * ld + c];
-        }
-        sum += block;
-    }
-    return sum;
-}
-
 static double draw_by_norms(const back_run *r, int which, int64_t b, int64_t h, const sampled *s,
                             float *copy) {
     const ada_array *a = &r->x->results[which];
     if (!r->x->needs[which]) return 0;
-    const double sum = norms_of(r, a, b, h, s->size, copy);
+    const double sum = ada_row_norms(r->k, a, b, h, s->size, copy);
     ada_add_shares(s->share, s->size, s->live, a->shape[2]);
     return sum;
 }
@@ -98,7 +75,7 @@ static void draw_queries_task(void *context, ada_job *job, int64_t head, int wor
     }
     ada_add_shares(s->share, NULL, s->live, p->T);
     for (int x = 0; x < 3; x++) {
-        norms_of(r, factors[x], b, h, s->size, copy);
+        ada_row_norms(r->k, factors[x], b, h, s->size, copy);
         if (x == 0) ada_add_shares(s->share, s->size, s->live, p->T);
         for (int64_t i = 0; i < p->T; i++) s->product[i] *= s->size[i];
     }
@@ -171,15 +148,12 @@ static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, con
                          ada_measured *to, bool *misses) {
     const ada_array *a = &r->x->results[which];
     const int width = (int)a->shape[3];
-    double error2[MOST_SAMPLED], piece[64];
+    double error2[MOST_SAMPLED], piece[ADA_PIECE];
     if (!isfinite(norm2)) return true; /* plain arithmetic's own NaN */
     for (int i = 0; i < s->n; i++) {
         error2[i] = 0;
-        for (int c = 0; c < width; c += 64) {
-            const int n = width - c < 64 ? width - c : 64;
-            ada_array part = *a;
-            part.data = (char *)part.data + c * part.stride[3];
-            ada_load_rows_f64(r->k, piece, n, &part, b, h, s->rows[i], 1, n);
+        for (int c = 0; c < width; c += ADA_PIECE) {
+            const int n = ada_piece_of_row(r->k, a, b, h, s->rows[i], c, piece);
             for (int x = 0; x < n; x++) {
                 const double off = piece[x] - exact[i * width + c + x];
                 error2[i] += off * off;
@@ -188,10 +162,9 @@ static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, con
     }
     ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
     add_limits(&limits, beside);
-    const double error = norm2 > 0 ? sqrt(limits.estimate2 / norm2) : limits.estimate2 > 0 ? INFINITY : 0;
-    const double slack = 1 + fmin(error, 1);
-    *to = (ada_measured){error, norm2 > 0 ? sqrt(limits.upper2 / norm2) * slack : error, s->n};
-    *misses |= limits.lower2 > 0 && sqrt(limits.lower2 / norm2) > allowed * slack;
+    const ada_relative_error error = ada_relate_error(&limits, norm2, allowed);
+    *to = (ada_measured){error.error, error.limit, s->n};
+    *misses |= error.misses;
     return isnan(to->limit) || to->limit <= allowed;
 }
 

@@ -72,6 +72,14 @@ ada_error_limits ada_limit_error(const double *error2, const double *weight, int
     return (ada_error_limits){certain + drawn, certain + lower, certain + drawn + reach};
 }
 
+ada_relative_error ada_relate_error(const ada_error_limits *limits, double norm2, double allowed) {
+    /* The exact norm is not known, but that this one is off by the error at most. */
+    const double error = norm2 > 0 ? sqrt(limits->estimate2 / norm2) : limits->estimate2 > 0 ? INFINITY : 0;
+    const double slack = 1 + fmin(error, 1);
+    return (ada_relative_error){error, norm2 > 0 ? sqrt(limits->upper2 / norm2) * slack : error,
+                                limits->lower2 > 0 && sqrt(limits->lower2 / norm2) > allowed * slack};
+}
+
 /* ---- rows of heads ---- */
 
 int ada_most_rows_to_verify(int64_t T) {
@@ -127,17 +135,44 @@ void ada_glance_at(void *attending, int64_t index, int worker) {
                  (!p->lse || lse_error <= fmax(limit, 1e-6));
 }
 
-static int load_output(const ada_attending *a, int64_t head, int64_t row, int e, double x[ADA_PIECE]) {
-    const ada_problem *p = a->p;
-    const int left = (int)p->E - e, width = left < ADA_PIECE ? left : ADA_PIECE;
-    ada_array part = p->out;
-    part.data = (char *)part.data + e * part.stride[3];
-    ada_load_rows_f64(a->k, x, width, &part, head / p->H, head % p->H, row, 1, width);
+int ada_piece_of_row(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t row, int c,
+                     double piece[ADA_PIECE]) {
+    const int left = (int)a->shape[3] - c, width = left < ADA_PIECE ? left : ADA_PIECE;
+    ada_array part = *a;
+    part.data = (char *)part.data + c * part.stride[3];
+    ada_load_rows_f64(k, piece, width, &part, b, h, row, 1, width);
     return width;
 }
 
+double ada_row_norms(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, float *norms,
+                     float *copy) {
+    const int64_t rows = a->shape[2];
+    const int width = (int)a->shape[3];
+    double sum = 0;
+    for (int64_t i = 0; i < rows; i += ADA_BLOCK) {
+        const int n = (int)(rows - i < ADA_BLOCK ? rows - i : ADA_BLOCK);
+        ptrdiff_t ld;
+        const float *x = rows_at_f32(k, a, b, h, i, n, copy, &ld);
+        double block = 0;
+        k->squares(norms + i, NULL, x, ld, n, width, NULL, NULL);
+        for (int r = 0; r < n; r++) block += (double)norms[i + r];
+        if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
+            block = 0;
+            for (int r = 0; r < n; r++)
+                for (int c = 0; c < width; c += ADA_PIECE) {
+                    double piece[ADA_PIECE];
+                    const int m = ada_piece_of_row(k, a, b, h, i + r, c, piece);
+                    for (int e = 0; e < m; e++) block += piece[e] * piece[e];
+                }
+        }
+        sum += block;
+    }
+    return sum;
+}
+
 int ada_cpu_output(const ada_attending *a, int64_t head, int i, int e, double *x) {
-    return load_output(a, head, a->states[head].rows[i], e, x);
+    const ada_problem *p = a->p;
+    return ada_piece_of_row(a->k, &p->out, head / p->H, head % p->H, a->states[head].rows[i], e, x);
 }
 
 double ada_cpu_output_lse(const ada_attending *a, int64_t head, int i) {
@@ -148,30 +183,7 @@ double ada_cpu_output_lse(const ada_attending *a, int64_t head, int i) {
 
 double ada_cpu_output_norm(const ada_attending *a, int64_t head, float *norms, char *scratch) {
     const ada_problem *p = a->p;
-    const int E = (int)p->E;
-    ada_carver carver = {scratch, 0};
-    float *copy = ada_carve(&carver, ADA_BLOCK * p->E * (int64_t)sizeof *copy);
-    double sum = 0;
-    for (int64_t i = 0; i < p->T; i += ADA_BLOCK) {
-        const int n = (int)(p->T - i < ADA_BLOCK ? p->T - i : ADA_BLOCK);
-        ptrdiff_t ld;
-        const float *x = rows_at_f32(a->k, &p->out, head / p->H, head % p->H, i, n, copy, &ld);
-        float *norm2 = norms + i;
-        double block = 0;
-        a->k->squares(norm2, NULL, x, ld, n, E, NULL, NULL);
-        for (int r = 0; r < n; r++) block += (double)norm2[r];
-        if (!(block > 1e-30 && block < 1e30)) { /* beyond a float's squares, or zeros */
-            block = 0;
-            for (int r = 0; r < n; r++)
-                for (int e = 0; e < E; e += ADA_PIECE) {
-                    double piece[ADA_PIECE];
-                    const int width = load_output(a, head, i + r, e, piece);
-                    for (int c = 0; c < width; c++) block += piece[c] * piece[c];
-                }
-        }
-        sum += block;
-    }
-    return sum;
+    return ada_row_norms(a->k, &p->out, head / p->H, head % p->H, norms, (float *)scratch);
 }
 
 void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch) {
@@ -351,15 +363,13 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     }
     if (nothing_seen && s->out2 > 0) return true; /* only rows of zeros were drawn: they tell nothing */
     const ada_error_limits limits = ada_limit_error(error2, s->weight, s->n);
-    /* The exact norm is not known, but that the output's is off by the error at most. */
-    const double error = s->out2 > 0 ? sqrt(limits.estimate2 / s->out2) : limits.estimate2 > 0 ? INFINITY : 0;
-    const double slack = 1 + fmin(error, 1);
+    const ada_relative_error error = ada_relate_error(&limits, s->out2, allowed);
     head->verified_rows = s->n;
-    head->measured_error = error;
-    head->error_limit = limits.upper2 > 0 ? sqrt(limits.upper2 / s->out2) * slack : 0;
+    head->measured_error = error.error;
+    head->error_limit = error.limit;
     /* Rows without an error say nothing of the others: predictions are seldom so far off. */
     if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
-    *misses = limits.lower2 > 0 && sqrt(limits.lower2 / s->out2) > allowed * slack;
+    *misses = error.misses;
     return head->error_limit <= allowed && lse_holds(a, head) && !(refuted(a, head, s) && doubts(a, index));
 }
 

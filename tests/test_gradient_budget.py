@@ -201,6 +201,17 @@ def test_a_wrong_forward_pass_is_made_up_for(which: str, rng: np.random.Generato
         assert all((error <= tolerance + 2.0**-24).all() for error in errors(actual, exact))
 
 
+@pytest.mark.parametrize("dtype, size", [(F32, 1e20), (F32, 1e-20), (F64, 1e60), (F64, 1e-60)], ids=str)
+def test_gradients_whose_squares_no_float_holds(dtype: Any, size: float, rng: np.random.Generator) -> None:
+    """They are compared all the same."""
+    arrays = problem(rng, dtype=dtype)
+    arrays[0] *= dtype.type(size)
+    _, report = adaattn.attention_backward(*arrays, tolerance=1e-2, precision="fp64", return_report=True)
+    assert (report.verified_rows == 4).all()
+    for x in (report.query_error, report.query_limit, report.key_limit, report.value_limit):
+        assert ((x > 0) & (x < 1e-5)).all()
+
+
 def test_numbers_that_the_rung_does_not_hold(rng: np.random.Generator) -> None:
     """They are computed as without a tolerance, and the report says so."""
     arrays = problem(rng)
