@@ -29,6 +29,7 @@ typedef struct {
     sampled *queries, *keys; /* [B * H], [B * G] */
     bool *open;              /* [B * G] to be verified */
     bool *in_f64;            /* [B * G] its exact rows */
+    bool *last;              /* [B * G] it was computed in fp64, from an lse and sums of its own */
 } verification;
 
 /* How many of so many queries, or keys. Exact heads are compared for what the forward pass left, which
@@ -259,17 +260,18 @@ static ada_status refuse_forced(const verification *v, int64_t group, ada_error 
         ada_rung_name(head->choice.qk), ada_rung_name(head->choice.pv));
 }
 
-/* The next rung of a head that misses: fp32, with an lse and sums of its own, then all of that in fp64. */
+/* The next rung of a head that misses: fp32, with an lse and sums of its own, then all of that in fp64; which
+ * a head in fp64 has not had yet if that was its first choice. */
 static bool gradient_goes_up(verification *v, int64_t group) {
     back_run *r = v->r;
     ada_gradient_head *head = &v->budget->heads[group];
-    if (head->choice.qk == ADA_RUNG_FP64) return false;
+    if (v->last[group]) return false;
     const bool first = !head->retried && r->p->query.dtype != ADA_F64 && !r->unfit[group];
     const ada_rung rung = first ? ADA_RUNG_FP32 : ADA_RUNG_FP64;
     head->choice = (ada_choice){rung, rung};
     head->predicted_error = NAN;
     head->retried = true;
-    if (!first) r->unfit[group] = true;
+    if (!first) r->unfit[group] = v->last[group] = true;
     r->way[group] = WAY_EXACT;
     return true;
 }
@@ -315,6 +317,7 @@ static ada_status verify_gradient(back_run *r, const back_caller *c, ada_gradien
         v.queries = ada_carve(&carver, p->B * p->H * (int64_t)sizeof *v.queries);
         v.keys = ada_carve(&carver, r->groups * (int64_t)sizeof *v.keys);
         v.open = ada_carve(&carver, r->groups), v.in_f64 = ada_carve(&carver, r->groups);
+        v.last = ada_carve(&carver, r->groups);
         for (int64_t i = 0; i < p->B * p->H; i++) {
             const sampled s = carve_sampled(&carver, p->T, p->D, 0);
             if (turn) v.queries[i] = s;
@@ -325,7 +328,7 @@ static ada_status verify_gradient(back_run *r, const back_caller *c, ada_gradien
         }
     }
     for (int64_t i = 0; i < r->groups; i++) {
-        v.open[i] = true;
+        v.open[i] = true, v.last[i] = false;
         v.in_f64[i] = budget->tolerance <= 1e-4 || p->query.dtype == ADA_F64 || r->unfit[i];
     }
     const ada_status status = verify_rounds(&v, c, spare, error);

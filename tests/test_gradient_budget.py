@@ -179,11 +179,12 @@ def test_a_wrong_kernel_is_noticed(
         adaattn.attention_backward(*arrays, tolerance=1e-2, precision=NARROW)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("which", ["out", "lse"])
-def test_a_wrong_forward_pass_is_made_up_for(which: str, rng: np.random.Generator) -> None:
+def test_a_wrong_forward_pass_is_made_up_for(which: str, dtype: Any, rng: np.random.Generator) -> None:
     """What is given counts in the budget; where it takes too much of it, both are computed again."""
-    arrays = problem(rng, sinks=np.zeros(4))
-    noise = rng.standard_normal(arrays[5].shape).astype(F32)
+    arrays = problem(rng, dtype=dtype, sinks=np.zeros(4))
+    noise = rng.standard_normal(arrays[5].shape).astype(dtype)
     if which == "out":
         arrays[4] = arrays[4] * (1 + noise[..., None])
     else:
@@ -197,19 +198,25 @@ def test_a_wrong_forward_pass_is_made_up_for(which: str, rng: np.random.Generato
             *arrays, tolerance=tolerance, return_report=True, **options
         )
         assert report.retried.all()
-        assert (report.precision_scores == ("fp64" if precise else "fp32")).all()
+        assert (report.precision_scores == ("fp64" if precise or dtype == F64 else "fp32")).all()
         assert all((error <= tolerance + 2.0**-24).all() for error in errors(actual, exact))
 
 
 @pytest.mark.parametrize("dtype, size", [(F32, 1e20), (F32, 1e-20), (F64, 1e60), (F64, 1e-60)], ids=str)
 def test_gradients_whose_squares_no_float_holds(dtype: Any, size: float, rng: np.random.Generator) -> None:
-    """They are compared all the same."""
+    """They are compared all the same, and what the forward pass left is made up for."""
     arrays = problem(rng, dtype=dtype)
     arrays[0] *= dtype.type(size)
     _, report = adaattn.attention_backward(*arrays, tolerance=1e-2, precision="fp64", return_report=True)
     assert (report.verified_rows == 4).all()
     for x in (report.query_error, report.query_limit, report.key_limit, report.value_limit):
         assert ((x > 0) & (x < 1e-5)).all()
+    arrays[4] *= 1 + rng.standard_normal((*arrays[4].shape[:3], 1)).astype(dtype)
+    actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
+    assert report.retried.all()
+    arrays[0] /= dtype.type(size)
+    scaled = [x / dtype.type(size) for x in actual[:3]]
+    assert all((error < 1e-2).all() for error in errors(scaled, exact_gradients(arrays, {})))
 
 
 def test_numbers_that_the_rung_does_not_hold(rng: np.random.Generator) -> None:
