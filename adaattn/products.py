@@ -98,13 +98,29 @@ def few_rows(
     """`linear` for modules, which know their arrays: None where BLAS should do it."""
     if x.dtype != np.float32 or weight.dtype != np.float32:
         return None
-    rows = x.size // x.shape[-1]
+    rows = x.size // (x.shape[-1] or 1)
     first = _FP32 if packed is None else packed._first(rows, tolerance)
-    if rows > _MOST_ROWS[first] or not weight.flags.c_contiguous:
+    if rows > _MOST_ROWS[first] or (packed is None and not weight.flags.c_contiguous):
         return None
     parts = _plain(weight) if packed is None else packed._parts
-    y: _Array = _adaattn.linear(parts, x, bias, tolerance, first, False, None)
-    return y
+    return _by_engine(x, parts, bias, tolerance, first)[0]
+
+
+def _by_engine(
+    x: _Array,
+    parts: tuple[Any, ...],
+    bias: _Array | None,
+    tolerance: float | None,
+    first: int,
+    report: bool = False,
+    num_threads: int | None = None,
+) -> tuple[_Array, Any]:
+    """The engine's product, of x with any number of axes, and what it tells of rows if a report is wanted."""
+    flat = x if x.ndim <= 4 else x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else np.ascontiguousarray(bias)
+    y = _adaattn.linear(parts, flat, bias, tolerance, first, report, num_threads)
+    y, told = y if report else (y, ())
+    return y if x.ndim <= 4 else y.reshape(*x.shape[:-1], y.shape[-1]), told
 
 
 def _plain(weight: _Array) -> tuple[Any, ...]:
@@ -266,10 +282,7 @@ def linear(
         packed = PackedWeight(weight) if packed is None and first < _FP32 else packed
     if x.dtype == np.float32 and (first < _FP32 or rows <= _MOST_ROWS[_FP32]):
         parts = _plain(np.ascontiguousarray(weight)) if packed is None else packed._parts
-        flat = x if x.ndim <= 4 else x.reshape(-1, x.shape[-1])
-        y = _adaattn.linear(parts, flat, bias, tolerance, first, return_report, num_threads)
-        y, told = y if return_report else (y, ())
-        y = y.reshape(*x.shape[:-1], len(weight)) if x.ndim > 4 else y
+        y, told = _by_engine(x, parts, bias, tolerance, first, return_report, num_threads)
     else:
         packed = None
         y, told = _by_blas(x, weight, bias, first), [_FP64 if x.dtype == np.float64 else first, math.nan]

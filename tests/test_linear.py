@@ -188,6 +188,20 @@ def test_same_bits(precision: str) -> None:
     assert np.array_equal(climbed[:2], linear(x[:2], weight, bias, tolerance=1e-2)) or precision != "int8"
 
 
+@pytest.mark.parametrize("rows", [2, 100])
+def test_a_bias_of_any_strides(rows: int) -> None:
+    weight, x, bias = normal(30, 40), normal(rows, 40), normal(30)
+    strided = np.repeat(bias, 3)[::3]
+    for given in (weight, PackedWeight(weight)):
+        expected = linear(x, given, bias, tolerance=1e-2)
+        assert np.array_equal(linear(x, given, strided, tolerance=1e-2), expected)
+    layer = nn.Linear(40, 30, seed=0)
+    layer.bias = bias
+    expected = layer(x)
+    layer.bias = strided
+    assert np.array_equal(layer(x), expected)
+
+
 def test_dtypes() -> None:
     weight, x, bias = normal(30, 40), normal(3, 40), normal(30)
     for dtype, eps in ((np.float16, 2.0**-11), (ml_dtypes.bfloat16, 2.0**-8)):
@@ -304,6 +318,29 @@ def test_packed_parameters_do_not_change_unseen() -> None:
     layer.weight += 1
     layer(x)
     layer.backward(np.ones((2, 30), np.float32))
+
+
+def test_packed_weights_wherever_they_lie(tmp_path: Any) -> None:
+    x, given = normal(2, 40), normal(30, 40)
+    kept = np.memmap(tmp_path / "weight", np.float32, "w+", shape=(30, 40))
+    kept[...] = given
+    expected = linear(x, PackedWeight(given), tolerance=1e-2)
+    for weight in (np.asfortranarray(given), np.repeat(given, 2, axis=1)[:, ::2], kept):
+        layer = nn.Linear(40, 30, bias=False, seed=0)
+        layer.weight = weight
+        layer.pack(1e-2)
+        assert np.array_equal(layer(x), expected) and not weight.flags.writeable
+        assert np.allclose(layer.unpack()(x), exact(x, given), rtol=1e-4, atol=1e-5)
+        assert weight.flags.writeable
+
+
+def test_any_number_of_axes() -> None:
+    layer, x = nn.Linear(40, 30, seed=0), normal(2, 40)
+    for within in (layer, layer.pack(policy="balanced")):
+        y = within(x)
+        assert np.array_equal(within(x.reshape(1, 2, 1, 1, 1, 40)), y.reshape(1, 2, 1, 1, 1, 30))
+    with pytest.raises(adaattn.ShapeError, match=r"^x: expected .*\(..., 40\)"):
+        layer(np.zeros((2, 0), np.float32))
 
 
 def test_models_that_cannot_be_packed() -> None:

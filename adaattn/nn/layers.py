@@ -50,7 +50,7 @@ class Linear(Module):
 def project(x: Array, weight: Array, bias: Array | None = None, packed: Packed | None = None) -> Array:
     """x Wᵀ + b over the last axis, within a tolerance where the weight is packed."""
     kept, tolerance = None, None
-    if packed is not None and packed.kept.weight is weight:
+    if packed is not None and packed.weight is weight:
         kept, tolerance = packed.kept, packed.tolerance
     few = few_rows(x, weight, bias, kept, tolerance)
     if few is not None:

@@ -22,8 +22,10 @@ Array = NDArray[Any]
 
 
 class Packed(NamedTuple):
-    """A weight's codes, what error a product with them may have, and whether one could write to it before."""
+    """A weight, its codes, what error a product with them may have, and whether one could write to it
+    before."""
 
+    weight: Array
     kept: PackedWeight
     tolerance: float
     writeable: bool
@@ -99,7 +101,7 @@ class Module:
         self.eval().unpack()
         modules = [module for _, module in self.named_modules()]
         weights = [(module, weight) for module in modules if (weight := module._product()) is not None]
-        packed = [Packed(PackedWeight(w), tolerance, w.flags.writeable) for _, w in weights]
+        packed = [Packed(w, PackedWeight(w), tolerance, w.flags.writeable) for _, w in weights]
         for (module, weight), kept in zip(weights, packed, strict=True):
             module._packed, weight.flags.writeable = kept, False
         return self
@@ -108,7 +110,7 @@ class Module:
         """Give up what `pack` made; returns the module."""
         for _, module in self.named_modules():
             if module._packed is not None:
-                module._packed.kept.weight.flags.writeable = module._packed.writeable
+                module._packed.weight.flags.writeable = module._packed.writeable
                 module._packed = None
         return self
 
