@@ -370,21 +370,26 @@ static bool run_mask(back_run *r, const back_caller *c) {
     return run_tasks(r, c, mask_task, tasks, work);
 }
 
+/* fp32, or fp64 where that does not hold a key head. */
+static ada_choice plain_rungs(const back_run *r, int64_t group) {
+    const ada_rung rung = r->unfit[group] || is_double(r) ? ADA_RUNG_FP64 : ADA_RUNG_FP32;
+    return (ada_choice){rung, rung};
+}
+
 #include "backward_verify.h"
 
 /* The rungs of a key head, by what was asked for or by its sizes. */
 static ada_choice choose_rungs(const back_run *r, const ada_gradient_budget *budget, int64_t group) {
     const ada_problem *p = r->p;
-    const ada_choice narrow = ADA_GRADIENT_NARROW,
-                     plain = ada_candidates[r->unfit[group] || is_double(r) ? 0 : 1];
+    const ada_choice narrow = ADA_GRADIENT_NARROW, plain = plain_rungs(r, group);
     const double queries = (double)(p->H / p->G), width = (double)(p->D + p->E);
     if (r->unfit[group]) return plain;
     if (budget->asked.qk != ADA_RUNG_AUTO) return budget->asked;
     if (budget->tolerance == 0 || r->x->needs[ADA_OF_SLOPES]) return plain;
     const int rows = ada_most_rows_to_verify(p->T);
     const ada_task task = {.tolerance = budget->tolerance,
-                           .margin = p->T < LEAST_QUERIES ? ADA_MARGIN_GUESSED
-                                                          : ADA_MARGIN * ada_reach_of_rows(rows),
+                           .margin = p->T < ADA_LEAST_QUERIES ? ADA_MARGIN_GUESSED
+                                                              : ADA_MARGIN * ada_reach_of_rows(rows),
                            .operations = queries * ada_operations_of_head(p, group / p->G),
                            .elements = ((double)p->S + queries * (double)p->T) * width,
                            .D = p->D,
@@ -422,21 +427,23 @@ static ada_status run_all(back_run *r, const back_caller *c, ada_gradient_budget
     if ((sums || needs[ADA_OF_SLOPES]) && run_ways(r, c, spare, error)) return error->status;
     for (int64_t i = 0; budget->heads && i < r->groups; i++) {
         ada_gradient_head *head = &budget->heads[i];
-        const ada_choice plain = ada_candidates[r->unfit[i] || is_double(r) ? 0 : 1];
+        const ada_choice plain = plain_rungs(r, i);
         const bool narrow = head->choice.qk == ADA_RUNG_INT16;
         if (narrow ? !r->raised[i] : head->choice.qk == plain.qk) continue;
         *head = (ada_gradient_head){plain, NAN, true, head->key, head->value};
     }
     const double now = ada_seconds_now();
     budget->seconds[0] = now - start;
-    if (budget->tolerance > 0 && budget->verify && sums && p->T >= LEAST_QUERIES &&
+    if (budget->tolerance > 0 && budget->verify && sums && p->T >= ADA_LEAST_QUERIES &&
         verify_gradient(r, c, budget, spare, error))
         return error->status;
+    const double verified = ada_seconds_now();
+    budget->seconds[1] = verified - now;
     if (needs[ADA_OF_SINKS]) store_vector(p, &x->results[ADA_OF_SINKS], r->sinks, r->query_parts);
     if (needs[ADA_OF_SLOPES]) store_vector(p, &x->results[ADA_OF_SLOPES], r->slopes, r->key_parts);
     r->scores = true;
     if (needs[ADA_OF_MASK] && !run_mask(r, c)) return interrupted(error);
-    budget->seconds[1] = ada_seconds_now() - now;
+    budget->seconds[0] += ada_seconds_now() - verified;
     return ADA_OK;
 }
 

@@ -195,7 +195,7 @@ static const float *seen_rows(const back_run *r, const ada_array *a, int64_t b, 
     return copy;
 }
 
-static void set_unfit(const back_run *r, int64_t group) {
+static void set_raised(const back_run *r, int64_t group) {
     atomic_store_explicit(&r->raised[group], true, memory_order_relaxed);
 }
 
@@ -241,7 +241,7 @@ static void narrow_keys_task(void *context, ada_job *job, int64_t task, int work
     if (good) pack_turned(r, &n.key, block, k, ld, nk, balanced ? n.key_mean : NULL, &s);
     for (int i = 0; i < ADA_LANES; i++) n.key.unit[block * ADA_LANES + i] *= (float)(p->scale * ADA_LOG2E);
     const float *v = seen_rows(r, &p->value, b, g, j, nk, seen, n.value_mean, s.base.rows, &ld);
-    if (!good || !pack_words(r, &n.value, block, v, ld, nk, n.value_mean, &s)) set_unfit(r, group);
+    if (!good || !pack_words(r, &n.value, block, v, ld, nk, n.value_mean, &s)) set_raised(r, group);
 }
 
 static void narrow_queries_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -270,7 +270,7 @@ static void narrow_queries_task(void *context, ada_job *job, int64_t task, int w
     good = good && pack_words(r, &to.go, tile, go, ld, n, NULL, &s);
     if (good) pack_turned(r, &to.go, tile, go, ld, n, NULL, &s);
     r->k->row_scores_f32(to.less + i, keys.value_mean, 1, go, ld, n, E);
-    if (!good) set_unfit(r, group);
+    if (!good) set_raised(r, group);
 }
 
 /* ---- a tile ---- */
@@ -393,7 +393,7 @@ static void narrow_finish_task(void *context, ada_job *job, int64_t task, int wo
     for (int64_t x = 0; needs[ADA_OF_QUERY] && x < per_group; x++)
         finite &=
             narrow_store(r, ADA_OF_QUERY, narrow_queries_at(r, group, x).dq, b, g * per_group + x, scale, &s);
-    if (!finite) set_unfit(r, group);
+    if (!finite) set_raised(r, group);
 }
 
 static void narrow_step_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -403,6 +403,6 @@ static void narrow_step_task(void *context, ada_job *job, int64_t task, int work
     if (r->way[group] != WAY_NARROW || query_part >= r->query_parts) return;
     if (atomic_load_explicit(&r->raised[group], memory_order_relaxed)) return;
     if (r->k->units_begin) r->k->units_begin();
-    if (!narrow_part_back(r, group, key_part, query_part, job, worker)) set_unfit(r, group);
+    if (!narrow_part_back(r, group, key_part, query_part, job, worker)) set_raised(r, group);
     if (r->k->units_end) r->k->units_end();
 }

@@ -8,19 +8,16 @@
  */
 #define QUERY_STREAM 4
 #define KEY_STREAM 5
-/* Fewer are not verified, as forward. */
-#define LEAST_QUERIES 64
-#define MOST_SAMPLED 32
 
 /* Of one head: queries, or the keys of a key head. */
 typedef struct {
-    int64_t rows[MOST_SAMPLED];
-    double weight[MOST_SAMPLED];
+    int64_t rows[ADA_MOST_ROWS];
+    double weight[ADA_MOST_ROWS];
     int n;
     double norm2, norm2_value;            /* of the whole gradient: dQ, or dK and dV */
     float *share, *live, *size, *product; /* [T] or [S] */
-    true_row *truth;                      /* [MOST_SAMPLED] */
-    double *exact, *exact_value;          /* [MOST_SAMPLED][D] of dQ or dK, and [E] of dV */
+    true_row *truth;                      /* [ADA_MOST_ROWS] */
+    double *exact, *exact_value;          /* [ADA_MOST_ROWS][D] of dQ or dK, and [E] of dV */
 } sampled;
 
 typedef struct {
@@ -42,10 +39,10 @@ static int sampled_rows(const ada_gradient_budget *b, int64_t group, int64_t of,
 
 static sampled carve_sampled(ada_carver *c, int64_t n, int64_t width, int64_t value_width) {
     sampled s = {.n = 0};
-    const int64_t floats = n * (int64_t)sizeof(float), doubles = MOST_SAMPLED * (int64_t)sizeof(double);
+    const int64_t floats = n * (int64_t)sizeof(float), doubles = ADA_MOST_ROWS * (int64_t)sizeof(double);
     s.share = ada_carve(c, floats), s.live = ada_carve(c, floats), s.size = ada_carve(c, floats);
     s.product = ada_carve(c, floats);
-    s.truth = ada_carve(c, MOST_SAMPLED * (int64_t)sizeof *s.truth);
+    s.truth = ada_carve(c, ADA_MOST_ROWS * (int64_t)sizeof *s.truth);
     s.exact = ada_carve(c, doubles * width), s.exact_value = ada_carve(c, doubles * value_width);
     return s;
 }
@@ -109,7 +106,7 @@ static void draw_keys_task(void *context, ada_job *job, int64_t group, int worke
 }
 
 /* So many groups of rows a head may have. */
-#define ROW_TASKS (MOST_SAMPLED / ADA_ROW_GROUP)
+#define ROW_TASKS (ADA_MOST_ROWS / ADA_ROW_GROUP)
 
 static void true_rows_task(void *context, ada_job *job, int64_t task, int worker) {
     verification *v = context;
@@ -149,7 +146,7 @@ static bool compare_rows(const back_run *r, int which, int64_t b, int64_t h, con
                          ada_measured *to, bool *misses) {
     const ada_array *a = &r->x->results[which];
     const int width = (int)a->shape[3];
-    double error2[MOST_SAMPLED], piece[ADA_PIECE];
+    double error2[ADA_MOST_ROWS], piece[ADA_PIECE];
     if (!isfinite(norm2)) return true; /* plain arithmetic's own NaN */
     for (int i = 0; i < s->n; i++) {
         error2[i] = 0;
@@ -185,7 +182,7 @@ static forward_part part_of_forward(const verification *v, int64_t group) {
     double shift = 0, weights = 0;
     for (int64_t head = first; head < first + per_group; head++) {
         const sampled *s = &v->queries[head];
-        double key2[MOST_SAMPLED], value2[MOST_SAMPLED];
+        double key2[ADA_MOST_ROWS], value2[ADA_MOST_ROWS];
         for (int i = 0; i < s->n; i++) {
             const true_row *t = &s->truth[i];
             const int64_t row = head * p->T + s->rows[i];
@@ -267,11 +264,10 @@ static bool gradient_goes_up(verification *v, int64_t group) {
     ada_gradient_head *head = &v->budget->heads[group];
     if (v->last[group]) return false;
     const bool first = !head->retried && r->p->query.dtype != ADA_F64 && !r->unfit[group];
-    const ada_rung rung = first ? ADA_RUNG_FP32 : ADA_RUNG_FP64;
-    head->choice = (ada_choice){rung, rung};
+    if (!first) r->unfit[group] = v->last[group] = true;
+    head->choice = plain_rungs(r, group);
     head->predicted_error = NAN;
     head->retried = true;
-    if (!first) r->unfit[group] = v->last[group] = true;
     r->way[group] = WAY_EXACT;
     return true;
 }
