@@ -337,6 +337,13 @@ def test_policies_are_tolerances(rng: np.random.Generator) -> None:
         assert isinstance(again, GradientReport) and (again.query_error == report.query_error).all()
 
 
+def test_a_gradient_of_a_mask_is_no_verification(rng: np.random.Generator) -> None:
+    arrays, mask = problem(rng), np.zeros((130, 200), F32)
+    options: Options = {"attn_mask": mask, "needs": ["query", "attn_mask"], "return_report": True}
+    _, report = adaattn.attention_backward(*arrays, **options)
+    assert report.seconds["verify"] < 0.1 * report.seconds["execute"]
+
+
 def test_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     """Few queries, strict tolerances, gradients of slopes, and machines on which nothing is faster."""
 
@@ -420,6 +427,7 @@ def test_memory_grows_with_the_length() -> None:
             "ArgumentError: policy: expected None beside tolerance=0.01, got 'speed'",
         ),
         ({"verify": 1}, "DTypeError: verify: expected True, False or 'auto', got int"),
+        ({"return_report": np.ones(2)}, "DTypeError: return_report: expected a bool, got numpy.ndarray"),
         (
             {"precision": "bf16"},
             "ArgumentError: precision: expected 'auto', 'fp32', 'fp64' or ('int16', 'bf16') for the gradient "

@@ -90,9 +90,10 @@ PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_
                                ada_rates_of(state, args[RATES], rates))))
         goto done;
     budget.asked = x.p.precision, budget.rates = rates;
-    budget.verify = PyObject_IsTrue(args[VERIFY]);
-    const int return_report = PyObject_IsTrue(args[RETURN_REPORT]);
-    if (return_report < 0) goto done;
+    bool return_report;
+    if (ada_flag_of(state, args[VERIFY], "verify", &budget.verify) ||
+        ada_flag_of(state, args[RETURN_REPORT], "return_report", &return_report))
+        goto done;
     view += ADA_OPTION_VIEWS;
     if (ada_backward_init(&x, &error)) {
         ada_raise(state, &error);
