@@ -135,25 +135,51 @@ static int pass_over(const ada_run *r, const narrow *s, const sparse_lists *x, c
     return listed - kept;
 }
 
-/* Weighs the plain blocks; false when one of their scores is far above the reference. */
-static bool weigh_lists(const ada_run *r, const narrow *s, const sparse_lists *x, ada_patch patch, int plain,
-                        double level) {
+/* Weighs the plain blocks; returns how many, less than all when a score of the next run is far above the
+ * reference. */
+static int weigh_runs(const ada_run *r, const narrow *s, const sparse_lists *x, int plain, double level) {
     const ada_format format = s->store->pv.format;
     ada_gauge_i8_fn *gauge = format == ADA_WORDS_I8    ? r->k->gauge_i8
                              : format == ADA_WORDS_I16 ? r->k->gauge_i16
                                                        : r->k->gauge_bf16;
-    for (int i = 0, n; i < plain; i += n) {
+    int i = 0;
+    for (int n; i < plain; i += n) {
         n = same_run(x, i, plain, false);
-        patch.j = (int64_t)x->block[i] * ADA_BLOCK;
-        if (i == 0) seed_reference(r, s, &patch);
         const narrow at = at_block(s, x, i);
-        const ada_narrow_keys keys = keys_at(s, patch.j);
-        if (!s->weigh(&at.t, &keys, n * ADA_BLOCK)) return false;
+        const ada_narrow_keys keys = keys_at(s, (int64_t)x->block[i] * ADA_BLOCK);
+        if (!s->weigh(&at.t, &keys, n * ADA_BLOCK)) break;
         for (int b = i; b < i + n; b++) x->reach[b] = (float)((double)s->head.reach[x->block[b]] / level);
         gauge(&at.t, n * ADA_BLOCK, x->reach + i, x->mass + (ptrdiff_t)i * ADA_LANES,
               x->spread + (ptrdiff_t)i * ADA_LANES);
     }
-    return true;
+    return i;
+}
+
+/* All of them. Where the first keys are a poor reference, the run that is far above raises it, then all that
+ * follow, and they are weighed again. False where that does not help. */
+static bool weigh_lists(const ada_run *r, const narrow *s, const sparse_lists *x, ada_patch patch, int plain,
+                        double level) {
+    enum { TIMES = 3 };
+    float l[ADA_LANES], sum[ADA_LANES];
+    if (plain == 0) return true;
+    patch.j = (int64_t)x->block[0] * ADA_BLOCK;
+    seed_reference(r, s, &patch);
+    for (int time = 0; time < TIMES; time++) {
+        memcpy(l, s->t.f32.l, sizeof l);
+        memcpy(sum, s->t.sum, sizeof sum);
+        const int weighed = weigh_runs(r, s, x, plain, level);
+        if (weighed == plain) return true;
+        const int end = time ? plain : weighed + same_run(x, weighed, plain, false);
+        memcpy(s->t.f32.l, l, sizeof l);
+        memcpy(s->t.sum, sum, sizeof sum);
+        for (int i = weighed; i < end; i++) {
+            block_f32 block = {0};
+            patch.j = (int64_t)x->block[i] * ADA_BLOCK;
+            narrow_scores(r, s, &patch, &block, ADA_BLOCK);
+            raise_reference(r, s, ADA_BLOCK, &block);
+        }
+    }
+    return false;
 }
 
 static void add_lists(const ada_run *r, const narrow *s, const sparse_lists *x, int plain) {
@@ -183,18 +209,23 @@ static int column_of(const ada_run *r, const ada_picture *to, int block) {
     return (int)((int64_t)block * to->columns / r->store.blocks);
 }
 
-/* What became of a tile's blocks; visible: in each column. */
-static void draw_tile(const ada_run *r, const sparse_lists *x, const ada_patch *patch, int plain, int others,
-                      const uint32_t *visible) {
+/* How many of a tile's blocks are visible, stand in, and are visible and kept in each column. */
+typedef struct {
+    int blocks, stand_ins;
+    uint32_t visible[ADA_PICTURE_MOST], kept[ADA_PICTURE_MOST];
+} tile_count;
+
+/* Adds what became of a tile to what is told of its head (index of the run's). */
+static void tell_of_tile(const ada_run *r, const ada_patch *patch, int64_t index, const tile_count *count) {
     const ada_picture *to = r->p->sparse->picture;
+    atomic_fetch_add_explicit(&r->tallies[index].blocks, count->blocks, memory_order_relaxed);
+    atomic_fetch_add_explicit(&r->tallies[index].stand_ins, count->stand_ins, memory_order_relaxed);
+    if (!to) return;
     const int64_t row = patch->i / ADA_LANES * to->rows / r->tiles, head = patch->b * r->p->H + patch->h;
     const int64_t at = (head * to->rows + row) * to->columns;
-    uint32_t kept[ADA_PICTURE_MOST] = {0};
-    for (int i = 0; i < plain; i++) kept[column_of(r, to, x->block[i])] += !x->stands[i];
-    for (int i = 0; i < others; i++) kept[column_of(r, to, x->other[i])]++;
     for (int c = 0; c < to->columns; c++) { /* several tiles share a row */
-        __atomic_fetch_add(&to->visible[at + c], visible[c], __ATOMIC_RELAXED);
-        __atomic_fetch_add(&to->kept[at + c], kept[c], __ATOMIC_RELAXED);
+        __atomic_fetch_add(&to->visible[at + c], count->visible[c], __ATOMIC_RELAXED);
+        __atomic_fetch_add(&to->kept[at + c], count->kept[c], __ATOMIC_RELAXED);
     }
 }
 
@@ -208,7 +239,7 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     const int64_t head = patch.b * p->H + patch.h;
     float *shift2 = p->sparse->shift2 + head * p->T + patch.i;
     const ada_picture *picture = p->sparse->picture;
-    uint32_t visible[ADA_PICTURE_MOST] = {0};
+    tile_count count = {0};
     int plain = 0, others = 0;
     memset(shift2, 0, (size_t)patch.n * sizeof *shift2);
     if (!start_narrow(r, s, &patch, r->store.slots[index])) return TILE_UNFIT;
@@ -228,22 +259,29 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
         }
         patch.j += ADA_BLOCK;
     }
-    for (int i = 0; picture && i < plain + others; i++)
-        visible[column_of(r, picture, i < plain ? x->block[i] : x->other[i - plain])]++;
-    const int passed = pass_over(r, s, x, &patch, &plain);
-    if (!weigh_lists(r, s, x, patch, plain, sqrt(p->sparse->budget2[head]))) return TILE_DENSE;
+    count.blocks = plain + others;
+    for (int i = 0; picture && i < count.blocks; i++)
+        count.visible[column_of(r, picture, i < plain ? x->block[i] : x->other[i - plain])]++;
+    count.stand_ins = pass_over(r, s, x, &patch, &plain);
+    if (!weigh_lists(r, s, x, patch, plain, sqrt(p->sparse->budget2[head]))) {
+        count.stand_ins = 0;
+        memcpy(count.kept, count.visible, sizeof count.kept);
+        tell_of_tile(r, &patch, index, &count);
+        return TILE_DENSE;
+    }
     if (ada_job_cancelled(job, worker)) return TILE_DONE;
     for (int i = 0; i < ADA_LANES; i++) {
         const float sum = s->t.sum[i];
         x->weight[i] = i < patch.n && sum > 0 ? 1 / (sum * sum) : 0;
     }
-    const int stand = ada_choose_stand_ins(r->k, x->spread, plain, x->weight, patch.n, p->sparse->joint[head],
-                                           &x->choosing, x->stands, x->shift2);
+    count.stand_ins += ada_choose_stand_ins(r->k, x->spread, plain, x->weight, patch.n,
+                                            p->sparse->joint[head], &x->choosing, x->stands, x->shift2);
     add_lists(r, s, x, plain);
     if (!finish_narrow(r, s, &patch)) return TILE_UNFIT;
     memcpy(shift2, x->shift2, (size_t)patch.n * sizeof *shift2);
-    if (picture) draw_tile(r, x, &patch, plain, others, visible);
-    atomic_fetch_add_explicit(&r->tallies[index].blocks, plain + others + passed, memory_order_relaxed);
-    atomic_fetch_add_explicit(&r->tallies[index].stand_ins, stand + passed, memory_order_relaxed);
+    for (int i = 0; picture && i < plain; i++)
+        count.kept[column_of(r, picture, x->block[i])] += !x->stands[i];
+    for (int i = 0; picture && i < others; i++) count.kept[column_of(r, picture, x->other[i])]++;
+    tell_of_tile(r, &patch, index, &count);
     return TILE_DONE;
 }

@@ -204,7 +204,7 @@ def test_blocks_are_passed_over_for_a_reason(rng, tolerance, causal):
     rows = rng.choice(np.arange(S, 2 * S), 48, replace=False)
     keys = rng.choice(S, 48, replace=False)
     k[0, 0, keys] = 1.5 * q[0, 0, rows]  # and so for all rows of that topic
-    v[0, 0, keys[::4]] *= 10
+    v[0, 0, keys[::4]] *= 4
     options = {"tolerance": tolerance, "causal": causal, "structure": "sparse"}  # by name: never done again
     out, report = adaattn.attention(q, k, v, **options, return_report=True)
     exact = exactly(q, k, v, causal=causal)
@@ -311,6 +311,22 @@ def test_blocks_and_output_are_those_of_brute_force(rng, causal):
     expected = each.sum(axis=1).reshape(1, 1, -1, D)
     assert errors(expected, exactly(*arrays, causal=causal))[0, 0] > 0.04
     assert errors(out, expected)[0, 0] < 0.02
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_scores_far_above_those_of_the_first_keys(rng, places):
+    """Tiles whose scores a reference by the first keys cannot hold are sparse too; they see some places."""
+    q, k, v = local(rng)
+    q *= 3
+    q[0, 0, 1::2] = np.roll(q[0, 0], S // 2 * (places - 1), axis=0)[1::2]
+    scores = q[0, 0] @ k[0, 0].T / 8 * np.log2(np.e)
+    assert np.mean(scores.max(axis=1) > scores[:, :64].max(axis=1) + 60) > 0.8
+    out, report = adaattn.attention(q, k, v, tolerance=5e-2, return_report=True)
+    picture = report.kept_blocks[0, 0]
+    assert report.structure[0, 0] == "sparse" and not report.retried.any()
+    assert picture.mean(axis=1).max() < 0.1 * places + 0.1  # and no NaN
+    assert picture.mean() == pytest.approx(report.kept_fraction[0, 0], abs=1e-6)
+    assert errors(out, exactly(q, k, v))[0, 0] <= 5e-2
 
 
 def test_pictures_of_heads_sent_back(rng):
