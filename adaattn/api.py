@@ -220,14 +220,13 @@ def attention(
     fewer than 64 query rows checking would cost as much as computing: the error is predicted, not verified
     (``verified_rows`` is 0), and may reach a third of the tolerance. So it is for heads of at most 65,536
     scores (256 queries on 256 keys) that are computed in fp32, where rows of them and the size of all their
-    numbers predict at most a third of the tolerance: one exact row would take more than 2 % of their time;
-    `verify=True` takes it. Up to 8 queries, and those on a
-    `KVCache`, wait for memory, not for arithmetic (a long cache may be read in part, which its notes tell
-    of): else they are computed in fp32, or in fp64 where statistics of
-    some keys and the output's size say that fp32 would not do. A head with NaN or infinities cannot be
-    verified. For float16 and bfloat16 arrays the rounding of the output itself comes on top. What a head is
-    computed with depends on that head, its options and the machine's rates (`cpu_info`, `calibrate`) alone,
-    never on threads or other heads.
+    numbers predict at most a third of the tolerance, but not with masks, ALiBi or dropout: one exact row
+    would take more than 2 % of their time; `verify=True` takes it. Up to 8 queries, and those on a `KVCache`,
+    wait for memory, not for arithmetic (a long cache may be read in part, which its notes tell of): else they
+    are computed in fp32, or in fp64 where statistics of some keys and the output's size say that fp32 would
+    not do. A head with NaN or infinities cannot be verified. For float16 and bfloat16 arrays the rounding of
+    the output itself comes on top. What a head is computed with depends on that head, its options and the
+    machine's rates (`cpu_info`, `calibrate`) alone, never on threads or other heads.
 
     On a GPU all arrays lie on query's device; vectors (slopes, sinks, lengths, offsets, seeds) may lie
     anywhere and are read by the host. Work goes to the stream that query's library works on, and the result

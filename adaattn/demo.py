@@ -88,7 +88,7 @@ def run(progress: _Progress = lambda step, done: None, length: int | None = None
     compared = min(COMPARED, LENGTH) if length is None else length
     expected = EXPECTED_BITS_PER_BYTE if length is None else None
     length = LENGTH if length is None else length
-    text = sources(length + 1)
+    text = sources(length, 1)
     progress(f"Reading {length:,} bytes", 0.1)
     logits, calls, read_seconds = read(model, text[:-1])
 
@@ -129,8 +129,9 @@ def run(progress: _Progress = lambda step, done: None, length: int | None = None
     }
 
 
-def sources(length: int) -> _Array:
-    """So many bytes of Python: sample.txt or, beyond its 4,737, the library of the Python that runs.
+def sources(length: int, more: int = 0) -> _Array:
+    """So many bytes of Python, and `more` that follow them: of sample.txt or, beyond its 4,737, of the
+    library of the Python that runs.
 
     Raises
     ------
@@ -138,15 +139,14 @@ def sources(length: int) -> _Array:
         There are not so many, or none are asked for.
     """
     text = (DATA / "sample.txt").read_bytes()
-    if length > len(text):
+    if not 1 <= length <= len(text) - more:
         library = Path(sysconfig.get_paths()["stdlib"])
         text = b"".join((library / name).read_bytes() for name in LIBRARY_FILES)
-    if not 1 < length <= len(text):
+    if not 1 <= length <= len(text) - more:
         raise ArgumentError(
-            f"length: expected 1 to {len(text) - 1}, of which {', '.join(LIBRARY_FILES)} have one more, "
-            f"got {length - 1}"
+            f"length: expected 1 to {len(text) - more}, which {', '.join(LIBRARY_FILES)} have, got {length}"
         )
-    return np.frombuffer(text, np.uint8)[:length]
+    return np.frombuffer(text, np.uint8)[: length + more]
 
 
 def read(model: Transformer, text: _Array) -> tuple[_Array, list[tuple[_Array, ...]], float]:

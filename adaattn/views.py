@@ -46,11 +46,6 @@ def time_text(seconds: float) -> str:
     return f"{float(value):.0f} {unit}" if "e" in value else f"{value} {unit}"
 
 
-def pair_text(qk: Any, pv: Any) -> str:
-    """The rung of both products, or "scores/values"."""
-    return str(qk) if qk == pv else f"{qk}/{pv}"
-
-
 # ---- table
 
 
@@ -65,11 +60,10 @@ def _cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
     r = report
     heads = list(np.ndindex(r.retried.shape))
-    pairs = zip(r.precision_qk.flat, r.precision_pv.flat, strict=True)
     columns: dict[str, list[str]] = {
         "batch": [str(b) if r.retried.shape[0] > 1 else "" for b, _ in heads],
         "head": [str(h) for _, h in heads],
-        "precision": [pair_text(*pair) for pair in pairs],
+        "precision": [str(rung) for rung in r.rungs.flat],
         "structure": [str(x) for x in r.structure.flat] if (r.structure != "dense").any() else [],
         "rank": [str(x) if x else "" for x in r.rank.flat],
         "kept": numbers(r.kept_fraction) if (r.kept_fraction != 1).any() else [],
@@ -155,11 +149,15 @@ def plot(report: Report) -> Figure:
         raise ImportError("Report.plot needs matplotlib: pip install adaattn[plots]") from error
 
     B, H = report.retried.shape
-    pairs = list(zip(report.precision_qk.flat, report.precision_pv.flat, strict=True))
     order = {rung: i for i, rung in enumerate(_adaattn.RUNGS)}
-    used = sorted(set(pairs), key=lambda pair: (order[pair[0]] + order[pair[1]], order[pair[0]]))
-    colours = [COLOURS.get(pair_text(*pair), "tab:brown") for pair in used]
-    grid = np.array([used.index(pair) for pair in pairs]).reshape(B, H)
+
+    def exactness(rung: str) -> tuple[int, int]:
+        qk, _, pv = rung.partition("/")
+        return order[qk] + order[pv or qk], order[qk]
+
+    used = sorted(set(report.rungs.flat), key=exactness)
+    colours = [COLOURS.get(rung, "tab:brown") for rung in used]
+    grid = np.array([used.index(rung) for rung in report.rungs.flat]).reshape(B, H)
 
     figure = empty_figure(figsize=(max(8.0, min(16.0, 2.5 + 0.25 * B * H)), 4.2 + 0.25 * min(B, 16)))
     rungs, errors = figure.subplots(2, 1, height_ratios=[0.6 + 0.25 * min(B, 16), 3])
@@ -168,7 +166,7 @@ def plot(report: Report) -> Figure:
     rungs.set(xlabel="head", ylabel="batch")
     for axis, n in ((rungs.xaxis, H), (rungs.yaxis, B)):
         axis.set_ticks(range(0, n, -(-n // 16)))
-    keys = [Patch(color=colour, label=pair_text(*pair)) for colour, pair in zip(colours, used, strict=True)]
+    keys = [Patch(color=colour, label=rung) for colour, rung in zip(colours, used, strict=True)]
     rungs.legend(
         handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(len(keys), 1), frameon=False
     )
@@ -199,11 +197,11 @@ def plot(report: Report) -> Figure:
 
 
 def plot_blocks(report: Report) -> Figure:
-    heads = [at for at in np.ndindex(report.structure.shape) if report.structure[at] == "sparse"]
-    if report.kept_blocks is None:
-        heads = []
-    columns = min(8, max(len(heads), 1))
-    rows = -(-len(heads) // columns) or 1
+    blocks, shape = report.kept_blocks, report.structure.shape
+    sparse = [at for at in np.ndindex(shape) if report.structure[at] == "sparse"]
+    pictures = {} if blocks is None else {at: blocks[at] for at in sparse}
+    columns = min(8, max(len(pictures), 1))
+    rows = -(-len(pictures) // columns) or 1
     try:
         figure = empty_figure(figsize=(1.5 * columns + 1.5, 1.7 * rows + 0.6))
     except ImportError as error:
@@ -211,16 +209,14 @@ def plot_blocks(report: Report) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    if report.kept_blocks is None:
+    if not pictures:
         axes[0, 0].text(0.5, 0.5, "no head is sparse", ha="center", transform=axes[0, 0].transAxes)
         return figure
-    for axis, at in zip(axes.flat, heads, strict=False):
+    for axis, (at, picture) in zip(axes.flat, pictures.items(), strict=False):
         axis.set_axis_on()
-        image = axis.imshow(
-            report.kept_blocks[at], cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
-        )
+        image = axis.imshow(picture, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set(xticks=[], yticks=[])
-        axis.set_title(f"{at[1] if report.structure.shape[0] == 1 else at}: {report.kept_fraction[at]:.0%}")
+        axis.set_title(f"{at[1] if shape[0] == 1 else at}: {report.kept_fraction[at]:.0%}")
     figure.colorbar(image, ax=axes, label="share of the blocks kept")
     figure.supxlabel("keys")
     figure.supylabel("queries")
@@ -238,8 +234,8 @@ def explain(plan: Plan) -> str:
     names = zip(("sparse", "low rank"), plan.ruled_out, strict=True)
     if ruled_out := [f"{name} by {what}" for name, what in names if what]:
         lines.append(f"ruled out: {', '.join(ruled_out)}")
-    for at in np.ndindex(plan.retried.shape):
-        lines.append(f"head {at}: {_reason(plan, at)}")
+    for at, rung in zip(np.ndindex(plan.retried.shape), plan.rungs.flat, strict=True):
+        lines.append(f"head {at}: {_reason(plan, at, str(rung))}")
         lines.extend(f"    {line}" for line in _candidates(plan, at))
     return "\n".join(lines)
 
@@ -259,9 +255,8 @@ def _allowed(plan: Plan, candidate: str) -> bool:
     return all(dearest <= index.get(rung, -1) <= cheapest for rung in candidate.split("/"))
 
 
-def _reason(plan: Plan, at: tuple[int, ...]) -> str:
+def _reason(plan: Plan, at: tuple[int, ...], name: str) -> str:
     """The chosen one, and what stood against the others."""
-    name = pair_text(plan.precision_qk[at], plan.precision_pv[at])
     c = plan.candidates.index(name) if name in plan.candidates else -1
     error = float(plan.predicted_error[at])
     known = [] if c < 0 else [time_text(float(plan.candidate_seconds[at][c]))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,11 @@ from instruments import (
     POLICIES,
     RATES,
     REAL,
+    add_parts,
     draw,
     geometric_mean,
+    part_of,
+    read_json,
     save,
     use_rates,
     verdict,
@@ -145,7 +146,7 @@ def joined(files: list[Path]) -> list[list[Runner]]:
     """The runs that --json kept, by case again."""
     found: dict[tuple[Any, ...], list[Runner]] = {}
     for file in files:
-        for run in json.loads(file.read_text())["runs"]:
+        for run in read_json(file, "runs"):
             one = Runner(**run)
             found.setdefault((file, one.group, one.case, one.head, one.threads), []).append(one)
     return list(found.values())
@@ -223,8 +224,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=["overhead", "Gaussian", "real"], metavar="GROUP")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--quick", action="store_true", help="short heads and three rounds")
-    parser.add_argument("--part", metavar="K/N", help="of N parts of every group's cases the K-th: 1/3")
-    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="measure nothing; show these")
+    add_parts(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything, with every sample")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="budget.png and .svg")
     args = parser.parse_args()
@@ -239,10 +239,7 @@ def main() -> None:
         "Gaussian": gaussian_cases(shapes),
         "real": real,
     }
-    cases = {name: members for name, members in cases.items() if name in (args.groups or cases)}
-    if args.part:
-        first, step = map(int, args.part.split("/"))
-        cases = {name: islice(members, first - 1, None, step) for name, members in cases.items()}
+    cases = {name: part_of(cases[name], args.part) for name in cases if name in (args.groups or cases)}
     gc.disable()
     found = joined(args.join) if args.join else measure(cases, args.threads, 3 if args.quick else args.rounds)
     for threads in sorted({turns[0].threads for turns in found}):

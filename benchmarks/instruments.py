@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from heads import Array, Heads, bundled, minilm
@@ -16,6 +18,7 @@ from heads import Array, Heads, bundled, minilm
 import adaattn
 import adaattn.rates as machine
 
+T = TypeVar("T")
 POLICIES = adaattn.POLICIES
 
 #: All heads of two real models.
@@ -69,6 +72,32 @@ def verdict(value: float, limit: float, *, most: bool = False) -> str:
     if np.isnan(value):
         return "not measured"
     return "reached" if (value <= limit if most else value >= limit) else "MISSED"
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Options that cut a long run: --part measures a share of it, --join shows what --json kept of some."""
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th, from the K-th on"
+    )
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="measure nothing; show these")
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, step = map(int, text.split("/"))
+    if not 1 <= first <= step:
+        raise argparse.ArgumentTypeError(f"expected K/N with 1 <= K <= N, got {text}")
+    return first, step
+
+
+def part_of(members: Iterable[T], part: tuple[int, int]) -> Iterator[T]:
+    first, step = part
+    return islice(members, first - 1, None, step)
+
+
+def read_json(path: Path, part: str) -> list[dict[str, Any]]:
+    """One of the parts that `write_json` was given."""
+    found: list[dict[str, Any]] = json.loads(path.read_text())[part]
+    return found
 
 
 def write_json(path: Path, **parts: Any) -> None:

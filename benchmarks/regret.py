@@ -12,7 +12,6 @@ to be computed exactly; all are measured.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,20 @@ from typing import Any
 
 import numpy as np
 from heads import Array, Heads, errors
-from instruments import COLORS, RATES, REAL, draw, save, share, use_rates, verdict, write_json
+from instruments import (
+    COLORS,
+    RATES,
+    REAL,
+    add_parts,
+    draw,
+    part_of,
+    read_json,
+    save,
+    share,
+    use_rates,
+    verdict,
+    write_json,
+)
 from report import show_table
 from structure import SETS
 from structure import TOLERANCES as LOOSE
@@ -193,12 +205,12 @@ def show(found: list[Choice], rates: str, how: str, wanted: float = WANTED) -> N
     show_table(f"time over that of the best choice; rates: {rates}, times: {how}", header, rows)
 
 
-def plot(folder: Path, found: list[Choice], rates: str) -> None:
+def plot(folder: Path, found: list[Choice], rates: str, wanted: float = WANTED) -> None:
     figure, (axis,) = draw(8, 4.6)
-    for i, tolerance in enumerate(TOLERANCES):
+    for i, tolerance in enumerate(sorted({x.tolerance for x in found})):
         regrets = sorted(x.regret for x in found if x.tolerance == tolerance)
         axis.plot(np.linspace(0, 1, len(regrets)), regrets, color=COLORS[i], label=f"{tolerance:g}")
-    axis.axhline(WANTED, color="black", linewidth=0.8, linestyle="--")
+    axis.axhline(wanted, color="black", linewidth=0.8, linestyle="--")
     axis.set(xlabel="share of heads", ylabel="time over that of the best choice")
     axis.legend(title="tolerance", frameon=False)
     axis.grid(alpha=0.3)
@@ -206,17 +218,22 @@ def plot(folder: Path, found: list[Choice], rates: str) -> None:
     save(figure, folder, f"regret-{rates}")
 
 
-def measure_structures(names: list[str], args: argparse.Namespace) -> None:
-    first, step = map(int, args.part.split("/"))
-    found: list[Choice] = []
+def measure_rungs(names: list[str], part: tuple[int, int], rounds: int) -> Iterator[Choice]:
+    """rounds: as of `choices`."""
     for name in names:
-        heads = [head for some in SETS[name]() for head in some.apart()]
-        for head in heads[first - 1 :: step]:
+        print(name, file=sys.stderr, flush=True)
+        try:
+            for heads in part_of(REAL[name](), part):
+                yield from choices(name, heads, rounds)
+        except ImportError as why:
+            print(f"left out: {name} ({why})")
+
+
+def measure_structures(names: list[str], part: tuple[int, int], rounds: int) -> Iterator[Choice]:
+    for name in names:
+        for head in part_of([head for some in SETS[name]() for head in some.apart()], part):
             print(head.name, file=sys.stderr, flush=True)
-            found += structures(name, head, args.rounds)
-    show(found, args.rates, "measured", WANTED_STRUCTURES)
-    if args.json:
-        write_json(args.json, rates=args.rates, times="measured", choices=[vars(x) for x in found])
+            yield from structures(name, head, rounds)
 
 
 def main() -> None:
@@ -227,44 +244,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of measuring times")
     parser.add_argument("--structures", action="store_true", help="long heads, over rungs and structures")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="of the real heads, or of structure.py's")
-    parser.add_argument(
-        "--part", default="1/1", metavar="I/N", help="of long heads every N-th, from the I-th on"
-    )
-    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="show these, measure nothing")
+    add_parts(parser)
     parser.add_argument("--quick", action="store_true", help="heads of at most 512 keys, 3 rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every head")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="regret-TABLE.png and .svg")
     args = parser.parse_args()
 
-    if args.load:
-        loaded = [Choice(**x) for path in args.load for x in json.loads(path.read_text())["choices"]]
-        show(loaded, args.rates, "measured", WANTED_STRUCTURES if args.structures else WANTED)
-        return
-    known = SETS if args.structures else REAL
+    known, wanted = (SETS, WANTED_STRUCTURES) if args.structures else (REAL, WANTED)
     names = args.sets or list(known)
     if unknown := set(names) - set(known):
         parser.error(f"--sets: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     use_rates(args.rates)
-    if args.structures:
-        measure_structures(names, args)
-        return
-    how = args.times or ("measured" if args.rates in ("machine", "calibrated") else "table")
-    rounds = (3 if args.quick else args.rounds) if how == "measured" else 0
-    found: list[Choice] = []
-    for name in names:
-        if args.quick and not name.endswith(("128 tokens", "512 tokens", "512 bytes")):
-            continue
-        print(name, file=sys.stderr, flush=True)
-        try:
-            for heads in REAL[name]():
-                found += choices(name, heads, rounds)
-        except ImportError as why:
-            print(f"left out: {name} ({why})")
-    show(found, args.rates, how)
+    by_rates = args.times or ("measured" if args.rates in ("machine", "calibrated") else "table")
+    how = "measured" if args.structures else by_rates
+    rounds = 3 if args.quick else args.rounds
+    if args.join:
+        found = [Choice(**x) for path in args.join for x in read_json(path, "choices")]
+    elif args.structures:
+        found = list(measure_structures(names, args.part, rounds))
+    else:
+        if args.quick:
+            names = [x for x in names if x.endswith(("128 tokens", "512 tokens", "512 bytes"))]
+        found = list(measure_rungs(names, args.part, rounds if how == "measured" else 0))
+    show(found, args.rates, how, wanted)
     if args.json:
         write_json(args.json, rates=args.rates, times=how, choices=[vars(x) for x in found])
     if args.plot and found:
-        plot(args.plot, found, args.rates)
+        plot(args.plot, found, args.rates, wanted)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """What leaving values out gains: the planner's choice against its own dense one, and torch's fp32 attention.
 
 Heads are called one by one; the two structures and torch take turns, and a ratio compares the least times.
-Errors are those against fp64. sparsity.py has the study behind the rule. A run may be cut into parts, whose
-files of --json are shown together by --load. --split tells instead where the time of sparse heads goes.
+Errors are those against fp64. sparsity.py has the study behind the rule. Long runs can be cut: --part, then
+--join. --split tells instead where the time of sparse heads goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from heads import Heads, bundled, errors, gaussian
-from instruments import RATES, use_rates, verdict, write_json
+from instruments import RATES, add_parts, part_of, read_json, use_rates, verdict, write_json
 from report import show_table
 
 from adaattn.bench.heads import topics
@@ -244,9 +243,10 @@ def row(label: str, cases: list[Case], wanted: float = float("nan")) -> list[str
 
 
 def show(cases: list[Case], threads: int) -> None:
+    """Those of so many threads."""
     rows = []
     for name in dict.fromkeys(one.set for one in cases):
-        own = [one for one in cases if one.set == name and one.threads == threads]
+        own = [one for one in cases if one.set == name]
         least = peaked(own) if len({one.head for one in own}) > PEAKED else set()
         for t in TOLERANCES:
             of = [one for one in own if one.tolerance == t]
@@ -279,23 +279,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rates", choices=RATES, default="machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th head, from the I-th on")
-    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="show these, measure nothing")
+    add_parts(parser)
     parser.add_argument("--split", action="store_true", help="where the time of sparse heads goes")
     args = parser.parse_args()
 
-    if args.load:
-        loaded = [Case(**case) for path in args.load for case in json.loads(path.read_text())["cases"]]
-        for threads in sorted({case.threads for case in loaded}):
-            show(loaded, threads)
-        return
     use_rates(args.rates)
-    cases: list[Case] = []
+    cases = [Case(**one) for path in args.join or () for one in read_json(path, "cases")]
     splits: list[Split | None] = []
-    first, step = map(int, args.part.split("/"))
-    for name in args.sets:
-        heads = [head for some in SETS[name]() for head in some.apart()]
-        for head in heads[first - 1 :: step]:
+    for name in () if args.join else args.sets:
+        for head in part_of([head for some in SETS[name]() for head in some.apart()], args.part):
             print(head.name, file=sys.stderr, flush=True)
             if args.split:
                 splits += [split(head, t, args.rounds) for t in TOLERANCES]
@@ -306,8 +298,8 @@ def main() -> None:
     if args.split:
         show_splits([one for one in splits if one])
         return
-    for threads in args.threads:
-        show(cases, threads)
+    for threads in sorted({one.threads for one in cases}):
+        show([one for one in cases if one.threads == threads], threads)
     if args.json:
         write_json(args.json, cases=[vars(one) for one in cases])
 

@@ -49,9 +49,8 @@ def time_policies(layers: list[Arrays]) -> dict[str, float]:
 
 def rungs(report: adaattn.Report) -> list[str]:
     """What each head was computed with, sparse ones with the share of the blocks that was kept."""
-    heads = zip(report.precision_qk.flat, report.precision_pv.flat, report.kept_fraction.flat, strict=True)
-    names = [(qk if qk == pv else f"{qk}/{pv}", kept) for qk, pv, kept in heads]
-    return [name if kept == 1 else f"{name} {kept:.0%}" for name, kept in names]
+    heads = zip(report.rungs.flat, report.kept_fraction.flat, strict=True)
+    return [name if kept == 1 else f"{name} {kept:.0%}" for name, kept in heads]
 
 
 def main() -> None:

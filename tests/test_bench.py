@@ -194,6 +194,13 @@ def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
 # ---- files and pictures
 
 
+def test_heads_of_the_bundled_model_of_any_length() -> None:
+    assert next(heads.bundled(1)).query.shape == (1, 4, 1, 64)
+    for length in (0, 10**7):
+        with pytest.raises(adaattn.ArgumentError, match=f"^length: expected 1 to .*, got {length}$"):
+            next(heads.bundled(length))
+
+
 def test_json_is_the_run(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     results.save_json(run, path)

@@ -132,6 +132,24 @@ def test_with_every_option(dtype: Any) -> None:
         assert all(torch.equal(x.detach(), y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("verify", ["auto", True, False])
+def test_the_operator_tells_true_from_auto(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which differ for small heads: in the forward pass and in the backward pass."""
+    seen: list[Any] = []
+
+    def recorded(call: Any) -> Any:
+        return lambda *arrays, **options: (
+            seen.append(options.get("verify", "auto")),
+            call(*arrays, **options),
+        )[1]
+
+    monkeypatch.setattr(torch_operators.api, "attention", recorded(adaattn.attention))
+    monkeypatch.setattr(torch_operators, "attention_backward", recorded(adaattn.attention_backward))
+    x = torch.randn(1, 2, 70, 8, requires_grad=True)
+    scaled_dot_product_attention(x, x, x, tolerance=1e-2, verify=verify).sum().backward()
+    assert seen == [verify, verify]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_is_shared(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine reads and writes the tensors themselves, with as many threads as torch has."""

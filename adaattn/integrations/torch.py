@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from ..api import check_verify
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..stats import tolerance_of
 from .torch_operators import compute
@@ -240,12 +241,9 @@ def _tensor(x: Any) -> Any:
     return None if x is None else torch.as_tensor(x)
 
 
-def _flag(verify: Any) -> bool:
-    if isinstance(verify, str) and verify == _AUTO:
-        return True
-    if not isinstance(verify, bool):
-        raise DTypeError(f"verify: expected True, False or 'auto', got {verify!r}")
-    return verify
+def _flag(verify: Any) -> bool | None:
+    """The operator's: None for "auto"."""
+    return None if isinstance(check_verify(verify), str) else verify
 
 
 def options_of_calls(

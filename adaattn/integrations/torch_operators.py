@@ -131,7 +131,7 @@ _ARGUMENTS = (
     + "".join(f"Tensor? {name}, " for name in _TENSORS)
     + "str causal, SymInt? left, SymInt? right, float? softcap, float? scale, float dropout_p, "
     "float? tolerance, str precision_qk, str precision_pv, str min_precision, str max_precision, "
-    "str structure, bool verify, int? num_threads"
+    "str structure, bool? verify, int? num_threads"
 )
 
 
@@ -141,7 +141,7 @@ def _options(rest: Any) -> dict[str, Any]:
     causal, left, right, softcap, scale, dropout_p, tolerance, qk, pv, least, most, structure, verify, n = (
         others
     )
-    options = dict(zip(_TENSORS, tensors, strict=True)) | {
+    return dict(zip(_TENSORS, tensors, strict=True)) | {
         "causal": causal or False,
         "window": None if left is right is None else (left, right),
         "softcap": softcap,
@@ -152,9 +152,9 @@ def _options(rest: Any) -> dict[str, Any]:
         "min_precision": least,
         "max_precision": most,
         "structure": structure,
+        "verify": "auto" if verify is None else verify,
         "num_threads": n,
     }
-    return options if verify else options | {"verify": False}
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any) -> Any:
@@ -185,8 +185,7 @@ def _backward(
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
         return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
-    verify = options.pop("verify", "auto")
-    options |= budget_of(options.pop("tolerance"), options.pop("min_precision"), verify)
+    options |= budget_of(*(options.pop(name) for name in ("tolerance", "min_precision", "verify")))
     for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
         options.pop(name)
     _read(options)
