@@ -70,6 +70,15 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
     for (int64_t block = 0; block < r->blocks; block++) {
         const int64_t j = block * ADA_BLOCK;
         const int nk = ada_keys_of_block(p, block);
+        uint64_t any = 0;
+        for (int x = 0; x < n; x++) {
+            const ada_patch patch = {b, h, i[x], j, 1, nk};
+            seen[x] = UINT64_MAX;
+            if (ada_visible_rows(p, &patch, &seen[x]) == ADA_HIDDEN) seen[x] = 0;
+            any |= seen[x];
+            for (int c = 0; c < nk; c++) s.x[x * ldx + j + c] = -INFINITY;
+        }
+        if (!any) continue;
         const REAL *k = KIND(rows_at)(r->k, &p->key, b, g, j, nk, s.left, &ldk);
         const REAL *v = KIND(rows_at)(r->k, &p->value, b, g, j, nk, s.right, &ldv);
         r->k->KIND(row_scores)(s.s, s.one, n, k, ldk, nk, D);
@@ -78,13 +87,12 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
             const ada_patch patch = {b, h, i[x], j, 1, nk};
             REAL *to = s.x + x * ldx + j, *gradient = s.g + x * ldx + j, *cap = s.cap + x * ldx + j;
             REAL *score = s.s + x * ADA_BLOCK;
-            uint64_t see = UINT64_MAX, keep = UINT64_MAX;
-            if (ada_visible_rows(p, &patch, &see) == ADA_HIDDEN) see = 0;
+            uint64_t keep = UINT64_MAX;
             const bool biased = KIND(bias_rows)(p, r->k, s.bias, &patch);
             if (p->drop_below) ada_kept_rows(p, r->k, &patch, &keep);
             KIND(cap_scores)(r, score, cap, nk);
             for (int c = 0; c < nk; c++) {
-                const bool hidden = !(see >> c & 1) || (biased && s.bias[c] == -INFINITY);
+                const bool hidden = !(seen[x] >> c & 1) || (biased && s.bias[c] == -INFINITY);
                 to[c] = hidden ? -INFINITY : score[c] + (biased ? s.bias[c] : 0);
                 gradient[c] = hidden || !(keep >> c & 1) ? 0 : s.t[x * ADA_BLOCK + c] * (REAL)kept;
             }
@@ -119,14 +127,17 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
     for (int64_t block = 0; block < r->blocks; block++) {
         const int64_t j = block * ADA_BLOCK;
         const int nk = ada_keys_of_block(p, block);
-        const REAL *k = KIND(rows_at)(r->k, &p->key, b, g, j, nk, s.left, &ldk);
+        uint64_t any = 0;
         for (int x = 0; x < n; x++) {
             seen[x] = 0;
             for (int c = 0; c < nk; c++) {
                 seen[x] |= (uint64_t)(s.x[x * ldx + j + c] > -INFINITY) << c;
                 s.s[x * ADA_BLOCK + c] = s.g[x * ldx + j + c];
             }
+            any |= seen[x];
         }
+        if (!any) continue;
+        const REAL *k = KIND(rows_at)(r->k, &p->key, b, g, j, nk, s.left, &ldk);
         KIND(add_rows)(r, s.sum, s.s, seen, n, k, ldk, nk, D);
     }
     for (int c = 0; c < n * D; c++) dq[c] = (double)s.sum[c] * p->scale;
@@ -141,7 +152,7 @@ static void KIND(true_keys)(const back_run *r, int64_t group, const int64_t *j, 
     const double kept = 1 / (1 - p->dropout_p);
     ada_carver carver = {scratch, 0};
     const KIND(truth) s = KIND(truth_of)(r, &carver);
-    uint64_t seen[ADA_ROW_GROUP], see[ADA_LANES], keep[ADA_LANES];
+    uint64_t seen[ADA_ROW_GROUP], see[ADA_ROW_GROUP][ADA_LANES], keep[ADA_LANES];
     for (int x = 0; x < n; x++) {
         KIND(ada_load_rows)(r->k, s.one + x * D, D, &p->key, b, g, j[x], 1, D);
         for (int d = 0; d < D; d++) s.one[x * D + d] *= (REAL)(p->scale * ADA_LOG2E);
@@ -152,6 +163,13 @@ static void KIND(true_keys)(const back_run *r, int64_t group, const int64_t *j, 
         for (int64_t tile = 0; tile < r->tiles; tile++) {
             const int64_t i = tile * ADA_LANES, row = (b * p->H + h) * p->T + i;
             const int rows = rows_of_tile(p, tile);
+            ada_sight sight[ADA_ROW_GROUP];
+            bool any = false;
+            for (int x = 0; x < n; x++) {
+                sight[x] = ada_visible_rows(p, &(ada_patch){b, h, i, j[x], rows, 1}, see[x]);
+                any |= sight[x] != ADA_HIDDEN;
+            }
+            if (!any) continue;
             ptrdiff_t ldq, ldgo;
             const REAL *q = KIND(rows_at)(r->k, &p->query, b, h, i, rows, s.left, &ldq);
             const REAL *go = KIND(rows_at)(r->k, &r->x->grad_out, b, h, i, rows, s.right, &ldgo);
@@ -160,15 +178,15 @@ static void KIND(true_keys)(const back_run *r, int64_t group, const int64_t *j, 
             for (int x = 0; x < n; x++) {
                 const ada_patch patch = {b, h, i, j[x], rows, 1};
                 REAL *score = s.s + x * ADA_BLOCK, *gradient = s.t + x * ADA_BLOCK, *cap = s.cap;
-                const ada_sight sight = ada_visible_rows(p, &patch, see);
                 const bool biased = KIND(bias_rows)(p, r->k, s.bias, &patch);
                 if (p->drop_below) ada_kept_rows(p, r->k, &patch, keep);
                 KIND(cap_scores)(r, score, cap, rows);
                 seen[x] = 0;
                 for (int c = 0; c < rows; c++) {
                     const REAL bias = biased ? s.bias[c * ADA_BLOCK] : 0;
-                    const bool hidden = sight == ADA_HIDDEN || (sight == ADA_MIXED && !(see[c] & 1)) ||
-                                        bias == -INFINITY || r->lse[row + c] == -INFINITY;
+                    const bool hidden = sight[x] == ADA_HIDDEN ||
+                                        (sight[x] == ADA_MIXED && !(see[x][c] & 1)) || bias == -INFINITY ||
+                                        r->lse[row + c] == -INFINITY;
                     const bool dropped = p->drop_below && !(keep[c] & 1);
                     const double y =
                         (double)score[c] + (double)bias - r->reference[row + c] - r->lse[row + c];
