@@ -92,8 +92,9 @@ void ada_measure_away(ada_certifying *r, int64_t head) {
             for (int i = 0; i < rest; i++)
                 for (int j = 0; j < n; j++) {
                     const double c2 = (double)norms[j].centre2, o2 = rows[row + i].norm * rows[row + i].norm;
-                    const double slack = (E + 8) * 0x1p-22 * (c2 + o2);
-                    const double away2 = c2 + o2 - 2 * (double)dots[i * ADA_BLOCK + j] + slack;
+                    const double slack = (E + 8) * 0x1p-22 * (c2 + o2), dot = (double)dots[i * ADA_BLOCK + j];
+                    /* Keys without codes may have values so large that a float does not hold the product. */
+                    const double away2 = isfinite(dot) ? c2 + o2 - 2 * dot + slack : INFINITY;
                     r->away[(head * r->pages + first + j) * r->rows + row + i] =
                         (float)(1.001 * sqrt(away2 > 0 ? away2 : 0));
                 }
