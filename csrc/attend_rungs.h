@@ -23,7 +23,7 @@ static narrow narrow_of(const ada_run *r, ada_carver *c) {
     s.base.tile.p = ada_carve(c, ADA_STRIP * strip);
     /* Behind the sums of the values lies that of the weights: raising the reference scales it along. */
     s.base.tile.o = ada_carve(c, rows * strip);
-    s.t.sum = s.base.tile.o + p->E * ADA_LANES;
+    s.t.sum = c->base ? s.base.tile.o + p->E * ADA_LANES : NULL;
     s.t.q = ada_carve(c, 3 * (store->DW + 16) * strip);
     s.t.w = ada_carve(c, 3 * ADA_STRIP / 2 * strip);
     s.t.unit = ada_carve(c, strip);
