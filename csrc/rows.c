@@ -79,8 +79,8 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
-/* Rows of an I8 array, exact in double, in pieces that lie in one page. */
-#define LOAD_PAGED_ROWS(REAL)                                                                                \
+/* Rows of an I8 array, in pieces that lie in one page; DECODE makes `left` numbers of codes and centre. */
+#define LOAD_PAGED_ROWS(REAL, DECODE)                                                                        \
     float centre[CHUNK];                                                                                     \
     for (int c = 0; c < width; c += CHUNK) {                                                                 \
         const int left = width - c < CHUNK ? width - c : CHUNK;                                              \
@@ -94,16 +94,22 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
                 const float *kept = open ? open + (i + r) % ADA_PAGE * from->shape[3] + c : NULL;            \
                 const int8_t *codes = (const int8_t *)ada_row_at(from, b, h, i + r) + c;                     \
                 for (int x = 0; open && x < left; x++) row[x] = (REAL)kept[x];                               \
-                for (int x = 0; !open && x < left; x++)                                                      \
-                    row[x] = (REAL)((double)codes[x] * scale + centre[x]);                                   \
+                if (!open) DECODE(row, codes, scale, centre, left);                                          \
             }                                                                                                \
         }                                                                                                    \
     }
+#define DECODE_F32(row, codes, scale, centre, n)                                                             \
+    do {                                                                                                     \
+        memcpy(row, centre, (size_t)(n) * sizeof *(row));                                                    \
+        k->row_values_i8(row, n, &(scale), 1, codes, n, 1, n);                                               \
+    } while (0)
+#define DECODE_F64(row, codes, scale, centre, n)                                                             \
+    for (int x = 0; x < (n); x++) (row)[x] = (double)(codes)[x] * (scale) + (centre)[x]
 
 void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(float)
+        LOAD_PAGED_ROWS(float, DECODE_F32)
         return;
     }
     FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
@@ -113,7 +119,7 @@ void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_
 void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(double)
+        LOAD_PAGED_ROWS(double, DECODE_F64)
         return;
     }
     FOR_CHUNKS(load_f64(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
