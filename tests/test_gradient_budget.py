@@ -201,7 +201,7 @@ def test_a_wrong_forward_pass_is_made_up_for(which: str, dtype: Any, rng: np.ran
 def test_rows_of_its_own_with_every_option(case: str, tolerance: float, rng: np.random.Generator) -> None:
     """A head whose lse is wrong gets another one, in fp32 and in fp64, from rows that options reach too."""
     options = CASES[case](rng, SHAPE)
-    arrays = problem(rng, **options)
+    arrays = backward_problem(rng, SHAPE, **options)
     exact = exact_gradients(arrays, options)
     arrays[5] = arrays[5] + rng.standard_normal(arrays[5].shape).astype(F32) / 2
     actual, report = adaattn.attention_backward(*arrays, tolerance=tolerance, return_report=True, **options)
