@@ -202,6 +202,7 @@ class Plan:
                 self.rank_limit,
             ),
             axis=None,
+            dtype=np.float64,
         )
         return tuple(self.sizes.values()), rungs, numbers
 
