@@ -116,7 +116,7 @@ def attention(
     verify : "auto" or bool
         Whether rows of each head are compared with exact ones, where there is a tolerance, and a head that
         may miss it is computed again on a more exact rung. "auto" and True do so, "auto" not for small heads
-        (see the notes); False trusts the predictions.
+        and, on the CPU, fewer than 64 queries (see the notes); False trusts the predictions.
     return_lse : bool
         Also return the logarithm of each row's sum of exponentials. Within a tolerance its entries are off by
         at most the larger of the tolerance (absolute) and the rounding of fp32, which is checked for the rows
@@ -217,12 +217,13 @@ def attention(
     ones (float64, or fp32 where that is fine enough), and a head whose upper limit of the error lies above
     the tolerance is computed again, in fp32 and then in fp64. The limit is built for misses with a
     probability of 1e-3 per head; where a few rows carry most of a head's error it holds less often. With
-    fewer than 64 query rows checking would cost as much as computing: the error is predicted, not verified
-    (``verified_rows`` is 0), and may reach a third of the tolerance. So it is for heads of at most 65,536
-    scores (256 queries on 256 keys) that are computed in fp32, where rows of them and the size of all their
-    numbers predict at most a third of the tolerance, but not with masks, ALiBi or dropout: one exact row
-    would take more than 2 % of their time; `verify=True` takes it. Up to 8 queries, and those on a `KVCache`,
-    wait for memory, not for arithmetic (a long cache may be read in part, which its notes tell of): else they
+    fewer than 64 query rows checking would cost as much as computing: the error is predicted, not
+    verified (``verified_rows`` is 0) unless `verify=True` asks for it, and may reach a third of the
+    tolerance. So it is for heads of at most 65,536 scores (256 queries on 256 keys) that are computed in
+    fp32, where rows of them and the size of all their numbers predict at most a third of the tolerance,
+    but not with masks, ALiBi or dropout: one exact row would take more than 2 % of their time;
+    `verify=True` takes it. Up to 8 queries, and those on a `KVCache`, wait for memory, not for arithmetic
+    (a long cache may be read in part, which its notes tell of): else they
     are computed in fp32, or in fp64 where statistics of some keys and the output's size say that fp32 would
     not do. A head with NaN or infinities cannot be verified. For float16 and bfloat16 arrays the rounding of
     the output itself comes on top. What a head is computed with depends on that head, its options and the

@@ -77,6 +77,10 @@ class KVCache:
         on, else fp32. These are predictions for well-behaved data, not measurements.
     tolerance : float, optional
         Relative error that storing may cost. A dtype that is predicted to cost more is refused.
+    verify_every : int, optional
+        Every so many calls of `attention` within a tolerance one is verified whatever its number of queries,
+        as ``verify=True`` does; default none. The others, of fewer than 64 queries, are predicted only. A
+        call that says ``verify`` itself is as it says, and counts.
 
     Raises
     ------
@@ -99,6 +103,10 @@ class KVCache:
     ``structure`` is "sparse" and its ``kept_fraction`` the bytes read, relative to all. Heads for which more
     than half would have to be read, that hold NaN, infinities or numbers above 1e15, or with dropout, a
     precision or a structure by name are computed as without codes.
+
+    A verified call compares all of its rows (32 of them where there are more) with exact ones in float64 over
+    what is stored: ``verified_rows`` and ``measured_error`` of its report say so, and a head that misses the
+    tolerance is computed again in fp64. Heads that are read in part have a certified bound instead.
 
     Numbers that the dtype cannot hold are refused when they are appended. NaN and infinities are kept, but
     refused by int8, where they would spoil the other tokens of their page.
@@ -124,6 +132,7 @@ class KVCache:
         capacity: int = PAGE,
         dtype: str = "fp32",
         tolerance: float | None = None,
+        verify_every: int | None = None,
     ) -> None:
         self._batch = _size("batch", batch)
         self._heads = _size("kv_heads", kv_heads)
@@ -131,6 +140,8 @@ class KVCache:
         self._widths.append(self._widths[0] if value_size is None else _size("value_size", value_size))
         self._capacity = -(-_size("capacity", capacity) // PAGE) * PAGE
         self._dtype, self._tolerance = _choose(dtype, tolerance)
+        self._verify_every = None if verify_every is None else _size("verify_every", verify_every)
+        self._calls = 0  # within a tolerance
         self._lengths = np.zeros(self._batch, np.int64)
         self._key, self._value = (self._allocate(width, self._capacity) for width in self._widths)
         self._codes: list[Codes] | None = None
@@ -204,6 +215,10 @@ class KVCache:
         if self._may_be_certified(shape, S, options):
             codes = self._code_pages()
             key, value = (Stored((*side, of)) for side, of in zip((key, value), codes, strict=True))
+        if self._verify_every and any(options.get(x) is not None for x in ("tolerance", "policy", "plan")):
+            self._calls += 1
+            if self._calls % self._verify_every == 0:
+                options = {"verify": True} | options
         result = attention(
             query,
             key,
@@ -283,6 +298,11 @@ class KVCache:
     def tolerance(self) -> float | None:
         """Relative error that storing may cost."""
         return self._tolerance
+
+    @property
+    def verify_every(self) -> int | None:
+        """Calls within a tolerance of which one is verified; None: as each call says."""
+        return self._verify_every
 
     @property
     def nbytes(self) -> int:

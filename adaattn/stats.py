@@ -185,22 +185,26 @@ class Plan:
         )
 
     def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
-        """Sizes, indices of the rungs, (scores, values) of head after head, and (predicted error, sparse
-        budget, sparse joint, kept fraction, rank, its gain and limit) likewise, as the engine takes them."""
+        """Sizes, indices of the rungs, (scores, values) of head after head, and of all heads predicted
+        errors, sparse budgets and joints, kept fractions, ranks, their gains and limits, as the engine takes
+        them."""
         index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
-        pairs = zip(self.precision_qk.flat, self.precision_pv.flat, strict=True)
+        pairs = zip(self.precision_qk.ravel().tolist(), self.precision_pv.ravel().tolist(), strict=True)
         rungs = [index[rung] for pair in pairs for rung in pair]
-        names = (
-            "predicted_error",
-            "sparse_budget",
-            "sparse_joint",
-            "kept_fraction",
-            "rank",
-            "rank_gain",
-            "rank_limit",
+        numbers = np.concatenate(
+            (
+                self.predicted_error,
+                self.sparse_budget,
+                self.sparse_joint,
+                self.kept_fraction,
+                self.rank,
+                self.rank_gain,
+                self.rank_limit,
+            ),
+            axis=None,
+            dtype=np.float64,
         )
-        numbers = np.stack([getattr(self, name) for name in names], axis=-1)
-        return tuple(self.sizes.values()), rungs, numbers.reshape(-1)
+        return tuple(self.sizes.values()), rungs, numbers
 
     @property
     def rungs(self) -> NDArray[np.str_]:

@@ -28,6 +28,7 @@
 /* To look at one element of a key, value or query, and to verify the head, in operations of the plain rung.
  */
 #define LOOK_OPERATIONS 110
+#define LOOK_WORK 16 /* multiply-adds that take as long, without verifying */
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
@@ -77,19 +78,22 @@ double ada_unseen_error(const ada_problem *p, int candidate) {
 
 /* ---- probe ---- */
 
-static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
-    ada_attending *a = context;
+static void look_at_keys(ada_attending *a, int64_t key_head, char *scratch) {
     const ada_problem *p = a->p;
-    const int64_t per_batch = p->H / a->per_head, b = task / per_batch;
-    const int64_t h = task % per_batch * a->per_head;
+    const int64_t per_batch = p->H / a->per_head, b = key_head / per_batch;
+    const int64_t h = key_head % per_batch * a->per_head;
     const ada_look look = a->states[b * p->H + h].look;
-    char *scratch = a->scratch + worker * a->scratch_bytes;
-    if (!look || ada_job_cancelled(job, worker)) return;
-    ada_key_probe *keys = &a->keys[task];
-    *keys = ada_key_probe_of(p, a->sparse != 0, a->probes + task * a->probe_bytes);
+    if (!look) return;
+    ada_key_probe *keys = &a->keys[key_head];
+    *keys = ada_key_probe_of(p, a->sparse != 0, a->probes + key_head * a->probe_bytes);
     ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? ADA_LOOK_STEP : 1, keys, scratch);
     if (keys->count == 0)
         ada_probe_keys(p, a->k, b, h, a->per_head, 1, keys, scratch); /* a mask hides those */
+}
+
+static void keys_task(void *context, ada_job *job, int64_t key_head, int worker) {
+    ada_attending *a = context;
+    if (!ada_job_cancelled(job, worker)) look_at_keys(a, key_head, a->scratch + worker * a->scratch_bytes);
 }
 
 /* 2 (D + E) for every pair of a query and a key within its span. Spans are monotonic: 64 of them tell the
@@ -163,17 +167,24 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
 }
 
-static void queries_task(void *context, ada_job *job, int64_t head, int worker) {
+/* All of a head at once, as far as others have no part in it, so that arrays are read again while they are
+ * at hand. */
+static void look_task(void *context, ada_job *job, int64_t head, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
     const ada_key_probe *keys = &a->keys[head / a->per_head];
-    float *size = a->sizes + head * p->T;
+    const ada_head_state *s = &a->states[head];
+    const int64_t b = head / p->H, h = head % p->H;
     char *scratch = a->scratch + worker * a->scratch_bytes;
-    ada_row_profile *guess = &a->profiles[head * ADA_MOST_ROWS];
-    if (!a->states[head].look || ada_job_cancelled(job, worker)) return;
-    ada_guess_profile(p, a->k, head / p->H, head % p->H, keys, guess, scratch);
-    const ada_spreads spreads = ada_probe_queries(p, a->k, head / p->H, head % p->H, keys, size, scratch);
+    ada_row_profile *profiles = &a->profiles[head * ADA_MOST_ROWS]; /* a guess at first */
+    if (!s->look || ada_job_cancelled(job, worker)) return;
+    if (a->per_head == 1) look_at_keys(a, head, scratch);
+    const ada_spreads spreads = ada_probe_queries(p, a->k, b, h, keys, a->sizes + head * p->T, scratch);
+    ada_guess_profile(p, a->k, b, h, keys, profiles, scratch);
     ada_consider_head(a, head, &spreads);
+    if (!s->n || ada_job_cancelled(job, worker)) return;
+    ada_profile_rows(p, a->k, b, h, keys, s->rows, s->n, profiles, scratch);
+    for (int i = 0; i < s->n; i++) profiles[i].weight = s->weight[i];
 }
 
 void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spreads) {
@@ -227,20 +238,6 @@ int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *f
     return left < ADA_EXACT_ROWS ? left : ADA_EXACT_ROWS;
 }
 
-static void profile_task(void *context, ada_job *job, int64_t task, int worker) {
-    ada_attending *a = context;
-    const ada_problem *p = a->p;
-    int64_t head;
-    int first;
-    const int n = ada_rows_of_task(a, task, &head, &first);
-    if (n <= 0 || ada_job_cancelled(job, worker)) return;
-    const ada_head_state *s = &a->states[head];
-    ada_row_profile *profiles = &a->profiles[head * ADA_MOST_ROWS + first];
-    ada_profile_rows(p, a->k, head / p->H, head % p->H, &a->keys[head / a->per_head], s->rows + first, n,
-                     profiles, a->scratch + worker * a->scratch_bytes);
-    for (int i = 0; i < n; i++) profiles[i].weight = s->weight[first + i];
-}
-
 double ada_row_work(const ada_attending *a) {
     double rows = 0;
     for (int64_t head = 0; head < ada_head_count(a); head++) rows += a->states[head].n;
@@ -250,10 +247,11 @@ double ada_row_work(const ada_attending *a) {
 static ada_status probe_on_cpu(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     const double width = (double)(p->D + p->E);
-    const bool done =
-        ada_run_tasks(a, keys_task, a->key_heads, (double)a->key_heads * (double)p->S * width) &&
-        ada_run_tasks(a, queries_task, ada_head_count(a), (double)ada_head_count(a) * (double)p->T * width) &&
-        ada_run_tasks(a, profile_task, ada_head_count(a) * ADA_ROW_GROUPS, ada_row_work(a));
+    const bool apart = a->per_head > 1;
+    const double keys = LOOK_WORK * (double)a->key_heads * (double)p->S * width;
+    const double queries = LOOK_WORK * (double)ada_head_count(a) * (double)p->T * (double)p->D;
+    const bool done = (!apart || ada_run_tasks(a, keys_task, a->key_heads, keys)) &&
+                      ada_run_tasks(a, look_task, ada_head_count(a), apart ? queries : keys + queries);
     return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
 }
 
@@ -610,7 +608,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->profiles = ada_carve(&c, rows * (int64_t)sizeof *a->profiles);
     a->exact_lse = ada_carve(&c, rows * (int64_t)sizeof(double));
     a->error2 = ada_carve(&c, rows * (int64_t)sizeof(double));
-    a->exact_o = ada_carve(&c, p->T < ADA_LEAST_QUERIES ? 0 : rows * p->E * (int64_t)sizeof(double));
+    a->exact_o = ada_carve(&c, ada_has_exact_rows(a) ? rows * p->E * (int64_t)sizeof(double) : 0);
     a->ran = ada_carve(&c, heads * (int64_t)sizeof *a->ran);
     a->budget2 = ada_carve(&c, heads * (int64_t)sizeof *a->budget2);
     a->joint = ada_carve(&c, heads * (int64_t)sizeof *a->joint);

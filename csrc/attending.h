@@ -10,7 +10,7 @@
 #define ADA_MOST_ROWS 32
 /* Groups of rows of all heads are tasks. */
 #define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_EXACT_ROWS)
-/* Fewer queries are not verified: that would cost as much as computing them. */
+/* Fewer queries are not verified unless that is asked for: it costs as much as computing them. */
 #define ADA_LEAST_QUERIES 64
 /* Between a prediction that is not verified and the tolerance. */
 #define ADA_MARGIN_GUESSED 3
@@ -107,6 +107,11 @@ struct ada_attending {
 };
 
 static inline int64_t ada_head_count(const ada_attending *a) { return a->p->B * a->p->H; }
+
+/* Whether rows may be verified at all. */
+static inline bool ada_has_exact_rows(const ada_attending *a) {
+    return a->p->T >= ADA_LEAST_QUERIES || (a->budget->verify_all && !a->p->on_gpu);
+}
 
 static inline bool ada_is_forced(const ada_budget *b) { return b->asked.qk != ADA_RUNG_AUTO; }
 

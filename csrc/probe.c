@@ -344,17 +344,49 @@ double ada_uniform(uint64_t stream, int index) {
     return (double)((x ^ x >> 31) >> 11) * 0x1p-53;
 }
 
-void ada_add_shares(float *share, const float *size, const float *live, int64_t T) {
+/* The compiler's own vectors, as it makes none of what is conditional. */
+typedef float floats4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t ints4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* x of rows i ... i + 3, where they are live. */
+static inline floats4 where_live(const float *live, int64_t i, floats4 x) {
+    return (floats4)((ints4)x & (*(const floats4 *)(live + i) > 0));
+}
+
+/* Sum of the sizes, or ones, of live rows, in parts. */
+static inline double live_sum(const float *size, const float *live, int64_t T) {
+    const floats4 ones = {1, 1, 1, 1};
     double sum = 0;
     for (int64_t i = 0; i < T; i += ADA_BLOCK) {
-        const int n = (int)(T - i < ADA_BLOCK ? T - i : ADA_BLOCK);
-        float parts[ADA_PARTS] = {0};
-        for (int c = 0; c < n; c++) parts[c % ADA_PARTS] += live[i + c] > 0 ? (size ? size[i + c] : 1) : 0;
-        sum += total_of(parts);
+        const int64_t end = T - i < ADA_BLOCK ? T : i + ADA_BLOCK;
+        floats4 parts[ADA_PARTS / 4] = {{0}};
+        float rest[ADA_PARTS] = {0};
+        int64_t c = i;
+        for (; c + ADA_PARTS <= end; c += ADA_PARTS)
+            for (int j = 0; j < ADA_PARTS / 4; j++) {
+                floats4 own = ones;
+                if (size) own = *(const floats4 *)(size + c + 4 * j);
+                parts[j] += where_live(live, c + 4 * j, own);
+            }
+        for (int j = 0; c + j < end; j++) rest[j] = live[c + j] > 0 ? (size ? size[c + j] : 1) : 0;
+        for (int j = 0; j < ADA_PARTS / 4; j++) parts[j] += *(const floats4 *)(rest + 4 * j);
+        sum += total_of((const float *)parts);
     }
+    return sum;
+}
+
+void ada_add_shares(float *share, const float *size, const float *live, int64_t T) {
+    const double sum = size ? live_sum(size, live, T) : live_sum(NULL, live, T);
     const float each = (float)(1 / sum);
+    const floats4 all = {each, each, each, each};
     if (!(each > 0 && each < INFINITY)) return; /* sizes that a float does not hold have no shares */
-    for (int64_t i = 0; i < T; i++) share[i] += live[i] > 0 ? (size ? each * size[i] : each) : 0;
+    int64_t i = 0;
+    for (; i + 4 <= T; i += 4) {
+        floats4 own = all;
+        if (size) own *= *(const floats4 *)(size + i);
+        *(floats4 *)(share + i) += where_live(live, i, own);
+    }
+    for (; i < T; i++) share[i] += live[i] > 0 ? (size ? each * size[i] : each) : 0;
 }
 
 /* Shares that are certain to be drawn, n at most: those of at least 1 / left of what is not certain, until
@@ -477,6 +509,10 @@ static double local_entropy(const ada_problem *p, const ada_kernels *k, int64_t 
     return mass > 0 ? fmax(log2(mass) - total_of(sums.plog) / mass, 0) * ADA_LN2 : NAN;
 }
 
+static void take_off(float *restrict x, const float *restrict mean, float mass, int E) {
+    for (int e = 0; e < E; e++) x[e] -= mass * mean[e];
+}
+
 /* The blocks that may stand in for the tile of each row: their bounds, and what they move it by. counts[r] of
  * them. */
 static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
@@ -502,10 +538,11 @@ static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada
             memcpy(w + r * ADA_BLOCK, weights + r * all_keys + block * ADA_BLOCK, ADA_BLOCK * sizeof *w);
             if (sight != ADA_PLAIN || keys->seen[block] != UINT64_MAX) continue;
             float parts[ADA_PARTS] = {0}, squares[ADA_PARTS] = {0};
-            for (int j = 0; j < ADA_BLOCK; j++) {
-                const float x = w[r * ADA_BLOCK + j];
-                parts[j % ADA_PARTS] += x, squares[j % ADA_PARTS] += x * x;
-            }
+            for (int j = 0; j < ADA_BLOCK; j += ADA_PARTS)
+                for (int c = 0; c < ADA_PARTS; c++) {
+                    const float x = w[r * ADA_BLOCK + j + c];
+                    parts[c] += x, squares[c] += x * x;
+                }
             mass[r] = (float)total_of(parts);
             const double apart = total_of(squares) - square((double)mass[r]) / ADA_BLOCK;
             s->order[r * blocks + counts[r]++] =
@@ -518,10 +555,7 @@ static void list_stand_ins(const ada_problem *p, const ada_kernels *k, const ada
         const float *mean = keys->block_mean + block * E;
         memset(off, 0, (size_t)(n * E) * sizeof *off);
         add_values_of_rows_f32(k, off, w, n, v, ld, ADA_BLOCK, E);
-        for (int r = 0; r < n; r++) {
-            const float m = mass[r]; /* or the compiler fears that off changes it */
-            for (int e = 0; e < E; e++) off[r * E + e] -= m * mean[e];
-        }
+        for (int r = 0; r < n; r++) take_off(off + r * E, mean, mass[r], E);
     }
 }
 

@@ -93,6 +93,7 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
     if ((s->look && !head->forecast.finite) || s->trusted) return 0;
+    if (T < ADA_LEAST_QUERIES) return T < ADA_MOST_ROWS ? (int)T : ADA_MOST_ROWS;
     if (!ada_is_thinned(head) && head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
@@ -232,7 +233,8 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
     s->exact_f64 = tolerance <= (s->look ? 1e-4 : 1e-3) || ADA_FINER * fmax(cancelled, in_fp32) > tolerance ||
-                   p->query.dtype == ADA_F64;
+                   p->query.dtype == ADA_F64 ||
+                   p->T < ADA_LEAST_QUERIES; /* those were computed in fp32 too */
 }
 
 double ada_rounding_of(ada_dtype dtype) {
@@ -440,7 +442,10 @@ static ada_status confirm_guesses(ada_attending *a, ada_error *error) {
 ada_status ada_verify_heads(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     int64_t open = 0;
-    if (p->T < ADA_LEAST_QUERIES) return confirm_guesses(a, error);
+    if (p->T < ADA_LEAST_QUERIES) {
+        if (confirm_guesses(a, error)) return error->status;
+        if (!ada_has_exact_rows(a)) return ADA_OK;
+    }
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         ada_head_state *s = &a->states[i];
         s->n = rows_to_verify(a, i);

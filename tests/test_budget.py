@@ -498,3 +498,19 @@ def test_entropy_at_three_scales(rng: np.random.Generator) -> None:
         ]
         expected = own + np.log(periods), np.log(periods), own, 0
         np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("T", [1, 5, 30, 63])
+def test_few_queries_are_verified_where_that_is_asked_for(T: int, rng: np.random.Generator) -> None:
+    query, key, value = (rng.standard_normal((1, 3, n, 32)).astype(np.float32) for n in (T, 300, 300))
+    out, report = adaattn.attention(
+        query, key, value, tolerance=5e-2, precision="int8", verify=True, return_report=True
+    )
+    exact = adaattn.reference.attention(*(x.astype(np.float64) for x in (query, key, value)))
+    truth = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+    assert (report.verified_rows == min(T, 32)).all()
+    np.testing.assert_allclose(report.measured_error, truth, rtol=3e-2 if T <= 32 else 1)
+    with pytest.raises(
+        adaattn.NumericalError, match=r"precision: expected a relative error of at most 0.0001"
+    ):
+        adaattn.attention(query, key, value, tolerance=1e-4, precision="int8", verify=True)

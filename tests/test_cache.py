@@ -623,3 +623,51 @@ def test_stored_error_of_other_queries(kind: Any) -> None:
     report = cache.attention(query, return_report=True)[1]
     assert (report.stored_error > 0).all() and (report.stored_error < 1e-2).all()
     assert "stored" in report.table()
+
+
+def test_every_so_many_calls_are_verified(rng: np.random.Generator) -> None:
+    cache = KVCache(2, 2, 32, dtype="int8", verify_every=3)
+    cache.append(*tokens(rng, (2, 2, 32, 32), 200))
+    queries = rng.standard_normal((9, 2, 4, 2, 32)).astype(F32)
+    rows = []
+    for i, query in enumerate(queries):
+        options = {5: {"verify": False}, 6: {"verify": True}}.get(i, {})
+        cache.attention(query)  # exact calls do not count
+        out, report = cache.attention(query, tolerance=1e-2, **options, return_report=True)
+        rows.append(report.verified_rows.max())
+        assert (report.verified_rows == rows[-1]).all()
+        assert np.isnan(report.measured_error).all() == (rows[-1] == 0)
+        if rows[-1]:
+            placed = {"kv_lengths": cache.lengths, "query_offset": cache.lengths - 2, "causal": True}
+            exact = reference.attention(query.astype(F64), *content(cache), **placed)
+            truth = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
+            np.testing.assert_allclose(report.measured_error, truth, rtol=1e-3)
+            assert (truth <= report.error_limit).all()
+    assert rows == [0, 0, 2, 0, 0, 0, 2, 0, 2]
+    assert cache.verify_every == 3 and KVCache(1, 1, 8).verify_every is None
+
+
+@pytest.mark.parametrize("T", [1, 8, 40])
+def test_a_verified_step_finds_what_nobody_saw(T: int) -> None:
+    """Two huge keys that tie, in a block that predictions do not look at: scores lose digits in fp32."""
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((2, 1, 1, 10 * PAGE, 64)).astype(F32)
+    query = rng.standard_normal((1, 1, T, 64)).astype(F32)
+    key[:, :, 200:202] = 2e3 * query[:, :, :1] + rng.standard_normal((1, 1, 2, 64)) * [[0.3], [0.5]]
+    errors = []
+    for every in (None, 1):
+        cache = KVCache(1, 1, 64, verify_every=every)
+        cache.append(key, value)
+        out, report = cache.attention(query, tolerance=1e-5, causal=False, return_report=True)
+        exact = reference.attention(query.astype(F64), key.astype(F64), value.astype(F64))
+        errors.append(float(np.linalg.norm(out - exact) / np.linalg.norm(exact)))
+        assert report.retried.all() == (every == 1)
+        assert report.verified_rows.max() == (min(T, 32) if every else 0)
+    assert errors[0] > 1e-5 >= errors[1]
+
+
+def test_verify_every_is_a_number_of_calls() -> None:
+    with pytest.raises(DTypeError, match=r"verify_every: expected an int, got str"):
+        KVCache(1, 1, 8, verify_every="3")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"verify_every: expected an int of at least 1, got 0"):
+        KVCache(1, 1, 8, verify_every=0)

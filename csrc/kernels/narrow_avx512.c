@@ -60,26 +60,36 @@ INLINE __m512i magnitudes(vec x) {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
 
+/* 16 elements from c on, or the last n. */
+INLINE vec distances(const float *row, const float *less, int c, int n) {
+    const vec x = n >= VL ? v_loadu(row + c) : v_load_n(row + c, n);
+    if (!less) return x;
+    return v_sub(x, n >= VL ? v_loadu(less + c) : v_load_n(less + c, n));
+}
+
+/* Four maxima at a time, which do not wait for each other. */
 float ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const float *less, float *norm2) {
-    __m512i largest = _mm512_setzero_si512();
+    __m512i most[4];
+    UNROLL for (int i = 0; i < 4; i++) most[i] = _mm512_setzero_si512();
     if (norm2) *norm2 = 0;
+    if (!less && !norm2 && ld == width) width *= n, n = n > 0;
     for (int r = 0; r < n; r++, rows += ld) {
         vec sum = v_zero();
         int c = 0;
-        for (; c + VL <= width; c += VL) {
-            const vec x = less ? v_sub(v_loadu(rows + c), v_loadu(less + c)) : v_loadu(rows + c);
+        for (; c + 4 * VL <= width; c += 4 * VL) UNROLL for (int i = 0; i < 4; i++) {
+                const vec x = distances(rows, less, c + i * VL, VL);
+                if (norm2) sum = v_fma(x, x, sum);
+                most[i] = _mm512_max_epi32(most[i], magnitudes(x));
+            }
+        for (; c < width; c += VL) {
+            const vec x = distances(rows, less, c, width - c);
             if (norm2) sum = v_fma(x, x, sum);
-            largest = _mm512_max_epi32(largest, magnitudes(x));
-        }
-        if (c < width) {
-            vec x = v_load_n(rows + c, width - c);
-            if (less) x = v_sub(x, v_load_n(less + c, width - c));
-            if (norm2) sum = v_fma(x, x, sum);
-            largest = _mm512_max_epi32(largest, magnitudes(x));
+            most[0] = _mm512_max_epi32(most[0], magnitudes(x));
         }
         if (norm2) *norm2 = fmaxf(*norm2, v_sum(sum));
     }
-    return float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest));
+    const __m512i low = _mm512_max_epi32(most[0], most[1]), high = _mm512_max_epi32(most[2], most[3]);
+    return float_from_bits((uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(low, high)));
 }
 
 void ada_row_reach_avx512(float *largest, float *norm2, const float *rows, ptrdiff_t ld, int n, int width,
@@ -87,15 +97,8 @@ void ada_row_reach_avx512(float *largest, float *norm2, const float *rows, ptrdi
     for (int r = 0; r < n; r++, rows += ld) {
         __m512i most = _mm512_setzero_si512();
         vec sum = v_zero();
-        int c = 0;
-        for (; c + VL <= width; c += VL) {
-            const vec x = less ? v_sub(v_loadu(rows + c), v_loadu(less + c)) : v_loadu(rows + c);
-            sum = v_fma(x, x, sum);
-            most = _mm512_max_epi32(most, magnitudes(x));
-        }
-        if (c < width) {
-            vec x = v_load_n(rows + c, width - c);
-            if (less) x = v_sub(x, v_load_n(less + c, width - c));
+        for (int c = 0; c < width; c += VL) {
+            const vec x = distances(rows, less, c, width - c);
             sum = v_fma(x, x, sum);
             most = _mm512_max_epi32(most, magnitudes(x));
         }
@@ -104,13 +107,11 @@ void ada_row_reach_avx512(float *largest, float *norm2, const float *rows, ptrdi
     }
 }
 
-/* 16 elements from c on, or the last n, on their way to a format. */
+/* The same on their way to a format. */
 INLINE vec scaled(const float *x, const float *less, const float *factor, bool by_row, int r, int c, int n) {
-    const bool whole = n >= VL;
-    vec y = whole ? v_loadu(x + c) : v_load_n(x + c, n);
-    if (less) y = v_sub(y, whole ? v_loadu(less + c) : v_load_n(less + c, n));
+    const vec y = distances(x, less, c, n);
     if (by_row) return v_mul(y, v_set1(factor[r]));
-    return v_mul(y, whole ? v_loadu(factor + c) : v_load_n(factor + c, n));
+    return v_mul(y, n >= VL ? v_loadu(factor + c) : v_load_n(factor + c, n));
 }
 
 /* To integers of at most most, of `bytes` each. */

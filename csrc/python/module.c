@@ -70,8 +70,8 @@ PyDoc_STRVAR(
     "allocate, device, /)\n--\n\n"
     "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
     "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, indices into RUNGS, "
-    "scores and values of head after head, and of each predicted error, sparse budget and joint, kept "
-    "share, rank, its gain and limit). "
+    "scores and values of head after head, and of all heads predicted errors, then sparse budgets, joints, "
+    "kept shares, ranks, their gains and limits). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
     "its sizes (B, H, G, T, S, D, E, dtype), what rules out (sparse, low rank) heads, or None, and a "
@@ -208,7 +208,7 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
         }
         double x[7];
         for (int c = 0; c < 7; c++)
-            x[c] = *(const double *)((const char *)e->data + (7 * i + c) * e->stride[0]);
+            x[c] = *(const double *)((const char *)e->data + (c * p->B * p->H + i) * e->stride[0]);
         const int rank = x[4] >= 0 && x[4] <= ADA_MOST_RANK ? (int)x[4] : 0;
         (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3], rank, x[5], x[6]};
     }
