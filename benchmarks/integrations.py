@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 
 import adaattn.integrations.transformers as integration
 from adaattn.bench.heads import ENGLISH, minilm_folder
@@ -76,6 +78,31 @@ def encode(model: Any, implementation: str, batch: Any) -> Any:
         return model(**batch).last_hidden_state
 
 
+def timed(function: Callable[..., Any], inside: list[float], *args: Any, **options: Any) -> Any:
+    """The function's result; the time that it took is added to the last number."""
+    start = time.perf_counter()
+    result = function(*args, **options)
+    inside[-1] += time.perf_counter() - start
+    return result
+
+
+def shares(model: Any, batch: Any, names: dict[str, str], rounds: int) -> dict[str, float]:
+    """The part of an encode's time that is spent in attention's function, of each implementation."""
+    found = {}
+    for kind, name in names.items():
+        inside: list[float] = []
+        AttentionInterface.register("timed", partial(timed, AttentionInterface()[name], inside))
+        AttentionMaskInterface.register("timed", AttentionMaskInterface()[name])
+        parts = []
+        for _ in range(rounds):
+            inside.append(0.0)
+            start = time.perf_counter()
+            encode(model, "timed", batch)
+            parts.append(inside[-1] / (time.perf_counter() - start))
+        found[kind] = statistics.median(parts)
+    return found
+
+
 def minilm(rounds: int) -> list[dict[str, Any]]:
     folder = minilm_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -83,21 +110,24 @@ def minilm(rounds: int) -> list[dict[str, Any]]:
     for name, options in KINDS.items():
         integration.register(f"adaattn-{name}", **options)
     found = []
-    for name, batch in batches(tokenizer).items():
+    for title, batch in batches(tokenizer).items():
         seen = batch["attention_mask"][..., None]
-        contestants = {"torch": partial(encode, model, "sdpa", batch)}
-        contestants |= {kind: partial(encode, model, f"adaattn-{kind}", batch) for kind in KINDS}
+        names = {"torch": "sdpa"} | {kind: f"adaattn-{kind}" for kind in KINDS}
+        contestants = {kind: partial(encode, model, name, batch) for kind, name in names.items()}
         means = {
             kind: F.normalize((run().double() * seen).sum(1) / seen.sum(1), dim=1)
             for kind, run in contestants.items()
         }
-        result = line(f"MiniLM, {name}", turns(contestants, rounds), 1e3, "ms")
+        result = line(f"MiniLM, {title}", turns(contestants, rounds), 1e3, "ms")
+        result["shares"] = shares(model, batch, names, 1 + rounds // 4)
         result["cosine"] = {kind: float((x * means["torch"]).sum(1).min()) for kind, x in means.items()}
         integration.register("adaattn-rungs", policy="balanced", collect_statistics=True)
         integration.reset_statistics(model)
         encode(model, "adaattn-rungs", batch)
         result["rungs"] = integration.statistics(model).total.precision_distribution
         found.append(result)
+        told = "  ".join(f"{kind} {share:.1%}" for kind, share in result["shares"].items())
+        print(f"{'':34} of it attention: {told}")
         print(f"{'':34} 1 - cosine { ({k: float(f'{1 - c:.1e}') for k, c in result['cosine'].items()}) }")
     return found
 

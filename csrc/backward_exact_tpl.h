@@ -204,50 +204,62 @@ static void KIND(true_keys)(const back_run *r, int64_t group, const int64_t *j, 
     for (int c = 0; c < n * E; c++) dv[c] = (double)s.sum2[c];
 }
 
+/* Sum of w[j] g[j] over the bits of seen, in parts that vectorise where all n are seen. */
+static double KIND(sum_seen)(const REAL *w, const REAL *g, uint64_t seen, int n) {
+    enum { PARTS = 8 };
+    REAL parts[PARTS] = {0};
+    double sum = 0;
+    int j = 0;
+    for (; seen == ada_first_bits(n) && j + PARTS <= n; j += PARTS)
+        for (int c = 0; c < PARTS; c++) parts[c] += w[j + c] * g[j + c];
+    for (; j < n; j++)
+        if (seen >> j & 1) parts[j % PARTS] += w[j] * g[j];
+    for (int c = 0; c < PARTS; c++) sum += (double)parts[c];
+    return sum;
+}
+
 /* The lse and delta of a tile's rows from queries, keys, values and grad_out; the lse beyond a reference
- * where it is to be kept apart. */
+ * where it is to be kept apart. A row with a score that REAL does not hold keeps what it has. */
 static void KIND(recompute_rows)(const back_run *r, ada_patch patch, uint64_t rows, bool with_delta,
                                  bool referred, char *scratch) {
     const ada_problem *p = r->p;
     ada_carver carver = {scratch, 0};
     const KIND(scratch) s = KIND(scratch_of)(p, &carver);
     const double sink = ada_sink(p, patch.h) * ADA_LOG2E, kept = 1 / (1 - p->dropout_p);
-    double m[ADA_LANES], l[ADA_LANES] = {0}, delta[ADA_LANES] = {0};
-    for (int i = 0; i < ADA_LANES; i++) m[i] = sink;
-    for (int pass = 0; pass < 2; pass++)
-        for (int64_t block = 0; block < r->blocks; block++) {
-            KIND(ada_backward_tile) t;
-            patch.j = block * ADA_BLOCK, patch.nk = ada_keys_of_block(p, block);
-            if (!KIND(see_tile)(r, &s, &patch, &t)) continue;
-            KIND(take_block)(r, &s, &patch);
-            KIND(score_tile)(r, &s, &t, KIND(take_rows)(r, &p->query, &patch, s.q));
-            if (pass && with_delta) {
-                const REAL *go = KIND(take_rows)(r, &r->x->grad_out, &patch, s.go);
-                r->k->KIND(product)(&(KIND(ada_product)){s.g, go, s.values, ADA_BLOCK, (int)p->E, 1,
-                                                         ADA_LANES, t.rows, (int)p->E, t.width, false});
-            }
-            for (int i = 0; i < patch.n; i++) {
-                const uint64_t seen = rows >> i & 1 ? KIND(seen_keys)(&t, i, patch.nk) : 0;
-                for (int j = 0; j < patch.nk; j++) {
-                    const int at = i * ADA_BLOCK + j;
-                    if (!(seen >> j & 1)) continue;
-                    const double x = (double)s.s[at] + (t.bias ? (double)t.bias[at] : 0);
-                    if (!pass) {
-                        m[i] = fmax(m[i], x);
-                        continue;
-                    }
-                    const double w = KIND(power_of_2)(x - m[i]);
-                    l[i] += w;
-                    if (with_delta && (!t.keep || t.keep[i] >> j & 1)) delta[i] += w * kept * (double)s.g[at];
-                }
-            }
+    KIND(ada_row) state[ADA_LANES];
+    double delta[ADA_LANES] = {0};
+    for (int i = 0; i < patch.n; i++) state[i] = (KIND(ada_row)){.m = (REAL)fmin(sink, (double)REAL_LARGEST)};
+    for (int64_t block = 0; block < r->blocks; block++) {
+        KIND(ada_backward_tile) t;
+        patch.j = block * ADA_BLOCK, patch.nk = ada_keys_of_block(p, block);
+        if (!KIND(see_tile)(r, &s, &patch, &t)) continue;
+        KIND(take_block)(r, &s, &patch);
+        KIND(score_tile)(r, &s, &t, KIND(take_rows)(r, &p->query, &patch, s.q));
+        if (with_delta) {
+            const REAL *go = KIND(take_rows)(r, &r->x->grad_out, &patch, s.go);
+            r->k->KIND(product)(&(KIND(ada_product)){s.g, go, s.values, ADA_BLOCK, (int)p->E, 1, ADA_LANES,
+                                                     t.rows, (int)p->E, t.width, false});
         }
+        for (int i = 0; i < patch.n; i++) {
+            const uint64_t seen = rows >> i & 1 ? KIND(seen_keys)(&t, i, patch.nk) : 0;
+            const REAL before = state[i].m;
+            const int at = i * ADA_BLOCK;
+            if (!seen) continue;
+            if (!r->k->KIND(row_weights)(&state[i], s.s + at, patch.nk, seen, t.bias ? t.bias + at : NULL,
+                                         t.keep ? t.keep[i] : UINT64_MAX)) {
+                rows &= ~((uint64_t)1 << i);
+                continue;
+            }
+            if (before < state[i].m) delta[i] *= exp2((double)before - (double)state[i].m);
+            if (with_delta) delta[i] += kept * KIND(sum_seen)(s.s + at, s.g + at, seen, patch.nk);
+        }
+    }
     const int64_t row = (patch.b * p->H + patch.h) * p->T + patch.i;
     for (int i = 0; i < patch.n; i++) {
-        if (!(rows >> i & 1) || m[i] == -INFINITY) continue;
-        l[i] += exp2(sink - m[i]);
-        r->reference[row + i] = referred ? m[i] : 0;
-        r->lse[row + i] = log2(l[i]) + (referred ? 0 : m[i]);
-        if (with_delta) r->delta[row + i] = delta[i] / l[i];
+        const double m = (double)state[i].m, l = (double)state[i].l + exp2(sink - m);
+        if (!(rows >> i & 1) || m == -INFINITY) continue;
+        r->reference[row + i] = referred ? m : 0;
+        r->lse[row + i] = log2(l) + (referred ? 0 : m);
+        if (with_delta) r->delta[row + i] = delta[i] / l;
     }
 }

@@ -126,21 +126,25 @@ static narrow_scratch narrow_scratch_of(const ada_problem *p, ada_carver *c) {
  * beyond what is safe. */
 static bool pack_words(const back_run *r, const narrow_side *side, int64_t tile, const float *rows,
                        ptrdiff_t ld, int n, const float *less, const narrow_scratch *s) {
-    const int width = side->width, step = side->lanes ? 1 : n, ldw = 2 * side->DW;
+    const int width = side->width, ldw = 2 * side->DW;
     uint32_t *to = side->words + tile * side->tile_words;
     int16_t *words = side->lanes ? (int16_t *)s->words : (int16_t *)to;
     float *unit = side->unit + tile * ADA_LANES;
     memset(words, 0, ADA_LANES * (size_t)ldw * sizeof *words);
     for (int i = 0; i < ADA_LANES; i++) unit[i] = 0;
-    for (int i = 0; i < n; i += step) {
-        float norm2;
-        const float largest = r->k->reach(rows + i * ld, ld, step, width, less, &norm2);
-        if (largest != 0 && !(norm2 >= ADA_LEAST_NORM2 && largest <= ADA_NARROW_MOST)) return false;
-        const float factor = largest == 0 ? 0 : fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
-        for (int c = 0; c < width; c++) s->factor[c] = factor;
-        for (int x = i; x < i + step; x++) unit[x] = factor == 0 ? 0 : 1 / factor;
-        r->k->encode_i16(words + i * ldw, ldw, rows + i * ld, ld, step, width, less, s->factor);
+    float factor[ADA_LANES], largest[ADA_LANES], norm2[ADA_LANES];
+    if (side->lanes)
+        r->k->row_reach(largest, norm2, rows, ld, n, width, less);
+    else
+        largest[0] = r->k->reach(rows, ld, n, width, less, &norm2[0]);
+    for (int i = 0; i < n; i++) {
+        const int of = side->lanes ? i : 0;
+        if (largest[of] != 0 && !(norm2[of] >= ADA_LEAST_NORM2 && largest[of] <= ADA_NARROW_MOST))
+            return false;
+        factor[i] = ada_integer_factor(ADA_WORDS_I16, largest[of], norm2[of]);
+        unit[i] = factor[i] == 0 ? 0 : 1 / factor[i];
     }
+    r->k->encode_i16(words, ldw, rows, ld, n, width, less, factor, true);
     if (side->lanes) r->k->turn_32(to, ADA_LANES, words, side->DW, ADA_LANES, side->DW);
     return true;
 }
@@ -151,28 +155,10 @@ static void pack_turned(const back_run *r, const narrow_side *side, int64_t tile
     const int ldw = (int)up_to(side->width, 16);
     uint16_t *words = (uint16_t *)s->words;
     memset(words, 0, ADA_LANES * (size_t)ldw * sizeof *words);
-    r->k->encode_bf16(words, ldw, 0, 1, rows, ld, n, side->width, less, s->ones);
+    r->k->encode_bf16(words, ldw, 0, 1, rows, ld, n, side->width, less, s->ones, true);
     r->k->turn_16(side->turned + tile / STRIP_TILES * side->strip_words +
                       tile % STRIP_TILES * (ADA_LANES / 2),
                   ADA_STRIP, words, ldw, ADA_LANES, ldw);
-}
-
-/* The mean of the rows of a head that are seen, of a sample. */
-static void mean_of_rows(const back_run *r, const ada_array *a, int64_t b, int64_t g, const uint64_t *seen,
-                         const narrow_scratch *s, float *mean) {
-    enum { SAMPLE = 1024 };
-    const int width = (int)a->shape[3];
-    const int64_t rows = a->shape[2], step = (rows + SAMPLE - 1) / SAMPLE;
-    float *largest = s->factor, count = 0;
-    memset(largest, 0, (size_t)width * sizeof *largest);
-    for (int64_t j = 0; j < rows; j += step) {
-        ptrdiff_t ld;
-        if (!(seen[j / ADA_BLOCK] >> j % ADA_BLOCK & 1)) continue;
-        const float *row = rows_at_f32(r->k, a, b, g, j, 1, s->base.rows, &ld);
-        r->k->columns(mean, largest, row, ld, 1, width);
-        count++;
-    }
-    for (int c = 0; count > 0 && c < width; c++) mean[c] /= count;
 }
 
 /* n rows of a head; other's (NULL: zeros) in place of those that are not seen. */
@@ -216,8 +202,10 @@ static void narrow_start_task(void *context, ada_job *job, int64_t task, int wor
     /* A cap minds the shift of a score; what is dropped has no gradient to be shifted. Nor is a mean of keys
      * that one head of several does not see. */
     const bool alike = per_group == 1 || !p->attn_mask.data || p->attn_mask.stride[1] == 0;
-    if (alike && !p->has_softcap) mean_of_rows(r, &p->key, b, g, n.seen, &s, n.key_mean);
-    if (alike && !p->drop_below) mean_of_rows(r, &p->value, b, g, n.seen, &s, n.value_mean);
+    if (alike && !p->has_softcap)
+        ada_mean_of_rows(r->k, &p->key, b, g, n.seen, s.base.rows, s.factor, n.key_mean);
+    if (alike && !p->drop_below)
+        ada_mean_of_rows(r->k, &p->value, b, g, n.seen, s.base.rows, s.factor, n.value_mean);
 }
 
 static void narrow_keys_task(void *context, ada_job *job, int64_t task, int worker) {

@@ -27,13 +27,15 @@ typedef struct {
     bool *open;              /* [B * G] to be verified */
     bool *in_f64;            /* [B * G] its exact rows */
     bool *last;              /* [B * G] it was computed in fp64, from an lse and sums of its own */
+    bool *closer;            /* [B * G] a few rows have found something: more are compared */
 } verification;
 
 /* How many of so many queries, or keys. Exact heads are compared for what the forward pass left, which
  * queries tell; their own arithmetic counts where the tolerance is near it. */
-static int sampled_rows(const ada_gradient_budget *b, int64_t group, int64_t of, bool keys) {
-    const bool narrow = b->heads[group].choice.qk == ADA_RUNG_INT16;
-    const int rows = narrow ? ada_most_rows_to_verify(of) : keys && b->tolerance > 1e-4 ? 0 : 4;
+static int sampled_rows(const verification *v, int64_t group, int64_t of, bool keys) {
+    int rows = keys && v->budget->tolerance > 1e-4 ? 0 : 4;
+    if (v->budget->heads[group].choice.qk == ADA_RUNG_INT16) rows = ada_most_rows_to_verify(of);
+    if (v->closer[group]) rows = ADA_MOST_ROWS;
     return rows < of ? rows : (int)of;
 }
 
@@ -79,7 +81,7 @@ static void draw_queries_task(void *context, ada_job *job, int64_t head, int wor
     }
     ada_add_shares(s->share, s->product, s->live, p->T);
     s->norm2 = draw_by_norms(r, ADA_OF_QUERY, b, h, s, copy);
-    s->n = ada_sample_rows(s->share, p->T, sampled_rows(v->budget, group, p->T, false), QUERY_STREAM, s->rows,
+    s->n = ada_sample_rows(s->share, p->T, sampled_rows(v, group, p->T, false), QUERY_STREAM, s->rows,
                            s->weight);
 }
 
@@ -101,8 +103,8 @@ static void draw_keys_task(void *context, ada_job *job, int64_t group, int worke
     ada_add_shares(s->share, NULL, s->live, p->S);
     s->norm2 = draw_by_norms(r, ADA_OF_KEY, b, g, s, copy);
     s->norm2_value = draw_by_norms(r, ADA_OF_VALUE, b, g, s, copy);
-    s->n = ada_sample_rows(s->share, p->S, sampled_rows(v->budget, group, p->S, true), KEY_STREAM, s->rows,
-                           s->weight);
+    s->n =
+        ada_sample_rows(s->share, p->S, sampled_rows(v, group, p->S, true), KEY_STREAM, s->rows, s->weight);
 }
 
 /* So many groups of rows a head may have. */
@@ -243,6 +245,18 @@ static void recompute_task(void *context, ada_job *job, int64_t task, int worker
                                                         r->scratch + worker * r->scratch_bytes);
 }
 
+/* Errors that the forward pass left lie in few rows, which those that are drawn may miss: where a few tell of
+ * an eighth of the tolerance more are looked at, and half of it is as good as none left. */
+static bool leaves_doubt(const verification *v, int64_t group) {
+    const ada_problem *p = v->r->p;
+    const ada_gradient_head *head = &v->budget->heads[group];
+    double limit = fmax(head->key.limit, head->value.limit); /* fmax passes NaN over */
+    if (head->choice.qk == ADA_RUNG_INT16 || head->retried) return false;
+    for (int64_t h = group * (p->H / p->G); h < (group + 1) * (p->H / p->G); h++)
+        limit = fmax(limit, v->budget->queries[h].limit);
+    return limit > v->budget->tolerance / (v->closer[group] ? 2 : 8);
+}
+
 static ada_status refuse_forced(const verification *v, int64_t group, ada_error *error) {
     const ada_problem *p = v->r->p;
     const ada_gradient_head *head = &v->budget->heads[group];
@@ -288,9 +302,11 @@ static ada_status verify_rounds(verification *v, const back_caller *c, double *s
         for (int64_t i = 0; i < r->groups; i++) {
             bool misses = false;
             if (!v->open[i]) continue;
-            const bool keeps = compare_group(v, i, &misses);
+            const bool holds = compare_group(v, i, &misses), doubt = leaves_doubt(v, i);
             if (forced && misses) return refuse_forced(v, i, error);
-            v->open[i] = !keeps && !forced && gradient_goes_up(v, i);
+            const bool keeps = holds && !(doubt && v->closer[i]);
+            v->closer[i] = keeps && doubt;
+            v->open[i] = v->closer[i] || (!keeps && !forced && gradient_goes_up(v, i));
             v->in_f64[i] |= r->unfit[i];
             again |= v->open[i];
         }
@@ -313,7 +329,7 @@ static ada_status verify_gradient(back_run *r, const back_caller *c, ada_gradien
         v.queries = ada_carve(&carver, p->B * p->H * (int64_t)sizeof *v.queries);
         v.keys = ada_carve(&carver, r->groups * (int64_t)sizeof *v.keys);
         v.open = ada_carve(&carver, r->groups), v.in_f64 = ada_carve(&carver, r->groups);
-        v.last = ada_carve(&carver, r->groups);
+        v.last = ada_carve(&carver, r->groups), v.closer = ada_carve(&carver, r->groups);
         for (int64_t i = 0; i < p->B * p->H; i++) {
             const sampled s = carve_sampled(&carver, p->T, p->D, 0);
             if (turn) v.queries[i] = s;
@@ -324,7 +340,7 @@ static ada_status verify_gradient(back_run *r, const back_caller *c, ada_gradien
         }
     }
     for (int64_t i = 0; i < r->groups; i++) {
-        v.open[i] = true, v.last[i] = false;
+        v.open[i] = true, v.last[i] = v.closer[i] = false;
         v.in_f64[i] = budget->tolerance <= 1e-4 || p->query.dtype == ADA_F64 || r->unfit[i];
     }
     const ada_status status = verify_rounds(&v, c, spare, error);

@@ -123,9 +123,14 @@ void ada_cache_append(const ada_array *store, const ada_array *tokens, const int
 }
 
 void ada_cache_reopen(const ada_array *store, int64_t b, int64_t page) {
+    const int64_t width = store->shape[3];
     for (int64_t g = 0; g < store->shape[1]; g++) {
-        float *open = store->pages->open + (b * store->shape[1] + g) * ADA_PAGE * store->shape[3];
-        ada_load_rows_f32(ada_kernels_get(), open, store->shape[3], store, b, g, page * ADA_PAGE, ADA_PAGE,
-                          (int)store->shape[3]);
+        float *row = store->pages->open + (b * store->shape[1] + g) * ADA_PAGE * width;
+        const double scale = (double)*ada_page_scale(store, b, g, page);
+        for (int i = 0; i < ADA_PAGE; i++, row += width) {
+            const int8_t *codes = (const int8_t *)ada_row_at(store, b, g, page * ADA_PAGE + i);
+            ada_kernels_get()->load_bf16(row, ada_page_mean(store, b, g, page), (int)width);
+            for (int64_t c = 0; c < width; c++) row[c] = (float)(codes[c] * scale + (double)row[c]);
+        }
     }
 }

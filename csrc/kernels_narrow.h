@@ -83,16 +83,17 @@ typedef ada_gauge_bf16_fn ada_gauge_i8_fn, ada_gauge_i16_fn;
 typedef void ada_values_bf16_fn(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n);
 typedef ada_values_bf16_fn ada_values_i8_fn, ada_values_i16_fn;
 
-/* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c] rounded to nearest even,
- * r < n, c < width; less may be NULL. ldt and ld are row strides in elements. Integers beyond the format's
+/* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c], or with by_row * factor[r],
+ * rounded to nearest even, r < n, c < width; less may be NULL. ldt and ld are row strides in elements. Integers beyond the format's
  * range saturate at its ADA_..._MAX. bf16: parts of them, part elements apart, each rounding what the ones
  * before left. */
 typedef void ada_encode_bf16_fn(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
-                                ptrdiff_t ld, int n, int width, const float *less, const float *factor);
+                                ptrdiff_t ld, int n, int width, const float *less, const float *factor,
+                                bool by_row);
 typedef void ada_encode_i8_fn(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                              const float *less, const float *factor);
+                              const float *less, const float *factor, bool by_row);
 typedef void ada_encode_i16_fn(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                               const float *less, const float *factor);
+                               const float *less, const float *factor, bool by_row);
 
 /* to[i / 2][j] = the pair of rows[i][j] and rows[i + 1][j], rounded to bf16, for ADA_LANES rows of ADA_BLOCK
  * finite numbers. */
@@ -110,6 +111,10 @@ typedef void ada_columns_fn(float *sum, float *largest, const float *rows, ptrdi
  * a row. */
 typedef float ada_reach_fn(const float *rows, ptrdiff_t ld, int n, int width, const float *less,
                            float *norm2);
+
+/* The same of each row: largest[r] and norm2[r], r < n. */
+typedef void ada_row_reach_fn(float *largest, float *norm2, const float *rows, ptrdiff_t ld, int n, int width,
+                              const float *less);
 
 /* norm2[r] = sum of weight[c] * x^2 and square[c] += x^2 for x = rows[r][c] - less[c], r < n, c < width;
  * less, weight (ones) and square may be NULL. */
@@ -169,4 +174,4 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(pair_bf16)                                                                                          \
     SLOT(turn_8)                                                                                             \
     SLOT(turn_16)                                                                                            \
-    SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)
+    SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(row_reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)

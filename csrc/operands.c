@@ -16,8 +16,8 @@
 #include "visible.h"
 
 #define LOG2E 1.4426950408889634
-/* Keys that a mean is taken from, evenly spaced: any vector would do, so a sample does. */
-#define MEAN_KEYS 1024
+/* That a mean is taken from, evenly spaced: any vector would do, so a sample does. */
+#define MEAN_ROWS 1024
 
 static ada_operands operands_of(const ada_kernels *k, ada_rung rung, bool values) {
     const bool matrices = k->isa & ADA_ISA_AMX, words = matrices || k->isa & ADA_ISA_AVX512BF16;
@@ -280,18 +280,29 @@ uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, i
     return seen;
 }
 
-static void take_mean(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, pack_scratch *x) {
-    const ada_problem *p = s->p;
-    const int D = (int)p->D;
-    const int64_t step = (p->S + MEAN_KEYS - 1) / MEAN_KEYS;
+void ada_mean_of_rows(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, const uint64_t *seen,
+                      float *rows, float *largest, float *mean) {
+    const int width = (int)a->shape[3];
+    const int64_t step = (a->shape[2] + MEAN_ROWS - 1) / MEAN_ROWS, drawn = (a->shape[2] + step - 1) / step;
     int64_t count = 0;
-    for (int64_t j = 0; j < p->S; j += step) {
-        if (!(to->seen[j / 64] >> j % 64 & 1)) continue;
-        ada_load_rows_f32(s->k, x->rows, D, &p->key, b, g, j, 1, D);
-        s->k->columns(to->mean, x->factor, x->rows, D, 1, D);
-        count++;
+    for (int64_t first = 0; first < drawn; first += ADA_BLOCK) {
+        const int n = (int)(drawn - first < ADA_BLOCK ? drawn - first : ADA_BLOCK);
+        uint64_t see = 0;
+        for (int i = 0; i < n; i++) {
+            const int64_t row = (first + i) * step;
+            see |= (seen[row / ADA_BLOCK] >> row % ADA_BLOCK & 1) << i;
+        }
+        ADA_FOR_RUNS(see, i, run) {
+            ada_array every = *a;
+            every.stride[2] *= step;
+            for (int c = 0; a->pages && c < run; c++) /* these do not lie evenly */
+                ada_load_rows_f32(k, rows + c * width, width, a, b, h, (first + i + c) * step, 1, width);
+            if (!a->pages) ada_load_rows_f32(k, rows, width, &every, b, h, first + i, run, width);
+            k->columns(mean, largest, rows, width, run, width);
+            count += run;
+        }
     }
-    for (int d = 0; count && d < D; d++) to->mean[d] /= (float)count;
+    for (int c = 0; count && c < width; c++) mean[c] /= (float)count;
 }
 
 /* What one of each channel is worth, and its inverse, from the largest values; false when they do not fit. */
@@ -326,7 +337,7 @@ void ada_store_survey(const ada_store *s, int64_t head, char *scratch) {
     memset(to.mean, 0, (size_t)s->p->D * sizeof *to.mean);
     memset(to.v_unit, 0, 2 * (size_t)s->p->E * sizeof *to.v_unit);
     memset(x.factor, 0, (size_t)up_to(s->p->D > s->p->E ? s->p->D : s->p->E, 64) * sizeof *x.factor);
-    if (centred(s)) take_mean(s, &to, b, g, &x);
+    if (centred(s)) ada_mean_of_rows(s->k, &s->p->key, b, g, to.seen, x.rows, x.factor, to.mean);
     if (is_integer(&s->pv) && !scale_values(s, &to, b, g, &x))
         atomic_store_explicit(&s->unfit[head], true, memory_order_relaxed);
 }
@@ -337,8 +348,7 @@ static void fill(float *x, int n, float value) {
     for (int i = 0; i < n; i++) x[i] = value;
 }
 
-/* The factor that brings rows within an integer format. */
-static float integer_factor(ada_format format, float largest, float norm2) {
+float ada_integer_factor(ada_format format, float largest, float norm2) {
     if (largest == 0) return 0;
     if (format == ADA_WORDS_I8) return ADA_I8_MAX / largest;
     return fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
@@ -370,19 +380,20 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     if (change) ada_round_to_grid(k, grid, x->rows, (int64_t)ADA_BLOCK * D);
     uint32_t *words = (uint32_t *)to->k + key * s->DW;
     const int row = s->DW * ada_elements(s->qk.format);
-    for (int part = 0; part < s->qk.parts.b; part++)
+    for (int part = 0; row > D && part < s->qk.parts.b; part++)
         memset(words + part * to->k_part, 0, ADA_BLOCK * (size_t)s->DW * 4);
-    const float factor = s->qk.format == ADA_WORDS_BF16 ? 1 : integer_factor(s->qk.format, largest, norm2);
-    fill(x->factor, D, factor);
+    const float factor =
+        s->qk.format == ADA_WORDS_BF16 ? 1 : ada_integer_factor(s->qk.format, largest, norm2);
+    fill(x->factor, ADA_BLOCK, factor);
     to->scale[block] = factor != 0 ? 1 / factor : 0;
     if (s->qk.format == ADA_WORDS_BF16) {
         k->encode_bf16((uint16_t *)words, row, 2 * to->k_part, s->qk.parts.b, rows, ld, ADA_BLOCK, D, less,
-                       x->factor);
+                       x->factor, true);
     } else if (s->qk.format == ADA_WORDS_I16) {
-        k->encode_i16((int16_t *)words, row, rows, ld, ADA_BLOCK, D, less, x->factor);
+        k->encode_i16((int16_t *)words, row, rows, ld, ADA_BLOCK, D, less, x->factor, true);
     } else {
         int8_t *at = (int8_t *)words;
-        k->encode_i8(at, row, rows, ld, ADA_BLOCK, D, less, x->factor);
+        k->encode_i8(at, row, rows, ld, ADA_BLOCK, D, less, x->factor, true);
         for (int j = 0; j < ADA_BLOCK; j++, at += row) {
             int32_t sum = 0;
             for (int d = 0; d < D; d++) sum += at[d];
@@ -400,8 +411,13 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
     const ptrdiff_t part = (ptrdiff_t)ADA_STRIP * ldx;
     const int rows_v = (int)value_rows(s); /* those behind E are zero */
     const size_t words = (size_t)rows_v * (size_t)(ADA_STRIP / elements);
-    if (!floats) memset(x->words, 0, (size_t)part * 2 * (size_t)s->pv.parts.b);
-    if (s->pv.format == ADA_WORDS_BF16) fill(x->factor, E, 1);
+    bool whole = rows_v == E; /* nothing stays unwritten */
+    for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
+        const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
+        whole &= block < s->blocks && to->seen[block];
+    }
+    if (!floats && !whole) memset(x->words, 0, (size_t)part * 2 * (size_t)s->pv.parts.b);
+    if (s->pv.format == ADA_WORDS_BF16) fill(x->factor, ADA_BLOCK, 1);
     for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
         const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
         ptrdiff_t ld;
@@ -428,11 +444,11 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
                 memcpy((float *)to->v + (block * ADA_BLOCK + j) * E, rows + j * ld, (size_t)E * 4);
         else if (s->pv.format == ADA_WORDS_BF16)
             k->encode_bf16((uint16_t *)x->words + at, ldx, part, s->pv.parts.b, rows, ld, ADA_BLOCK, E, NULL,
-                           x->factor);
+                           x->factor, true);
         else if (s->pv.format == ADA_WORDS_I16)
-            k->encode_i16((int16_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E);
+            k->encode_i16((int16_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E, false);
         else
-            k->encode_i8((int8_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E);
+            k->encode_i8((int8_t *)x->words + at, ldx, rows, ld, ADA_BLOCK, E, NULL, to->v_unit + E, false);
     }
     for (int a = 0; !floats && a < s->pv.parts.b; a++) {
         uint32_t *v = (uint32_t *)to->v + a * to->v_part + strip * (ptrdiff_t)words;
@@ -464,18 +480,18 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     const float factor = (float)(s->p->scale * LOG2E);
     const ptrdiff_t part = (ptrdiff_t)ADA_LANES * row;
     const bool integers = is_integer(&s->qk);
-    float factors[ADA_LANES], shift[ADA_LANES] = {0};
+    float factors[ADA_LANES], shift[ADA_LANES] = {0}, largest[ADA_LANES], norm2[ADA_LANES];
     if (centred(s)) s->k->row_scores_f32(shift, head->mean, 1, rows, ld, n, D);
+    if (integers)
+        s->k->row_reach(largest, norm2, rows, ld, n, D, NULL);
+    else /* that of the tile will do */
+        largest[0] = s->k->reach(rows, ld, n, D, NULL, NULL);
+    for (int i = 0; i < (integers ? n : 1); i++)
+        if (!rows_fit(&s->qk, s->p->query.dtype, largest[i], norm2[i]) ||
+            !(largest[i] * factor <= ADA_NARROW_MOST))
+            return false;
     for (int i = 0; i < n; i++) {
-        float norm2 = 0, largest = 0;
-        if (integers || i == 0) { /* others need that of the tile only */
-            largest = s->k->reach(rows + i * ld, ld, integers ? 1 : n, D, NULL,
-                                  s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-            if (!rows_fit(&s->qk, s->p->query.dtype, largest, norm2) ||
-                !(largest * factor <= ADA_NARROW_MOST))
-                return false;
-        }
-        factors[i] = integers ? integer_factor(s->qk.format, largest, norm2) : 1;
+        factors[i] = integers ? ada_integer_factor(s->qk.format, largest[i], norm2[i]) : 1;
         t->offset[i] = shift[i] * factor;
         t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
     }
@@ -493,23 +509,15 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     /* bf16 takes the scale before it is rounded, in steps of its weights' exponents. */
     const bool scaled = s->qk.format == ADA_WORDS_BF16 && s->qk.grid == ADA_GRID_NONE;
     if (scaled) fill(t->unit, ADA_LANES, 1.0f / ADA_BF16_STEPS);
-    memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
-    /* Rows of integers have a factor each. */
-    for (int i = 0, step = integers ? 1 : n; i < n; i += step)
-        for (int d = 0; d < D; d += 1024) {
-            const int width = D - d < 1024 ? D - d : 1024;
-            const ptrdiff_t at = (ptrdiff_t)i * row + d;
-            const float *q = rows + i * ld + d;
-            float each[1024];
-            fill(each, width, scaled ? factor * ADA_BF16_STEPS : factors[i]);
-            if (s->qk.format == ADA_WORDS_BF16)
-                s->k->encode_bf16((uint16_t *)words + at, row, part, s->qk.parts.a, q, ld, step, width, NULL,
-                                  each);
-            else if (s->qk.format == ADA_WORDS_I16)
-                s->k->encode_i16((int16_t *)words + at, row, q, ld, 1, width, NULL, each);
-            else
-                s->k->encode_i8((int8_t *)words + at, row, q, ld, 1, width, NULL, each);
-        }
+    if (scaled) fill(factors, n, factor * ADA_BF16_STEPS);
+    if (row > D)
+        memset(words, 0, (size_t)part * (size_t)s->qk.parts.a * (s->qk.format == ADA_WORDS_I8 ? 1 : 2));
+    if (s->qk.format == ADA_WORDS_BF16)
+        s->k->encode_bf16(words, row, part, s->qk.parts.a, rows, ld, n, D, NULL, factors, true);
+    else if (s->qk.format == ADA_WORDS_I16)
+        s->k->encode_i16(words, row, rows, ld, n, D, NULL, factors, true);
+    else
+        s->k->encode_i8(words, row, rows, ld, n, D, NULL, factors, true);
     const size_t row_bytes = (size_t)s->DW * 4;
     for (int a = 0; a < s->qk.parts.a; a++) /* lanes that nobody computes are like the last row */
         for (int i = n; i < ADA_LANES; i++)

@@ -89,6 +89,13 @@ bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t
 uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                         int64_t block, float *rows);
 
+/* The mean of a head's rows that are seen (bit per row), of a sample: added to zeros. rows:
+ * [ADA_BLOCK][width] and largest: [width] of scratch. */
+void ada_mean_of_rows(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, const uint64_t *seen,
+                      float *rows, float *largest, float *mean);
+/* What brings rows within an integer format, by their largest number and squared norm. */
+float ada_integer_factor(ada_format format, float largest, float norm2);
+
 /* x[0 ... n - 1] rounded to the grid. */
 void ada_round_to_grid(const ada_kernels *k, ada_grid grid, float *x, int64_t n);
 

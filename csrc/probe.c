@@ -199,14 +199,17 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
 
 /* ---- queries ---- */
 
-static ada_query_figures figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys,
-                                    const float *q) {
+/* Of n <= ADA_BLOCK queries. */
+static void figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys, const float *q,
+                       ptrdiff_t ld, int n, ada_query_figures *figures) {
     const int D = (int)p->D;
-    ada_query_figures f = {.most = k->reach(q, D, 1, D, NULL, NULL)};
-    k->squares(&f.spread, NULL, q, D, 1, D, NULL, keys->variance);
-    k->squares(&f.by_mean, NULL, q, D, 1, D, NULL, keys->square);
-    k->squares(&f.norm2, NULL, q, D, 1, D, NULL, NULL);
-    return f;
+    float spread[ADA_BLOCK], by_mean[ADA_BLOCK], norm2[ADA_BLOCK];
+    k->squares(spread, NULL, q, ld, n, D, NULL, keys->variance);
+    k->squares(by_mean, NULL, q, ld, n, D, NULL, keys->square);
+    k->squares(norm2, NULL, q, ld, n, D, NULL, NULL);
+    for (int i = 0; i < n; i++)
+        figures[i] =
+            (ada_query_figures){spread[i], by_mean[i], norm2[i], k->reach(q + i * ld, ld, 1, D, NULL, NULL)};
 }
 
 /* The parts of a profile that the query alone decides. */
@@ -569,7 +572,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         ada_row_profile *x = &profiles[r];
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, rows[r], 1, s.rows, &ld);
-        const ada_query_figures figures = figures_of(p, k, keys, q);
+        ada_query_figures figures;
+        figures_of(p, k, keys, q, ld, 1, &figures);
         profile_query(p, &figures, x);
         x->out2 = 0;
         for (int e = 0; e < E; e++) {
@@ -633,13 +637,19 @@ void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, in
     const probe_scratch s = scratch_of(p, false, &carver);
     int64_t rows[ADA_GUESS_ROWS], block = 0;
     ada_query_figures figures[ADA_GUESS_ROWS];
+    ada_array some = p->query;
     const int most = ada_rows_to_guess_by(p, b, rows);
     int n = 0;
-    for (int i = 0; i < most; i++) {
-        if (!ada_row_sees(p, k, b, h, rows[i], &block, s.rows)) continue;
+    for (int i = 0; i < most; i++)
+        if (ada_row_sees(p, k, b, h, rows[i], &block, s.rows)) rows[n++] = rows[i];
+    /* One after the other where a mask leaves gaps between them. */
+    const int together = n == most ? n : 1;
+    if (n > 1) some.stride[2] *= rows[1] - rows[0];
+    for (int i = 0; i < n; i += together) {
         ptrdiff_t ld;
-        figures[n] = figures_of(p, k, keys, rows_at_f32(k, &p->query, b, h, rows[i], 1, s.rows, &ld));
-        rows[n++] = rows[i];
+        some.data = ada_row_at(&p->query, b, h, rows[i]);
+        const float *q = rows_at_f32(k, &some, 0, 0, 0, together, s.rows, &ld);
+        figures_of(p, k, keys, q, ld, together, figures + i);
     }
     ada_guess_by(p, b, keys, rows, figures, n, x);
 }

@@ -79,30 +79,37 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
-/* A row of an I8 array, exact in double. */
-static double code_value(const ada_array *a, int64_t b, int64_t h, int64_t i, int c, float scale,
-                         const uint16_t *mean) {
-    const int8_t code = ((const int8_t *)ada_row_at(a, b, h, i))[c];
-    const uint32_t bits = (uint32_t)mean[c] << 16;
-    float centre;
-    memcpy(&centre, &bits, sizeof centre);
-    return (double)code * scale + centre;
-}
-
-#define LOAD_PAGED_ROWS(REAL)                                                                                \
-    for (int r = 0; r < n; r++) {                                                                            \
-        const int64_t page = (i + r) / ADA_PAGE;                                                             \
-        const float *open = ada_page_open(from, b, h, page), scale = *ada_page_scale(from, b, h, page);      \
-        const uint16_t *mean = ada_page_mean(from, b, h, page);                                              \
-        for (int c = 0; c < width; c++)                                                                      \
-            to[r * ld + c] = open ? (REAL)open[(i + r) % ADA_PAGE * width + c]                               \
-                                  : (REAL)code_value(from, b, h, i + r, c, scale, mean);                     \
+/* Rows of an I8 array, in pieces that lie in one page; DECODE makes `left` numbers of codes and centre. */
+#define LOAD_PAGED_ROWS(REAL, DECODE)                                                                        \
+    float centre[CHUNK];                                                                                     \
+    for (int c = 0; c < width; c += CHUNK) {                                                                 \
+        const int left = width - c < CHUNK ? width - c : CHUNK;                                              \
+        for (int r = 0, end; r < n; r = end) {                                                               \
+            const int64_t page = (i + r) / ADA_PAGE, rest = (page + 1) * ADA_PAGE - i;                       \
+            const float *open = ada_page_open(from, b, h, page), scale = *ada_page_scale(from, b, h, page);  \
+            end = rest < n ? (int)rest : n;                                                                  \
+            if (!open) k->load_bf16(centre, ada_page_mean(from, b, h, page) + c, left);                      \
+            for (; r < end; r++) {                                                                           \
+                REAL *row = to + r * ld + c;                                                                 \
+                const float *kept = open ? open + (i + r) % ADA_PAGE * from->shape[3] + c : NULL;            \
+                const int8_t *codes = (const int8_t *)ada_row_at(from, b, h, i + r) + c;                     \
+                for (int x = 0; open && x < left; x++) row[x] = (REAL)kept[x];                               \
+                if (!open) DECODE(row, codes, scale, centre, left);                                          \
+            }                                                                                                \
+        }                                                                                                    \
     }
+#define DECODE_F32(row, codes, scale, centre, n)                                                             \
+    do {                                                                                                     \
+        memcpy(row, centre, (size_t)(n) * sizeof *(row));                                                    \
+        k->row_values_i8(row, n, &(scale), 1, codes, n, 1, n);                                               \
+    } while (0)
+#define DECODE_F64(row, codes, scale, centre, n)                                                             \
+    for (int x = 0; x < (n); x++) (row)[x] = (double)(codes)[x] * (scale) + (centre)[x]
 
 void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(float)
+        LOAD_PAGED_ROWS(float, DECODE_F32)
         return;
     }
     FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
@@ -112,7 +119,7 @@ void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_
 void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(double)
+        LOAD_PAGED_ROWS(double, DECODE_F64)
         return;
     }
     FOR_CHUNKS(load_f64(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,

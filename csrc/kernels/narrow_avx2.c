@@ -78,9 +78,15 @@ float ada_reach_avx2(const float *rows, ptrdiff_t ld, int n, int width, const fl
     return float_from_bits((uint32_t)most);
 }
 
-/* Eight elements on their way to integers of at most most, as words. */
-INLINE __m128i encode(const float *row, const float *less, const float *factor, int c, int n, float most) {
-    const vec f = n >= VL ? v_loadu(factor + c) : v_load_n(factor + c, n);
+void ada_row_reach_avx2(float *largest, float *norm2, const float *rows, ptrdiff_t ld, int n, int width,
+                        const float *less) {
+    for (int r = 0; r < n; r++) largest[r] = ada_reach_avx2(rows + r * ld, ld, 1, width, less, norm2 + r);
+}
+
+/* Eight elements of row r on their way to integers of at most most, as words. */
+INLINE __m128i encode(const float *row, const float *less, const float *factor, bool by_row, int r, int c,
+                      int n, float most) {
+    const vec f = by_row ? v_set1(factor[r]) : n >= VL ? v_loadu(factor + c) : v_load_n(factor + c, n);
     const vec y = v_mul(row_part(row, less, c, n), f);
     const __m256i x = _mm256_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
     return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -93,10 +99,10 @@ INLINE void store_first(void *to, __m128i x, int bytes) {
 }
 
 void ada_encode_i8_avx2(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                        const float *less, const float *factor) {
+                        const float *less, const float *factor, bool by_row) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
         for (int c = 0; c < width; c += VL) {
-            const __m128i x = encode(rows, less, factor, c, width - c, ADA_I8_MAX);
+            const __m128i x = encode(rows, less, factor, by_row, r, c, width - c, ADA_I8_MAX);
             const __m128i bytes = _mm_packs_epi16(x, x);
             if (width - c >= VL)
                 _mm_storel_epi64((__m128i *)(to + c), bytes);
@@ -106,10 +112,10 @@ void ada_encode_i8_avx2(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t 
 }
 
 void ada_encode_i16_avx2(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                         const float *less, const float *factor) {
+                         const float *less, const float *factor, bool by_row) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
         for (int c = 0; c < width; c += VL) {
-            const __m128i x = encode(rows, less, factor, c, width - c, ADA_I16_MAX);
+            const __m128i x = encode(rows, less, factor, by_row, r, c, width - c, ADA_I16_MAX);
             if (width - c >= VL)
                 _mm_storeu_si128((__m128i *)(to + c), x);
             else

@@ -82,42 +82,74 @@ float ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const 
     return float_from_bits((uint32_t)_mm512_reduce_max_epi32(largest));
 }
 
+void ada_row_reach_avx512(float *largest, float *norm2, const float *rows, ptrdiff_t ld, int n, int width,
+                          const float *less) {
+    for (int r = 0; r < n; r++, rows += ld) {
+        __m512i most = _mm512_setzero_si512();
+        vec sum = v_zero();
+        int c = 0;
+        for (; c + VL <= width; c += VL) {
+            const vec x = less ? v_sub(v_loadu(rows + c), v_loadu(less + c)) : v_loadu(rows + c);
+            sum = v_fma(x, x, sum);
+            most = _mm512_max_epi32(most, magnitudes(x));
+        }
+        if (c < width) {
+            vec x = v_load_n(rows + c, width - c);
+            if (less) x = v_sub(x, v_load_n(less + c, width - c));
+            sum = v_fma(x, x, sum);
+            most = _mm512_max_epi32(most, magnitudes(x));
+        }
+        largest[r] = float_from_bits((uint32_t)_mm512_reduce_max_epi32(most));
+        norm2[r] = v_sum(sum);
+    }
+}
+
 /* 16 elements from c on, or the last n, on their way to a format. */
-INLINE vec scaled(const float *x, const float *less, const float *factor, int c, int n) {
+INLINE vec scaled(const float *x, const float *less, const float *factor, bool by_row, int r, int c, int n) {
     const bool whole = n >= VL;
     vec y = whole ? v_loadu(x + c) : v_load_n(x + c, n);
     if (less) y = v_sub(y, whole ? v_loadu(less + c) : v_load_n(less + c, n));
+    if (by_row) return v_mul(y, v_set1(factor[r]));
     return v_mul(y, whole ? v_loadu(factor + c) : v_load_n(factor + c, n));
 }
 
-/* To integers of at most most. */
-INLINE __m512i encode(const float *x, const float *less, const float *factor, int c, int n, float most) {
-    const vec y = scaled(x, less, factor, c, n);
-    return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+/* To integers of at most most, of `bytes` each. */
+INLINE void encode(char *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                   const float *less, const float *factor, const bool by_row, const int bytes, float most) {
+    for (int r = 0; r < n; r++, to += ldt * bytes, rows += ld) {
+        int c = 0;
+        for (; c + VL <= width; c += VL) {
+            const vec y = scaled(rows, less, factor, by_row, r, c, VL);
+            const __m512i x = _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+            if (bytes == 1)
+                _mm_storeu_si128((__m128i *)(to + c), _mm512_cvtepi32_epi8(x));
+            else
+                _mm256_storeu_si256((__m256i *)(to + 2 * c), _mm512_cvtepi32_epi16(x));
+        }
+        if (c == width) continue;
+        const vec y = scaled(rows, less, factor, by_row, r, c, width - c);
+        const __m512i x = _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+        if (bytes == 1)
+            _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c), x);
+        else
+            _mm512_mask_cvtepi32_storeu_epi16(to + 2 * c, m_first(width - c), x);
+    }
 }
 
 void ada_encode_i8_avx512(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                          const float *less, const float *factor) {
-    for (int r = 0; r < n; r++, to += ldt, rows += ld)
-        for (int c = 0; c < width; c += VL) {
-            const __m512i x = encode(rows, less, factor, c, width - c, ADA_I8_MAX);
-            if (width - c >= VL)
-                _mm_storeu_si128((__m128i *)(to + c), _mm512_cvtepi32_epi8(x));
-            else
-                _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c), x);
-        }
+                          const float *less, const float *factor, bool by_row) {
+    if (by_row)
+        encode((char *)to, ldt, rows, ld, n, width, less, factor, true, 1, ADA_I8_MAX);
+    else
+        encode((char *)to, ldt, rows, ld, n, width, less, factor, false, 1, ADA_I8_MAX);
 }
 
 void ada_encode_i16_avx512(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                           const float *less, const float *factor) {
-    for (int r = 0; r < n; r++, to += ldt, rows += ld)
-        for (int c = 0; c < width; c += VL) {
-            const __m512i x = encode(rows, less, factor, c, width - c, ADA_I16_MAX);
-            if (width - c >= VL)
-                _mm256_storeu_si256((__m256i *)(to + c), _mm512_cvtepi32_epi16(x));
-            else
-                _mm512_mask_cvtepi32_storeu_epi16(to + c, m_first(width - c), x);
-        }
+                           const float *less, const float *factor, bool by_row) {
+    if (by_row)
+        encode((char *)to, ldt, rows, ld, n, width, less, factor, true, 2, ADA_I16_MAX);
+    else
+        encode((char *)to, ldt, rows, ld, n, width, less, factor, false, 2, ADA_I16_MAX);
 }
 
 /* Bits of x rounded to bf16 in the high half; x is finite. */
@@ -129,10 +161,11 @@ INLINE __m512i bf16_bits(__m512 x) {
 }
 
 void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
-                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor,
+                         bool by_row) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld)
         for (int c = 0; c < width; c += VL) {
-            vec x = scaled(rows, less, factor, c, width - c);
+            vec x = scaled(rows, less, factor, by_row, r, c, width - c);
             for (int a = 0; a < parts; a++) {
                 const __m512i bits = bf16_bits(x), half = _mm512_srli_epi32(bits, 16);
                 uint16_t *at = to + a * part + c;

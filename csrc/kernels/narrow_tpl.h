@@ -199,12 +199,12 @@ void KERNEL(values_i16)(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t p
 static inline __attribute__((always_inline)) void encode_bf16_of(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part,
                                                                  int parts, const float *rows, ptrdiff_t ld,
                                                                  int n, int width, const float *less,
-                                                                 const float *factor) {
+                                                                 const float *factor, bool by_row) {
     for (int r = 0; r < n; r++)
         for (int a = 0; a < parts; a++) {
             uint16_t *at = to + a * part + r * ldt;
             for (int c = 0; c < width; c++) {
-                float x = (rows[r * ld + c] - (less ? less[c] : 0)) * factor[c];
+                float x = (rows[r * ld + c] - (less ? less[c] : 0)) * factor[by_row ? r : c];
                 for (int before = 0; before < a; before++) x -= float_from_bf16(at[c + (before - a) * part]);
                 at[c] = bf16_from_float(x);
             }
@@ -212,11 +212,12 @@ static inline __attribute__((always_inline)) void encode_bf16_of(uint16_t *to, p
 }
 
 void KERNEL(encode_bf16)(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
-                         ptrdiff_t ld, int n, int width, const float *less, const float *factor) {
+                         ptrdiff_t ld, int n, int width, const float *less, const float *factor,
+                         bool by_row) {
     if (less)
-        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, less, factor);
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, less, factor, by_row);
     else
-        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, NULL, factor);
+        encode_bf16_of(to, ldt, part, parts, rows, ld, n, width, NULL, factor, by_row);
 }
 #endif
 
@@ -231,10 +232,10 @@ void KERNEL(pair_bf16)(uint32_t *to, const float *rows) {
 #ifndef OWN_ENCODE
 #    define ENCODE_INTEGERS(op, type, most)                                                                  \
         void KERNEL(op)(type * to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,         \
-                        const float *less, const float *factor) {                                            \
+                        const float *less, const float *factor, bool by_row) {                               \
             for (int r = 0; r < n; r++, to += ldt, rows += ld)                                               \
                 for (int c = 0; c < width; c++) {                                                            \
-                    float x = (rows[c] - (less ? less[c] : 0)) * factor[c];                                  \
+                    float x = (rows[c] - (less ? less[c] : 0)) * factor[by_row ? r : c];                     \
                     x = x < -(most) ? -(most) : x > (most) ? (most) : x;                                     \
                     to[c] = (type)nearest_int(x);                                                            \
                 }                                                                                            \
@@ -293,6 +294,11 @@ float KERNEL(reach)(const float *rows, ptrdiff_t ld, int n, int width, const flo
         if (norm2) *norm2 = sum > *norm2 ? sum : *norm2;
     }
     return float_from_bits((uint32_t)largest);
+}
+
+void KERNEL(row_reach)(float *largest, float *norm2, const float *rows, ptrdiff_t ld, int n, int width,
+                       const float *less) {
+    for (int r = 0; r < n; r++) largest[r] = KERNEL(reach)(rows + r * ld, ld, 1, width, less, norm2 + r);
 }
 #endif
 

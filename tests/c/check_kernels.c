@@ -85,6 +85,7 @@ static const struct {
     {"turn_32", make_turn, ADA_F32, CHECK_I32},
     {"columns", make_columns, ADA_F32, ADA_F32},
     {"reach", make_reach, ADA_F32, ADA_F32},
+    {"row_reach", make_row_reach, ADA_F32, ADA_F32},
     {"squares", make_squares, ADA_F32, ADA_F32},
     {"stand_in", make_stand_in, ADA_F32, ADA_F32},
     {"row_sums", make_row_sums, ADA_F32, ADA_F32},

@@ -475,15 +475,16 @@ static void make_encode(check *c) {
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
     buffer *to = new_buffer(c, "to", dtype, parts * part, parts * part, 2);
     buffer *less = chance(c, 0.5) ? NULL : new_vector(c, "less", ADA_F32, width);
-    buffer *factor = new_vector(c, "factor", ADA_F32, width);
+    const bool by_row = note(c, "by_row", chance(c, 0.5));
+    buffer *factor = new_vector(c, "factor", ADA_F32, by_row ? n : width);
     const double most = dtype == CHECK_I8 ? ADA_I8_MAX : ADA_I16_MAX;
-    for (int i = 0; i < width; i++)
+    for (int i = 0; i < (by_row ? n : width); i++)
         set(factor, i, dtype == ADA_BF16 ? exp2(integer(c, -5, 5)) : uniform(c, -0.6, 0.6) * most);
     for (int r = 0; r < n; r++)
         for (int i = 0; i < width; i++) {
             const float x = (float)values(rows.b)[rows.at + r * rows.ld + i];
             volatile float rest = x - (less ? (float)values(less)[i] : 0);
-            rest *= (float)values(factor)[i];
+            rest *= (float)values(factor)[by_row ? r : i];
             for (int a = 0; a < parts; a++) {
                 const int64_t at = a * part + (int64_t)r * ldt + i;
                 const uint16_t bits = to_half(rest, ADA_BF16);
@@ -498,9 +499,10 @@ static void make_encode(check *c) {
     c->bytes = 4.0 * n * width;
     if (dtype == ADA_BF16)
         RUN(c, CALL_AS(c, encode_bf16, data(to), ldt, part, parts, rows.first, rows.ld, n, width, data(less),
-                       data(factor)));
+                       data(factor), by_row));
     else
-        RUN(c, CALL_AS(c, encode_i8, data(to), ldt, rows.first, rows.ld, n, width, data(less), data(factor)));
+        RUN(c, CALL_AS(c, encode_i8, data(to), ldt, rows.first, rows.ld, n, width, data(less), data(factor),
+                       by_row));
 }
 
 static void make_pair(check *c) {
@@ -569,19 +571,41 @@ static void judge_reach(check *c, float reach, float *norm2_found, wide largest,
         fail(c, "norm2 is %.9g, expected %.9Lg", *norm2_found, norm2);
 }
 
+/* The largest |x - less| of row r, NaN where one is, and the sum of squares. */
+static void reach_of_row(const matrix *rows, buffer *less, int r, int width, wide *largest, wide *norm2) {
+    *largest = *norm2 = 0;
+    for (int i = 0; i < width; i++) {
+        const float before = less ? (float)values(less)[i] : 0;
+        const float x = (float)values(rows->b)[rows->at + r * rows->ld + i] - before;
+        if (isnan(x) || fabsf(x) > *largest) *largest = fabsf(x);
+        *norm2 += (wide)x * x;
+    }
+}
+
+static void make_row_reach(check *c) {
+    enum { MOST = 64 };
+    const int n = pick(c, "n", 1, 10, MOST), width = pick_size(c, "width");
+    matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
+    buffer *less = chance(c, 0.5) ? NULL : new_vector(c, "less", ADA_F32, width);
+    wide largest[MOST], norm2[MOST];
+    float found[MOST], found2[MOST];
+    for (int r = 0; r < n; r++) reach_of_row(&rows, less, r, width, &largest[r], &norm2[r]);
+    c->bytes = 4.0 * n * width;
+    RUN(c, {
+        CALL_AS(c, row_reach, found, found2, rows.first, rows.ld, n, width, data(less));
+        for (int r = 0; r < n; r++) judge_reach(c, found[r], &found2[r], largest[r], norm2[r], width);
+    });
+}
+
 static void make_reach(check *c) {
     const int n = pick(c, "n", 1, 10, 64), width = pick_size(c, "width");
     matrix rows = new_rows(c, "rows", ADA_F32, n, width, true);
     buffer *less = chance(c, 0.5) ? NULL : new_vector(c, "less", ADA_F32, width);
     wide largest = 0, norm2 = 0;
     for (int r = 0; r < n; r++) {
-        wide sum = 0;
-        for (int i = 0; i < width; i++) {
-            const float before = less ? (float)values(less)[i] : 0;
-            const float x = (float)values(rows.b)[rows.at + r * rows.ld + i] - before;
-            if (isnan(x) || fabsf(x) > largest) largest = fabsf(x);
-            sum += (wide)x * x;
-        }
+        wide most, sum;
+        reach_of_row(&rows, less, r, width, &most, &sum);
+        if (isnan((double)most) || most > largest) largest = most;
         if (sum > norm2) norm2 = sum;
     }
     c->bytes = 4.0 * n * width;
