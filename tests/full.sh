@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything, for the environment that the package and its tests are installed in: the whole suite with --full under
-# every ADAATTN_ISA of the machine, then all but its slowest parts on an engine built with sanitizers, then
-# the coverage of Python and C. Takes hours.
+# every ADAATTN_ISA of the machine, then all but its slowest parts on an engine built with sanitizers, then what
+# threads share on one that looks for races, then the coverage of Python and C. Takes hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -26,6 +26,18 @@ git ls-files -z --cached --others --exclude-standard | tar -c --null --files-fro
     "$python" -m pytest tests/test_{attention,backward,bits,budget,cache,certified,dlpack,errors,fuzz,linear,lowrank}.py \
         tests/test_{nan,nn,nn_gradients,nn_rank,plan,promise,report,rungs,sampling,sparse,torch}.py "$@"
 ) || failed+=("sanitizers")
+
+echo "== thread sanitizer, without AVX-512: it does not see what those kernels load and store"
+work=$(mktemp -d)
+git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- | tar -x -C "$work"
+(
+    cd "$work"
+    ADAATTN_SANITIZE=thread "$python" setup.py --quiet build_ext --inplace
+    export LD_PRELOAD="$(cc -print-file-name=libtsan.so)" ADAATTN_ISA=avx2 OPENBLAS_NUM_THREADS=1
+    export TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0
+    # Without addresses at random, which the sanitizer cannot always place itself among.
+    setarch -R "$python" -m pytest tests/test_{budget,certified,gradient_budget,linear}.py "$@"
+) || failed+=("thread sanitizer")
 
 echo "== coverage"
 work=$(mktemp -d)

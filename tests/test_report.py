@@ -126,11 +126,12 @@ def test_table(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def measured(rng: np.random.Generator, **options: Any) -> adaattn.Report:
-    """Of six heads, verified."""
+    """Of six heads, verified where a cheaper rung pays."""
     arrays = rng.standard_normal((3, 1, 6, 256, 64), dtype=F32)
     return adaattn.attention(*arrays, **{"tolerance": 1e-2} | options, return_report=True)[1]
 
 
+@pytest.mark.usefixtures("every_rung_pays")
 def test_table_with_a_tolerance(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "rich")
     report = replace(measured(rng), entropy=np.full((1, 6), np.nan))
@@ -195,6 +196,7 @@ def test_html(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None
     ElementTree.fromstring(text)
 
 
+@pytest.mark.usefixtures("every_rung_pays")
 @pytest.mark.parametrize(
     "options", [{}, {"tolerance": None}, {"tolerance": None, "precision": "int8"}], ids=str
 )
