@@ -1,6 +1,7 @@
 /* Conversion of rows. Half formats go through float, in chunks; whole contiguous rows take the kernels. */
 #include <string.h>
 
+#include "codes.h"
 #include "rows.h"
 
 enum { CHUNK = 256 };
@@ -79,10 +80,11 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
-/* A row of an I8 array, exact in double. */
+/* An element of an I8 array, exact in double. */
 static double code_value(const ada_array *a, int64_t b, int64_t h, int64_t i, int c, float scale,
                          const uint16_t *mean) {
-    const int8_t code = ((const int8_t *)ada_row_at(a, b, h, i))[c];
+    const uint8_t *page = (const uint8_t *)ada_row_at(a, b, h, i / ADA_PAGE * ADA_PAGE);
+    const int code = page[ada_code_place(a->shape[3], a->pages->values, i % ADA_PAGE, c)] - 128;
     const uint32_t bits = (uint32_t)mean[c] << 16;
     float centre;
     memcpy(&centre, &bits, sizeof centre);
