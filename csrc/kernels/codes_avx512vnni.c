@@ -11,7 +11,7 @@ typedef __m512i words;
 #include "codes_target.h"
 
 enum { PARTS = 3 };
-#define AHEAD_BYTES 8192           /* of a page of 128 coordinates, the next one */
+#define AHEAD_BYTES 10240          /* of a page of 128 coordinates, into the one after the next */
 #define LARGEST_INTEGER 8323072.0f /* 127 * 2^16: its high byte is one still */
 
 /* A row of numbers, which are integers times unit and fall: bytes [numbers / 4][PARTS][4]. */
