@@ -4,10 +4,10 @@ from . import _adaattn, errors, linalg, reference
 from .api import attention, cpu_info, get_num_threads, merge, plan, set_num_threads
 from .backward import Gradients, attention_backward
 from .cache import KVCache
+from .calibration import calibrate
 from .errors import ArgumentError, DeviceError, DTypeError, Error, NumericalError, ShapeError
 from .gpu import gpu_info
 from .products import LinearReport, PackedWeight, linear
-from .rates import calibrate
 from .stats import POLICIES, GradientReport, Plan, Report
 
 __version__: str = _adaattn.cpu_info()["version"]

@@ -58,7 +58,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from .rates import HEAD_SIZES, cache_file, calibrate
+    from .calibration import calibrate
+    from .rates import HEAD_SIZES, cache_file
 
     with _progress() as progress:
         progress("Measuring every rung", None)

@@ -1,4 +1,4 @@
-"""How fast each rung of the precision ladder is on this machine: measured by `calibrate`, else built in.
+"""How fast each rung of the precision ladder is on this machine: as `calibrate` measured, else built in.
 
 A rate is for scores and values together, in units of 1e9 floating-point operations (2 * T * S * (D + E)) per
 second of one core, with all operands packed. Packing a key and its value costs time of its own, per element.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from . import _adaattn
 RUNGS: tuple[str, ...] = _adaattn.CANDIDATES
 
 HEAD_SIZES = (64, 128)
+SIZE = 1024  # queries and keys that rungs are compared with
 
 # By the most capable instruction set: GFLOP/s for head sizes 64 and 128, and nanoseconds to pack an element,
 # as measured on machines of the kind; bf16 and int8/bf16 of avx512bf16 and all of amx: on prototypes of the
@@ -165,10 +164,11 @@ def rates() -> dict[str, Any]:
         time that is left where a head needs no values but those of stand-ins; 1: never chosen) and
         ``offered``: the rungs that are faster than every more exact one, by more than measurements scatter.
     """
-    return _described(*_load())
+    return described(*_load())
 
 
-def _described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
+def described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
+    """Such rates as `rates` gives them."""
     gflops = {
         rung: dict(zip(HEAD_SIZES, map(float, row), strict=False))
         for rung, row in zip(RUNGS, rows, strict=True)
@@ -184,7 +184,7 @@ def _described(source: str, rows: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _offered(rows: NDArray[np.float64]) -> list[str]:
-    speeds = 1 / (1 / rows[:, :2] + rows[:, 2:3] / (2 * _SIZE))  # with packing, at T = S = _SIZE
+    speeds = 1 / (1 / rows[:, :2] + rows[:, 2:3] / (2 * SIZE))  # with packing, at T = S = SIZE
     offered: list[int] = []
     for i in range(len(RUNGS)):
         if not offered or (speeds[i] > 1.05 * speeds[offered].max(axis=0)).any():
@@ -192,113 +192,13 @@ def _offered(rows: NDArray[np.float64]) -> list[str]:
     return [RUNGS[i] for i in offered]
 
 
-_SIZE, _FEW = 1024, 64  # keys, and queries of the shorter run, that calibrate measures with
-
-
-def calibrate(*, seconds: float = 4.0, save: bool = True) -> dict[str, Any]:
-    """Measure how fast each rung is on this machine, on one core, and keep the result for later calls.
-
-    The rungs take turns, so that a change of the clock meets all of them; the medians count. The file in the
-    user's cache folder is valid for this version of the library, this processor, its microcode and the
-    instruction sets in use.
-
-    Parameters
-    ----------
-    seconds : float
-        About how long to measure.
-    save : bool
-        Whether to write the file and go by it from now on.
-
-    Returns
-    -------
-    dict
-        As ``cpu_info()["rates"]``: ``source``, ``gflops``, ``pack_ns``, ``sparse`` and ``offered``.
-
-    Raises
-    ------
-    ArgumentError
-        ``seconds`` is not a positive number.
-    OSError
-        The cache folder cannot be written.
-    """
+def keep(rows: NDArray[np.float64]) -> None:
+    """Write what `calibrate` has measured to this machine's file, and go by it from now on."""
     global _table
-    from .api import attention
-    from .errors import ArgumentError
-
-    if not (isinstance(seconds, (int, float)) and 0 < seconds < float("inf")):
-        raise ArgumentError(f"seconds: expected a number above 0, got {seconds!r}")
-    runs = [(rung, d, queries) for rung in RUNGS for d in HEAD_SIZES for queries in (_SIZE, _FEW)]
-    times: dict[tuple[str, int, int], list[float]] = {run: [] for run in runs}
-    arrays = {
-        d: np.random.default_rng(d).standard_normal((4, 1, 1, _SIZE, d), np.float32) for d in HEAD_SIZES
-    }
-    parts = {rung: _SparseRun(rung) for rung in RUNGS}
-    parts = {rung: part for rung, part in parts.items() if part.runs_sparse()}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[runs[0]]) < 3:
-        for (rung, d, queries), samples in times.items():
-            query, key, value, out = arrays[d]
-            query, out = query[:, :, :queries], out[:, :, :queries]
-            start = time.perf_counter()
-            attention(query, key, value, precision=split(rung), out=out, num_threads=1)
-            samples.append(time.perf_counter() - start)
-        for part in parts.values():
-            part.measure()
-    rows = []
-    for rung in RUNGS:
-        row, packing = [], []
-        for d in HEAD_SIZES:
-            long, short = (float(np.median(times[rung, d, queries])) for queries in (_SIZE, _FEW))
-            share = _FEW / _SIZE  # of the long run's products in the short one; the rest of it is packing
-            pack = max(0.0, (short - share * long) / (1 - share))
-            row.append(4e-9 * _SIZE * _SIZE * d / max(long - pack, 0.1 * long))
-            packing.append(1e9 * pack / (2 * _SIZE * d))
-        rows.append([*row, float(np.mean(packing)), parts[rung].share() if rung in parts else 1.0])
-    result = _described("measured", np.array(rows))
-    if save:
-        kept = {name: result[name] for name in ("gflops", "pack_ns", "sparse")}
-        _write(cache_file(), json.dumps({"machine": _machine(), **kept}, indent=1))
-        _table = np.array(rows)
-    return result
-
-
-class _SparseRun:
-    """A rung on long keys: dense, and with all blocks standing in, each with few and with more queries."""
-
-    def __init__(self, rung: str) -> None:
-        from .api import plan
-
-        names = split(rung)
-        scores, values = (names, names) if isinstance(names, str) else names
-        query, key, value = np.random.default_rng(0).standard_normal((3, 1, 1, 4 * _SIZE, 64), np.float32)
-        self.calls: list[tuple[Any, ...]] = []
-        for queries in (_FEW, 8 * _FEW):
-            arrays = query[:, :, :queries], key, value
-            made = plan(*arrays, tolerance=0.5)
-            dense = replace(made, precision_qk=np.full((1, 1), scores), precision_pv=np.full((1, 1), values))
-            sparse = replace(dense, structure=np.full((1, 1), "sparse"), sparse_budget=np.full((1, 1), 1e30))
-            self.calls += [(*arrays, dense), (*arrays, sparse)]
-        self.times: list[list[float]] = [[] for _ in self.calls]
-
-    def runs_sparse(self) -> bool:
-        from .api import attention
-
-        *arrays, sparse = self.calls[1]
-        structure = attention(*arrays, plan=sparse, verify=False, return_report=True)[1].structure
-        return bool(structure[0, 0] == "sparse")
-
-    def measure(self) -> None:
-        from .api import attention
-
-        for (*arrays, made), samples in zip(self.calls, self.times, strict=True):
-            start = time.perf_counter()
-            attention(*arrays, plan=made, verify=False, num_threads=1)
-            samples.append(time.perf_counter() - start)
-
-    def share(self) -> float:
-        """Of the time that more queries take; what does not depend on their number counts nowhere."""
-        few, few_sparse, more, more_sparse = map(np.median, self.times)
-        return float(min(max((more_sparse - few_sparse) / max(more - few, 1e-9), 0.1), 1.0))
+    found = described("measured", rows)
+    kept = {name: found[name] for name in ("gflops", "pack_ns", "sparse")}
+    _write(cache_file(), json.dumps({"machine": _machine(), **kept}, indent=1))
+    _table = rows
 
 
 def _write(path: Path, text: str) -> None:

@@ -49,7 +49,7 @@ def use_rates(name: str) -> Array:
 
 @cache
 def _calibrated() -> Array:
-    found = machine.calibrate(save=False)
+    found = adaattn.calibrate(save=False)
     rows = [
         [*found["gflops"][rung].values(), found["pack_ns"][rung], found["sparse"][rung]]
         for rung in machine.RUNGS

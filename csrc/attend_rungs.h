@@ -1,8 +1,8 @@
 /* Attention of one tile of queries with products of narrow operands. Included by execute.c after the instance
  * of attend_tpl.h for float, whose scratch and steps it shares.
  *
- * Keys come in strips of ADA_STRIP: runs of blocks where all is visible and nothing is added go through the
- * fused kernel of the pair of formats, others block by block through scores, the float softmax and rounding.
+ * Keys come in strips of ADA_STRIP: runs of blocks where nothing is added go through the fused kernel of the
+ * pair of formats, others block by block through scores, the float softmax and rounding.
  * What the formats cannot hold ends the tile, and the whole head is computed again in fp32.
  */
 typedef struct {
@@ -23,7 +23,7 @@ static narrow narrow_of(const ada_run *r, ada_carver *c) {
     s.base.tile.p = ada_carve(c, ADA_STRIP * strip);
     /* Behind the sums of the values lies that of the weights: raising the reference scales it along. */
     s.base.tile.o = ada_carve(c, rows * strip);
-    s.t.sum = s.base.tile.o + p->E * ADA_LANES;
+    s.t.sum = c->base ? s.base.tile.o + p->E * ADA_LANES : NULL;
     s.t.q = ada_carve(c, 3 * (store->DW + 16) * strip);
     s.t.w = ada_carve(c, 3 * ADA_STRIP / 2 * strip);
     s.t.unit = ada_carve(c, strip);
@@ -81,7 +81,7 @@ static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch, in
 static ada_narrow_keys keys_at(const narrow *s, int64_t j) {
     const ada_head_store *h = &s->head;
     return (ada_narrow_keys){(const uint32_t *)h->k + j * s->t.DW, h->k_part, h->scale + j / ADA_BLOCK,
-                             h->start ? h->start + j : NULL};
+                             h->start ? h->start + j : NULL, NULL};
 }
 
 /* Scores of n keys from patch->j on into p. */
@@ -169,27 +169,50 @@ static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch)
     r->k->values_f32(&s->t.f32, (const float *)s->head.v + patch->j * E, E, patch->nk);
 }
 
-/* Full blocks from patch->j on, before end and the strip's end, where all is visible and nothing is added. */
-static int plain_keys(const ada_run *r, const ada_patch *patch, int64_t end) {
+/* How many keys of whole blocks, from patch->j on, before end and the strip's end, have nothing added to
+ * their scores. visible (NULL: only blocks of which every lane sees all) gets the lanes that see each key,
+ * mixed whether some do not; blocks that none sees end the run. */
+static int keys_of_run(const ada_run *r, const ada_patch *patch, int64_t end, uint64_t *visible,
+                       bool *mixed) {
     const ada_problem *p = r->p;
     const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
-    uint64_t rows[ADA_LANES];
     int n = 0;
     if (biased || p->has_softcap || p->drop_below) return 0;
-    for (ada_patch next = *patch; next.j + ADA_BLOCK <= end && n < ADA_STRIP; next.j += ADA_BLOCK) {
-        next.nk = ADA_BLOCK;
+    for (ada_patch next = *patch; next.j < end && n < ADA_STRIP; next.j += ADA_BLOCK, n += ADA_BLOCK) {
+        uint64_t rows[ADA_LANES], whole = UINT64_MAX;
         if (n && next.j % ADA_STRIP == 0) break;
-        if (ada_visible_rows(p, &next, rows) != ADA_PLAIN) break;
-        n += ADA_BLOCK;
+        next.nk = (int)(end - next.j < ADA_BLOCK ? end - next.j : ADA_BLOCK);
+        if (next.nk < ADA_BLOCK) whole = ((uint64_t)1 << next.nk) - 1;
+        const ada_sight sight = ada_visible_rows(p, &next, rows);
+        const bool plain = sight == ADA_PLAIN && next.nk == ADA_BLOCK;
+        if (sight == ADA_HIDDEN || !(plain || visible)) break;
+        if (!visible) continue;
+        for (int i = 0; i < ADA_LANES; i++)
+            visible[n + i] = sight == ADA_PLAIN ? whole : i < patch->n ? rows[i] & whole : 0;
+        if (!plain) turn_bits(visible + n, patch->n);
+        *mixed |= !plain;
     }
     return n;
 }
 
-/* The reference of the first run, from its first keys. */
-static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *patch) {
-    block_f32 block = {0};
+/* Raises the references to what the first keys say. */
+static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *patch,
+                           const uint64_t *visible) {
+    block_f32 block = {.visible = visible};
     narrow_scores(r, s, patch, &block, ADA_KEY_STEP);
     raise_reference(r, s, ADA_KEY_STEP, &block);
+}
+
+/* Lanes that have none yet get one from the first few keys of which they see any. */
+static void seed_lanes(const ada_run *r, const narrow *s, ada_patch patch, int n, const uint64_t *visible) {
+    uint64_t open = 0;
+    for (int i = 0; i < ADA_LANES; i++) open |= (uint64_t)(s->t.f32.m[i] == -INFINITY) << i;
+    for (int j = 0; open && j < n; j += ADA_KEY_STEP, patch.j += ADA_KEY_STEP) {
+        uint64_t seen = 0;
+        for (int c = j; c < j + ADA_KEY_STEP; c++) seen |= visible[c];
+        if (open & seen) seed_reference(r, s, &patch, visible + j);
+        open &= ~seen;
+    }
 }
 
 static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
@@ -212,14 +235,17 @@ static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *pa
 static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, int64_t slot, ada_job *job,
                                int worker) {
     const ada_span span = tile_span(r->p, &patch);
+    uint64_t visible[ADA_STRIP];
     bool first = true;
     if (!start_narrow(r, s, &patch, slot)) return false;
     for (patch.j = span.first; patch.j < span.end; first = false) {
         if (ada_job_cancelled(job, worker)) return true;
-        const int run = s->weigh ? plain_keys(r, &patch, span.end) : 0;
+        bool mixed = false;
+        const int run = s->weigh ? keys_of_run(r, &patch, span.end, visible, &mixed) : 0;
         if (run) {
-            const ada_narrow_keys keys = keys_at(s, patch.j);
-            if (first) seed_reference(r, s, &patch);
+            ada_narrow_keys keys = keys_at(s, patch.j);
+            if (mixed) keys.visible = visible;
+            seed_lanes(r, s, patch, run, visible);
             if (s->weigh(&s->t, &keys, run)) {
                 narrow_values(r, s, patch.j, run);
                 patch.j += run;

@@ -163,7 +163,7 @@ static bool weigh_lists(const ada_run *r, const narrow *s, const sparse_lists *x
     float l[ADA_LANES], sum[ADA_LANES];
     if (plain == 0) return true;
     patch.j = (int64_t)x->block[0] * ADA_BLOCK;
-    seed_reference(r, s, &patch);
+    seed_reference(r, s, &patch, NULL);
     for (int time = 0; time < TIMES; time++) {
         memcpy(l, s->t.f32.l, sizeof l);
         memcpy(sum, s->t.sum, sizeof sum);
@@ -246,7 +246,7 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     if (!s->weigh) return TILE_DENSE;
     for (patch.j = span.first; patch.j < span.end;) {
         if (ada_job_cancelled(job, worker)) return TILE_DONE;
-        const int run = plain_keys(r, &patch, span.end) / ADA_BLOCK, first = (int)(patch.j / ADA_BLOCK);
+        const int run = keys_of_run(r, &patch, span.end, NULL, NULL) / ADA_BLOCK, first = (int)(patch.j / ADA_BLOCK);
         for (int b = 0; b < run; b++) x->block[plain] = first + b, x->run[plain++] = first;
         patch.j += run * ADA_BLOCK;
         if (run) continue;

@@ -7,7 +7,6 @@
  * weights' gradients those of the scores.
  */
 #define STRIP_TILES (ADA_STRIP / ADA_LANES)
-#define LEAST_NORM2 0x1p-120f       /* a float holds the squares */
 #define STRIP_WORDS (ADA_STRIP / 2) /* of bf16, from one coordinate to the next */
 
 /* Rows of a head in tiles of 64. */
@@ -136,7 +135,7 @@ static bool pack_words(const back_run *r, const narrow_side *side, int64_t tile,
     for (int i = 0; i < n; i += step) {
         float norm2;
         const float largest = r->k->reach(rows + i * ld, ld, step, width, less, &norm2);
-        if (largest != 0 && !(norm2 >= LEAST_NORM2 && largest <= ADA_NARROW_MOST)) return false;
+        if (largest != 0 && !(norm2 >= ADA_LEAST_NORM2 && largest <= ADA_NARROW_MOST)) return false;
         const float factor = largest == 0 ? 0 : fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
         for (int c = 0; c < width; c++) s->factor[c] = factor;
         for (int x = i; x < i + step; x++) unit[x] = factor == 0 ? 0 : 1 / factor;

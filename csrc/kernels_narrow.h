@@ -43,6 +43,7 @@ typedef struct {
     ptrdiff_t part;       /* words from one part to the next */
     const float *scale;   /* integers: one for every ADA_BLOCK keys */
     const int32_t *start; /* 8 bits: [keys] what sums start from: -128 times the key's sum */
+    const uint64_t *visible; /* [keys] bits of the lanes that see a key; NULL: all do */
 } ada_narrow_keys;
 
 /* f32.p[j][i] = score of key j < n, for n a multiple of ADA_KEY_STEP up to ADA_BLOCK: the sum of products
@@ -59,11 +60,12 @@ typedef ada_scores_bf16_fn ada_scores_i8_fn, ada_scores_i16_fn;
 typedef void ada_round_bf16_fn(const ada_narrow_tile *t, int n);
 typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
 
-/* scores, weights and their rounding in one, for a full tile where all is visible and nothing is added; n is
- * a multiple of ADA_BLOCK up to ADA_STRIP. Adds to f32.l and sum, sets worth. False, with them as before and
- * w spoilt, when a score exceeds f32.m by more than ADA_LAZY_OCTAVES. The relative error of a weight, before
- * rounding, is that of the format: 3e-3 (bf16, 8 bits), 1e-6 (16 bits). bf16 has one part, and unit is 1 /
- * ADA_BF16_STEPS. Optional slots. */
+/* scores, weights and their rounding in one, for a full tile where nothing is added; n is a multiple of
+ * ADA_BLOCK up to ADA_STRIP. Adds to f32.l and sum, sets worth. False, with them as before and w spoilt, when
+ * a score that its lane sees exceeds f32.m by more than ADA_LAZY_OCTAVES; where it sees none, f32.m may be
+ * -inf. The relative error of a weight, before rounding, is that of the format: 3e-3 (bf16, 8 bits), 1e-6
+ * (16 bits); of a key that is hidden it is zero. bf16 has one part, and unit is 1 / ADA_BF16_STEPS. Optional
+ * slots. */
 typedef bool ada_weigh_bf16_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
 typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_weigh_i16_i16_fn;
 

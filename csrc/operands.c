@@ -221,6 +221,12 @@ static bool fits(const ada_operands *o, ada_dtype dtype, float largest) {
     return largest == 0 || (largest >= least && largest <= most);
 }
 
+/* The same of rows of queries or keys, of which this is the largest squared norm. */
+static bool rows_fit(const ada_operands *o, ada_dtype dtype, float largest, float norm2) {
+    return fits(o, dtype, largest) &&
+           (o->format != ADA_WORDS_I16 || largest == 0 || norm2 >= ADA_LEAST_NORM2);
+}
+
 /* ---- which keys count ---- */
 
 /* Keys of a block that the mask and the spans leave to queries i ... i + n - 1 of one head. */
@@ -351,7 +357,7 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     float norm2 = 0;
     const float largest =
         k->reach(rows, ld, ADA_BLOCK, D, less, s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-    if (!fits(&s->qk, s->p->key.dtype, largest)) return false;
+    if (!rows_fit(&s->qk, s->p->key.dtype, largest, norm2)) return false;
     if (to->k_mean && to->seen[block] == UINT64_MAX)
         to->k_reach[block] = ada_value_reach(k, rows, ld, D, to->k_mean + block * D, x->spare);
     if (s->qk.format == ADA_FLOATS) {
@@ -465,7 +471,8 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         if (integers || i == 0) { /* others need that of the tile only */
             largest = s->k->reach(rows + i * ld, ld, integers ? 1 : n, D, NULL,
                                   s->qk.format == ADA_WORDS_I16 ? &norm2 : NULL);
-            if (!fits(&s->qk, s->p->query.dtype, largest) || !(largest * factor <= ADA_NARROW_MOST))
+            if (!rows_fit(&s->qk, s->p->query.dtype, largest, norm2) ||
+                !(largest * factor <= ADA_NARROW_MOST))
                 return false;
         }
         factors[i] = integers ? integer_factor(s->qk.format, largest, norm2) : 1;

@@ -23,6 +23,8 @@ typedef struct {
  * neither overflow nor lose small numbers; other heads go up to fp32. */
 #define ADA_NARROW_LEAST 0x1p-80f
 #define ADA_NARROW_MOST 0x1p50f
+/* Rows in 16 bits have their squared norms in floats. */
+#define ADA_LEAST_NORM2 0x1p-120f
 
 typedef struct {
     const ada_problem *p;

@@ -66,6 +66,13 @@ def inputs(rng: np.random.Generator, shape: Shape, dtype: Any = F32, spread: flo
     return [(spread * rng.standard_normal(size)).astype(dtype) for size in sizes]
 
 
+def backward_problem(rng: np.random.Generator, shape: Shape, dtype: Any = F32, **options: Any) -> list[Array]:
+    """grad_out, query, key, value, out and lse."""
+    arrays = inputs(rng, shape, dtype)
+    grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
+    return [grad_out, *arrays, *adaattn.attention(*arrays, return_lse=True, **options)]
+
+
 def float_mask(rng: np.random.Generator, *size: int) -> Array:
     """Normal entries, a third of them -inf."""
     return np.where(rng.random(size) < 1 / 3, -np.inf, rng.standard_normal(size)).astype(np.float32)

@@ -25,10 +25,10 @@ from support import (
     Array,
     Options,
     Shape,
+    backward_problem,
     finite,
     float_mask,
     in_new_process,
-    inputs,
     largest,
     peak_memory,
     same_bits,
@@ -40,13 +40,6 @@ from adaattn import Gradients, _adaattn, reference
 
 GRID = [name for name in CASES if "precision" not in name]
 SAMPLE = ["plain", "causal", "softcap", "bias (1, H, T, 1)", "alibi (B, H)", "sinks", "all"]
-
-
-def problem(rng: np.random.Generator, shape: Shape, dtype: Any = F32, **options: Any) -> list[Array]:
-    """grad_out, query, key, value, out and lse."""
-    arrays = inputs(rng, shape, dtype)
-    grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
-    return [grad_out, *arrays, *adaattn.attention(*arrays, return_lse=True, **options)]
 
 
 def everything(options: Options) -> list[str]:
@@ -102,7 +95,7 @@ def check(arrays: list[Array], options: Options) -> Gradients:
 )
 def test_grid(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -> None:
     options = CASES[case](rng, shape)
-    check(problem(rng, shape, dtype, **options), options)
+    check(backward_problem(rng, shape, dtype, **options), options)
 
 
 @pytest.mark.isa_sample
@@ -111,7 +104,7 @@ def test_grid(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -> None:
     options = CASES[case](rng, shape)
-    check(problem(rng, shape, dtype, **options), options)
+    check(backward_problem(rng, shape, dtype, **options), options)
 
 
 @pytest.mark.parametrize("T, S", [(1, 1), (63, 64), (64, 63), (65, 129), (257, 256), (600, 130), (40, 700)])
@@ -119,7 +112,7 @@ def test_sample(shape: Shape, case: str, dtype: Any, rng: np.random.Generator) -
 def test_sizes(T: int, S: int, D: int, E: int, rng: np.random.Generator) -> None:
     """Parts of queries and keys in every proportion."""
     options: Options = {"causal": T <= S, "sinks": rng.standard_normal(2)}
-    check(problem(rng, Shape(1, 2, 1, T, S, D, E), F64, **options), options)
+    check(backward_problem(rng, Shape(1, 2, 1, T, S, D, E), F64, **options), options)
 
 
 # ---- finite differences
@@ -134,7 +127,7 @@ def test_finite_differences(case: str, rng: np.random.Generator) -> None:
     options = CASES[case](rng, shape)
     if "attn_mask" in options:
         options["attn_mask"] = options["attn_mask"].astype(F64)
-    arrays = problem(rng, shape, F64, **options)
+    arrays = backward_problem(rng, shape, F64, **options)
     grad_out, query, key, value, *_ = arrays
     needs = everything(options)
     gradients = adaattn.attention_backward(*arrays, needs=needs, **options)._asdict()
@@ -186,7 +179,7 @@ def test_tensors(rng: np.random.Generator) -> None:
     """Tensors in, tensors out, with the bits of arrays."""
     torch = pytest.importorskip("torch")
     options = {"sinks": rng.standard_normal(4), "attn_mask": float_mask(rng, 65, 130)}
-    arrays = problem(rng, SHAPES[5]._replace(H=4, G=2), **options)
+    arrays = backward_problem(rng, SHAPES[5]._replace(H=4, G=2), **options)
     needs = everything(options)
     expected = adaattn.attention_backward(*arrays, needs=needs, **options)
     tensors = [torch.from_numpy(x) for x in arrays]
@@ -206,7 +199,7 @@ def test_tensors(rng: np.random.Generator) -> None:
 def test_threads(case: str, dtype: Any, rng: np.random.Generator) -> None:
     shape = Shape(2, 4, 2, 600, 330, 24, 16)
     options = CASES[case](rng, shape)
-    arrays, needs = problem(rng, shape, dtype, **options), everything(options)
+    arrays, needs = backward_problem(rng, shape, dtype, **options), everything(options)
     results = [
         adaattn.attention_backward(*arrays, needs=needs, **options, num_threads=n) for n in (1, 2, 3, 8)
     ]
@@ -224,7 +217,7 @@ def test_alone_or_in_a_batch(rng: np.random.Generator) -> None:
         "alibi_slopes": rng.random((3, 4)), "attn_mask": float_mask(rng, 3, 4, 300, 330),
         "dropout_p": 0.1, "seed": np.arange(3),
     }  # fmt: skip
-    arrays, needs = problem(rng, shape, **options), everything(options)
+    arrays, needs = backward_problem(rng, shape, **options), everything(options)
     batch = adaattn.attention_backward(*arrays, needs=needs, **options)
     part = {
         name: x[1:2] if isinstance(x, np.ndarray) and name != "sinks" else x for name, x in options.items()
@@ -238,7 +231,7 @@ def test_alone_or_in_a_batch(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(layout: Callable[[Array], Array], dtype: Any, rng: np.random.Generator) -> None:
     options: Options = {"attn_mask": float_mask(rng, 65, 130), "sinks": rng.standard_normal(2)}
-    arrays, needs = problem(rng, SHAPES[5], dtype, **options), everything(options)
+    arrays, needs = backward_problem(rng, SHAPES[5], dtype, **options), everything(options)
     expected = adaattn.attention_backward(*arrays, needs=needs, **options)
     options["attn_mask"] = layout(options["attn_mask"])
     assert same(adaattn.attention_backward(*map(layout, arrays), needs=needs, **options), expected)
@@ -249,7 +242,7 @@ def test_each_gradient_by_itself(rng: np.random.Generator) -> None:
         "attn_mask": float_mask(rng, 65, 130), "alibi_slopes": rng.random(2), "sinks": rng.random(2),
         "softcap": 3.0,
     }  # fmt: skip
-    arrays = problem(rng, SHAPES[5], **options)
+    arrays = backward_problem(rng, SHAPES[5], **options)
     together = adaattn.attention_backward(*arrays, needs=everything(options), **options)
     for i, name in enumerate(Gradients._fields):
         alone = adaattn.attention_backward(*arrays, needs=iter([name]), **options)
@@ -273,7 +266,7 @@ EMPTYING: list[Options] = [
 @pytest.mark.parametrize("options", EMPTYING, ids=lambda o: " ".join(o))
 def test_rows_without_keys(options: Options, dtype: Any, sinks: Any, rng: np.random.Generator) -> None:
     """Their queries have no gradient, and what stands there leaks nowhere, nor from keys that nobody sees."""
-    arrays = problem(rng, Shape(2, 2, 2, 70, 130, 16, 16), dtype, **options)
+    arrays = backward_problem(rng, Shape(2, 2, 2, 70, 130, 16, 16), dtype, **options)
     empty = arrays[5] == -np.inf
     assert empty.any()
     _, unseen = np.nonzero(
@@ -299,7 +292,7 @@ def test_rows_without_keys(options: Options, dtype: Any, sinks: Any, rng: np.ran
 def test_nan_that_nothing_sees(which: int, rng: np.random.Generator) -> None:
     """Neither in the engine nor in the oracle, which has no key at all to add up."""
     options: Options = {"attn_mask": np.zeros((5, 7), bool)}
-    arrays = problem(rng, Shape(1, 2, 1, 5, 7, 8, 8), **options)
+    arrays = backward_problem(rng, Shape(1, 2, 1, 5, 7, 8, 8), **options)
     arrays[which][...] = np.nan
     for gradients in (adaattn.attention_backward, reference.attention_backward):
         assert not any(x.any() for x in gradients(*arrays, **options)[:3])
@@ -315,7 +308,7 @@ def test_nan_that_nothing_sees(which: int, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("dtype", [F64, F32, F16], ids=str)
 def test_one_nan(dtype: Any, which: int, options: Options, rng: np.random.Generator) -> None:
     """It makes NaN what plain arithmetic does, and nothing else, in other heads least of all."""
-    arrays = problem(rng, Shape(2, 2, 2, 70, 130, 16, 16), dtype)
+    arrays = backward_problem(rng, Shape(2, 2, 2, 70, 130, 16, 16), dtype)
     arrays[which][0, 1, -1 if which < 2 else -3, 5] = np.nan
     arrays[4:] = adaattn.attention(*arrays[1:4], return_lse=True, **options)
     actual = adaattn.attention_backward(*arrays, **options)
@@ -333,7 +326,7 @@ def test_one_nan(dtype: Any, which: int, options: Options, rng: np.random.Genera
 )
 def test_overflow(sizes: Any, rng: np.random.Generator) -> None:
     """float32 arrays whose products are beyond float32, where the gradients are not."""
-    arrays = problem(rng, Shape(1, 2, 1, 70, 90, 16, 16), F64)[:4]
+    arrays = backward_problem(rng, Shape(1, 2, 1, 70, 90, 16, 16), F64)[:4]
     for x, size in zip((*arrays[1:], arrays[0]), sizes, strict=True):
         x *= size
     arrays = [x.astype(F32) for x in arrays]
@@ -354,7 +347,7 @@ def test_bias_beyond_the_scores(dtype: Any, lowest: float, rng: np.random.Genera
     mask = np.where(np.arange(70)[:, None] % 4 == 0, lowest, float_mask(rng, 70, 90)).astype(np.float32)
     mask[4, 20:] = -np.inf
     options: Options = {"attn_mask": mask}
-    arrays = problem(rng, shape, dtype, **options)
+    arrays = backward_problem(rng, shape, dtype, **options)
     actual = adaattn.attention_backward(*arrays, needs=everything(options), **options)
     exact = reference.attention_backward(*arrays, needs=everything(options), **options)
     error = {F64: 1e-9, F32: 1e-4, BF16: 3e-2}[dtype]
@@ -368,7 +361,10 @@ def test_bias_beyond_the_scores(dtype: Any, lowest: float, rng: np.random.Genera
 
 def test_failing_allocations(rng: np.random.Generator) -> None:
     options: Options = {"attn_mask": float_mask(rng, 300, 330)}
-    arrays, needs = problem(rng, Shape(1, 2, 1, 300, 330, 24, 16), BF16, **options), ["query", "attn_mask"]
+    arrays, needs = (
+        backward_problem(rng, Shape(1, 2, 1, 300, 330, 24, 16), BF16, **options),
+        ["query", "attn_mask"],
+    )
     expected = adaattn.attention_backward(*arrays, needs=needs, **options)
 
     def call(n: int) -> Gradients | None:
@@ -389,7 +385,7 @@ def test_failing_allocations(rng: np.random.Generator) -> None:
 
 
 def _peak(T: int) -> int:
-    arrays = problem(np.random.default_rng(0), Shape(1, 1, 1, T, T, 16, 16))
+    arrays = backward_problem(np.random.default_rng(0), Shape(1, 1, 1, T, T, 16, 16))
     before = peak_memory()
     adaattn.attention_backward(*arrays)
     return peak_memory() - before
@@ -403,7 +399,7 @@ def test_memory_grows_with_the_length() -> None:
 def _growth(calls: int) -> int:
     rng = np.random.default_rng(0)
     options: Options = {"attn_mask": float_mask(rng, 65, 130), "sinks": rng.random(2)}
-    arrays = problem(rng, SHAPES[5], **options)
+    arrays = backward_problem(rng, SHAPES[5], **options)
     wrong = [*arrays[:5], arrays[5][..., :-1]]
     sizes = []
     for i in range(calls):
@@ -429,7 +425,7 @@ def test_no_leak() -> None:
 def wrong_argument(**changes: Any) -> str:
     rng = np.random.default_rng(0)
     names = ["grad_out", "query", "key", "value", "out", "lse"]
-    arguments = dict(zip(names, problem(rng, Shape(2, 4, 2, 5, 7, 8, 6)), strict=True)) | changes
+    arguments = dict(zip(names, backward_problem(rng, Shape(2, 4, 2, 5, 7, 8, 6)), strict=True)) | changes
     with pytest.raises(adaattn.ArgumentError) as caught:
         adaattn.attention_backward(**arguments)
     return f"{type(caught.value).__name__}: {caught.value}"
@@ -500,7 +496,7 @@ def test_errors(changes: Options, message: str) -> None:
 def test_wrong_types(changes: Options, message: str) -> None:
     rng = np.random.default_rng(0)
     names = ["grad_out", "query", "key", "value", "out", "lse"]
-    arguments = dict(zip(names, problem(rng, Shape(2, 4, 2, 5, 7, 8, 6)), strict=True)) | changes
+    arguments = dict(zip(names, backward_problem(rng, Shape(2, 4, 2, 5, 7, 8, 6)), strict=True)) | changes
     with pytest.raises(adaattn.DTypeError, match="^" + re.escape(message)):
         adaattn.attention_backward(**arguments)
 
@@ -508,7 +504,7 @@ def test_wrong_types(changes: Options, message: str) -> None:
 @pytest.mark.parametrize("name", ["plan", "structure", "device"])
 def test_what_the_gradient_does_not_take(name: str, rng: np.random.Generator) -> None:
     with pytest.raises(TypeError, match=name):
-        adaattn.attention_backward(*problem(rng, SHAPES[1]), **{name: None})
+        adaattn.attention_backward(*backward_problem(rng, SHAPES[1]), **{name: None})
 
 
 def test_interrupt() -> None:

@@ -261,6 +261,33 @@ def test_what_has_no_codes_is_computed_without(bad: float, rng: np.random.Genera
     np.testing.assert_allclose(out[:, 1], plain[:, 1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("token", [700, S - 3], ids=["coded", "open page"])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_not_finite_is_never_hidden(
+    where: str, token: int, bad: float, rng: np.random.Generator
+) -> None:
+    """It has no bound, and the outputs that it reaches are those of a call without codes."""
+    key, value = peaked(rng, 1, 2, 16, 16)
+    query = 2 + 0.1 * rng.standard_normal((1, 4, 1, 16), F32)
+    {"query": query[0, 2, 0], "key": key[0, 1, token], "value": value[0, 1, token]}[where][3] = bad
+    cache = made(key, value)
+    out, lse, report = cache.attention(query, tolerance=2e-2, return_lse=True, return_report=True)
+    dense = cache.attention(query, tolerance=2e-2, return_lse=True, structure="dense")
+    np.testing.assert_array_equal(np.isnan(report.error_bound), [[False, False, True, True]])
+    assert same_bits(out[:, 2:], dense[0][:, 2:]) and same_bits(lse[:, 2:], dense[1][:, 2:])
+    assert np.isfinite(out[:, :2]).all() and not np.isfinite(out[:, 2]).all()
+
+
+def test_values_beyond_what_codes_hold(rng: np.random.Generator) -> None:
+    """In the open page: the distance of centres from an output that they make is not lost."""
+    key, value = peaked(rng, 1, 1, 16, 16)
+    value = (1e12 * (1 + 0.1 * value)).astype(F32)
+    key[0, 0, -1], value[0, 0, -1] = 1.5, 1e30
+    _, report, error, _ = errors(made(key, value), np.ones((1, 1, 1, 16), F32), tolerance=5e-2)
+    assert np.isnan(report.error_bound) or error <= report.error_bound
+
+
 def test_no_memory(rng: np.random.Generator) -> None:
     key, value = peaked(rng, 1, 1, 16, 16)
     cache, raised = made(key, value), []

@@ -22,6 +22,7 @@ from support import (
     Array,
     Options,
     Shape,
+    backward_problem,
     finite,
     in_new_process,
     inputs,
@@ -48,15 +49,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_table", table)
 
 
-def problem(
-    rng: np.random.Generator, shape: Shape = SHAPE, dtype: Any = F32, tolerance: Any = None, **options: Any
-) -> list[Array]:
-    """grad_out, query, key, value, out and lse."""
-    arrays = inputs(rng, shape, dtype)
-    grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
-    return [grad_out, *arrays, *adaattn.attention(*arrays, return_lse=True, tolerance=tolerance, **options)]
-
-
 def exact_gradients(
     arrays: list[Array], options: Options, needs: Any = ("query", "key", "value")
 ) -> Gradients:
@@ -74,7 +66,7 @@ def errors(actual: Any, exact: Any) -> list[Array]:
 def test_every_option(case: str, rng: np.random.Generator) -> None:
     """The rung by name, on every head with every option."""
     options = CASES[case](rng, SHAPE)
-    arrays = problem(rng, **options)
+    arrays = backward_problem(rng, SHAPE, **options)
     needs = ["query", "key", "value", *(["sinks"] if options.get("sinks") is not None else [])]
     before = [x.tobytes() for x in arrays]
     actual, report = adaattn.attention_backward(
@@ -99,7 +91,7 @@ def test_every_option(case: str, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_and_dtypes(dtype: Any, shape: Any, rng: np.random.Generator) -> None:
     H, G, *sizes = shape
-    arrays = problem(rng, Shape(1, H, G, *sizes), dtype)
+    arrays = backward_problem(rng, Shape(1, H, G, *sizes), dtype)
     actual = adaattn.attention_backward(*arrays, precision=NARROW)
     rounding = {F16: 2e-3, BF16: 1e-2}.get(dtype, 0)
     for name, a, error in zip(
@@ -142,7 +134,7 @@ def test_every_head_keeps_the_promise(forward: Any, rng: np.random.Generator) ->
 
 def test_measured_errors_are_true(rng: np.random.Generator) -> None:
     """Estimates from few rows, on heads whose rows are alike."""
-    arrays = problem(rng, Shape(1, 8, 4, 512, 512, 32, 32))
+    arrays = backward_problem(rng, Shape(1, 8, 4, 512, 512, 32, 32))
     actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
     true = errors(actual, exact_gradients(arrays, {}))
     for name, error in zip(("query", "key", "value"), true, strict=True):
@@ -165,7 +157,7 @@ def fault() -> Iterator[Callable[[float], None]]:
 def test_a_wrong_kernel_is_noticed(
     dtype: Any, fault: Callable[[float], None], rng: np.random.Generator
 ) -> None:
-    arrays = problem(rng, dtype=dtype)
+    arrays = backward_problem(rng, SHAPE, dtype=dtype)
     fault(1.03)
     actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
     assert report.retried.all() and (report.precision_scores == ("fp32" if dtype == F32 else "fp64")).all()
@@ -183,7 +175,7 @@ def test_a_wrong_kernel_is_noticed(
 @pytest.mark.parametrize("which", ["out", "lse"])
 def test_a_wrong_forward_pass_is_made_up_for(which: str, dtype: Any, rng: np.random.Generator) -> None:
     """What is given counts in the budget; where it takes too much of it, both are computed again."""
-    arrays = problem(rng, dtype=dtype, sinks=np.zeros(4))
+    arrays = backward_problem(rng, SHAPE, dtype=dtype, sinks=np.zeros(4))
     noise = rng.standard_normal(arrays[5].shape).astype(dtype)
     if which == "out":
         arrays[4] = arrays[4] * (1 + noise[..., None])
@@ -205,7 +197,7 @@ def test_a_wrong_forward_pass_is_made_up_for(which: str, dtype: Any, rng: np.ran
 @pytest.mark.parametrize("dtype, size", [(F32, 1e20), (F32, 1e-20), (F64, 1e60), (F64, 1e-60)], ids=str)
 def test_gradients_whose_squares_no_float_holds(dtype: Any, size: float, rng: np.random.Generator) -> None:
     """They are compared all the same, and what the forward pass left is made up for."""
-    arrays = problem(rng, dtype=dtype)
+    arrays = backward_problem(rng, SHAPE, dtype=dtype)
     arrays[0] *= dtype.type(size)
     _, report = adaattn.attention_backward(*arrays, tolerance=1e-2, precision="fp64", return_report=True)
     assert (report.verified_rows == 4).all()
@@ -221,7 +213,7 @@ def test_gradients_whose_squares_no_float_holds(dtype: Any, size: float, rng: np
 
 def test_numbers_that_the_rung_does_not_hold(rng: np.random.Generator) -> None:
     """They are computed as without a tolerance, and the report says so."""
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     for x, size in ((1, 1e-30), (0, 1e-30), (3, 1e20)):
         changed = list(arrays)
         changed[x] = changed[x] * F32.type(size)
@@ -234,7 +226,7 @@ def test_numbers_that_the_rung_does_not_hold(rng: np.random.Generator) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan(rng: np.random.Generator) -> None:
     """In the head where it takes part, and nowhere else; what is hidden has no part."""
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     arrays[2][0, 1, 7, 3] = np.nan
     arrays[4:] = adaattn.attention(*arrays[1:4], return_lse=True)
     actual = adaattn.attention_backward(*arrays, tolerance=1e-2)
@@ -249,7 +241,7 @@ def test_nan(rng: np.random.Generator) -> None:
 
 def test_small_gradients(rng: np.random.Generator) -> None:
     """Their size has no part in it, down to where a float does not hold their squares."""
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     expected, told = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
     arrays[0] = arrays[0] * F32.type(2.0**-55)
     actual, report = adaattn.attention_backward(*arrays, tolerance=1e-2, return_report=True)
@@ -273,7 +265,7 @@ def test_small_gradients(rng: np.random.Generator) -> None:
 )
 def test_what_is_hidden_changes_no_bit(garbage: float, options: Options, rng: np.random.Generator) -> None:
     """Keys that no query sees, and queries that see none."""
-    arrays = problem(rng, **options)
+    arrays = backward_problem(rng, SHAPE, **options)
     budget: Options = {"tolerance": 1e-2, "precision": NARROW, "return_report": True}
     expected, told = adaattn.attention_backward(*arrays, **budget, **options)
     weights = reference.attention_backward(np.ones_like(arrays[0]), *arrays[1:], **options)
@@ -294,7 +286,7 @@ def test_what_is_hidden_changes_no_bit(garbage: float, options: Options, rng: np
 def test_threads_and_batches(case: str, rng: np.random.Generator) -> None:
     shape = Shape(2, 4, 2, 600, 330, 24, 16)
     options = CASES[case](rng, shape)
-    arrays = problem(rng, shape, **options)
+    arrays = backward_problem(rng, shape, **options)
     results = [
         adaattn.attention_backward(*arrays, tolerance=1e-2, **options, num_threads=n) for n in (1, 2, 3, 8)
     ]
@@ -306,7 +298,7 @@ def test_threads_and_batches(case: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(layout: Callable[[Array], Array], rng: np.random.Generator) -> None:
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     expected = adaattn.attention_backward(*arrays, tolerance=1e-2)
     assert all(
         map(same_bits, adaattn.attention_backward(*map(layout, arrays), tolerance=1e-2)[:3], expected[:3])
@@ -314,7 +306,7 @@ def test_layouts(layout: Callable[[Array], Array], rng: np.random.Generator) -> 
 
 
 def test_each_gradient_by_itself(rng: np.random.Generator) -> None:
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     together = adaattn.attention_backward(*arrays, tolerance=1e-2)
     for i, name in enumerate(("query", "key", "value")):
         alone, report = adaattn.attention_backward(*arrays, needs=[name], tolerance=1e-2, return_report=True)
@@ -327,7 +319,7 @@ def test_each_gradient_by_itself(rng: np.random.Generator) -> None:
 
 
 def test_policies_are_tolerances(rng: np.random.Generator) -> None:
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     for policy, tolerance in (("quality", 1e-5), ("balanced", 1e-2), ("speed", 5e-2)):
         a = adaattn.attention_backward(*arrays, policy=policy)
         b, report = adaattn.attention_backward(*arrays, tolerance=tolerance, return_report=True)
@@ -338,7 +330,7 @@ def test_policies_are_tolerances(rng: np.random.Generator) -> None:
 
 
 def test_a_gradient_of_a_mask_is_no_verification(rng: np.random.Generator) -> None:
-    arrays, mask = problem(rng), np.zeros((130, 200), F32)
+    arrays, mask = backward_problem(rng, SHAPE), np.zeros((130, 200), F32)
     options: Options = {"attn_mask": mask, "needs": ["query", "attn_mask"], "return_report": True}
     _, report = adaattn.attention_backward(*arrays, **options)
     assert report.seconds["verify"] < 0.1 * report.seconds["execute"]
@@ -351,11 +343,11 @@ def test_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, rng: np.random.Gener
         _, report = adaattn.attention_backward(*arrays, return_report=True, **options)
         return {*report.precision_scores.flat, *report.precision_sums.flat}
 
-    arrays, slopes = problem(rng), {"alibi_slopes": np.full(4, 0.1)}
+    arrays, slopes = backward_problem(rng, SHAPE), {"alibi_slopes": np.full(4, 0.1)}
     assert rungs(arrays, tolerance=1e-2) == {"int16", "bf16"}
     assert rungs(arrays) == rungs(arrays, tolerance=5e-3) == {"fp32"}
-    assert rungs(problem(rng, SHAPE._replace(T=63)), tolerance=1e-2) == {"fp32"}
-    alibi = problem(rng, **slopes)
+    assert rungs(backward_problem(rng, SHAPE._replace(T=63)), tolerance=1e-2) == {"fp32"}
+    alibi = backward_problem(rng, SHAPE, **slopes)
     assert rungs(alibi, tolerance=1e-2, **slopes) == {"int16", "bf16"}
     assert rungs(alibi, tolerance=1e-2, needs=["query", "alibi_slopes"], **slopes) == {"fp32"}
     for kind in ("avx2", "avx512vnni", "scalar"):
@@ -365,11 +357,14 @@ def test_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, rng: np.random.Gener
     table = np.array([rates._DEFAULTS["avx512bf16"][rung] for rung in rates.RUNGS])
     monkeypatch.setattr(rates, "_table", table)
     assert rungs(arrays, tolerance=1e-2) == {"fp32"}  # saves less than it costs
-    assert rungs(problem(rng, Shape(1, 1, 1, 1024, 1024, 64, 64)), tolerance=1e-2) == {"int16", "bf16"}
+    assert rungs(backward_problem(rng, Shape(1, 1, 1, 1024, 1024, 64, 64)), tolerance=1e-2) == {
+        "int16",
+        "bf16",
+    }
 
 
 def test_fp64_by_name(rng: np.random.Generator) -> None:
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     actual, report = adaattn.attention_backward(*arrays, precision="fp64", return_report=True)
     assert (report.precision_scores == "fp64").all() and not report.retried.any()
     assert all((error < 3e-7).all() for error in errors(actual, exact_gradients(arrays, {})))
@@ -379,7 +374,7 @@ def test_fp64_by_name(rng: np.random.Generator) -> None:
 
 
 def test_failing_allocations(rng: np.random.Generator) -> None:
-    arrays = problem(rng)
+    arrays = backward_problem(rng, SHAPE)
     expected = adaattn.attention_backward(*arrays, tolerance=1e-2)
 
     def call(n: int) -> Any:
@@ -399,7 +394,7 @@ def test_failing_allocations(rng: np.random.Generator) -> None:
 
 
 def _peak(T: int) -> int:
-    arrays = problem(np.random.default_rng(0), Shape(1, 1, 1, T, T, 16, 16))
+    arrays = backward_problem(np.random.default_rng(0), Shape(1, 1, 1, T, T, 16, 16))
     before = peak_memory()
     adaattn.attention_backward(*arrays, precision=NARROW, tolerance=1e-2)
     return peak_memory() - before
@@ -442,7 +437,7 @@ def test_memory_grows_with_the_length() -> None:
 )
 def test_errors(changes: Options, message: str, rng: np.random.Generator) -> None:
     with pytest.raises(adaattn.Error) as caught:
-        adaattn.attention_backward(*problem(rng), **changes)
+        adaattn.attention_backward(*backward_problem(rng, SHAPE), **changes)
     assert f"{type(caught.value).__name__}: {caught.value}" == message
 
 
@@ -450,7 +445,7 @@ def test_no_fp32_of_doubles(rng: np.random.Generator) -> None:
     with pytest.raises(
         adaattn.ArgumentError, match=r"expected 'auto', 'fp64' or \('int16', 'bf16'\) for the"
     ):
-        adaattn.attention_backward(*problem(rng, dtype=F64), precision="fp32")
+        adaattn.attention_backward(*backward_problem(rng, SHAPE, dtype=F64), precision="fp32")
 
 
 # ---- who passes it on
@@ -461,7 +456,7 @@ def test_torch(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     from adaattn.integrations.torch import scaled_dot_product_attention
 
-    grad_out, *qkv = (torch.from_numpy(x) for x in problem(rng, SHAPE._replace(G=4))[:4])
+    grad_out, *qkv = (torch.from_numpy(x) for x in backward_problem(rng, SHAPE._replace(G=4))[:4])
     leaves = [x.requires_grad_() for x in qkv]
     for options, budget in (
         ({}, {}),

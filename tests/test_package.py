@@ -21,7 +21,7 @@ from conftest import ROOT
 from support import in_new_process
 
 import adaattn
-from adaattn import cli, rates
+from adaattn import calibration, cli, rates
 from adaattn import demo as module
 
 PACKAGE = Path(adaattn.__file__).parent
@@ -425,8 +425,8 @@ def test_calibrate(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rates, "_table", None)
-    measure = rates.calibrate
-    monkeypatch.setattr(rates, "calibrate", lambda: measure(seconds=0.01))
+    measure = calibration.calibrate
+    monkeypatch.setattr(calibration, "calibrate", lambda: measure(seconds=0.01))
     assert cli.main(["calibrate", "--json"] if as_json else ["calibrate"]) == 0
     out, told = capsys.readouterr().out, adaattn.cpu_info()["rates"]
     assert told["source"] == "measured"

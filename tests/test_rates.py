@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import adaattn
-from adaattn import rates
+from adaattn import calibration, rates
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_calibrate_measures_and_saves():
     assert all(0 <= pack < 1e3 for pack in result["pack_ns"].values())
     assert all(0 < left <= 1 for left in result["sparse"].values())
     may = {name.removeprefix("gauge_") for name in adaattn.cpu_info()["kernels"] if name.startswith("gauge_")}
-    sparse = {rung for rung in rates.RUNGS if rates._SparseRun(rung).runs_sparse()}
+    sparse = {rung for rung in rates.RUNGS if calibration.SparseRun(rung).runs_sparse()}
     assert {rung.rpartition("/")[2].replace("int", "i") for rung in sparse} == may
     left = {rung: result["sparse"][rung] for rung in rates.RUNGS}
     assert all(left[rung] == 1 for rung in rates.RUNGS if rung not in sparse)

@@ -187,6 +187,17 @@ def test_heads_beyond_the_rung_go_up_alone(precision: Any, which: int, bad: floa
     assert np.array_equal(out[:, 1], adaattn.attention(*arrays)[:, 1], equal_nan=True)
 
 
+def test_queries_whose_squares_no_float_holds() -> None:
+    """Their 16-bit integers have no norm to stay within: the sums of products would wrap around."""
+    q, k, v = heads(1, 2, 2, 70, 140, 64, 64)
+    q, k = np.sign(q), np.sign(k)
+    k[:, :, :70] = q
+    q *= np.float32(2.0**-75)
+    out, report = adaattn.attention(q, k, v, precision="int16", scale=2.0**72, return_report=True)
+    assert (report.precision_qk == "fp32").all() and report.retried.all()
+    assert errors(out, adaattn.reference.attention(q, k, v, scale=2.0**72)).max() <= 1.5e-6
+
+
 @pytest.mark.parametrize("precision", NARROW, ids=str)
 def test_growing_scores(precision: Any) -> None:
     """Scores far above those of the first keys: the reference follows."""

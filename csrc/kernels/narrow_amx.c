@@ -184,6 +184,7 @@ void ada_values_i8_amx(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t pa
 typedef struct {
     const ada_narrow_tile *t;
     const int32_t *start;
+    const uint64_t *visible;
     float slot[2][SIDE * SIDE] __attribute__((aligned(64)));
     y_line line;
     vec l[ADA_LANES / VL];        /* sums of weights */
@@ -240,10 +241,10 @@ INLINE void run_units(weighing *w, const ada_narrow_keys *keys, int n, bool byte
 INLINE void start_weighing(weighing *w, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n,
                            float steps, float bias, bool bytes) {
     w->t = t;
-    w->start = keys->start;
+    w->start = keys->start, w->visible = keys->visible;
     prepare_y(&w->line, t, keys, bytes ? n : 0, steps, bias);
     for (int v = 0; v < ADA_LANES / VL; v++) w->l[v] = v_zero();
-    for (int h = 0; h < ADA_LANES / SIDE; h++) w->most[h] = _mm512_set1_epi16(INT16_MIN);
+    for (int h = 0; h < ADA_LANES / SIDE; h++) w->most[h] = LEAST_BYTES;
 }
 
 /* y of one key in a unit's slot; bf16 scores come in steps of y. */
@@ -254,6 +255,7 @@ INLINE void y_of(vec y[2], const weighing *w, const float *s, int unit, int key,
         y[v] = bytes ? _mm512_fmsub_ps(integer_sums(s + v * VL, w->start[key]),
                                        v_load(w->line.unit[key / ADA_BLOCK] + lane + v * VL), m)
                      : v_sub(v_load(s + v * VL), m);
+        if (w->visible) y[v] = y_seen(y[v], w->visible + key, lane + v * VL);
     }
 }
 
@@ -268,7 +270,7 @@ INLINE void weigh_to_bf16(weighing *w, int unit, int first, int end, bool bytes)
         vec y[4];
         y_of(y, w, s, unit, j, bytes);
         y_of(y + 2, w, s + SIDE, unit, j + 1, bytes);
-        weigh_bf16(w->t->w + j / 2 * ADA_LANES + lane, y, &most, l);
+        weigh_bf16(w->t->w + j / 2 * ADA_LANES + lane, y, &most, l, w->visible);
     }
     w->l[lane / VL] = l[0], w->l[lane / VL + 1] = l[1];
     w->most[unit % 2] = most;

@@ -29,6 +29,11 @@ INLINE void prepare_y(y_line *y, const ada_narrow_tile *t, const ada_narrow_keys
     }
 }
 
+/* Lanes that do not see the key get a y that is nobody's largest, and the lowest of integers. */
+INLINE vec y_seen(vec y, const uint64_t *visible, int lane) {
+    return v_select(m_bits(*visible, lane), y, v_set1(-0x1p20f));
+}
+
 /* Two vectors of y to 32 integers, saturating: a conversion would make the largest numbers the lowest. */
 INLINE words y_integers(vec y0, vec y1) {
     const vec most = v_set1(0x1p20f);
@@ -60,8 +65,13 @@ INLINE words bf16_exp2(words y) {
     return _mm512_sub_epi16(y, excess);
 }
 
-/* 128 at least, the lowest normal number. */
-INLINE words y_bf16(vec y0, vec y1) { return _mm512_max_epi16(y_integers(y0, y1), _mm512_set1_epi16(128)); }
+/* Integers of y to weights, of 2^-126 at least, or zero for the lowest y where some are hidden. */
+INLINE words y_to_bf16(words y, words *most, bool hidden) {
+    const words normal = _mm512_max_epi16(y, _mm512_set1_epi16(128)), w = bf16_exp2(normal);
+    *most = _mm512_max_epi16(*most, normal);
+    if (!hidden) return w;
+    return _mm512_maskz_mov_epi16(_mm512_cmpgt_epi16_mask(y, _mm512_set1_epi16(INT16_MIN)), w);
+}
 
 INLINE vec bf16_pair_sum(words w) {
     const words high = _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000));
@@ -69,11 +79,10 @@ INLINE vec bf16_pair_sum(words w) {
 }
 
 /* y of two keys and two vectors of lanes to words of weights and their sums. */
-INLINE void weigh_bf16(uint32_t *w, const vec y[4], words *most, vec l[2]) {
-    words y0 = y_bf16(y[0], y[1]), y1 = y_bf16(y[2], y[3]);
-    *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
-    y0 = bf16_exp2(y0), y1 = bf16_exp2(y1);
-    const words low = _mm512_unpacklo_epi16(y0, y1), high = _mm512_unpackhi_epi16(y0, y1);
+INLINE void weigh_bf16(uint32_t *w, const vec y[4], words *most, vec l[2], bool hidden) {
+    const words w0 = y_to_bf16(y_integers(y[0], y[1]), most, hidden);
+    const words w1 = y_to_bf16(y_integers(y[2], y[3]), most, hidden);
+    const words low = _mm512_unpacklo_epi16(w0, w1), high = _mm512_unpackhi_epi16(w0, w1);
     w_store(w, low);
     w_store(w + VL, high);
     l[0] = v_add(l[0], bf16_pair_sum(low));
@@ -89,6 +98,9 @@ INLINE bool bf16_in_range(words most) {
  * in 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
 
 #define BYTE_STEPS 64.0f
+/* So far below the reference that it is nothing, but not so far that it is subnormal: where a strip's largest
+ * begins, so that what is hidden from a lane weighs nothing beside it either. */
+#define LEAST_BYTES _mm512_set1_epi16(-100 * (int)BYTE_STEPS)
 
 /* 255 * 2^(-i / 64) */
 static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
@@ -144,8 +156,7 @@ INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int l
     less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
     UNROLL for (int x = 0; x < 2; x++) {
         float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
-        /* So far below the reference that it is nothing, but not so far that it is subnormal. */
-        const vec octaves = v_max(v_set1(-100), v_mul(top[x], v_set1(1 / BYTE_STEPS)));
+        const vec octaves = v_mul(top[x], v_set1(1 / BYTE_STEPS));
         const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
         const vec rounded = _mm512_cvtepi32_ps(sum[x]);
         const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);

@@ -19,17 +19,20 @@
 #define START(keys, j) _mm512_set1_epi32((keys)->start[j])
 #include "products_tpl.h"
 
-/* y of two keys and two vectors of lanes. bf16 scores come in steps of y. */
-INLINE void y_of(vec y[4], const words s[4], const float *unit, const float *m, const bool INTEGERS) {
+/* y of two keys and the two vectors of lanes from `lane` on. bf16 scores come in steps of y. */
+INLINE void y_of(vec y[4], const words s[4], const float *unit, const float *m, int lane,
+                 const uint64_t *visible, const bool INTEGERS) {
     UNROLL for (int a = 0; a < 4; a++) {
-        const vec reference = v_load(m + a % 2 * VL);
-        y[a] = INTEGERS ? _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), reference)
-                        : v_sub(_mm512_castsi512_ps(s[a]), reference);
+        const int at = lane + a % 2 * VL;
+        y[a] = INTEGERS ? _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + at), v_load(m + at))
+                        : v_sub(_mm512_castsi512_ps(s[a]), v_load(m + at));
+        if (visible) y[a] = y_seen(y[a], visible + a / 2, at);
     }
 }
 
+/* HIDDEN: some lanes do not see some keys. */
 INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const ptrdiff_t DW,
-                  const bool INTEGERS) {
+                  const bool INTEGERS, const bool HIDDEN) {
     y_line line;
     words acc[8], most = _mm512_setzero_si512();
     vec l[4];
@@ -43,16 +46,17 @@ INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, 
     STEPS(0, DW);
     for (int j = 2; j <= n; j += 2) {
         const float *unit = line.unit[(j - 2) / ADA_BLOCK];
+        const uint64_t *visible = HIDDEN ? keys->visible + j - 2 : NULL;
         const words low[4] = {acc[0], acc[1], acc[4], acc[5]}, high[4] = {acc[2], acc[3], acc[6], acc[7]};
         uint32_t *w = t->w + (j - 2) / 2 * ADA_LANES;
         vec y[4];
         k = keys->k + j * DW;
         if (j < n) BEGIN(j);
-        y_of(y, low, unit, line.m, INTEGERS);
-        weigh_bf16(w, y, &most, l);
+        y_of(y, low, unit, line.m, 0, visible, INTEGERS);
+        weigh_bf16(w, y, &most, l, HIDDEN);
         if (j < n) STEPS(0, DW / 2);
-        y_of(y, high, unit + 2 * VL, line.m + 2 * VL, INTEGERS);
-        weigh_bf16(w + 2 * VL, y, &most, l + 2);
+        y_of(y, high, unit, line.m, 2 * VL, visible, INTEGERS);
+        weigh_bf16(w + 2 * VL, y, &most, l + 2, HIDDEN);
         if (j < n) STEPS(DW / 2, DW);
     }
 #undef BEGIN
@@ -66,14 +70,15 @@ INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, 
 }
 
 bool ada_weigh_bf16_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return weigh(t, keys, n, t->DW, false);
+    return keys->visible ? weigh(t, keys, n, t->DW, false, true) : weigh(t, keys, n, t->DW, false, false);
 }
 
 /* Loops of a known length pay here: D = 64 and 128. */
 bool ada_weigh_i8_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return t->DW == 16   ? weigh(t, keys, n, 16, true)
-           : t->DW == 32 ? weigh(t, keys, n, 32, true)
-                         : weigh(t, keys, n, t->DW, true);
+    if (keys->visible) return weigh(t, keys, n, t->DW, true, true);
+    return t->DW == 16   ? weigh(t, keys, n, 16, true, false)
+           : t->DW == 32 ? weigh(t, keys, n, 32, true, false)
+                         : weigh(t, keys, n, t->DW, true, false);
 }
 
 void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *reach, float *mass,

@@ -18,15 +18,19 @@
 #define START(keys, j) _mm512_setzero_si512()
 #include "products_tpl.h"
 
-/* Scores of two keys and two vectors of lanes to y, 32 of a key in the order of packs. */
-INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, words *most) {
+/* Scores of two keys and the two vectors of lanes from `lane` on to y, 32 of a key in the order of packs. */
+INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, int lane,
+                    const uint64_t *visible, words *most) {
     vec f[4];
-    UNROLL for (int a = 0; a < 4; a++) f[a] =
-        _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + a % 2 * VL), v_load(m + a % 2 * VL));
+    UNROLL for (int a = 0; a < 4; a++) {
+        const int at = lane + a % 2 * VL;
+        f[a] = _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + at), v_load(m + at));
+        if (visible) f[a] = y_seen(f[a], visible + a / 2, at);
+    }
     const words y0 = y_integers(f[0], f[1]), y1 = y_integers(f[2], f[3]);
     *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
-    w_store(to, y0);
-    w_store(to + ADA_LANES, y1);
+    w_store(to + lane, y0);
+    w_store(to + lane + ADA_LANES, y1);
 }
 
 /* Two keys against all lanes in two chains, even and odd words, as one chain each would wait for itself. */
@@ -56,16 +60,18 @@ INLINE void start_chains(words acc[16], const ada_narrow_keys *keys, int j) {
     UNROLL for (int a = 8; a < 16; a++) acc[a] = _mm512_setzero_si512();
 }
 
-bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+/* HIDDEN, here and below: some lanes do not see some keys. */
+INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
     const int DW = t->DW, middle = DW / 4 * 2;
     int16_t *y = (int16_t *)t->f32.p;
     y_line line;
-    words acc[16], most[2] = {_mm512_set1_epi16(INT16_MIN), _mm512_set1_epi16(INT16_MIN)};
+    words acc[16], most[2] = {LEAST_BYTES, LEAST_BYTES};
     prepare_y(&line, t, keys, n, BYTE_STEPS, 0);
     start_chains(acc, keys, 0);
     two_chains(acc, t->q, keys->k, DW, 0, DW);
     for (int j = 2; j <= n; j += 2) {
         const float *unit = line.unit[(j - 2) / ADA_BLOCK];
+        const uint64_t *visible = HIDDEN ? keys->visible + j - 2 : NULL;
         const uint32_t *k = keys->k + (ptrdiff_t)j * DW;
         words low[4], high[4];
         UNROLL for (int a = 0; a < 4; a++) {
@@ -74,15 +80,19 @@ bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys 
             high[a] = _mm512_add_epi32(acc[at + 2], acc[10 + at]);
         }
         if (j < n) start_chains(acc, keys, j);
-        y_bytes(y + (j - 2) * ADA_LANES, low, unit, line.m, &most[0]);
+        y_bytes(y + (j - 2) * ADA_LANES, low, unit, line.m, 0, visible, &most[0]);
         if (j < n) two_chains(acc, t->q, k, DW, 0, middle);
-        y_bytes(y + (j - 2) * ADA_LANES + 2 * VL, high, unit + 2 * VL, line.m + 2 * VL, &most[1]);
+        y_bytes(y + (j - 2) * ADA_LANES, high, unit, line.m, 2 * VL, visible, &most[1]);
         if (j < n) two_chains(acc, t->q, k, DW, middle, DW);
     }
     if (!bytes_in_range(_mm512_max_epi16(most[0], most[1]))) return false;
     weigh_bytes(t, y, n, 0, most[0]);
     weigh_bytes(t, y, n, 2 * VL, most[1]);
     return true;
+}
+
+bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    return keys->visible ? weigh_i8(t, keys, n, true) : weigh_i8(t, keys, n, false);
 }
 
 /* Squares are products with the upper half of a weight, rounded up, as one factor has a sign. */
@@ -110,9 +120,12 @@ void ada_gauge_i8_avx512vnni(const ada_narrow_tile *t, int n, const float *reach
 /* ---- 16-bit weights ----
  * A first pass leaves floats, their sums and largest; a second one rounds them into pairs. */
 
-/* The weight of one vector of raw sums. */
-INLINE vec weigh_floats(vec s, const float *unit, const float *m, vec *most) {
-    const vec y = _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(s)), v_load(unit), v_load(m));
+/* The weights of one key and the vector of lanes from `lane` on, of raw sums. */
+INLINE vec weigh_floats(vec s, const float *unit, const float *m, int lane, const uint64_t *visible,
+                        vec *most) {
+    vec y =
+        _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(s)), v_load(unit + lane), v_load(m + lane));
+    if (visible) y = y_seen(y, visible, lane);
     *most = v_max(y, *most);
     return v_exp2(y);
 }
@@ -136,7 +149,7 @@ INLINE void pairs(const ada_narrow_tile *t, int n, int lane, vec most, vec l) {
     v_store(t->f32.l + lane, v_add(l, v_load(t->f32.l + lane)));
 }
 
-bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+INLINE bool weigh_i16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
     const int DW = t->DW;
     y_line line;
     words acc[16];
@@ -155,7 +168,8 @@ bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_key
                 steps_i16(acc, t->q, keys->k + (ptrdiff_t)j * DW, DW, i * DW / 4, (i + 1) * DW / 4, 4, 4);
             UNROLL for (int v = 0; v < 4; v++) {
                 float *s = p + i * ADA_LANES + v * VL;
-                const vec w = weigh_floats(v_load(s), unit + v * VL, line.m + v * VL, &most[v]);
+                const vec w = weigh_floats(v_load(s), unit, line.m, v * VL,
+                                           HIDDEN ? keys->visible + j - 4 + i : NULL, &most[v]);
                 l[v] = v_add(l[v], w);
                 v_store(s, w);
             }
@@ -166,6 +180,10 @@ bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_key
     if (beyond) return false;
     UNROLL for (int v = 0; v < 4; v++) pairs(t, n, v * VL, most[v], l[v]);
     return true;
+}
+
+bool ada_weigh_i16_i16_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    return keys->visible ? weigh_i16(t, keys, n, true) : weigh_i16(t, keys, n, false);
 }
 
 /* The squares of a pair add up to less than 2^31. */

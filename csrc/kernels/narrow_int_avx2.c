@@ -247,11 +247,14 @@ INLINE vec exp2_short(vec y) {
 }
 
 /* Sums of ROWS keys and eight lanes, every second one of acc, to weights in p. */
-INLINE void weigh(float *p, const words *acc, const float *unit, lines *x, int lane) {
+INLINE void weigh(float *p, const words *acc, const float *unit, lines *x, int lane,
+                  const uint64_t *visible) {
     vec most = v_load(x->most + lane), l = v_load(x->l + lane);
     UNROLL for (int i = 0; i < ROWS; i++) {
         const vec s = _mm256_cvtepi32_ps(acc[i * 2]);
-        const vec y = _mm256_fmsub_ps(s, v_load(unit + lane), v_load(x->m + lane)), w = exp2_short(y);
+        vec y = _mm256_fmsub_ps(s, v_load(unit + lane), v_load(x->m + lane));
+        if (visible) y = v_select(m_bits(visible[i], lane), y, v_set1(-INFINITY));
+        const vec w = exp2_short(y);
         most = v_max(y, most);
         l = v_add(l, w);
         v_store(p + i * ADA_LANES + lane, w);
@@ -269,7 +272,8 @@ INLINE bool weigh_strip(const ada_narrow_tile *t, const ada_narrow_keys *keys, i
             words acc[GROUP];
             scores_group(t, keys, j, lane, acc, BYTES);
             UNROLL for (int v = 0; v < 2; v++)
-                weigh(t->f32.p + j * ADA_LANES, acc + v, x.unit[j / ADA_BLOCK], &x, lane + v * VL);
+                weigh(t->f32.p + j * ADA_LANES, acc + v, x.unit[j / ADA_BLOCK], &x, lane + v * VL,
+                      keys->visible ? keys->visible + j : NULL);
         }
     for (int i = 0; i < ADA_LANES; i += VL)
         beyond = m_or(beyond, m_greater(v_load(x.most + i), v_set1(ADA_LAZY_OCTAVES)));

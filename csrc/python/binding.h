@@ -104,6 +104,12 @@ PyObject *ada_new_output(PyObject *query, PyObject *allocate, ada_dtype dtype, i
 /* backward.c */
 PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
+/* cache.c */
+PyObject *ada_py_cache_count(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *ada_py_cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *ada_py_cache_reopen(PyObject *module, PyObject *args);
+PyObject *ada_py_cache_code(PyObject *module, PyObject *args);
+
 /* linear.c */
 PyObject *ada_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 

@@ -5,7 +5,6 @@
 #include <string.h>
 
 #include "../attend.h"
-#include "../cache.h"
 #include "../codes.h"
 #include "../cpu.h"
 #include "../gpu.h"
@@ -465,126 +464,6 @@ done:
     return result;
 }
 
-/* ---- cache ---- */
-
-/* key and value of a cache and what is to be appended to them, in this order. */
-static int views_of_tokens(const ada_module_state *state, PyObject *const *args, ada_pages pages[2],
-                           ada_view views[4]) {
-    static const char *const names[] = {"key", "value"};
-    for (int i = 0; i < 2; i++)
-        if (ada_view_of_stored(args[i], &pages[i], NULL, &views[i]) ||
-            ada_view_of(state, args[i + 2], names[i], false, &ada_on_cpu, &views[i + 2]))
-            return -1;
-    for (int i = 0; i < 2; i++) {
-        const ada_array *store = &views[i].array, *tokens = &views[i + 2].array;
-        if (tokens->dtype == ADA_BOOL) {
-            PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16, got bool",
-                         names[i]);
-            return -1;
-        }
-        const int64_t count = i ? views[2].array.shape[2] : tokens->ndim == 4 ? tokens->shape[2] : 0;
-        if (tokens->ndim == 4 && tokens->shape[0] == store->shape[0] && tokens->shape[1] == store->shape[1] &&
-            tokens->shape[3] == store->shape[3] && count > 0 && tokens->shape[2] == count)
-            continue;
-        char got[96] = "(";
-        for (int d = 0; d < tokens->ndim; d++)
-            snprintf(got + strlen(got), sizeof got - strlen(got), d ? ", %lld" : "%lld",
-                     (long long)tokens->shape[d]);
-        char wanted[32] = "N";
-        if (i) snprintf(wanted, sizeof wanted, "%lld", (long long)count);
-        PyErr_Format(state->shape_error, "%s: expected shape (%lld, %lld, %s, %lld), got %s)", names[i],
-                     (long long)store->shape[0], (long long)store->shape[1], wanted,
-                     (long long)store->shape[3], got);
-        return -1;
-    }
-    return 0;
-}
-
-PyDoc_STRVAR(cache_count_doc, "_cache_count($module, cache_key, cache_value, key, value, /)\n--\n\n"
-                              "Tokens in key and value, which fit the cache.");
-
-static PyObject *cache_count(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    ada_pages pages[2];
-    ada_view views[4] = {0};
-    if (nargs != 4)
-        return PyErr_Format(PyExc_TypeError, "_cache_count: expected 4 arguments, got %zd", nargs);
-    PyObject *count = views_of_tokens(state_of(module), args, pages, views)
-                          ? NULL
-                          : PyLong_FromLongLong(views[2].array.shape[2]);
-    for (int i = 0; i < 4; i++) ada_view_release(&views[i]);
-    return count;
-}
-
-PyDoc_STRVAR(
-    cache_append_doc,
-    "_cache_append($module, cache_key, cache_value, key, value, lengths, counts, /)\n--\n\n"
-    "Stores the first counts[b] tokens behind the first lengths[b] ones, all or none; there is room.");
-
-static PyObject *cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    const ada_module_state *state = state_of(module);
-    PyObject *result = NULL;
-    ada_pages pages[2];
-    ada_view views[6] = {0};
-    ada_error error;
-    if (nargs != 6)
-        return PyErr_Format(PyExc_TypeError, "_cache_append: expected 6 arguments, got %zd", nargs);
-    if (views_of_tokens(state, args, pages, views) ||
-        ada_view_of_numbers(state, args[4], "lengths", ADA_I64, &views[4]) ||
-        ada_view_of_numbers(state, args[5], "lengths", ADA_I64, &views[5]))
-        goto done;
-    const int64_t *lengths = views[4].array.data, *counts = views[5].array.data;
-    if (ada_cache_check(&views[0].array, &views[2].array, "key", counts, &error) ||
-        ada_cache_check(&views[1].array, &views[3].array, "value", counts, &error)) {
-        ada_raise(state, &error);
-        goto done;
-    }
-    for (int i = 0; i < 2; i++) ada_cache_append(&views[i].array, &views[i + 2].array, lengths, counts);
-    result = Py_NewRef(Py_None);
-done:
-    for (int i = 0; i < 6; i++) ada_view_release(&views[i]);
-    return result;
-}
-
-PyDoc_STRVAR(cache_reopen_doc, "_cache_reopen($module, stored, sequence, page, /)\n--\n\n"
-                               "Makes a closed page the open one, with what its codes are worth.");
-
-static PyObject *cache_reopen(PyObject *module, PyObject *args) {
-    (void)module;
-    PyObject *stored;
-    long long b, page;
-    ada_pages pages;
-    ada_view view = {0};
-    if (!PyArg_ParseTuple(args, "OLL", &stored, &b, &page) || ada_view_of_stored(stored, &pages, NULL, &view))
-        return NULL;
-    ada_cache_reopen(&view.array, b, page);
-    ada_view_release(&view);
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(cache_code_doc, "_cache_code($module, stored, values, until, /)\n--\n\n"
-                             "Makes codes of the pages of each sequence b that have none, before until[b].");
-
-static PyObject *cache_code(PyObject *module, PyObject *args) {
-    const ada_module_state *state = state_of(module);
-    PyObject *stored, *until;
-    ada_pages pages;
-    ada_codes codes;
-    ada_error error;
-    ada_view view = {0}, numbers = {0};
-    int values;
-    if (!PyArg_ParseTuple(args, "OpO", &stored, &values, &until) ||
-        ada_view_of_stored(stored, &pages, &codes, &view))
-        return NULL;
-    ada_status status = ADA_ERR_ARGUMENT;
-    if (ada_view_of_numbers(state, until, "until", ADA_I64, &numbers) == 0) {
-        status = ada_code_pages(&view.array, &codes, values, numbers.array.data, &error);
-        if (status) ada_raise(state, &error);
-    }
-    ada_view_release(&numbers);
-    ada_view_release(&view);
-    return status ? NULL : Py_NewRef(Py_None);
-}
-
 /* ---- the machine ---- */
 
 static PyObject *isa_list(uint32_t mask) {
@@ -665,6 +544,16 @@ PyDoc_STRVAR(backward_doc, "attention_backward($module, grad_out, query, key, va
                            "num_threads, allocate, /)\n--\n\n"
                            "adaattn.attention_backward with every argument by position: a tuple, and with "
                            "return_report (that tuple, float64 of key heads, of query heads, seconds).");
+PyDoc_STRVAR(cache_count_doc, "_cache_count($module, cache_key, cache_value, key, value, /)\n--\n\n"
+                              "Tokens in key and value, which fit the cache.");
+PyDoc_STRVAR(
+    cache_append_doc,
+    "_cache_append($module, cache_key, cache_value, key, value, lengths, counts, /)\n--\n\n"
+    "Stores the first counts[b] tokens behind the first lengths[b] ones, all or none; there is room.");
+PyDoc_STRVAR(cache_reopen_doc, "_cache_reopen($module, stored, sequence, page, /)\n--\n\n"
+                               "Makes a closed page the open one, with what its codes are worth.");
+PyDoc_STRVAR(cache_code_doc, "_cache_code($module, stored, values, until, /)\n--\n\n"
+                             "Makes codes of the pages of each sequence b that have none, before until[b].");
 PyDoc_STRVAR(gpu_load_doc, "_gpu_load($module, path, /)\n--\n\n"
                            "Opens the CUDA backend at this path, once for the process.");
 PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /)\n--\n\n"
@@ -711,10 +600,10 @@ static PyMethodDef methods[] = {
      backward_doc},
     {"linear", (PyCFunction)(void (*)(void))ada_py_linear, METH_FASTCALL, linear_doc},
     {"merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, merge_doc},
-    {"_cache_count", (PyCFunction)(void (*)(void))cache_count, METH_FASTCALL, cache_count_doc},
-    {"_cache_append", (PyCFunction)(void (*)(void))cache_append, METH_FASTCALL, cache_append_doc},
-    {"_cache_reopen", cache_reopen, METH_VARARGS, cache_reopen_doc},
-    {"_cache_code", cache_code, METH_VARARGS, cache_code_doc},
+    {"_cache_count", (PyCFunction)(void (*)(void))ada_py_cache_count, METH_FASTCALL, cache_count_doc},
+    {"_cache_append", (PyCFunction)(void (*)(void))ada_py_cache_append, METH_FASTCALL, cache_append_doc},
+    {"_cache_reopen", ada_py_cache_reopen, METH_VARARGS, cache_reopen_doc},
+    {"_cache_code", ada_py_cache_code, METH_VARARGS, cache_code_doc},
     {"cpu_info", cpu_info, METH_NOARGS, cpu_info_doc},
     {"_gpu_load", ada_py_gpu_load, METH_O, gpu_load_doc},
     {"_gpu_allocate", ada_py_gpu_allocate, METH_VARARGS, gpu_allocate_doc},

@@ -63,7 +63,7 @@ typedef struct {
     void *first;
 } matrix;
 
-enum { SAMPLES = 15, CALIBRATIONS = 3, MAX_BUFFERS = 12, MAX_KERNELS = 16 };
+enum { SAMPLES = 15, CALIBRATIONS = 3, MAX_BUFFERS = 13, MAX_KERNELS = 16 };
 
 typedef void (*function)(void);
 

@@ -15,7 +15,7 @@ static void make_units(check *c) { RUN(c, CALL_IN_UNITS(c, (void)0)); }
 typedef struct {
     ada_narrow_tile t;
     ada_narrow_keys keys;
-    buffer *q, *k, *p, *m, *l, *w, *unit, *offset, *sum, *worth, *scale, *start;
+    buffer *q, *k, *p, *m, *l, *w, *unit, *offset, *sum, *worth, *scale, *start, *visible;
     int e, we, DW, n;
 } narrow_case;
 
@@ -336,6 +336,9 @@ static void judge_weights(check *c, narrow_case *s, const about *weights, bool i
     if (!c->result) return;
     for (int i = 0; i < ADA_LANES; i++) {
         const about *lane = weights + (ptrdiff_t)i * ADA_STRIP;
+        for (int j = 0; j < s->n; j++)
+            if (!bit(s->visible, j, i) && weight_in_words(s, j, i))
+                fail(c, "w of key %d, hidden from lane %d, is not zero", j, i);
         const float sum_before = (float)values(s->sum)[i], l_before = (float)values(s->l)[i];
         double l = l_before, error = 0, sum = sum_before;
         if (integers) judge_lane(c, s, s->n, i, lane, s->we == 4 ? 1.03 : 2.1, sum_before);
@@ -366,6 +369,8 @@ static void true_weights(check *c, const narrow_case *s, about *weights, double 
     c->expected = true;
     for (int i = 0; i < ADA_LANES; i++)
         for (int j = 0; j < s->n; j++) {
+            weights[i * ADA_STRIP + j] = (about){0, 0};
+            if (!bit(s->visible, j, i)) continue;
             const about x = score_of(c, s, j, i);
             const double m = (double)values(s->m)[i], y = x.value - m;
             const double off = x.error + 4 * c->limit.unit * (fabs(m) + fabs(x.value));
@@ -399,6 +404,13 @@ static void make_weigh(check *c) {
     const int lane = integer(c, 0, ADA_LANES - 1);
     if (!c->bench && chance(c, 0.3)) set(s.m, lane, (double)value_at(s.m, lane) - exp2(uniform(c, 5, 40)));
     if (!c->bench && chance(c, 0.1)) set(s.m, lane, chance(c, 0.5) ? -INFINITY : -1e38);
+    if (!c->bench && chance(c, 0.6)) s.visible = new_bits(c, "visible", s.n);
+    note(c, "visible", s.visible != NULL), s.keys.visible = data(s.visible);
+    for (int i = 0; s.visible && i < ADA_LANES; i++) {
+        if (!chance(c, 0.1)) continue;
+        for (int j = 0; j < s.n; j++) clear_bit(s.visible, j, i);
+        if (chance(c, 0.7)) set(s.m, i, -INFINITY);
+    }
     s.t.f32 = (ada_tile_f32){.p = data(s.p), .m = data(s.m), .l = data(s.l), .lanes = ADA_LANES};
     s.t.w = data(s.w), s.t.sum = data(s.sum), s.t.worth = data(s.worth);
     true_weights(c, &s, weights, 0.02, weight_error(c, integers));
