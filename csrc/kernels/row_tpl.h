@@ -1,10 +1,9 @@
 /* Scores and values of a few queries, rows of K and V read along the head. Memory-bound: elements are
  * converted in registers, once for up to ROW_GROUP queries, and rows are read one after the other as one
- * stream with each line asking for one ahead. Two or four rows at a time, or partial loads, halve
- * the rate: the hardware's prefetcher loses the stream. Values that take several passes ask in the order of
- * memory all the same. The including file defines ROW(op), the symbol
- * of an op, ELEMENT, the dtype of K and V, and LOAD(p) / LOAD_N(p, n). A query's bits do not depend on n or
- * on the other queries.
+ * stream with each line asking for one ahead. For one query, two or four rows at a time, or partial loads,
+ * halve the rate: the hardware's prefetcher loses the stream. Values that take several passes ask in the
+ * order of memory all the same. The including file defines ROW(op), the symbol of an op, ELEMENT, the dtype
+ * of K and V, and LOAD(p) / LOAD_N(p, n). A query's bits do not depend on n or on the other queries.
  */
 
 /* One query, whose elements are used as fast as they come, wants them from near. Several take longer than
