@@ -27,7 +27,7 @@ STORED: Mapping[str, tuple[Any, float]] = MappingProxyType(
         "fp32": (np.float32, 0.0),
         "fp16": (np.float16, 1e-3),
         "bf16": (np.uint16, 8e-3),
-        "int8": (np.int8, 3e-2),
+        "int8": (np.uint8, 3e-2),
     }
 )
 
@@ -143,7 +143,7 @@ class KVCache:
         self._verify_every = None if verify_every is None else _size("verify_every", verify_every)
         self._calls = 0  # within a tolerance
         self._lengths = np.zeros(self._batch, np.int64)
-        self._key, self._value = (self._allocate(width, self._capacity) for width in self._widths)
+        self._key, self._value = (self._allocate(side, self._capacity) for side in range(2))
         self._codes: list[Codes] | None = None
 
     def append(self, key: Any, value: Any, lengths: ArrayLike | None = None) -> None:
@@ -342,16 +342,17 @@ class KVCache:
     def _decode(self, side: Stored, b: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Tokens of one sequence, (G, length, width), and the variance of their rounding, (G, width)."""
         length = int(self._lengths[b])
-        _, data, scale, mean, open_page, _ = side
-        x = data[b, :, :length]
+        name, data, scale, mean, open_page, _ = side
         if self._dtype == "int8":
-            closed = length // PAGE
+            closed, width = length // PAGE, mean.shape[3]
             steps, centres = scale[b, :, :closed, None], _from_bf16(mean[b, :, :closed])
-            pages = x[:, : closed * PAGE].reshape(len(x), closed, PAGE, data.shape[3]) * steps[..., None]
-            pages = (pages + centres[:, :, None]).reshape(len(x), closed * PAGE, data.shape[3])
+            codes = data[b, :, : closed * PAGE].reshape(self._heads, closed, PAGE * data.shape[3])
+            codes = codes[..., _code_places(name == "int8 values", width)].astype(np.float32)
+            pages = ((codes - 128) * steps[..., None] + centres[:, :, None]).reshape(self._heads, -1, width)
             x = np.concatenate([pages, open_page[b, :, : length % PAGE]], axis=1)
             noise = PAGE / length / 12 * np.square(steps, dtype=np.float64).sum(axis=1)
             return x, np.broadcast_to(noise, (len(x), x.shape[2]))
+        x = data[b, :, :length]
         x = _from_bf16(x) if self._dtype == "bf16" else x.astype(np.float32)
         return x, ROUNDING[self._dtype] ** 2 * np.mean(np.square(x, dtype=np.float64), axis=1)
 
@@ -379,8 +380,8 @@ class KVCache:
         coded = np.zeros(self._batch, np.int64) if old is None else old[0].coded
         if old is None or old[0].scale.shape[2] < pages:
             head, codes = (self._batch, self._heads, pages), []
-            for width, unit in zip(self._widths, (4, 16), strict=True):
-                page = PAGE * (-(-width // unit) * unit)
+            for side, width in enumerate(self._widths):
+                page = PAGE * _code_width(side, width)
                 code, fine = (np.zeros((*head, page), np.uint8) for _ in range(2))
                 scale, centre, norms = (np.zeros((*head, n), np.float32) for n in (width, width, 7))
                 codes.append(Codes(code, fine, scale, centre, norms, coded))
@@ -392,25 +393,27 @@ class KVCache:
             codes = old
         until = self._lengths // PAGE
         if (until > coded).any():
-            for values, (side, of) in enumerate(zip((self._key, self._value), codes, strict=True)):
-                _adaattn._cache_code(Stored((*side, of)), bool(values), until)
+            for values, (stored, of) in enumerate(zip((self._key, self._value), codes, strict=True)):
+                _adaattn._cache_code(Stored((*stored, of)), bool(values), until)
             coded[:] = until
         return codes
 
-    def _allocate(self, width: int, capacity: int) -> Stored:
-        head = self._batch, self._heads
-        data = np.zeros((*head, capacity, width), STORED[self._dtype][0])
+    def _allocate(self, side: int, capacity: int) -> Stored:
+        head, width = (self._batch, self._heads), self._widths[side]
         if self._dtype != "int8":
+            data = np.zeros((*head, capacity, width), STORED[self._dtype][0])
             return Stored((self._dtype, data, None, None, None, None))
+        data = np.zeros((*head, capacity, _code_width(side, width)), STORED[self._dtype][0])
         pages = capacity // PAGE
         scale, mean = np.zeros((*head, pages), np.float32), np.zeros((*head, pages, width), np.uint16)
         open_page = self._lengths // PAGE
-        return Stored(("int8", data, scale, mean, np.zeros((*head, PAGE, width), np.float32), open_page))
+        open_ = np.zeros((*head, PAGE, width), np.float32)
+        return Stored((f"int8 {('keys', 'values')[side]}", data, scale, mean, open_, open_page))
 
     def _grow(self, capacity: int) -> None:
         sides = []
-        for old, width in zip((self._key, self._value), self._widths, strict=True):
-            new = self._allocate(width, capacity)
+        for side, old in enumerate((self._key, self._value)):
+            new = self._allocate(side, capacity)
             for i in range(1, 5):
                 if old[i] is not None:
                     new[i][:, :, : old[i].shape[2]] = old[i]
@@ -433,6 +436,25 @@ class KVCache:
             if not 0 <= given <= limit:
                 raise ArgumentError(f"lengths: expected an int from 0 to {limit}, got {given}")
         return x.astype(np.int64)
+
+
+def _code_width(side: int, width: int) -> int:
+    """Codes of a token: those of keys come in fours, of values in sixteens."""
+    unit = 16 if side else 4
+    return -(-width // unit) * unit
+
+
+def _code_places(values: bool, width: int) -> NDArray[np.intp]:
+    """Where the codes of a page lie, (PAGE, width): in chunks of up to 32 lanes, which are the tokens for
+    keys and the coordinates for values, each [numbers / 4][lanes][4]; as in the engine's codes.h."""
+    padded = _code_width(values, width)
+    lane, number = np.arange(PAGE)[:, None], np.arange(width)
+    lanes, numbers = PAGE, padded
+    if values:
+        lane, number, lanes, numbers = number, lane, padded, PAGE
+    chunk = lane // 32 * 32
+    wide = np.minimum(lanes - chunk, 32)
+    return chunk * numbers + 4 * (number // 4 * wide + lane - chunk) + number % 4
 
 
 def _from_bf16(x: NDArray[np.uint16]) -> NDArray[np.float32]:

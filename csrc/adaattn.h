@@ -41,14 +41,16 @@ typedef struct {
 
 #define ADA_PAGE 64 /* tokens that share a mean and a scale in an int8 cache */
 
-/* How an I8 array (B, G, S, width) is to be read: element = code * scale + mean of its page; the tokens of
- * sequence b in page open_page[b] lie in open as they came, and those behind it are none. */
+/* How an I8 array (B, G, S, width) is to be read: element = (code - 128) * scale + mean of its page, whose
+ * codes lie from its first row on as ada_code_place says; the tokens of sequence b in page open_page[b] lie
+ * in open as they came, and those behind it are none. */
 typedef struct {
     float *scale;   /* [B][G][pages] */
     uint16_t *mean; /* bfloat16, [B][G][pages][width] */
     float *open;    /* [B][G][ADA_PAGE][width] */
     const int64_t *open_page;
     int64_t pages;
+    bool values; /* of tokens, not keys */
 } ada_pages;
 
 typedef struct ada_codes ada_codes; /* codes.h */

@@ -12,6 +12,7 @@ typedef struct {
     REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
     REAL *factor;      /* [ADA_LANES] */
     REAL *queries;     /* [H / G * T][D], scaled, on the way of few queries */
+    char *page_rows;   /* the same for codes of pages */
     uint64_t *visible; /* [64], bits of lanes per key */
     uint64_t *keep;    /* [64], the same */
     uint8_t *special;  /* [E][ADA_LANES], used by the careful way only */
@@ -32,6 +33,8 @@ static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     s.bias = ada_carve(c, ADA_BLOCK * strip);
     s.factor = ada_carve(c, strip);
     s.queries = ada_carve(c, p->T <= ADA_ROWS_MAX ? p->H / p->G * p->T * p->D * real : 0);
+    s.page_rows = ada_carve(
+        c, p->key.pages && p->T <= ADA_ROWS_MAX ? p->H / p->G * p->T * ADA_PAGE_ROW_BYTES(p->D) : 0);
     s.visible = ada_carve(c, 64 * sizeof(uint64_t));
     s.keep = ada_carve(c, 64 * sizeof(uint64_t));
     s.special = ada_carve(c, p->E * ADA_LANES);
@@ -292,8 +295,8 @@ typedef struct {
     const ada_array *array;
     KIND_FN(ada_row_scores) * scores;
     KIND_FN(ada_row_values) * values;
-    bool in_place, paged;
-    int bytes; /* of an element as the kernels read it */
+    bool in_place, paged; /* paged: rows of open pages alone */
+    int bytes;            /* of an element as the kernels read it */
     REAL *copy;
 } KIND(row_reader);
 
@@ -307,8 +310,8 @@ static KIND(row_reader) KIND(row_reader_of)(const ada_kernels *k, const ada_arra
         reader = (KIND(row_reader)){a, k->row_scores_f16, k->row_values_f16, true, false, 2, NULL};
     if (unit && a->dtype == ADA_BF16)
         reader = (KIND(row_reader)){a, k->row_scores_bf16, k->row_values_bf16, true, false, 2, NULL};
-    if (unit && a->dtype == ADA_I8)
-        reader = (KIND(row_reader)){a, k->row_scores_i8, k->row_values_i8, true, true, 1, NULL};
+    if (a->dtype == ADA_I8 && a->shape[3] <= ADA_CODES_MOST)
+        reader = (KIND(row_reader)){a, k->row_scores_f32, k->row_values_f32, true, true, 1, NULL};
 #endif
     return reader;
 }
@@ -330,9 +333,24 @@ typedef struct {
     ptrdiff_t ldk, ldv;
 } KIND(turn);
 
-/* Raw scores of some queries against n keys of a turn from `skipped` on. */
-static void KIND(score_rows)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
-                             REAL *scores, const REAL *q, int rows, int skipped, int n, int D) {
+#ifdef READS_HALF
+/* The mean of a turn's page; asks for the next one, which codes leave too far away for the hardware. */
+static const uint16_t *KIND(page_mean)(const KIND(row_reader) * reader, const KIND(turn) * turn) {
+    const ada_array *a = reader->array;
+    const int64_t page = turn->j / ADA_PAGE;
+    const uint16_t *mean = ada_page_mean(a, turn->b, turn->g, page);
+    for (int64_t c = 0; c < a->shape[3]; c += 32) __builtin_prefetch(mean + a->shape[3] + c);
+    __builtin_prefetch(ada_page_scale(a, turn->b, turn->g, page) + 1);
+    return mean;
+}
+#endif
+
+/* Raw scores of `rows` queries from `first` on against n keys of a turn from `skipped` on. */
+static void KIND(score_rows)(const ada_run *r, const KIND(scratch) * s, const KIND(row_reader) * reader,
+                             const KIND(turn) * turn, REAL *scores, int64_t first, int rows, int skipped,
+                             int n) {
+    const int D = (int)r->p->D;
+    const REAL *q = s->queries + first * D;
 #ifdef READS_HALF
     if (reader->paged) {
         const int64_t page = turn->j / ADA_PAGE;
@@ -344,47 +362,40 @@ static void KIND(score_rows)(const ada_run *r, const KIND(row_reader) * reader, 
         }
         const float scale = *ada_page_scale(reader->array, turn->b, turn->g, page);
         float centre[ADA_ROW_GROUP * ADA_BLOCK];
-        const uint16_t *mean = ada_page_mean(reader->array, turn->b, turn->g, page);
-        r->k->row_scores_bf16(centre, q, rows, mean, D, 1, D);
-        reader->scores(scores, q, rows, turn->k + skipped * turn->ldk, turn->ldk, n, D);
-        for (int row = 0; row < rows; row++) {
-            float *x = scores + row * ADA_BLOCK, add = centre[row * ADA_BLOCK];
-            for (int j = 0; j < n; j++) x[j] = x[j] * scale + add;
-        }
+        r->k->row_scores_bf16(centre, q, rows, KIND(page_mean)(reader, turn), D, 1, D);
+        r->k->page_scores(scores - skipped, s->page_rows + first * ADA_PAGE_ROW_BYTES(D), rows,
+                          (const uint8_t *)turn->k, D, scale, centre);
         return;
     }
 #endif
-    (void)r;
     reader->scores(scores, q, rows, turn->k + skipped * turn->ldk * reader->bytes, turn->ldk, n, D);
 }
 
-/* o of some queries += the values of n keys of a turn from `first` on, times their weights, which are spoilt.
- */
+#ifdef READS_HALF
+/* o of some queries += the values of a page times the weights of nk keys from `skipped` on. */
+static void KIND(add_page)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
+                           REAL *o, ptrdiff_t ldo, REAL *weights, int rows, int skipped, int nk) {
+    const int64_t page = turn->j / ADA_PAGE;
+    weights -= skipped;
+    for (int row = 0; row < rows; row++) {
+        REAL *w = weights + row * ADA_BLOCK;
+        for (int j = 0; j < skipped; j++) w[j] = 0;
+        for (int j = skipped + nk; j < ADA_PAGE; j++) w[j] = 0;
+    }
+    r->k->page_values(o, ldo, weights, rows, (const uint8_t *)turn->v, (int)r->p->E,
+                      *ada_page_scale(reader->array, turn->b, turn->g, page), KIND(page_mean)(reader, turn));
+}
+#endif
+
+/* o of some queries += the values of n keys of a turn from `first` on, times their weights. */
 static void KIND(value_rows)(const ada_run *r, const KIND(row_reader) * reader, const KIND(turn) * turn,
                              REAL *o, ptrdiff_t ldo, REAL *weights, int rows, int first, int n, int E) {
 #ifdef READS_HALF
     if (reader->paged) {
         const int64_t page = turn->j / ADA_PAGE;
         const float *open = ada_page_open(reader->array, turn->b, turn->g, page);
-        if (open) {
-            open += (turn->j % ADA_PAGE + first) * E;
-            r->k->row_values_f32(o, ldo, weights, rows, open, E, n, E);
-            return;
-        }
-        const float scale = *ada_page_scale(reader->array, turn->b, turn->g, page);
-        float sums[ADA_ROW_GROUP * ADA_BLOCK];
-        for (int row = 0; row < rows; row++) {
-            float *w = weights + row * ADA_BLOCK, part[8] = {0};
-            int j = 0;
-            for (; j + 8 <= n; j += 8)
-                for (int i = 0; i < 8; i++) part[i] += w[j + i];
-            for (; j < n; j++) part[j % 8] += w[j];
-            for (j = 0; j < n; j++) w[j] *= scale;
-            sums[row * ADA_BLOCK] =
-                ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-        }
-        const uint16_t *mean = ada_page_mean(reader->array, turn->b, turn->g, page);
-        r->k->row_values_bf16(o, ldo, sums, rows, mean, E, 1, E);
+        reader->values(o, ldo, weights, rows, open + (turn->j % ADA_PAGE + first) * E, E, n, E);
+        return;
     }
 #endif
     (void)r;
@@ -397,6 +408,12 @@ static void KIND(add_values)(const ada_run *r, const KIND(row_reader) * reader, 
                              REAL *o, ptrdiff_t ldo, REAL *weights, int rows, uint64_t visible, int skipped,
                              int nk) {
     const int E = (int)r->p->E;
+#ifdef READS_HALF
+    if (reader->paged && !ada_page_open(reader->array, turn->b, turn->g, turn->j / ADA_PAGE)) {
+        KIND(add_page)(r, reader, turn, o, ldo, weights, rows, skipped, nk);
+        return;
+    }
+#endif
     for (int first = 0, n; first < nk; first += n) {
         uint64_t rest = visible >> first;
         n = rest & 1 ? (~rest ? __builtin_ctzll(~rest) : 64) : rest ? __builtin_ctzll(rest) : 64;
@@ -432,8 +449,7 @@ static void KIND(attend_turn)(const ada_run *r, const KIND(scratch) * s, const K
         turn->k = KIND(read_rows)(r, keys, turn->b, turn->g, turn->j, turn->nk, &turn->ldk);
         turn->v = KIND(read_rows)(r, values, turn->b, turn->g, turn->j, turn->nk, &turn->ldv);
     }
-    KIND(score_rows)
-    (r, keys, turn, scores + low, s->queries + first * p->D, rows, low, high - low, (int)p->D);
+    KIND(score_rows)(r, s, keys, turn, scores + low, first, rows, low, high - low);
     for (int i = 0; i < rows; i++) {
         REAL *x = partial + i * ldo;
         KIND(ada_row) state = {x + 2, x[0], x[1], (int)p->E};
@@ -460,7 +476,7 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     const int64_t group = p->H / p->G, rows = group * p->T, size = ada_split_keys(p, b);
     const int64_t first = split * size, last = ada_key_count(p, b),
                   end = first + size < last ? first + size : last;
-    const int bytes = ada_dtype_bytes(p->key.dtype), step = ADA_TURN * 4 / (bytes < 4 ? bytes : 4);
+    const int bytes = ada_dtype_bytes(p->key.dtype), step = bytes < 2 ? 64 : ADA_TURN * 4 / (bytes < 4 ? bytes : 4);
     const bool masked = p->attn_mask.data && p->attn_mask.dtype == ADA_BOOL;
     const KIND(row_reader) keys = KIND(row_reader_of)(r->k, &p->key, s->k);
     const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);
@@ -471,6 +487,9 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
         partial[0] = -INFINITY;
         KIND(load_query)(p, r->k, s->queries + row * p->D, b, h, i);
     }
+#ifdef READS_HALF
+    if (keys.paged) r->k->page_rows(s->page_rows, s->queries, (int)rows, (int)p->D);
+#endif
     for (int64_t j = first; j < end; j += step) {
         if (j % ADA_BLOCK == 0 && ada_job_cancelled(job, worker)) return;
         KIND(turn) turn = {b, g, j, (int)(end - j < step ? end - j : step), NULL, NULL, 0, 0};

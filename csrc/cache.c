@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "cache.h"
+#include "codes.h"
 #include "rows.h"
 
 enum { PIECE = 256 };
@@ -80,13 +81,16 @@ static void close_page(const ada_array *store, int64_t b, int64_t g, int64_t pag
     }
     *scale = (float)(largest / 127);
     const double steps = *scale > 0 ? 1 / (double)*scale : 0;
+    uint8_t *codes = (uint8_t *)ada_row_at(store, b, g, page * ADA_PAGE);
     for (int64_t c = 0; c < width; c++) {
         float centre;
         ada_kernels_get()->load_bf16(&centre, mean + c, 1);
         for (int i = 0; i < ADA_PAGE; i++) {
             const long code = lrint(((double)open[i * width + c] - centre) * steps);
-            char *row = ada_row_at(store, b, g, page * ADA_PAGE + i);
-            ((int8_t *)row)[c] = (int8_t)(code > 127 ? 127 : code < -127 ? -127 : code);
+            codes[ada_code_place(width, store->pages->values, i, c)] =
+                (uint8_t)(128 + (code > 127    ? 127
+                                 : code < -127 ? -127
+                                               : code));
         }
     }
 }

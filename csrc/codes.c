@@ -78,7 +78,7 @@ double ada_longest_row(const float *x, int n, int width) {
 /* Codes of one coordinate of a page; rest becomes what the first leave out, x what both do. */
 static void code_column(const coding *r, float *x, float *rest, uint8_t *code, uint8_t *fine, int c,
                         float *centre, float *scale) {
-    const int width = (int)r->store->shape[3], lanes = (int)ada_code_width(width, true);
+    const int width = (int)r->store->shape[3];
     double sum = 0;
     float largest = 0;
     for (int j = 0; j < ADA_PAGE; j++) sum += (double)x[j * width];
@@ -91,7 +91,7 @@ static void code_column(const coding *r, float *x, float *rest, uint8_t *code, u
         const long near = nearest_code(away * steps);
         const double left = away - (double)near * (double)*scale;
         const long nearer = nearest_code(left * steps * ADA_FINE_STEPS);
-        const int at = r->values ? 4 * (j / 4 * lanes + c) + j % 4 : 4 * (c / 4 * ADA_PAGE + j) + c % 4;
+        const int64_t at = ada_code_place(width, r->values, j, c);
         code[at] = (uint8_t)(near + 128), fine[at] = (uint8_t)(nearer + 128);
         rest[j * width] = (float)left;
         x[j * width] = (float)(left - (double)nearer * (double)*scale / ADA_FINE_STEPS);

@@ -5,6 +5,7 @@
 #define ADA_CODES_H
 
 #include "adaattn.h"
+#include "kernels.h"
 
 /* What is known of a page X of ADA_PAGE rows, whose codes stand for Y: upper bounds of the largest singular
  * value and the longest row of X - Y, by codes alone [0] and with the fine ones [1]; of the largest singular
@@ -34,6 +35,16 @@ static inline int64_t ada_code_width(int64_t width, bool values) {
 }
 static inline int64_t ada_code_bytes(int64_t width, bool values) {
     return ADA_PAGE * ada_code_width(width, values);
+}
+
+/* Where the code of coordinate c of a page's token j lies. */
+static inline int64_t ada_code_place(int64_t width, bool values, int64_t j, int64_t c) {
+    const int64_t lane = values ? c : j, number = values ? j : c,
+                  chunk = lane / ADA_CODE_CHUNK * ADA_CODE_CHUNK;
+    const int64_t lanes = (values ? ada_code_width(width, true) : ADA_PAGE) - chunk,
+                  numbers = values ? ADA_PAGE : ada_code_width(width, false);
+    const int64_t wide = lanes < ADA_CODE_CHUNK ? lanes : ADA_CODE_CHUNK;
+    return chunk * numbers + 4 * (number / 4 * wide + lane - chunk) + number % 4;
 }
 
 /* An upper bound of the longest of n rows, one behind the other. */

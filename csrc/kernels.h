@@ -46,7 +46,7 @@
  * Prefetches beyond the rows. */
 typedef void ada_row_scores_f32_fn(float *s, const float *q, int rows, const void *k, ptrdiff_t ldk, int n,
                                    int D);
-typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn, ada_row_scores_i8_fn;
+typedef ada_row_scores_f32_fn ada_row_scores_f16_fn, ada_row_scores_bf16_fn;
 typedef void ada_row_scores_f64_fn(double *s, const double *q, int rows, const void *k, ptrdiff_t ldk, int n,
                                    int D);
 typedef ada_row_scores_f64_fn ada_row_scores_wide_fn; /* of float keys, to the same bits as of doubles */
@@ -54,19 +54,36 @@ typedef ada_row_scores_f64_fn ada_row_scores_wide_fn; /* of float keys, to the s
 /* o[r * ldo + e] += sum of p[r * ADA_BLOCK + j] v[j][e] over j < n, for r < rows; likewise. */
 typedef void ada_row_values_f32_fn(float *o, ptrdiff_t ldo, const float *p, int rows, const void *v,
                                    ptrdiff_t ldv, int n, int E);
-typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn, ada_row_values_i8_fn;
+typedef ada_row_values_f32_fn ada_row_values_f16_fn, ada_row_values_bf16_fn;
 typedef void ada_row_values_f64_fn(double *o, ptrdiff_t ldo, const double *p, int rows, const void *v,
                                    ptrdiff_t ldv, int n, int E);
 typedef ada_row_values_f64_fn ada_row_values_wide_fn; /* likewise */
 
 /* s[r * lds + i] = sum of x[r * ldx + j] (code[j][i] - 128) over j < n for r < rows <= ADA_ROW_GROUP and i <
- * lanes, where codes lie as [n / 4][lanes][4]; n <= ADA_CODES_MOST is a multiple of 4, lanes one of 16.
+ * lanes, where codes lie in chunks of ADA_CODE_CHUNK lanes or what is left of them, each [n / 4][lanes][4];
+ * n <= ADA_CODES_MOST is a multiple of 4, lanes one of 16.
  * Numbers are finite and below 2^100; rows of which none reaches 2^-100 may count as zero. Off by what n
  * additions round, and by 2^-23 of the row's largest number for each. Prefetches beyond the codes. */
 #define ADA_CODES_MOST 1024
 #define ADA_CODES_STEP 0x1p-23 /* of a row, in units of its largest number: what it may be rounded to */
+#define ADA_CODE_CHUNK 32
 typedef void ada_code_products_fn(float *s, ptrdiff_t lds, const float *x, ptrdiff_t ldx, int rows,
                                   const uint8_t *codes, int n, int lanes);
+
+/* The same for ADA_BLOCK tokens whose codes share a scale: to becomes what page_scores wants of x [rows][D],
+ * ADA_PAGE_ROW_BYTES(D) for each row, aligned to 64. A NaN or infinity in x makes its row's scores NaN. */
+#define ADA_PAGE_ROW_BYTES(D) (((int64_t)(D) + 31) / 16 * 64)
+typedef void ada_page_rows_fn(void *to, const float *x, int rows, int D);
+
+/* s[r * ADA_BLOCK + j] = centre[r * ADA_BLOCK] + scale * sum of x[r][d] (code[d][j] - 128) over d < D <=
+ * ADA_CODES_MOST, whose codes lie as for code_products, in fours filled up with any. */
+typedef void ada_page_scores_fn(float *s, const void *x, int rows, const uint8_t *codes, int D, float scale,
+                                const float *centre);
+
+/* o[r * ldo + e] += sum of p[r * ADA_BLOCK + j] ((code[j][e] - 128) scale + mean[e]) over j < ADA_BLOCK, for
+ * e < E <= ADA_CODES_MOST, whose codes lie likewise, in sixteens filled up; mean in bfloat16. */
+typedef void ada_page_values_fn(float *o, ptrdiff_t ldo, const float *p, int rows, const uint8_t *codes,
+                                int E, float scale, const uint16_t *mean);
 
 /* Conversions of n contiguous elements; to half formats by rounding to nearest even. No alignment. */
 typedef void ada_load_f16_fn(float *to, const uint16_t *from, int64_t n);
@@ -81,26 +98,21 @@ typedef uint64_t ada_dropout_fn(uint64_t state, uint32_t first, int n, uint64_t 
 
 #include "kernels_narrow.h"
 
+/* clang-format off */
 #define ADA_SLOTS(SLOT)                                                                                      \
-    SLOT(pack_f32)                                                                                           \
-    SLOT(scores_f32)                                                                                         \
-    SLOT(softcap_f32)                                                                                        \
-    SLOT(reference_f32)                                                                                      \
-    SLOT(weights_f32)                                                                                        \
-    SLOT(scores_weights_f32)                                                                                 \
-    SLOT(values_f32)                                                                                         \
-    SLOT(unpack_f32)                                                                                         \
-    SLOT(row_weights_f32)                                                                                    \
-    SLOT(product_f32)                                                                                        \
+    SLOT(pack_f32) SLOT(scores_f32) SLOT(softcap_f32) SLOT(reference_f32) SLOT(weights_f32)                  \
+    SLOT(scores_weights_f32) SLOT(values_f32) SLOT(unpack_f32) SLOT(row_weights_f32) SLOT(product_f32)       \
     SLOT(backward_f32)                                                                                       \
-    SLOT(pack_f64)                                                                                           \
-    SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64) SLOT(scores_weights_f64)        \
-        SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(product_f64) SLOT(backward_f64)         \
-            SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_i8)              \
-                SLOT(row_scores_f64) SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16)         \
-                    SLOT(row_values_i8) SLOT(row_values_f64) SLOT(row_scores_wide) SLOT(row_values_wide)     \
-                        SLOT(load_f16) SLOT(load_bf16) SLOT(code_products) SLOT(store_f16) SLOT(store_bf16)  \
-                            SLOT(dropout) ADA_NARROW_SLOTS(SLOT)
+    SLOT(pack_f64) SLOT(scores_f64) SLOT(softcap_f64) SLOT(reference_f64) SLOT(weights_f64)                  \
+    SLOT(scores_weights_f64) SLOT(values_f64) SLOT(unpack_f64) SLOT(row_weights_f64) SLOT(product_f64)       \
+    SLOT(backward_f64)                                                                                       \
+    SLOT(row_scores_f32) SLOT(row_scores_f16) SLOT(row_scores_bf16) SLOT(row_scores_f64)                     \
+    SLOT(row_values_f32) SLOT(row_values_f16) SLOT(row_values_bf16) SLOT(row_values_f64)                     \
+    SLOT(row_scores_wide) SLOT(row_values_wide)                                                              \
+    SLOT(load_f16) SLOT(load_bf16) SLOT(store_f16) SLOT(store_bf16)                                          \
+    SLOT(code_products) SLOT(page_rows) SLOT(page_scores) SLOT(page_values)                                  \
+    SLOT(dropout) ADA_NARROW_SLOTS(SLOT)
+/* clang-format on */
 
 typedef struct {
 #define SLOT(name) ada_##name##_fn *name;

@@ -1,6 +1,7 @@
 /* Conversion of rows. Half formats go through float, in chunks; whole contiguous rows take the kernels. */
 #include <string.h>
 
+#include "codes.h"
 #include "rows.h"
 
 enum { CHUNK = 256 };
@@ -79,37 +80,42 @@ static void store_f64(const ada_kernels *k, char *to, ada_dtype dtype, int64_t s
             statement;                                                                                       \
         }
 
-/* Rows of an I8 array, in pieces that lie in one page; DECODE makes `left` numbers of codes and centre. */
-#define LOAD_PAGED_ROWS(REAL, DECODE)                                                                        \
-    float centre[CHUNK];                                                                                     \
+/* The codes of coordinates c ... c + n - 1 of token j of a page. */
+static void row_codes(uint8_t *to, const ada_array *a, const uint8_t *page, int64_t j, int c, int n) {
+    const int64_t width = a->shape[3];
+    if (a->pages->values)
+        for (int x = 0; x < n; x++) to[x] = page[ada_code_place(width, true, j, c + x)];
+    else
+        for (int x = 0; x < n; x++) to[x] = page[ada_code_place(width, false, j, c + x)];
+}
+
+/* Rows of an I8 array, in pieces that lie in one page; numbers are exact in double. */
+#define LOAD_PAGED_ROWS(REAL)                                                                                \
+    float mean[CHUNK];                                                                                       \
+    uint8_t code[CHUNK];                                                                                     \
     for (int c = 0; c < width; c += CHUNK) {                                                                 \
         const int left = width - c < CHUNK ? width - c : CHUNK;                                              \
         for (int r = 0, end; r < n; r = end) {                                                               \
             const int64_t page = (i + r) / ADA_PAGE, rest = (page + 1) * ADA_PAGE - i;                       \
             const float *open = ada_page_open(from, b, h, page), scale = *ada_page_scale(from, b, h, page);  \
+            const uint8_t *codes = (const uint8_t *)ada_row_at(from, b, h, page * ADA_PAGE);                 \
             end = rest < n ? (int)rest : n;                                                                  \
-            if (!open) k->load_bf16(centre, ada_page_mean(from, b, h, page) + c, left);                      \
+            if (!open) k->load_bf16(mean, ada_page_mean(from, b, h, page) + c, left);                        \
             for (; r < end; r++) {                                                                           \
                 REAL *row = to + r * ld + c;                                                                 \
-                const float *kept = open ? open + (i + r) % ADA_PAGE * from->shape[3] + c : NULL;            \
-                const int8_t *codes = (const int8_t *)ada_row_at(from, b, h, i + r) + c;                     \
-                for (int x = 0; open && x < left; x++) row[x] = (REAL)kept[x];                               \
-                if (!open) DECODE(row, codes, scale, centre, left);                                          \
+                const int64_t j = (i + r) % ADA_PAGE;                                                        \
+                for (int x = 0; open && x < left; x++) row[x] = (REAL)open[j * from->shape[3] + c + x];      \
+                if (open) continue;                                                                          \
+                row_codes(code, from, codes, j, c, left);                                                    \
+                for (int x = 0; x < left; x++) row[x] = (REAL)((double)(code[x] - 128) * scale + mean[x]);   \
             }                                                                                                \
         }                                                                                                    \
     }
-#define DECODE_F32(row, codes, scale, centre, n)                                                             \
-    do {                                                                                                     \
-        memcpy(row, centre, (size_t)(n) * sizeof *(row));                                                    \
-        k->row_values_i8(row, n, &(scale), 1, codes, n, 1, n);                                               \
-    } while (0)
-#define DECODE_F64(row, codes, scale, centre, n)                                                             \
-    for (int x = 0; x < (n); x++) (row)[x] = (double)(codes)[x] * (scale) + (centre)[x]
 
 void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(float, DECODE_F32)
+        LOAD_PAGED_ROWS(float)
         return;
     }
     FOR_CHUNKS(load_f32(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,
@@ -119,7 +125,7 @@ void ada_load_rows_f32(const ada_kernels *k, float *to, ptrdiff_t ld, const ada_
 void ada_load_rows_f64(const ada_kernels *k, double *to, ptrdiff_t ld, const ada_array *from, int64_t b,
                        int64_t h, int64_t i, int n, int width) {
     if (from->pages) {
-        LOAD_PAGED_ROWS(double, DECODE_F64)
+        LOAD_PAGED_ROWS(double)
         return;
     }
     FOR_CHUNKS(load_f64(k, to + r * ld + c, ada_row_at(from, b, h, i + r) + c * from->stride[3], from->dtype,

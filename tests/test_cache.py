@@ -29,14 +29,29 @@ def tokens(rng: np.random.Generator, cache_sizes: tuple[int, int, int, int], n: 
     return key.astype(F32), value.astype(F32)
 
 
+def codes(data: Array, values: bool, width: int) -> Array:
+    """The numbers of pages, (B, G, tokens, width), one by one from where they lie."""
+    B, G, tokens, padded = data.shape
+    pages = data.reshape(B, G, tokens // PAGE, PAGE * padded)
+    result = np.empty((B, G, tokens // PAGE, PAGE, width), F64)
+    for lane in range(width if values else PAGE):
+        first = lane // 32 * 32
+        wide = min((padded if values else PAGE) - first, 32)
+        for i in range(PAGE if values else width):
+            at = first * (PAGE if values else padded) + 4 * (i // 4 * wide + lane - first) + i % 4
+            result[..., i if values else lane, lane if values else i] = pages[..., at] - 128.0
+    return result.reshape(B, G, tokens, width)
+
+
 def content(cache: KVCache) -> tuple[Array, Array]:
     """What a cache holds, decoded here: (B, G, S, D) and (B, G, S, E) in float64."""
     sides = []
     for kind, data, *pages in (cache._key, cache._value):
         S = max(1, int(cache.lengths.max()))
         x = (data.view(ml_dtypes.bfloat16) if kind == "bf16" else data)[:, :, :S].astype(F64)
-        if kind == "int8":
+        if kind.startswith("int8"):
             scale, mean, open_, number = pages
+            x = codes(data, kind == "int8 values", mean.shape[3])[:, :, :S]
             x *= np.repeat(scale.astype(F64), PAGE, axis=2)[:, :, :S, None]
             x += np.repeat(mean.view(ml_dtypes.bfloat16).astype(F64), PAGE, axis=2)[:, :, :S]
             for b, length in enumerate(cache.lengths):
@@ -99,7 +114,8 @@ def test_pages_of_int8(rng: np.random.Generator) -> None:
                 np.testing.assert_allclose(side[2][b, :, page], spread / 127, rtol=1e-6)
                 error = np.abs(kept[b, :, rows] - x[b, :, rows])
                 assert (error <= spread[:, None, None] / 254 * (1 + 1e-5)).all()
-                assert np.abs(side[1][b, :, rows]).max() == 127
+                numbers = codes(side[1], side[0] == "int8 values", x.shape[3])
+                assert np.abs(numbers[b, :, rows]).max() == 127
 
 
 @pytest.mark.parametrize("value", [0.0, 3.25, -1e-45, 3e38], ids=str)

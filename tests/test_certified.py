@@ -72,9 +72,13 @@ def test_codes_and_their_norms(rng: np.random.Generator) -> None:
             for plane in (codes.code, codes.fine):
                 steps = plane[b, g, page].astype(F64) - 128
                 lanes = steps.size // 64 if side else 64
-                steps = steps.reshape(-1, lanes, 4)
-                steps = steps.transpose(0, 2, 1) if side else steps.transpose(1, 0, 2)
-                planes.append(steps.reshape(64, -1)[:, :width])
+                numbers, rows = steps.size // lanes, []
+                for first in range(0, lanes, 32):  # chunks of lanes
+                    wide = min(lanes - first, 32)
+                    chunk = steps[first * numbers : (first + wide) * numbers].reshape(-1, wide, 4)
+                    rows.append(chunk.transpose(1, 0, 2).reshape(wide, numbers))
+                steps = np.concatenate(rows)  # (lanes, numbers)
+                planes.append((steps.T if side else steps)[:, :width])
             norms = codes.norms[b, g, page]
             coarse = centre + planes[0] * scale
             fine = coarse + planes[1] * scale / 254

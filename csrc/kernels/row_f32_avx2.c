@@ -25,9 +25,3 @@
 #define LOAD v_load_bf16
 #define LOAD_N v_load_bf16_n
 #include "row_tpl.h"
-
-#define ROW(op) ada_##op##_i8_avx2
-#define ELEMENT int8_t
-#define LOAD v_load_i8
-#define LOAD_N v_load_i8_n
-#include "row_tpl.h"

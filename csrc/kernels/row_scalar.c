@@ -34,11 +34,6 @@ void ada_store_bf16_scalar(uint16_t *to, const float *from, int64_t n) {
 #define VALUE float_from_bf16
 #include "scalar_row_tpl.h"
 
-#define ROW(op) ada_##op##_i8_scalar
-#define ELEMENT int8_t
-#define VALUE(x) (x)
-#include "scalar_row_tpl.h"
-
 #undef REAL
 #define REAL double
 #define ROW(op) ada_##op##_f64_scalar

@@ -1,21 +1,53 @@
 /* Scores and values of a few queries, rows of K and V read along the head. Memory-bound: elements are
  * converted in registers, once for up to ROW_GROUP queries, and rows are read one after the other as one
- * stream with each line asking for one ahead. Two or four rows at a time, or partial loads, halve
- * the rate: the hardware's prefetcher loses the stream. Values that take several passes ask in the order of
- * memory all the same. The including file defines ROW(op), the symbol
- * of an op, ELEMENT, the dtype of K and V, and LOAD(p) / LOAD_N(p, n). A query's bits do not depend on n or
- * on the other queries.
+ * stream with each line asking for one ahead. For one query, two or four rows at a time, or partial loads,
+ * halve the rate: the hardware's prefetcher loses the stream. Values that take several passes ask in the
+ * order of memory all the same. The including file defines ROW(op), the symbol of an op, ELEMENT, the dtype
+ * of K and V, and LOAD(p) / LOAD_N(p, n). A query's bits do not depend on n or on the other queries.
  */
 
-/* Far enough to hide the latency; with 16 KB more requests are dropped than met. One query, whose elements
- * are used as fast as they come, wants them from nearer: 1.2 times as fast on Zen 4, where several lose as
- * much. */
-#define AHEAD_BYTES 4096
-#define AHEAD_OF(R) ((R) == 1 && sizeof(ELEMENT) > 1 ? 1024 : AHEAD_BYTES)
-#define PREFETCH(p, R) __builtin_prefetch((const char *)(p) + AHEAD_OF(R), 0, 2)
+/* One query, whose elements are used as fast as they come, wants them from near. Several take longer than
+ * memory's latency for what lies near: they ask from far for L2 and from near for L1, which is 1.5 times as
+ * fast on Zen 4. Far is no multiple of 4 KB, whose lines would share their sets with those in use. */
+#define NEAR_BYTES 1024
+#define FAR_BYTES 14336
+#define PREFETCH(p, R)                                                                                       \
+    do {                                                                                                     \
+        __builtin_prefetch((const char *)(p) + NEAR_BYTES, 0, (R) == 1 ? 2 : 3);                             \
+        if ((R) > 1) __builtin_prefetch((const char *)(p) + FAR_BYTES, 0, 2);                                \
+    } while (0)
 /* Asks once per line while i steps over a row's vectors. */
 #define PREFETCH_VECTOR(p, i, R)                                                                             \
     if ((i)*VL * (int)sizeof(ELEMENT) % 64 == 0) PREFETCH((p) + (i)*VL, R)
+
+#if TILE_ACC == 16
+/* Four queries against two keys, to the bits of the same one by one: queries are loaded once for both. D is a
+ * multiple of 4 VL. */
+INLINE void ROW(dots_of_two)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int D) {
+    vec acc[16], sums[8];
+    REAL to[8];
+    UNROLL for (int a = 0; a < 16; a++) acc[a] = v_zero();
+    for (int d = 0; d < D; d += 4 * VL) UNROLL for (int i = 0; i < 4; i++) {
+            PREFETCH_VECTOR(k + d, i, 4);
+            PREFETCH_VECTOR(k + ldk + d, i, 4);
+            vec x[2] = {LOAD(k + d + i * VL), LOAD(k + ldk + d + i * VL)};
+            PIN(x[0]);
+            PIN(x[1]);
+            UNROLL for (int r = 0; r < 4; r++) {
+                vec y = v_loadu(q + r * D + d + i * VL);
+                PIN(y);
+                UNROLL for (int j = 0; j < 2; j++) {
+                    vec *to_add = acc + 8 * j + 2 * r + i % 2;
+                    *to_add = v_fma(y, x[j], *to_add);
+                }
+            }
+        }
+    UNROLL for (int a = 0; a < 8; a++) sums[a] = v_add(acc[2 * a], acc[2 * a + 1]);
+    v_sum4(to, sums);
+    v_sum4(to + 4, sums + 4);
+    UNROLL for (int a = 0; a < 8; a++) s[a % 4 * ADA_BLOCK + a / 4] = to[a];
+}
+#endif
 
 /* R queries against the next 4 / R keys, four sums at a time: two chains for each. */
 INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, const int D, const int R) {
@@ -48,6 +80,10 @@ INLINE void ROW(dots)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, c
 INLINE void ROW(score_heads)(REAL *s, const REAL *q, const ELEMENT *k, ptrdiff_t ldk, int n, const int D,
                              const int R) {
     int j = 0;
+#if TILE_ACC == 16
+    if (R == 4 && D % (4 * VL) == 0)
+        for (; j + 2 <= n; j += 2, k += 2 * ldk) ROW(dots_of_two)(s + j, q, k, ldk, D);
+#endif
     for (; j + 4 / R <= n; j += 4 / R, k += 4 / R * ldk) ROW(dots)(s + j, q, k, ldk, D, R);
     for (; j < n; j++, k += ldk) {
         REAL same[ADA_ROW_GROUP * ADA_BLOCK];
@@ -130,12 +166,12 @@ INLINE void ROW(value_rows)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT
         ROW(last_columns)(o + r * ldo + e, p + r * ADA_BLOCK, v + e, ldv, n, E - e);
 }
 
-/* Blocks of AHEAD_BYTES, so that passes find all their lines asked for: twice as many cost a quarter of the
- * rate. Sums are formed by block, so blocks are the same for any number of queries, and for half formats as
- * for the REAL that those become where they are not read in place; 8-bit codes always are. */
+/* Blocks of 4 KB: passes over larger ones find less of them in L1. Sums are formed by block, so blocks are
+ * the same for any number of queries, and for half formats as for the REAL that those become where they are
+ * not read in place. */
 INLINE void ROW(value_blocks)(REAL *o, ptrdiff_t ldo, const REAL *p, const ELEMENT *v, ptrdiff_t ldv, int n,
                               int E, const int R) {
-    int block = AHEAD_BYTES / (E * (int)(sizeof(ELEMENT) == 1 ? 1 : sizeof(REAL)));
+    int block = 4096 / (E * (int)sizeof(REAL));
     if (block < 8) block = 8;
     if (E <= TILE_ACC / ADA_ROW_GROUP * VL) block = n;
     for (int j = 0; j < n; j += block)
@@ -156,7 +192,7 @@ void ROW(row_values)(REAL *o, ptrdiff_t ldo, const REAL *p, int rows, const void
 #undef ELEMENT
 #undef LOAD
 #undef LOAD_N
-#undef AHEAD_BYTES
-#undef AHEAD_OF
+#undef NEAR_BYTES
+#undef FAR_BYTES
 #undef PREFETCH
 #undef PREFETCH_VECTOR

@@ -107,7 +107,7 @@ INLINE void v_sum4(float sums[4], const vec r[4]) {
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 
-/* Half formats and int8 to float, for kernels that read them in place. */
+/* Half formats to float, for kernels that read them in place. */
 INLINE vec v_from_bf16(__m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
@@ -125,15 +125,6 @@ INLINE vec v_load_bf16_n(const uint16_t *p, int n) { return v_from_bf16(half_fir
 INLINE vec v_code(const uint8_t *p, int b) {
     const __m256i x = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i *)p), 8 * b);
     return v_sub(_mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(255))), v_set1(128));
-}
-
-INLINE vec v_load_i8(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-INLINE vec v_load_i8_n(const int8_t *p, int n) {
-    int8_t copy[8] = {0};
-    memcpy(copy, p, (size_t)n);
-    return v_load_i8(copy);
 }
 
 #else

@@ -120,7 +120,7 @@ INLINE void v_sum4(float sums[4], const vec r[4]) {
     _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
 }
 
-/* Half formats and int8 to float, for kernels that read them in place. */
+/* Half formats to float, for kernels that read them in place. */
 INLINE vec v_load_f32(const float *p) { return v_loadu(p); }
 INLINE vec v_load_f32_n(const float *p, int n) { return v_load_n(p, n); }
 INLINE vec v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -142,13 +142,6 @@ INLINE vec v_load_bf16_n(const uint16_t *p, int n) {
 INLINE vec v_code(const uint8_t *p, int b) {
     const __m512i x = _mm512_srli_epi32(_mm512_loadu_si512(p), 8 * (unsigned)b);
     return v_sub(_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(255))), v_set1(128));
-}
-
-INLINE vec v_load_i8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-INLINE vec v_load_i8_n(const int8_t *p, int n) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m_first(n), p)));
 }
 
 #else

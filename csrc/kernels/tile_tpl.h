@@ -271,6 +271,8 @@ INLINE bool row_weights(row_t *row, REAL *s, int n, uint64_t visible, const REAL
 }
 
 bool KERNEL(row_weights)(row_t *row, REAL *s, int n, uint64_t visible, const REAL *bias, uint64_t keep) {
-    return !bias && n % VL == 0 && !(~visible | ~keep) ? row_weights(row, s, n, visible, NULL, keep, true)
-                                                       : row_weights(row, s, n, visible, bias, keep, false);
+    const uint64_t beyond = n < 64 ? UINT64_MAX << n : 0;
+    return !bias && n % VL == 0 && !~((visible & keep) | beyond)
+               ? row_weights(row, s, n, visible, NULL, keep, true)
+               : row_weights(row, s, n, visible, bias, keep, false);
 }

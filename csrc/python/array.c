@@ -455,7 +455,8 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
     } kinds[] = {{"fp32", ADA_F32, NPY_FLOAT},
                  {"fp16", ADA_F16, NPY_HALF},
                  {"bf16", ADA_BF16, NPY_UINT16},
-                 {"int8", ADA_I8, NPY_INT8}};
+                 {"int8 keys", ADA_I8, NPY_UINT8},
+                 {"int8 values", ADA_I8, NPY_UINT8}};
     const int types[4] = {NPY_FLOAT, NPY_UINT16, NPY_FLOAT, NPY_INT64};
     const char *name;
     PyObject *data, *parts[4], *coded = NULL;
@@ -465,8 +466,8 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
         return -1;
     PyArrayObject *array = (PyArrayObject *)data;
     size_t kind = 0;
-    while (kind < 4 && strcmp(kinds[kind].name, name) != 0) kind++;
-    bool good = kind < 4 && PyArray_NDIM(array) == 4 && PyArray_TYPE(array) == kinds[kind].type;
+    while (kind < 5 && strcmp(kinds[kind].name, name) != 0) kind++;
+    bool good = kind < 5 && PyArray_NDIM(array) == 4 && PyArray_TYPE(array) == kinds[kind].type;
     const bool paged = good && kinds[kind].dtype == ADA_I8;
     for (int i = 0; paged && i < 4; i++)
         good &= PyArray_Check(parts[i]) && PyArray_TYPE((PyArrayObject *)parts[i]) == types[i] &&
@@ -482,7 +483,8 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
     if (paged) {
         void *at[4];
         for (int i = 0; i < 4; i++) at[i] = PyArray_DATA((PyArrayObject *)parts[i]);
-        *pages = (ada_pages){at[0], at[1], at[2], at[3], PyArray_DIM((PyArrayObject *)parts[0], 2)};
+        *pages =
+            (ada_pages){at[0], at[1], at[2], at[3], PyArray_DIM((PyArrayObject *)parts[0], 2), kind == 4};
         a->pages = pages;
     }
     view->owner = Py_NewRef(object);
@@ -493,6 +495,8 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
         a->shape[i] = PyArray_DIM(array, i);
         a->stride[i] = PyArray_STRIDE(array, i);
     }
+    /* Pages are padded to whole groups of codes. */
+    if (paged) a->shape[3] = PyArray_DIM((PyArrayObject *)parts[1], 3);
     return 0;
 }
 

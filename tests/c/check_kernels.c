@@ -56,13 +56,14 @@ static const struct {
     REALS(backward, make_backward),
     REALS(row_scores, make_row_scores),
     HALF(row_scores, make_row_scores),
-    {"row_scores_i8", make_row_scores, ADA_F32, ADA_I8},
     {"row_scores_wide", make_row_scores, ADA_F64, ADA_F32},
     REALS(row_values, make_row_values),
     HALF(row_values, make_row_values),
-    {"row_values_i8", make_row_values, ADA_F32, ADA_I8},
     {"row_values_wide", make_row_values, ADA_F64, ADA_F32},
     {"code_products", make_code_products, ADA_F32, ADA_F32},
+    {"page_rows", make_page_scores, ADA_F32, ADA_F32},
+    {"page_scores", make_page_scores, ADA_F32, ADA_F32},
+    {"page_values", make_page_values, ADA_F32, ADA_F32},
     HALF(load, make_load_half),
     HALF(store, make_store_half),
     {"dropout", make_dropout, ADA_F32, ADA_F32},
@@ -92,10 +93,15 @@ static const struct {
     {"scale_channels", make_scale_channels, ADA_F32, ADA_F32},
 };
 
-static void switch_units(const check *c, const char *slot) {
+static function run_beside(const check *c, const char *slot) {
     for (const kernel *k = kernels; k < kernels + N_KERNELS; k++)
-        if (strcmp(k->slot, slot) == 0 && strcmp(k->isa, c->kernels[c->running]->isa) == 0)
-            ((ada_units_begin_fn *)k->run)();
+        if (strcmp(k->slot, slot) == 0 && strcmp(k->isa, c->kernels[c->running]->isa) == 0) return k->run;
+    return NULL;
+}
+
+static void switch_units(const check *c, const char *slot) {
+    const function run = run_beside(c, slot);
+    if (run) ((ada_units_begin_fn *)run)();
 }
 
 static struct {

@@ -90,7 +90,7 @@ static void make_operands(check *c, narrow_case *s, int n, ada_parts parts) {
                              .DW = s->DW,
                              .qk = parts,
                              .pv = {1, 1, 1}};
-    s->keys = (ada_narrow_keys){data(s->k), part, data(s->scale), data(s->start)};
+    s->keys = (ada_narrow_keys){data(s->k), part, data(s->scale), data(s->start), NULL};
     c->flops = 2.0 * n * (double)words * ADA_LANES;
 }
 

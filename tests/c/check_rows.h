@@ -114,6 +114,13 @@ static void make_row_values(check *c) {
                 (char *)v.first + c->turn % blocks * n * E * v.b->bytes, v.ld, n, E));
 }
 
+/* Where codes of n numbers (a multiple of 4) and so many lanes have number j of a lane. */
+static int64_t code_at(int n, int lanes, int lane, int j) {
+    const int first = lane / ADA_CODE_CHUNK * ADA_CODE_CHUNK;
+    const int chunk = lanes - first < ADA_CODE_CHUNK ? lanes - first : ADA_CODE_CHUNK;
+    return (int64_t)first * n + 4 * (j / 4 * chunk + lane - first) + j % 4;
+}
+
 static void make_code_products(check *c) {
     const int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), n = 4 * pick(c, "groups", 1, 40, 16);
     const int lanes = 16 * pick(c, "vectors", 1, 9, 4), ldx = n + pick(c, "gap", 0, 9, 0);
@@ -132,7 +139,7 @@ static void make_code_products(check *c) {
             total t = {0};
             wide shares = 0;
             for (int j = 0; j < n; j++) {
-                const wide code = (wide)bits_at(codes, 4 * (j / 4 * lanes + i) + j % 4) - 128;
+                const wide code = (wide)bits_at(codes, code_at(n, lanes, i, j)) - 128;
                 add_product(&t, values(x)[r * ldx + j], code);
                 shares += fabsl(code);
             }
@@ -143,6 +150,93 @@ static void make_code_products(check *c) {
     c->bytes = bytes, c->walks = true;
     RUN(c, CALL_AS(c, code_products, (float *)data(s), lanes + 3, (float *)data(x), ldx, rows,
                    (uint8_t *)codes->data + c->turn % blocks * bytes, n, lanes));
+}
+
+/* The kernel of a slot of the ISA that is running. */
+static function run_beside(const check *c, const char *slot);
+
+static buffer *new_codes(check *c, int bytes, int *blocks) {
+    *blocks = c->bench ? WALK_BYTES / bytes : 1;
+    buffer *codes = new_buffer(c, "codes", CHECK_U8, (int64_t)bytes * *blocks, bytes, 1);
+    for (int64_t i = 0; i < (int64_t)bytes * *blocks; i++) set_bits(codes, i, random_bits(c) % 256);
+    c->bytes = bytes, c->walks = true;
+    return codes;
+}
+
+/* page_rows has no other meaning than what page_scores make of its result. */
+static void make_page_scores(check *c) {
+    const int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), D = pick_size(c, "D"), n = (D + 3) / 4 * 4;
+    int blocks;
+    buffer *x = new_block(c, "x", rows, D, D), *s = new_block(c, "s", rows, ADA_BLOCK, 0);
+    buffer *centre = new_block(c, "centre", rows, ADA_BLOCK, 1),
+           *codes = new_codes(c, n * ADA_BLOCK, &blocks);
+    buffer *cut = new_buffer(c, "cut", CHECK_U8, rows * ADA_PAGE_ROW_BYTES(D), ADA_PAGE_ROW_BYTES(D), 64);
+    const float scale = (float)exp2(uniform(c, -20, 4));
+    const double size = chance(c, 0.1) ? 0 : exp2(integer(c, -60, 60));
+    for (int i = 0; i < rows * D; i++) set(x, i, chance(c, 0.1) ? 0 : size * uniform(c, -2, 2));
+    const int spoilt = !c->bench && chance(c, 0.1) ? integer(c, 0, rows - 1) : -1;
+    if (spoilt >= 0) set(x, spoilt * D + integer(c, 0, D - 1), chance(c, 0.5) ? NAN : INFINITY);
+    for (int r = 0; r < rows && !c->bench; r++) {
+        wide top = 0;
+        for (int d = 0; d < D; d++) top = fmaxl(top, fabsl(values(x)[r * D + d]));
+        for (int j = 0; j < ADA_BLOCK; j++) {
+            total t = {0};
+            wide shares = 0;
+            add_product(&t, 1, values(centre)[r * ADA_BLOCK]);
+            for (int d = 0; d < D; d++) {
+                const wide code = (wide)bits_at(codes, code_at(n, ADA_BLOCK, j, d)) - 128;
+                add_product(&t, values(x)[r * D + d], code * (wide)scale);
+                shares += fabsl(code);
+            }
+            const int at = r * ADA_BLOCK + j;
+            if (r == spoilt) {
+                expect(s, at, (expectation){.rule = NONFINITE});
+                continue;
+            }
+            t.terms += 3; /* what scales the sum */
+            expect_total(c, s, at, &t);
+            s->expected[at].tolerance += (double)(0x1p-23L * top * shares * (wide)scale) + 0x1p-80;
+        }
+    }
+    for (int64_t i = 0; i < rows * ADA_PAGE_ROW_BYTES(D); i++) expect_any(cut, i);
+    RUN(c, {
+        ((ada_page_rows_fn *)run_beside(c, "page_rows"))(cut->data, (float *)data(x), rows, D);
+        ((ada_page_scores_fn *)run_beside(c, "page_scores"))(
+            (float *)data(s), cut->data, rows, (uint8_t *)codes->data + c->turn % blocks * n * ADA_BLOCK, D,
+            scale, (float *)data(centre));
+    });
+}
+
+static void make_page_values(check *c) {
+    const int rows = pick(c, "rows", 1, ADA_ROW_GROUP, 1), E = pick_size(c, "E"), lanes = (E + 15) / 16 * 16;
+    const int ldo = E + pick(c, "gap", 0, 9, 0);
+    int blocks;
+    buffer *p = new_block(c, "p", rows, ADA_BLOCK, 0), *o = new_block(c, "o", rows, ldo, E);
+    buffer *codes = new_codes(c, lanes * ADA_BLOCK, &blocks),
+           *mean = new_buffer(c, "mean", ADA_BF16, E, E, 2);
+    const float scale = (float)exp2(uniform(c, -20, 4));
+    for (int i = 0; i < rows * ADA_BLOCK; i++) set(p, i, chance(c, 0.2) ? 0 : exp2(uniform(c, -30, 0)));
+    for (int e = 0; e < E; e++) set(mean, e, uniform(c, -4, 4));
+    for (int r = 0; r < rows && !c->bench; r++) {
+        wide top = 0;
+        for (int j = 0; j < ADA_BLOCK; j++) top = fmaxl(top, values(p)[r * ADA_BLOCK + j]);
+        for (int e = 0; e < E; e++) {
+            total t = {0};
+            wide shares = 0;
+            add_product(&t, 1, values(o)[r * ldo + e]);
+            for (int j = 0; j < ADA_BLOCK; j++) {
+                const wide code = (wide)bits_at(codes, code_at(ADA_BLOCK, lanes, e, j)) - 128;
+                add_product(&t, values(p)[r * ADA_BLOCK + j], code * (wide)scale);
+                add_product(&t, values(p)[r * ADA_BLOCK + j], values(mean)[e]);
+                shares += fabsl(code);
+            }
+            expect_total(c, o, r * ldo + e, &t);
+            o->expected[r * ldo + e].tolerance += (double)(0x1p-23L * top * shares * (wide)scale) + 0x1p-80;
+        }
+    }
+    RUN(c, CALL_AS(c, page_values, (float *)data(o), ldo, (float *)data(p), rows,
+                   (uint8_t *)codes->data + c->turn % blocks * lanes * ADA_BLOCK, E, scale,
+                   (uint16_t *)mean->data));
 }
 
 /* ---- conversions and dropout ---- */
