@@ -124,13 +124,13 @@ typedef struct {
     bool has_tolerance;
     double tolerance;         /* relative error of a head that the caller can bear */
     const ada_sparse *sparse; /* NULL: all heads are dense */
-    /* Called once for each head whose tiles go through the plain ways, by the worker that computed the last of
-     * them, while its arrays are at hand; NULL: nobody is. */
+    /* Called once for each head whose tiles go through the plain ways, by the worker that computed the last
+     * of them, while its arrays are at hand; NULL: nobody is. */
     void (*head_done)(void *context, int64_t head, int worker);
     void *done_context;
-    ada_choice *ran;          /* (B, H): what each head was computed with in the end; NULL: not wanted */
-    bool stored;              /* key and value come from a cache, each of a dtype of its own */
-    bool on_gpu; /* it is computed on this device; its vectors are memory of the CPU all the same */
+    ada_choice *ran; /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored;     /* key and value come from a cache, each of a dtype of its own */
+    bool on_gpu;     /* it is computed on this device; its vectors are memory of the CPU all the same */
     int device;
     uintptr_t stream; /* a cudaStream_t, on which the arrays are there and wanted */
     bool staged;      /* the arrays are memory of the CPU, to be copied there and back */

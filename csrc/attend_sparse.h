@@ -246,7 +246,8 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     if (!s->weigh) return TILE_DENSE;
     for (patch.j = span.first; patch.j < span.end;) {
         if (ada_job_cancelled(job, worker)) return TILE_DONE;
-        const int run = keys_of_run(r, &patch, span.end, NULL, NULL) / ADA_BLOCK, first = (int)(patch.j / ADA_BLOCK);
+        const int run = keys_of_run(r, &patch, span.end, NULL, NULL) / ADA_BLOCK,
+                  first = (int)(patch.j / ADA_BLOCK);
         for (int b = 0; b < run; b++) x->block[plain] = first + b, x->run[plain++] = first;
         patch.j += run * ADA_BLOCK;
         if (run) continue;

@@ -39,10 +39,10 @@ typedef struct {
 
 /* Keys from some multiple of ADA_BLOCK on; rows behind the last key are zero. */
 typedef struct {
-    const uint32_t *k;    /* [keys][DW] */
-    ptrdiff_t part;       /* words from one part to the next */
-    const float *scale;   /* integers: one for every ADA_BLOCK keys */
-    const int32_t *start; /* 8 bits: [keys] what sums start from: -128 times the key's sum */
+    const uint32_t *k;       /* [keys][DW] */
+    ptrdiff_t part;          /* words from one part to the next */
+    const float *scale;      /* integers: one for every ADA_BLOCK keys */
+    const int32_t *start;    /* 8 bits: [keys] what sums start from: -128 times the key's sum */
     const uint64_t *visible; /* [keys] bits of the lanes that see a key; NULL: all do */
 } ada_narrow_keys;
 
@@ -83,10 +83,10 @@ typedef ada_gauge_bf16_fn ada_gauge_i8_fn, ada_gauge_i16_fn;
 typedef void ada_values_bf16_fn(const ada_narrow_tile *t, const uint32_t *v, ptrdiff_t part, int n);
 typedef ada_values_bf16_fn ada_values_i8_fn, ada_values_i16_fn;
 
-/* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c], or with by_row * factor[r],
- * rounded to nearest even, r < n, c < width; less may be NULL. ldt and ld are row strides in elements. Integers beyond the format's
- * range saturate at its ADA_..._MAX. bf16: parts of them, part elements apart, each rounding what the ones
- * before left. */
+/* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c], or with by_row *
+ * factor[r], rounded to nearest even, r < n, c < width; less may be NULL. ldt and ld are row strides in
+ * elements. Integers beyond the format's range saturate at its ADA_..._MAX. bf16: parts of them, part
+ * elements apart, each rounding what the ones before left. */
 typedef void ada_encode_bf16_fn(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
                                 ptrdiff_t ld, int n, int width, const float *less, const float *factor,
                                 bool by_row);
