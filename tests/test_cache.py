@@ -658,7 +658,7 @@ def test_every_so_many_calls_are_verified(rng: np.random.Generator) -> None:
             exact = reference.attention(query.astype(F64), *content(cache), **placed)
             truth = np.linalg.norm(out - exact, axis=(2, 3)) / np.linalg.norm(exact, axis=(2, 3))
             np.testing.assert_allclose(report.measured_error, truth, rtol=1e-3)
-            assert (truth <= report.error_limit).all()
+            assert (truth <= report.error_limit + 1e-14).all()  # as exact as both oracles are
     assert rows == [0, 0, 2, 0, 0, 0, 2, 0, 2]
     assert cache.verify_every == 3 and KVCache(1, 1, 8).verify_every is None
 
