@@ -310,8 +310,7 @@ def test_keys_with_a_bias_at_quality() -> None:
     missed = errors(adaattn.attention(*arrays), arrays) > 1e-5
     assert missed.sum() > 20
     out, report = adaattn.attention(*arrays, policy="quality", return_report=True)
-    # 2 here; with other seeds and instruction sets 0 to 7: 8 rows are a small sample of so uneven errors.
-    assert (errors(out, arrays) > 1e-5).sum() <= 8
+    assert (errors(out, arrays) <= 1.1e-5).all()  # 2 of 1,536 such heads are above 1e-5
     assert (report.verified_rows > 0).all()
 
 
