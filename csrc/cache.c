@@ -131,10 +131,13 @@ void ada_cache_reopen(const ada_array *store, int64_t b, int64_t page) {
     for (int64_t g = 0; g < store->shape[1]; g++) {
         float *row = store->pages->open + (b * store->shape[1] + g) * ADA_PAGE * width;
         const double scale = (double)*ada_page_scale(store, b, g, page);
+        const uint8_t *codes = (const uint8_t *)ada_row_at(store, b, g, page * ADA_PAGE);
         for (int i = 0; i < ADA_PAGE; i++, row += width) {
-            const int8_t *codes = (const int8_t *)ada_row_at(store, b, g, page * ADA_PAGE + i);
             ada_kernels_get()->load_bf16(row, ada_page_mean(store, b, g, page), (int)width);
-            for (int64_t c = 0; c < width; c++) row[c] = (float)(codes[c] * scale + (double)row[c]);
+            for (int64_t c = 0; c < width; c++) {
+                const int code = codes[ada_code_place(width, store->pages->values, i, c)] - 128;
+                row[c] = (float)(code * scale + (double)row[c]);
+            }
         }
     }
 }
