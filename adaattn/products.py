@@ -18,6 +18,7 @@ from .stats import tolerance_of
 _Array = NDArray[Any]
 
 _LANES = _DEPTH = 256  # as in csrc/linear.h
+_CHUNK = 32  # features whose codes lie together, as the kernel code_products has it
 _LOW = 256  # what a one in the high byte of a code stands for in ones of the low byte
 _MOST = 127 * _LOW  # the largest code, which the high byte alone has exactly
 
@@ -152,7 +153,10 @@ def _codes(weight: _Array) -> tuple[_Array, _Array, _Array]:
             for plane, byte in enumerate((high, code - _LOW * high)):
                 padded = np.full((block, n), 128, np.uint8)
                 padded[: byte.shape[0], : byte.shape[1]] = byte + 128
-                codes[plane, at] = padded.reshape(block, n // 4, 4).transpose(1, 0, 2).reshape(-1)
+                chunks = np.split(padded, range(_CHUNK, block, _CHUNK))
+                codes[plane, at] = np.concatenate(
+                    [x.reshape(len(x), n // 4, 4).transpose(1, 0, 2).reshape(-1) for x in chunks]
+                )
     return scale, codes, left
 
 

@@ -26,7 +26,7 @@ typedef enum {
 typedef struct {
     ada_array x;             /* (..., K) float */
     const float *weight;     /* [N][K] */
-    const uint8_t *codes[2]; /* high, low: of block after block, group after group [inputs / 4][lanes][4] */
+    const uint8_t *codes[2]; /* high, low: of blocks, in these of groups, as code_products has them */
     const float *scale;      /* [groups][lanes of all blocks] what a one in the high byte stands for */
     const double *left2;     /* [3][K] squared norms of the columns of what int8, int16 and fp32 leave
                                 out; NULL: not known, and no codes */
