@@ -179,18 +179,14 @@ static int keys_of_run(const ada_run *r, const ada_patch *patch, int64_t end, ui
     int n = 0;
     if (biased || p->has_softcap || p->drop_below) return 0;
     for (ada_patch next = *patch; next.j < end && n < ADA_STRIP; next.j += ADA_BLOCK, n += ADA_BLOCK) {
-        uint64_t rows[ADA_LANES], whole = UINT64_MAX;
+        uint64_t rows[ADA_LANES], *to = visible ? visible + n : rows;
         if (n && next.j % ADA_STRIP == 0) break;
         next.nk = (int)(end - next.j < ADA_BLOCK ? end - next.j : ADA_BLOCK);
-        if (next.nk < ADA_BLOCK) whole = ((uint64_t)1 << next.nk) - 1;
-        const ada_sight sight = ada_visible_rows(p, &next, rows);
+        const ada_sight sight = ada_visible_rows(p, &next, to);
         const bool plain = sight == ADA_PLAIN && next.nk == ADA_BLOCK;
         if (sight == ADA_HIDDEN || !(plain || visible)) break;
-        if (!visible) continue;
-        for (int i = 0; i < ADA_LANES; i++)
-            visible[n + i] = sight == ADA_PLAIN ? whole : i < patch->n ? rows[i] & whole : 0;
-        if (!plain) turn_bits(visible + n, patch->n);
-        *mixed |= !plain;
+        for (int i = 0; sight == ADA_PLAIN && i < ADA_LANES; i++) to[i] = ada_first_bits(next.nk);
+        if (!plain) turn_bits(to, patch->n), *mixed = true;
     }
     return n;
 }

@@ -242,16 +242,17 @@ static void KIND(recompute_rows)(const back_run *r, ada_patch patch, uint64_t ro
         }
         for (int i = 0; i < patch.n; i++) {
             const uint64_t seen = rows >> i & 1 ? KIND(seen_keys)(&t, i, patch.nk) : 0;
+            const uint64_t keep = t.keep ? t.keep[i] : UINT64_MAX;
             const REAL before = state[i].m;
             const int at = i * ADA_BLOCK;
             if (!seen) continue;
             if (!r->k->KIND(row_weights)(&state[i], s.s + at, patch.nk, seen, t.bias ? t.bias + at : NULL,
-                                         t.keep ? t.keep[i] : UINT64_MAX)) {
+                                         keep)) {
                 rows &= ~((uint64_t)1 << i);
                 continue;
             }
             if (before < state[i].m) delta[i] *= exp2((double)before - (double)state[i].m);
-            if (with_delta) delta[i] += kept * KIND(sum_seen)(s.s + at, s.g + at, seen, patch.nk);
+            if (with_delta) delta[i] += kept * KIND(sum_seen)(s.s + at, s.g + at, seen & keep, patch.nk);
         }
     }
     const int64_t row = (patch.b * p->H + patch.h) * p->T + patch.i;

@@ -246,7 +246,8 @@ static void recompute_task(void *context, ada_job *job, int64_t task, int worker
 }
 
 /* Errors that the forward pass left lie in few rows, which those that are drawn may miss: where a few tell of
- * an eighth of the tolerance more are looked at, and half of it is as good as none left. */
+ * an eighth of the tolerance, beside what rounding the result takes, more are looked at, and half of it is as
+ * good as none left. */
 static bool leaves_doubt(const verification *v, int64_t group) {
     const ada_problem *p = v->r->p;
     const ada_gradient_head *head = &v->budget->heads[group];
@@ -254,7 +255,7 @@ static bool leaves_doubt(const verification *v, int64_t group) {
     if (head->choice.qk == ADA_RUNG_INT16 || head->retried) return false;
     for (int64_t h = group * (p->H / p->G); h < (group + 1) * (p->H / p->G); h++)
         limit = fmax(limit, v->budget->queries[h].limit);
-    return limit > v->budget->tolerance / (v->closer[group] ? 2 : 8);
+    return limit > v->budget->tolerance / (v->closer[group] ? 2 : 8) + ada_rounding_of(p->query.dtype);
 }
 
 static ada_status refuse_forced(const verification *v, int64_t group, ada_error *error) {

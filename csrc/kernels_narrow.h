@@ -37,7 +37,7 @@ typedef struct {
     ada_parts qk, pv; /* bf16: parts of q and k, of w and v */
 } ada_narrow_tile;
 
-/* Keys from some multiple of ADA_BLOCK on; rows behind the last key are zero. */
+/* Keys from some multiple of ADA_KEY_STEP on, for weights of ADA_BLOCK; rows behind the last key are zero. */
 typedef struct {
     const uint32_t *k;       /* [keys][DW] */
     ptrdiff_t part;          /* words from one part to the next */
@@ -174,4 +174,6 @@ typedef ada_units_begin_fn ada_units_end_fn;
     SLOT(pair_bf16)                                                                                          \
     SLOT(turn_8)                                                                                             \
     SLOT(turn_16)                                                                                            \
-    SLOT(turn_32) SLOT(columns) SLOT(reach) SLOT(row_reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels) SLOT(row_sums)
+    SLOT(turn_32)                                                                                            \
+    SLOT(columns) SLOT(reach) SLOT(row_reach) SLOT(squares) SLOT(stand_in) SLOT(scale_channels)              \
+        SLOT(row_sums)

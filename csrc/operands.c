@@ -485,7 +485,7 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
     if (integers)
         s->k->row_reach(largest, norm2, rows, ld, n, D, NULL);
     else /* that of the tile will do */
-        largest[0] = s->k->reach(rows, ld, n, D, NULL, NULL);
+        largest[0] = s->k->reach(rows, ld, n, D, NULL, NULL), norm2[0] = 0;
     for (int i = 0; i < (integers ? n : 1); i++)
         if (!rows_fit(&s->qk, s->p->query.dtype, largest[i], norm2[i]) ||
             !(largest[i] * factor <= ADA_NARROW_MOST))

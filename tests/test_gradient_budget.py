@@ -212,6 +212,14 @@ def test_rows_of_its_own_with_every_option(case: str, tolerance: float, rng: np.
         assert (error <= max(tolerance, 1e-6) * norm + least).all()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(F16, 3e-4), (BF16, 1e-3)], ids=str)
+def test_rounded_results_leave_no_doubt(dtype: Any, tolerance: float, rng: np.random.Generator) -> None:
+    """The forward pass left nothing, and another rounding of the same gradients would not help."""
+    arrays = backward_problem(rng, SHAPE, dtype)
+    _, report = adaattn.attention_backward(*arrays, tolerance=tolerance, return_report=True)
+    assert (report.verified_rows == 4).all() and not report.retried.any()
+
+
 @pytest.mark.parametrize("dtype, size", [(F32, 1e20), (F32, 1e-20), (F64, 1e60), (F64, 1e-60)], ids=str)
 def test_gradients_whose_squares_no_float_holds(dtype: Any, size: float, rng: np.random.Generator) -> None:
     """They are compared all the same, and what the forward pass left is made up for."""
