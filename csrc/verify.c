@@ -292,8 +292,10 @@ static bool refuted(const ada_attending *a, const ada_head *head, const ada_head
 }
 
 /* What a head's limit may be. fp32's own errors lie in few rows, which the ones that are drawn may miss. */
-static double largest_limit(const ada_attending *a, const ada_head_state *s) {
-    return a->budget->tolerance * (s->look ? 1 : 0.5) + ada_rounding_of(a->p->query.dtype);
+static double largest_limit(const ada_attending *a, int64_t index) {
+    const ada_choice choice = a->budget->heads[index].choice;
+    const bool guessed = !a->states[index].look && choice.qk <= ADA_RUNG_FP32 && choice.pv <= ADA_RUNG_FP32;
+    return a->budget->tolerance * (guessed ? 0.5 : 1) + ada_rounding_of(a->p->query.dtype);
 }
 
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
@@ -303,7 +305,7 @@ static bool doubts(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     return !ada_is_forced(a->budget) && !s->doubted && s->n <= ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
            head->measured_error < a->budget->tolerance &&
-           (head->error_limit > largest_limit(a, s) || refuted(a, head, s));
+           (head->error_limit > largest_limit(a, index) || refuted(a, head, s));
 }
 
 static bool lse_holds(const ada_attending *a, const ada_head *head) {
@@ -377,7 +379,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     /* Rows without an error say nothing of the others: predictions are seldom so far off. */
     if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
     *misses = error.misses;
-    return head->error_limit <= largest_limit(a, s) && lse_holds(a, head) &&
+    return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
            !(refuted(a, head, s) && doubts(a, index));
 }
 
