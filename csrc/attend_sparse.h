@@ -231,6 +231,23 @@ static void tell_of_tile(const ada_run *r, const ada_patch *patch, int64_t index
 
 typedef enum { TILE_DONE, TILE_UNFIT, TILE_DENSE } tile_end;
 
+/* A tile of which all that is visible is kept. */
+static tile_end end_dense(const ada_run *r, ada_patch patch, int64_t index) {
+    const ada_span span = tile_span(r->p, &patch);
+    tile_count count = {0};
+    uint64_t rows[ADA_LANES];
+    for (patch.j = span.first; patch.j < span.end; patch.j += ADA_BLOCK) {
+        patch.nk = (int)(span.end - patch.j < ADA_BLOCK ? span.end - patch.j : ADA_BLOCK);
+        if (ada_visible_rows(r->p, &patch, rows) == ADA_HIDDEN) continue;
+        count.blocks++;
+        if (r->p->sparse->picture)
+            count.visible[column_of(r, r->p->sparse->picture, (int)(patch.j / ADA_BLOCK))]++;
+    }
+    memcpy(count.kept, count.visible, sizeof count.kept);
+    tell_of_tile(r, &patch, index, &count);
+    return TILE_DENSE;
+}
+
 /* Of the tile of a head (index of the run's). TILE_DENSE: it is to be computed as if nothing stood in. */
 static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lists *x, ada_patch patch,
                                    int64_t index, ada_job *job, int worker) {
@@ -243,7 +260,7 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     int plain = 0, others = 0;
     memset(shift2, 0, (size_t)patch.n * sizeof *shift2);
     if (!start_narrow(r, s, &patch, r->store.slots[index])) return TILE_UNFIT;
-    if (!s->weigh) return TILE_DENSE;
+    if (!s->weigh) return end_dense(r, patch, index);
     for (patch.j = span.first; patch.j < span.end;) {
         if (ada_job_cancelled(job, worker)) return TILE_DONE;
         const int run = keys_of_run(r, &patch, span.end, NULL, NULL) / ADA_BLOCK,
@@ -264,12 +281,8 @@ static tile_end attend_tile_sparse(const ada_run *r, narrow *s, const sparse_lis
     for (int i = 0; picture && i < count.blocks; i++)
         count.visible[column_of(r, picture, i < plain ? x->block[i] : x->other[i - plain])]++;
     count.stand_ins = pass_over(r, s, x, &patch, &plain);
-    if (!weigh_lists(r, s, x, patch, plain, sqrt(p->sparse->budget2[head]))) {
-        count.stand_ins = 0;
-        memcpy(count.kept, count.visible, sizeof count.kept);
-        tell_of_tile(r, &patch, index, &count);
-        return TILE_DENSE;
-    }
+    if (!weigh_lists(r, s, x, patch, plain, sqrt(p->sparse->budget2[head])))
+        return end_dense(r, patch, index);
     if (ada_job_cancelled(job, worker)) return TILE_DONE;
     for (int i = 0; i < ADA_LANES; i++) {
         const float sum = s->t.sum[i];

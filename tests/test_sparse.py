@@ -330,6 +330,15 @@ def test_scores_far_above_those_of_the_first_keys(rng, places):
     assert errors(out, exactly(q, k, v))[0, 0] <= 5e-2
 
 
+def test_a_short_last_tile_is_counted(rng):
+    q, k, v = local(rng)
+    options = {"tolerance": 5e-2, "structure": "sparse", "return_report": True}
+    report = adaattn.attention(q[:, :, : 64 + 40], k, v, **options)[1]
+    picture = report.kept_blocks[0, 0]  # one row of two tiles, of which the second is dense
+    assert picture.min() == 0.5 and picture.mean() < 0.6
+    assert report.kept_fraction[0, 0] == pytest.approx(picture.mean(), abs=1e-6)
+
+
 def test_pictures_of_heads_sent_back(rng):
     """There is none of what was computed again, nor where nothing is sparse, nor of short heads."""
     arrays = local(rng, 2, 1)
