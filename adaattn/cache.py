@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _adaattn
 from .api import _given, attention
+from .codes import code_places
 from .errors import ArgumentError, DTypeError, ShapeError
 from .stats import POLICIES, Plan
 
@@ -445,16 +446,10 @@ def _code_width(side: int, width: int) -> int:
 
 
 def _code_places(values: bool, width: int) -> NDArray[np.intp]:
-    """Where the codes of a page lie, (PAGE, width): in chunks of up to 32 lanes, which are the tokens for
-    keys and the coordinates for values, each [numbers / 4][lanes][4]; as in the engine's codes.h."""
+    """Where the codes of a page lie, (PAGE, width): lanes are tokens for keys and coordinates for values."""
     padded = _code_width(values, width)
-    lane, number = np.arange(PAGE)[:, None], np.arange(width)
-    lanes, numbers = PAGE, padded
-    if values:
-        lane, number, lanes, numbers = number, lane, padded, PAGE
-    chunk = lane // 32 * 32
-    wide = np.minimum(lanes - chunk, 32)
-    return chunk * numbers + 4 * (number // 4 * wide + lane - chunk) + number % 4
+    places = code_places(padded, PAGE).T if values else code_places(PAGE, padded)
+    return places[:, :width]
 
 
 def _from_bf16(x: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _adaattn
+from .codes import code_places
 from .errors import ArgumentError, DTypeError, ShapeError
 from .linalg import power_iteration
 from .stats import tolerance_of
@@ -18,7 +19,6 @@ from .stats import tolerance_of
 _Array = NDArray[Any]
 
 _LANES = _DEPTH = 256  # as in csrc/linear.h
-_CHUNK = 32  # features whose codes lie together, as the kernel code_products has it
 _LOW = 256  # what a one in the high byte of a code stands for in ones of the low byte
 _MOST = 127 * _LOW  # the largest code, which the high byte alone has exactly
 
@@ -149,14 +149,11 @@ def _codes(weight: _Array) -> tuple[_Array, _Array, _Array]:
             left[0, rows, inputs] = part - unit * high
             left[1, rows, inputs] = part - unit / _LOW * code
             n = min(_DEPTH, width - start)
-            at = slice(first * width + start * block, first * width + (start + n) * block)
+            places = first * width + start * block + code_places(block, n)
             for plane, byte in enumerate((high, code - _LOW * high)):
                 padded = np.full((block, n), 128, np.uint8)
                 padded[: byte.shape[0], : byte.shape[1]] = byte + 128
-                chunks = np.split(padded, range(_CHUNK, block, _CHUNK))
-                codes[plane, at] = np.concatenate(
-                    [x.reshape(len(x), n // 4, 4).transpose(1, 0, 2).reshape(-1) for x in chunks]
-                )
+                codes[plane, places] = padded
     return scale, codes, left
 
 

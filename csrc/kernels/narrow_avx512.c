@@ -114,22 +114,25 @@ INLINE vec scaled(const float *x, const float *less, const float *factor, bool b
     return v_mul(y, n >= VL ? v_loadu(factor + c) : v_load_n(factor + c, n));
 }
 
+INLINE __m512i to_integers(vec y, float most) {
+    return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+}
+
 /* To integers of at most most, of `bytes` each. */
-INLINE void encode(char *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
-                   const float *less, const float *factor, const bool by_row, const int bytes, float most) {
+INLINE void encode_of(char *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                      const float *less, const float *factor, const bool by_row, const int bytes,
+                      float most) {
     for (int r = 0; r < n; r++, to += ldt * bytes, rows += ld) {
         int c = 0;
         for (; c + VL <= width; c += VL) {
-            const vec y = scaled(rows, less, factor, by_row, r, c, VL);
-            const __m512i x = _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+            const __m512i x = to_integers(scaled(rows, less, factor, by_row, r, c, VL), most);
             if (bytes == 1)
                 _mm_storeu_si128((__m128i *)(to + c), _mm512_cvtepi32_epi8(x));
             else
                 _mm256_storeu_si256((__m256i *)(to + 2 * c), _mm512_cvtepi32_epi16(x));
         }
         if (c == width) continue;
-        const vec y = scaled(rows, less, factor, by_row, r, c, width - c);
-        const __m512i x = _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
+        const __m512i x = to_integers(scaled(rows, less, factor, by_row, r, c, width - c), most);
         if (bytes == 1)
             _mm512_mask_cvtepi32_storeu_epi8(to + c, m_first(width - c), x);
         else
@@ -137,20 +140,23 @@ INLINE void encode(char *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int
     }
 }
 
+/* With each way of scaling known to the compiler. */
+INLINE void encode(void *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
+                   const float *less, const float *factor, bool by_row, const int bytes, float most) {
+    if (by_row)
+        encode_of(to, ldt, rows, ld, n, width, less, factor, true, bytes, most);
+    else
+        encode_of(to, ldt, rows, ld, n, width, less, factor, false, bytes, most);
+}
+
 void ada_encode_i8_avx512(int8_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                           const float *less, const float *factor, bool by_row) {
-    if (by_row)
-        encode((char *)to, ldt, rows, ld, n, width, less, factor, true, 1, ADA_I8_MAX);
-    else
-        encode((char *)to, ldt, rows, ld, n, width, less, factor, false, 1, ADA_I8_MAX);
+    encode(to, ldt, rows, ld, n, width, less, factor, by_row, 1, ADA_I8_MAX);
 }
 
 void ada_encode_i16_avx512(int16_t *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                            const float *less, const float *factor, bool by_row) {
-    if (by_row)
-        encode((char *)to, ldt, rows, ld, n, width, less, factor, true, 2, ADA_I16_MAX);
-    else
-        encode((char *)to, ldt, rows, ld, n, width, less, factor, false, 2, ADA_I16_MAX);
+    encode(to, ldt, rows, ld, n, width, less, factor, by_row, 2, ADA_I16_MAX);
 }
 
 /* Bits of x rounded to bf16 in the high half; x is finite. */
