@@ -27,7 +27,7 @@ enum {
     INSIDE = PLACE - 1,         /* the gate's bits that count workers inside */
     PLACES = ~INSIDE,           /* and those that count open places */
     MAX_WORKERS = 1023,         /* far below INSIDE; no known machine gains from more */
-    SPIN_NS = 20 * 1000,        /* about what a sleep and a wake-up cost */
+    SPIN_NS = 50 * 1000,        /* twice a sleep and a wake-up: a step of decoding follows soon */
     MOVE_NS = 10 * 1000 * 1000, /* between two moves of a worker to another CPU, which cost some 10 us each */
     ASK_NS = 50 * 1000 * 1000   /* between two calls of interrupt */
 };
