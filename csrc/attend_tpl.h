@@ -476,8 +476,7 @@ static void KIND(attend_split)(const ada_run *r, KIND(scratch) * s, int64_t b, i
     const int64_t group = p->H / p->G, rows = group * p->T, size = ada_split_keys(p, b);
     const int64_t first = split * size, last = ada_key_count(p, b),
                   end = first + size < last ? first + size : last;
-    const int bytes = ada_dtype_bytes(p->key.dtype),
-              step = bytes < 2 ? 64 : ADA_TURN * 4 / (bytes < 4 ? bytes : 4);
+    const int step = ada_turn_keys(p);
     const bool masked = p->attn_mask.data && p->attn_mask.dtype == ADA_BOOL;
     const KIND(row_reader) keys = KIND(row_reader_of)(r->k, &p->key, s->k);
     const KIND(row_reader) values = KIND(row_reader_of)(r->k, &p->value, s->v);

@@ -20,9 +20,9 @@
  * their keys split so that several threads share a head. */
 #define ADA_ROWS_MAX 8
 #define ADA_SPLITS_MAX 16
-/* They read K and V in turns of this many keys: short enough that neither stream goes cold (5 % over 64
- * keys). */
-#define ADA_TURN 16
+/* They read K and V in turns of about so many bytes of each: short enough that neither stream goes cold (5 %
+ * over four times as much), long enough that weighing a turn does not count. */
+#define ADA_TURN_BYTES 8192
 #define ADA_SPLIT_KEYS_MIN 512
 
 /* Of a sparse head's tiles. */
@@ -58,6 +58,13 @@ static inline int64_t ada_split_keys(const ada_problem *p, int64_t b) {
     int64_t keys = (ada_key_count(p, b) + ADA_SPLITS_MAX - 1) / ADA_SPLITS_MAX;
     if (keys < ADA_SPLIT_KEYS_MIN) keys = ADA_SPLIT_KEYS_MIN;
     return (keys + ADA_BLOCK - 1) / ADA_BLOCK * ADA_BLOCK;
+}
+
+/* Keys of a turn: by the head's sizes alone. Codes are read by the page. */
+static inline int ada_turn_keys(const ada_problem *p) {
+    const int bytes = ada_dtype_bytes(p->key.dtype) < 4 ? ada_dtype_bytes(p->key.dtype) : 4;
+    const int64_t keys = ADA_TURN_BYTES / (p->D * bytes) / 16 * 16;
+    return bytes < 2 || keys > ADA_BLOCK ? ADA_BLOCK : keys < 16 ? 16 : (int)keys;
 }
 
 static inline double ada_head_value(const ada_array *a, int64_t b, int64_t h) {
