@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
@@ -44,8 +45,9 @@ CODED_TOLERANCE, CODED_TOKENS, CODED_QUERIES, CODED_ROWS = 8e-3, 2048, 16, 32
 
 class Stored(tuple[Any, ...]):
     """Keys or values as the engine reads them: dtype name, (B, G, capacity, width) array and, for int8,
-    scales, means, open pages and the latter's numbers. Where pages have codes beside them, these follow:
-    codes, scales, centres, norms and for each sequence how many pages have some."""
+    scales, means, open pages and the latter's numbers; then figures of the tokens (cache.h). Where pages have
+    codes beside them, these follow: codes, scales, centres, norms and for each sequence how many pages have
+    some."""
 
     __slots__ = ()
 
@@ -270,7 +272,7 @@ class KVCache:
         if chosen.min() < 0 or chosen.max() >= self._batch:
             raise ArgumentError(f"indices: expected ints from 0 to {self._batch - 1}, got {chosen.tolist()}")
         sides = [
-            Stored((side[0], *(None if x is None else x[chosen] for x in side[1:])))
+            Stored((side[0], _chosen(side[1], chosen), *(x if x is None else x[chosen] for x in side[2:])))
             for side in (self._key, self._value)
         ]
         self._key, self._value = sides
@@ -343,7 +345,7 @@ class KVCache:
     def _decode(self, side: Stored, b: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Tokens of one sequence, (G, length, width), and the variance of their rounding, (G, width)."""
         length = int(self._lengths[b])
-        name, data, scale, mean, open_page, _ = side
+        name, data, scale, mean, open_page = side[:5]
         if self._dtype == "int8":
             closed, width = length // PAGE, mean.shape[3]
             steps, centres = scale[b, :, :closed, None], _from_bf16(mean[b, :, :closed])
@@ -401,21 +403,22 @@ class KVCache:
 
     def _allocate(self, side: int, capacity: int) -> Stored:
         head, width = (self._batch, self._heads), self._widths[side]
+        figures = np.zeros((*head, _figures(capacity // PAGE), 2 * width + 1), np.float32)
         if self._dtype != "int8":
-            data = np.zeros((*head, capacity, width), STORED[self._dtype][0])
-            return Stored((self._dtype, data, None, None, None, None))
-        data = np.zeros((*head, capacity, _code_width(side, width)), STORED[self._dtype][0])
+            data = _zeros((*head, capacity, width), STORED[self._dtype][0])
+            return Stored((self._dtype, data, None, None, None, None, figures))
+        data = _zeros((*head, capacity, _code_width(side, width)), STORED[self._dtype][0])
         pages = capacity // PAGE
         scale, mean = np.zeros((*head, pages), np.float32), np.zeros((*head, pages, width), np.uint16)
         open_page = self._lengths // PAGE
         open_ = np.zeros((*head, PAGE, width), np.float32)
-        return Stored((f"int8 {('keys', 'values')[side]}", data, scale, mean, open_, open_page))
+        return Stored((f"int8 {('keys', 'values')[side]}", data, scale, mean, open_, open_page, figures))
 
     def _grow(self, capacity: int) -> None:
         sides = []
         for side, old in enumerate((self._key, self._value)):
             new = self._allocate(side, capacity)
-            for i in range(1, 5):
+            for i in (1, 2, 3, 4, 6):
                 if old[i] is not None:
                     new[i][:, :, : old[i].shape[2]] = old[i]
             sides.append(new)
@@ -437,6 +440,26 @@ class KVCache:
             if not 0 <= given <= limit:
                 raise ArgumentError(f"lengths: expected an int from 0 to {limit}, got {given}")
         return x.astype(np.int64)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> _Array:
+    """As NumPy's, from the start of a cache line on: vectors that span two take longer to read."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    result: _Array = memory[start : start + size].view(dtype).reshape(shape)
+    return result
+
+
+def _chosen(x: _Array, rows: NDArray[np.intp]) -> _Array:
+    """A copy of these rows, from the start of a cache line on."""
+    result = _zeros((len(rows), *x.shape[1:]), x.dtype)
+    return np.take(x, rows, axis=0, out=result)
+
+
+def _figures(pages: int) -> int:
+    """How many figures tokens of so many full pages have: cache.h's ada_last_figures, and the first."""
+    return (6 + pages if pages < 4 else 10) if pages < 8 else 10 + pages // 8
 
 
 def _code_width(side: int, width: int) -> int:

@@ -64,6 +64,8 @@ typedef struct {
     int64_t stride[4];
     const ada_pages *pages; /* of an I8 array, else NULL */
     const ada_codes *codes; /* of a cache's pages, or NULL */
+    float *figures;         /* of a cache's tokens (cache.h), or NULL */
+    int64_t figured;        /* that there is room for, of a head */
 } ada_array;
 
 typedef enum { ADA_NOT_CAUSAL, ADA_LOWER_RIGHT, ADA_UPPER_LEFT } ada_causal;

@@ -86,6 +86,7 @@ static void look_at_keys(ada_attending *a, int64_t key_head, char *scratch) {
     if (!look) return;
     ada_key_probe *keys = &a->keys[key_head];
     *keys = ada_key_probe_of(p, a->sparse != 0, a->probes + key_head * a->probe_bytes);
+    if (look == ADA_LOOK_SOME && ada_know_keys(p, b, h, keys)) return;
     ada_probe_keys(p, a->k, b, h, a->per_head, look == ADA_LOOK_SOME ? ADA_LOOK_STEP : 1, keys, scratch);
     if (keys->count == 0)
         ada_probe_keys(p, a->k, b, h, a->per_head, 1, keys, scratch); /* a mask hides those */
@@ -141,12 +142,12 @@ static bool only_ranks_pay(const ada_attending *a) {
  * would cost more than it may save. */
 static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, int64_t head) {
     const ada_problem *p = a->p;
-    const ada_task task = ada_task_of(a, head, 1.0 / GUESS_REACH);
     const ada_rate *rates = a->budget->rates;
     const int rows = p->T < ADA_LEAST_QUERIES ? 2 : p->T < 4096 ? 4 : 8;
-    const int best = ada_plan_head(guess, &task, rates);
     if (p->on_gpu || a->states[head].look != ADA_LOOK_ALL || !guess->finite) return 0;
     if (only_ranks_pay(a) || a->budget->structure == ADA_STRUCTURE_SPARSE) return rows;
+    const ada_task task = ada_task_of(a, head, 1.0 / GUESS_REACH);
+    const int best = ada_plan_head(guess, &task, rates);
     if (best <= task.plain) return 0;
     const double plain = ada_predicted_seconds(&task, &rates[task.plain]);
     const double looking = 1.5 * rows * plain / ROW_SPEED / (double)p->T;
@@ -194,12 +195,12 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
     const ada_row_profile *guess = &a->profiles[head * ADA_MOST_ROWS];
     ada_forecast *forecast = &a->budget->heads[head].forecast;
     ada_row_profile peak = *guess;
-    ada_forecast_head(guess, 1, keys, p, forecast);
+    ada_forecast_head(guess, 1, keys, p, ada_candidates_of(a, head), forecast);
     forecast->rows = 0;
     forecast->finite &= spreads->finite;
     ada_peak_profile(keys, spreads->largest, &peak);
     if (spreads->largest > 0) s->outliers = spreads->outliers / spreads->largest;
-    ada_forecast_head(&peak, 1, keys, p, &s->peak);
+    ada_forecast_head(&peak, 1, keys, p, ada_candidates_of(a, head), &s->peak);
     s->value2 = keys->value2_mean;
     s->n = rows_to_profile(a, forecast, head);
     if (s->n) ada_draw_rows(a, head, s->n, NULL, NULL, CHOICE_STREAM);
@@ -268,7 +269,7 @@ static void bound_outliers(ada_attending *a, int64_t head) {
     const double apart2 = 2 * (keys->value2_mean - keys->center2);
     double out2 = 0;
     for (int i = 0; i < (s->n ? s->n : 1); i++) out2 += rows[i].weight * rows[i].out2;
-    for (int c = 0; c < ADA_CANDIDATES; c++) {
+    for (int c = 0; c < ada_candidates_of(a, head); c++) {
         const double noise = fmin(s->peak.lse_error[c] / ADA_LARGEST_OF_MANY, 1);
         if (out2 > 0) f->error[c] = hypot(f->error[c], noise * sqrt(s->outliers * apart2 / 8 / out2));
         f->lse_error[c] = fmax(f->lse_error[c], s->peak.lse_error[c]);
@@ -354,13 +355,15 @@ static void take_given(const ada_problem *p, const ada_planned *given, int64_t b
 
 static void plan_heads(ada_attending *a) {
     const ada_problem *p = a->p;
+    /* A cache's heads have no choice that goes by time. */
+    const bool timed = !p->stored || a->budget->report || a->budget->plan_only;
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         ada_head *head = &a->budget->heads[i];
         ada_head_state *s = &a->states[i];
         const ada_forecast guess = head->forecast;
         const ada_row_profile *profiles = &a->profiles[i * ADA_MOST_ROWS];
         if (s->n) {
-            ada_forecast_head(profiles, s->n, &a->keys[i / a->per_head], p, &head->forecast);
+            ada_forecast_head(profiles, s->n, &a->keys[i / a->per_head], p, ADA_CANDIDATES, &head->forecast);
             head->forecast.rows = s->n;
             for (int c = 0; c < ADA_CANDIDATES; c++)
                 head->forecast.error[c] = fmax(head->forecast.error[c], guess.error[c] / GUESS_PART);
@@ -368,7 +371,7 @@ static void plan_heads(ada_attending *a) {
         }
         if (s->look) bound_outliers(a, i);
         const ada_task task = ada_task_of(a, i, margin_of(a, i));
-        for (int c = 0; c < ADA_CANDIDATES; c++)
+        for (int c = 0; timed && c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
             head->choice = a->budget->given[i].choice;
@@ -376,7 +379,6 @@ static void plan_heads(ada_attending *a) {
             head->choice = p->precision;
         else
             head->choice = ada_candidates[choose(a, i, &task)];
-        for (int c = 2; c < ADA_CANDIDATES && s->look == ADA_LOOK_SOME; c++) head->forecast.error[c] = NAN;
         for (int c = 0; c < ADA_CANDIDATES; c++) /* no kernel computes that */
             if (a->budget->rates[c].gflops[0] == 0) head->forecast.error[c] = head->seconds[c] = NAN;
         const int c = ada_candidate_of(head->choice);

@@ -145,6 +145,11 @@ static inline bool ada_is_known(const ada_problem *p) {
     return p->on_gpu && (p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16);
 }
 
+/* So many of a head's candidates have a prediction: where some keys were looked at, the exact ones. */
+static inline int ada_candidates_of(const ada_attending *a, int64_t head) {
+    return a->states[head].look == ADA_LOOK_SOME ? 2 : ADA_CANDIDATES;
+}
+
 /* The candidate that is exact for the arrays' dtype. */
 static inline int ada_plain_candidate(const ada_problem *p) { return p->query.dtype == ADA_F64 ? 0 : 1; }
 

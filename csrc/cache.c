@@ -95,6 +95,45 @@ static void close_page(const ada_array *store, int64_t b, int64_t g, int64_t pag
     }
 }
 
+/* Figures of a head's first so many tokens, from those before and the last ones, which lie in one page. */
+static void take_figures(const ada_array *store, int64_t b, int64_t g, int64_t tokens) {
+    enum { WIDTH = 64 };
+    const ada_kernels *k = ada_kernels_get();
+    const int64_t width = store->shape[3], head = b * store->shape[1] + g, at = ada_last_figures(tokens);
+    float *to = store->figures + (head * store->figured + at) * ADA_FIGURE(width);
+    const float *before = at > 0 ? to - ADA_FIGURE(width) : NULL;
+    const int64_t old = before ? ada_figured_tokens(at - 1) : 0, all = ada_figured_tokens(at);
+    const int n = (int)(all - old);
+    const float known = (float)old / (float)all, fresh = (float)n / (float)all;
+    double total = 0;
+    for (int64_t c = 0; c < width; c += WIDTH) {
+        const int left = width - c < WIDTH ? (int)(width - c) : WIDTH;
+        float copy[ADA_PAGE * WIDTH], norm2[ADA_PAGE], mean[WIDTH] = {0}, square[WIDTH] = {0},
+                                                       largest[WIDTH] = {0};
+        const float *rows = copy;
+        ptrdiff_t ld = left;
+        if (store->pages) {
+            rows = store->pages->open + (head * ADA_PAGE + (tokens - n) % ADA_PAGE) * width + c;
+            ld = width;
+        } else {
+            ada_array piece = *store;
+            piece.data = (char *)piece.data + c * piece.stride[3];
+            ada_load_rows_f32(k, copy, ld, &piece, b, g, tokens - n, n, left);
+        }
+        k->columns(mean, largest, rows, ld, n, left);
+        for (int i = 0; i < left; i++) mean[i] /= (float)n;
+        k->squares(norm2, square, rows, ld, n, left, mean, NULL);
+        for (int i = 0; i < left; i++) {
+            const float was = before ? before[c + i] : 0, varied = before ? before[width + c + i] : 0;
+            const float apart = mean[i] - was, variance = square[i] / (float)n;
+            to[c + i] = was + fresh * apart;
+            to[width + c + i] = known * varied + fresh * variance + known * fresh * apart * apart;
+            total += (double)to[width + c + i];
+        }
+    }
+    to[2 * width] = (float)total;
+}
+
 static void append_token(const ada_array *store, const ada_array *tokens, int64_t b, int64_t g, int64_t i,
                          int64_t at) {
     const ada_kernels *k = ada_kernels_get();
@@ -102,21 +141,22 @@ static void append_token(const ada_array *store, const ada_array *tokens, int64_
     if (store->pages) {
         float *open = store->pages->open + (b * store->shape[1] + g) * ADA_PAGE * width;
         ada_load_rows_f32(k, open + at % ADA_PAGE * width, width, tokens, b, g, i, 1, (int)width);
+        if (ada_last_figures(at + 1) > ada_last_figures(at)) take_figures(store, b, g, at + 1);
         if (at % ADA_PAGE == ADA_PAGE - 1) close_page(store, b, g, at / ADA_PAGE);
         return;
     }
     if (store->dtype == ADA_F32) {
         ada_load_rows_f32(k, (float *)ada_row_at(store, b, g, at), width, tokens, b, g, i, 1, (int)width);
-        return;
     }
     float x[PIECE];
     ada_array from = *tokens, to = *store;
-    for (int64_t c = 0; c < width; c += PIECE) {
+    for (int64_t c = 0; store->dtype != ADA_F32 && c < width; c += PIECE) {
         const int n = width - c < PIECE ? (int)(width - c) : PIECE;
         ada_load_rows_f32(k, x, n, &from, b, g, i, 1, n);
         ada_store_rows_f32(k, &to, b, g, at, 1, n, x, n);
         from.data = (char *)from.data + n * from.stride[3], to.data = (char *)to.data + n * to.stride[3];
     }
+    if (ada_last_figures(at + 1) > ada_last_figures(at)) take_figures(store, b, g, at + 1);
 }
 
 void ada_cache_append(const ada_array *store, const ada_array *tokens, const int64_t *lengths,

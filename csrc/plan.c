@@ -124,7 +124,7 @@ static void forecast_level(const ada_row_profile *rows, int n, double out2, int 
 }
 
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
-                       ada_forecast *f) {
+                       int candidates, ada_forecast *f) {
     double out2 = 0, counted = 0, entropies = 0, entropies2 = 0, blocks = 0, stds = 0, locals = 0, local = 0;
     *f = (ada_forecast){.finite = isfinite(keys->total) && isfinite(keys->step8)};
     /* Statistics are floats, and so are the rungs but one: they know nothing of smaller doubles. */
@@ -142,7 +142,7 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
             blocks += x->weight * x->block_entropy;
             if (!isnan(x->local_entropy)) locals += x->weight, local += x->weight * x->local_entropy;
         }
-        for (int c = 0; c < ADA_CANDIDATES; c++) {
+        for (int c = 0; c < candidates; c++) {
             const ada_choice choice = ada_candidates[c];
             const double scores = score_noise(x, choice.qk, p, x->p2d, x->p2d_norm, x->p2d_step, keys->total);
             noise[c] += x->weight * (scores + exp_noise(choice, p) * x->p2d +
@@ -152,10 +152,11 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
                 fmax(f->lse_error[c], ADA_LARGEST_OF_MANY * sqrt(lse + exp_noise(choice, p) * x->p2));
         }
     }
-    for (int c = 0; c < ADA_CANDIDATES; c++) {
+    for (int c = 0; c < candidates; c++) {
         f->error[c] = out2 > 0 ? sqrt(noise[c] / out2) : noise[c] > 0 ? INFINITY : 0;
         f->finite &= !isnan(f->error[c]);
     }
+    for (int c = candidates; c < ADA_CANDIDATES; c++) f->error[c] = NAN;
     const double m = entropies / counted;
     f->entropy = m, f->block_entropy = blocks / counted, f->local_entropy = local / locals;
     f->entropy_std = isnan(m) ? NAN : sqrt(fmax(entropies2 / counted - m * m, 0));

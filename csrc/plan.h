@@ -40,10 +40,11 @@ typedef struct {
 /* Standard deviations of noise that the largest of thousands of rows stays below. */
 #define ADA_LARGEST_OF_MANY 4.5
 
-/* From profiles of some rows of a head with these keys. Of the problem its dtype, whose own rung rounds
- * nothing, its head size and whether it is computed on a GPU count. */
+/* From profiles of some rows of a head with these keys, for so many candidates; errors of others are NaN. Of
+ * the problem its dtype, whose own rung rounds nothing, its head size and whether it is computed on a GPU
+ * count. */
 void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *keys, const ada_problem *p,
-                       ada_forecast *forecast);
+                       int candidates, ada_forecast *forecast);
 
 /* The errors of the plain fp32 rung alone, of the output and the largest of the lse, by profiles of rows
  * whose keys have these variances in sum; NaN where something is not finite. */

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cache.h"
 #include "exact.h"
 #include "execute.h"
 #include "operands.h"
@@ -23,6 +24,8 @@
 #define OUTLIER 8
 /* Values whose squared norm is so far above the mean decide the error of rows that attend to them. */
 #define HEAVY 32
+/* Rows of a block that is looked at for others, too. */
+#define SOME_OF_BLOCK UINT64_C(0xFFFF)
 /* Numbers so much larger than those of the rows that a glance falls on are another kind. */
 #define UNEVEN 2
 
@@ -145,6 +148,8 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     const probe_scratch s = scratch_of(p, false, &carver);
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), blocks = ada_block_count(p);
+    /* Memory is what a few blocks cost: a part of each says as much. */
+    const uint64_t part = step > 1 ? SOME_OF_BLOCK : UINT64_MAX;
     int64_t start, end;
     step = ada_step_of_keys(p, b, step, &start, &end);
     double largest2 = 0;
@@ -155,7 +160,7 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     keys->count = 0;
     for (int64_t block = 0; block < blocks; block++) {
         const uint64_t seen = keys->seen[block] =
-            (block - start) % step ? 0 : ada_block_seen(p, k, b, h, heads, block, s.rows);
+            (block - start) % step ? 0 : part & ada_block_seen(p, k, b, h, heads, block, s.rows);
         if (!seen) continue;
         const float *x =
             rows_at_f32(k, &p->key, b, g, block * ADA_BLOCK, ada_keys_of_block(p, block), s.rows, &ld);
@@ -195,6 +200,26 @@ void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64
     k->squares(&most2, NULL, s.column, E, 1, E, NULL, NULL);
     k->squares(&center2, NULL, s.sum, E, 1, E, NULL, NULL);
     ada_finish_keys(p, largest2, value2_sum, (double)most2, (double)center2, keys);
+}
+
+bool ada_know_keys(const ada_problem *p, int64_t b, int64_t h, ada_key_probe *keys) {
+    const int64_t g = h / (p->H / p->G), D = p->D, E = p->E;
+    const int64_t at = ada_last_figures(ada_visible_span(p, b, p->T - 1).end);
+    if (!p->key.figures || !p->value.figures || p->attn_mask.data || at < 0 ||
+        ada_visible_span(p, b, 0).first > 0)
+        return false;
+    float *key = p->key.figures + ((b * p->G + g) * p->key.figured + at) * ADA_FIGURE(D);
+    const float *value = p->value.figures + ((b * p->G + g) * p->value.figured + at) * ADA_FIGURE(E);
+    double center2 = 0;
+    for (int64_t e = 0; e < E; e++) center2 += (double)value[e] * (double)value[e];
+    for (int64_t d = 0; d < D; d++) keys->square[d] = key[d] * key[d];
+    keys->mean = key, keys->variance = key + D;
+    keys->total = (double)key[2 * D];
+    keys->count = (double)ada_figured_tokens(at);
+    keys->value2_mean = (double)value[2 * E] + center2, keys->center2 = center2;
+    keys->largest2 = keys->step8 = keys->step16 = 0;
+    keys->heavies = 0;
+    return true;
 }
 
 /* ---- queries ---- */

@@ -66,6 +66,9 @@ int64_t ada_probe_scratch_bytes(const ada_problem *p, bool sparse);
  */
 void ada_probe_keys(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                     int64_t step, ada_key_probe *keys, char *scratch);
+/* The same from the figures of a cache, without looking at a key, as far as the fp32 rung's error follows
+ * from them; false where there are none, or queries do not see all that they count. */
+bool ada_know_keys(const ada_problem *p, int64_t b, int64_t h, ada_key_probe *keys);
 /* The blocks of keys that some query's span meets, and the step that looks at two of them at least. */
 int64_t ada_step_of_keys(const ada_problem *p, int64_t b, int64_t step, int64_t *first, int64_t *end);
 /* What follows from keys->count, mean, variance, value2 and seen, and from sums over the keys: of their

@@ -425,7 +425,7 @@ static void confirm_guess(ada_attending *a, int64_t index) {
     ada_row_profile guess = a->profiles[index * ADA_MOST_ROWS];
     guess.out2 = out2 / guess.weight;
     ada_forecast after;
-    ada_forecast_head(&guess, 1, &a->keys[index / a->per_head], a->p, &after);
+    ada_forecast_head(&guess, 1, &a->keys[index / a->per_head], a->p, ada_candidates_of(a, index), &after);
     for (int i = 0; i < ADA_CANDIDATES; i++)
         if (!isnan(head->forecast.error[i])) head->forecast.error[i] = after.error[i];
     head->predicted_error = head->forecast.error[c];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -50,7 +51,7 @@ def content(cache: KVCache) -> tuple[Array, Array]:
         S = max(1, int(cache.lengths.max()))
         x = (data.view(ml_dtypes.bfloat16) if kind == "bf16" else data)[:, :, :S].astype(F64)
         if kind.startswith("int8"):
-            scale, mean, open_, number = pages
+            scale, mean, open_, number = pages[:4]
             x = codes(data, kind == "int8 values", mean.shape[3])[:, :, :S]
             x *= np.repeat(scale.astype(F64), PAGE, axis=2)[:, :, :S, None]
             x += np.repeat(mean.view(ml_dtypes.bfloat16).astype(F64), PAGE, axis=2)[:, :, :S]
@@ -137,7 +138,17 @@ def test_memory() -> None:
         assert cache.capacity == 1024
         pages = 16 * (2 * (D + E) + 2 * 4) + PAGE * 4 * (D + E) if dtype == "int8" else 0
         numbers = 2 * 8 * B if dtype == "int8" else 0
-        assert cache.nbytes == B * G * (1024 * width * (D + E) + pages) + numbers
+        figures = 4 * (10 + 1024 // 512) * (2 * (D + E) + 2)
+        assert cache.nbytes == B * G * (1024 * width * (D + E) + pages + figures) + numbers
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_tokens_begin_with_a_cache_line(dtype: str) -> None:
+    cache = KVCache(2, 1, 48, dtype=dtype)
+    grow = partial(cache.append, *np.ones((2, 2, 1, 70, 48), F32))
+    for change in (lambda: None, grow, partial(cache.reorder, [1])):
+        change()
+        assert all(side[1].ctypes.data % 64 == 0 for side in (cache._key, cache._value))
 
 
 def test_growth_keeps_everything(rng: np.random.Generator) -> None:
@@ -599,6 +610,93 @@ def test_out_of_memory(rng: np.random.Generator) -> None:
     assert cache.capacity == 128 and same_bits(cache.attention(query), expected)
 
 
+def figured(length: int) -> tuple[int, Array]:
+    """The last figures of so many tokens, and whose they are: cache.h."""
+    if length < 64:
+        return int(np.log2(length)), np.arange(2 ** int(np.log2(length)))
+    if length < 512:
+        pages = min(length // 64, 4)
+        return 5 + pages, np.arange(64 * pages)
+    ends = 512 * np.arange(1, length // 512 + 1)[:, None]
+    return 9 + length // 512, np.concatenate([np.arange(256), (ends + np.arange(-64, 0)).ravel()])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_figures_of_the_tokens(dtype: str) -> None:
+    """Mean and variance of what came, whatever the pieces were that it came in."""
+    rng = np.random.default_rng(7)
+    D, E = 70, 24
+    stream = tokens(rng, (1, 2, D, E), 1100)
+    cache, once = KVCache(1, 2, D, E, dtype=dtype), KVCache(1, 2, D, E, dtype=dtype, capacity=1100)
+    once.append(*stream)
+    for n in (1, 1, 3, 40, 19, 1, 70, 300, 100, 565):
+        first = int(cache.lengths[0])
+        cache.append(*(x[:, :, first : first + n] for x in stream))
+        at, rows = figured(first + n)
+        for side, x in zip((cache._key, cache._value), stream, strict=True):
+            width = x.shape[3]
+            kept = x if KINDS[dtype] is None else x.astype(KINDS[dtype]).astype(F32)
+            chosen, found = kept[:, :, rows].astype(F64), side[6][:, :, at]
+            np.testing.assert_allclose(found[..., :width], chosen.mean(axis=2), atol=2e-5)
+            np.testing.assert_allclose(found[..., width:-1], chosen.var(axis=2), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found[..., -1], chosen.var(axis=2).sum(axis=-1), rtol=1e-4)
+    for a, b in zip((cache._key, cache._value), (once._key, once._value), strict=True):
+        assert same_bits(a[6][:, :, : at + 1], b[6][:, :, : at + 1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_figures_after_truncate_and_reorder(dtype: str) -> None:
+    rng = np.random.default_rng(8)
+    first, second = tokens(rng, (2, 2, 40, 24), 700), tokens(rng, (2, 2, 40, 24), 600)
+    cache, fresh = KVCache(2, 2, 40, 24, dtype=dtype), KVCache(2, 2, 40, 24, dtype=dtype)
+    cache.append(*first)
+    cache.truncate([500, 30])
+    cache.reorder([1, 0])
+    cache.append(*second)
+    kept = [x[:, :, :500].copy() for x in first]
+    fresh.append(*(x[[1, 0]] for x in kept), [30, 500])
+    fresh.append(*second)
+    query = rng.standard_normal((2, 4, 2, 40)).astype(F32)
+    reports = [x.attention(query, tolerance=1e-4, return_report=True)[1] for x in (cache, fresh)]
+    assert same_bits(*(report.predicted_error for report in reports))
+    for b, length in enumerate(cache.lengths):
+        at = figured(int(length))[0]
+        for a, c in zip((cache._key, cache._value), (fresh._key, fresh._value), strict=True):
+            assert same_bits(a[6][b, :, : at + 1], c[6][b, :, : at + 1])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 63, 200, 1000, 4000])
+@pytest.mark.parametrize("T", [1, 12])
+def test_a_step_knows_its_tokens(dtype: str, length: int, T: int) -> None:
+    """What is predicted of a step from figures is what looking at the tokens says."""
+    rng = np.random.default_rng(length)
+    cache = KVCache(1, 2, 64, 48, dtype=dtype)
+    cache.append(*tokens(rng, (1, 2, 64, 48), length))
+    query = rng.standard_normal((1, 6, T, 64)).astype(F32)
+    options = {"tolerance": 1e-4, "return_report": True}
+    report = cache.attention(query, **options)[1]
+    seen = np.ones((1, 1, 1, length), bool)  # masks are looked at, and what they leave
+    looked = cache.attention(query, attn_mask=seen, **options)[1]
+    for name in ("predicted_error", "score_std"):
+        known, expected = getattr(report, name), getattr(looked, name)
+        assert ((known <= 1.5 * expected) & (expected <= 1.5 * known)).all(), (name, known, expected)
+    assert np.array_equal(report.precision_qk, looked.precision_qk)
+
+
+def test_a_window_does_not_go_by_what_it_hides() -> None:
+    """Old tokens, which a window hides, are a thousand times larger than those that it leaves."""
+    rng = np.random.default_rng(9)
+    key, value = tokens(rng, (1, 1, 64, 64), 640)
+    key[:, :, :320] *= 1000
+    cache = KVCache(1, 1, 64)
+    cache.append(key, value)
+    query = rng.standard_normal((1, 1, 1, 64)).astype(F32)
+    budget: Options = {"tolerance": 1e-4, "return_report": True}
+    rungs = [cache.attention(query, **budget, **x)[1].precision_qk for x in ({}, {"window": (127, 0)})]
+    assert [rung.item() for rung in rungs] == ["fp64", "fp32"]
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize("centre", [0.0, 3.0])
 @pytest.mark.parametrize("T", [1, 70])
@@ -669,7 +767,7 @@ def test_a_verified_step_finds_what_nobody_saw(T: int) -> None:
     rng = np.random.default_rng(0)
     key, value = rng.standard_normal((2, 1, 1, 10 * PAGE, 64)).astype(F32)
     query = rng.standard_normal((1, 1, T, 64)).astype(F32)
-    key[:, :, 200:202] = 2e3 * query[:, :, :1] + rng.standard_normal((1, 1, 2, 64)) * [[0.3], [0.5]]
+    key[:, :, 300:302] = 2e3 * query[:, :, :1] + rng.standard_normal((1, 1, 2, 64)) * [[0.3], [0.5]]
     errors = []
     for every in (None, 1):
         cache = KVCache(1, 1, 64, verify_every=every)

@@ -459,10 +459,10 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
                  {"int8 values", ADA_I8, NPY_UINT8}};
     const int types[4] = {NPY_FLOAT, NPY_UINT16, NPY_FLOAT, NPY_INT64};
     const char *name;
-    PyObject *data, *parts[4], *coded = NULL;
+    PyObject *data, *parts[4], *figures, *coded = NULL;
     ada_array *a = &view->array;
-    if (!PyArg_ParseTuple(object, "sO!OOOO|O", &name, &PyArray_Type, &data, &parts[0], &parts[1], &parts[2],
-                          &parts[3], &coded))
+    if (!PyArg_ParseTuple(object, "sO!OOOOO!|O", &name, &PyArray_Type, &data, &parts[0], &parts[1], &parts[2],
+                          &parts[3], &PyArray_Type, &figures, &coded))
         return -1;
     PyArrayObject *array = (PyArrayObject *)data;
     size_t kind = 0;
@@ -472,6 +472,9 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
     for (int i = 0; paged && i < 4; i++)
         good &= PyArray_Check(parts[i]) && PyArray_TYPE((PyArrayObject *)parts[i]) == types[i] &&
                 PyArray_IS_C_CONTIGUOUS((PyArrayObject *)parts[i]);
+    good &= PyArray_NDIM((PyArrayObject *)figures) == 4 &&
+            PyArray_TYPE((PyArrayObject *)figures) == NPY_FLOAT &&
+            PyArray_IS_C_CONTIGUOUS((PyArrayObject *)figures);
     if (coded && codes) {
         good &= codes_of(coded, codes) == 0;
         a->codes = codes;
@@ -488,6 +491,8 @@ int ada_view_of_stored(PyObject *object, ada_pages *pages, ada_codes *codes, ada
         a->pages = pages;
     }
     view->owner = Py_NewRef(object);
+    a->figures = PyArray_DATA((PyArrayObject *)figures);
+    a->figured = PyArray_DIM((PyArrayObject *)figures, 2);
     a->data = PyArray_DATA(array);
     a->dtype = kinds[kind].dtype;
     a->ndim = 4;
