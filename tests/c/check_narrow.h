@@ -83,7 +83,11 @@ static void make_operands(check *c, narrow_case *s, int n, ada_parts parts) {
     }
     s->scale = integers ? new_floats(c, "scale", (n + ADA_BLOCK - 1) / ADA_BLOCK) : NULL;
     s->start = dtype == CHECK_I8 ? new_buffer(c, "start", CHECK_I32, n, n, 4) : NULL;
-    for (int j = 0; s->start && j < n; j++) set(s->start, j, integer(c, -(1 << 20), 1 << 20));
+    for (int j = 0; s->start && j < n; j++) {
+        double sum = 0;
+        for (int x = 0; x < words; x++) sum += (double)value_at(s->k, j * words + x);
+        set(s->start, j, -128 * sum);
+    }
     s->t = (ada_narrow_tile){.q = data(s->q),
                              .unit = data(s->unit),
                              .offset = data(s->offset),
