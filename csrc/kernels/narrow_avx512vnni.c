@@ -40,10 +40,13 @@ INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow
                           float steps) {
     const int64_t largest = (int64_t)t->DW * 4 * 128 * ADA_I8_MAX;
     const uint64_t seen = lanes_seeing(keys, n);
-    float scale = keys->scale[0];
+    float scale = keys->scale[0], sum = scale;
     int most = 0;
     while (largest >> most > INT16_MAX) most++;
-    for (int b = 1; b < n / ADA_BLOCK; b++) scale = scale < keys->scale[b] ? keys->scale[b] : scale;
+    for (int b = 1; b < n / ADA_BLOCK; b++) {
+        scale = scale < keys->scale[b] ? keys->scale[b] : scale;
+        sum += keys->scale[b];
+    }
     mask beyond = 0;
     for (int v = 0; v < ADA_LANES / VL; v++) {
         const int i = v * VL;
@@ -56,8 +59,10 @@ INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow
         beyond |= m_outside(m, v_set1(-Y_RANGE), v_set1(Y_RANGE));
         beyond |= m_outside(less, v_zero(), v_set1((float)most)) | m_differ(whole, whole);
         v_store(y->m + i, m);
-        v_store(y->cut + i, v_mul(fraction, v_set1(scale / 2)));
-        w_store(y->shift + i, _mm512_cvtps_epi32(v_sub(v_set1((float)most), less)));
+        const vec shift = v_sub(v_set1((float)most), less);
+        const vec half = v_sub(v_set1(0.5f), v_scale2(v_set1(0.5f), v_sub(v_zero(), shift)));
+        v_store(y->cut + i, v_mul(v_mul(fraction, half), v_set1(sum / (float)(n / ADA_BLOCK))));
+        w_store(y->shift + i, _mm512_cvtps_epi32(shift));
         for (int b = 0; b < n / ADA_BLOCK; b++) {
             const words u = _mm512_cvtps_epi32(v_mul(fraction, v_set1(keys->scale[b] * 32768)));
             w_store(y->unit[b][v], y_pack(u, u));
