@@ -42,6 +42,15 @@ INLINE words y_integers(vec y0, vec y1, const bool BOUNDED) {
     return _mm512_packs_epi32(_mm512_cvtps_epi32(y0), _mm512_cvtps_epi32(y1));
 }
 
+/* Of one block of keys: the bits of the lanes that see them, NULL where all see all. */
+INLINE const uint64_t *block_bits(const uint64_t *visible, int block) {
+    uint64_t all = UINT64_MAX;
+    if (!visible) return NULL;
+    visible += block * ADA_BLOCK;
+    for (int j = 0; j < ADA_BLOCK; j++) all &= visible[j];
+    return ~all ? visible : NULL;
+}
+
 /* The lanes that see some key. */
 INLINE uint64_t lanes_seeing(const ada_narrow_keys *keys, int n) {
     uint64_t seen = 0;

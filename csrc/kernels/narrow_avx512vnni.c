@@ -96,10 +96,20 @@ INLINE words y_pairs(words x) {
  * vectors in the order of packs, of keys 0 and 2 and of keys 1 and 3. */
 typedef struct {
     y_steps line;
-    int16_t y[ADA_STRIP * VL] __attribute__((aligned(64))); /* of the last n keys */
-    words top[ADA_LANES / VL];                              /* the largest */
-    words exact[ADA_LANES / VL], rounded[ADA_LANES / VL];   /* sums of 256 times the weights, and of bytes */
+    int16_t y[ADA_STRIP * VL] __attribute__((aligned(64)));
+    const uint64_t *visible[ADA_STRIP / ADA_BLOCK];       /* of each block of keys; NULL: all see all */
+    int n[ADA_LANES / VL];                                /* behind so many keys a vector's lanes see none */
+    words top[ADA_LANES / VL];                            /* largest y */
+    words exact[ADA_LANES / VL], rounded[ADA_LANES / VL]; /* sums of 256 times the weights, and of bytes */
 } strip_of_bytes;
+
+INLINE void see_strip(strip_of_bytes *s, const ada_narrow_keys *keys, int n) {
+    for (int b = 0; b < n / ADA_BLOCK; b++) s->visible[b] = block_bits(keys->visible, b);
+    for (int v = 0, j; v < ADA_LANES / VL; v++) {
+        for (j = n; j > 8 && keys->visible && !m_bits(keys->visible[j - 1], v * VL);) j--;
+        s->n[v] = (j + 7) / 8 * 8;
+    }
+}
 
 INLINE words least_bytes(const strip_of_bytes *s, int v) {
     const words least = _mm512_cvtps_epi32(v_sub(v_load(s->line.m + v * VL), v_set1(LEAST_BYTES)));
@@ -107,13 +117,14 @@ INLINE words least_bytes(const strip_of_bytes *s, int v) {
 }
 
 /* y of quad i of the eight keys from j on. */
-INLINE void y_of_quad(strip_of_bytes *s, const words sums[8], int i, int j, int v, const uint64_t *visible,
-                      words *most) {
+INLINE void y_of_quad(strip_of_bytes *s, const words sums[8], int i, int j, int v, words *most) {
     const words shift = w_load(s->line.shift + v * VL), unit = w_load(s->line.unit[j / ADA_BLOCK][v]);
+    const uint64_t *visible = s->visible[j / ADA_BLOCK];
     UNROLL for (int a = 4 * i; a < 4 * i + 2; a++) {
         words y = y_of_sums(sums[a], sums[a + 2], shift, unit);
         if (visible) {
-            const __mmask32 seen = y_pack_bits(visible[j + a], visible[j + a + 2], v * VL);
+            const uint64_t *bits = visible + j % ADA_BLOCK + a;
+            const __mmask32 seen = y_pack_bits(bits[0], bits[2], v * VL);
             y = _mm512_mask_mov_epi16(_mm512_set1_epi16(INT16_MIN), seen, y);
         }
         *most = _mm512_max_epi16(*most, y);
@@ -141,34 +152,35 @@ INLINE void eight_keys(words acc[8], const uint32_t *q, const uint32_t *k, ptrdi
     }
 }
 
-INLINE words end_of_y(strip_of_bytes *s, const words sums[8], int n, int v, const uint64_t *visible,
-                      words most) {
-    UNROLL for (int i = 0; i < 2; i++) y_of_quad(s, sums, i, n - 8, v, visible, &most);
-    return s->top[v] = _mm512_max_epi16(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
-}
-
-/* Of vector v; FIRST: there is none before. acc and most: the last sums of the one before and its largest
- * without them. */
-INLINE void bytes_of_lanes(strip_of_bytes *s, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n,
-                           ptrdiff_t DW, int v, words acc[8], words *most, const bool FIRST,
-                           const bool HIDDEN) {
-    const uint64_t *visible = HIDDEN ? keys->visible : NULL;
-    const uint32_t *q = t->q + v * VL, *k = keys->k;
+/* Sums of keys first ... end - 1 and vector v, and the y of those before; SECOND: with the weights of as many
+ * keys and the vector before. */
+INLINE void run_of_keys(strip_of_bytes *s, const ada_narrow_tile *t, const ada_narrow_keys *keys, int first,
+                        int end, ptrdiff_t DW, int v, words acc[8], words *most, const bool SECOND) {
+    const uint32_t *q = t->q + v * VL, *k = keys->k + first * DW;
     const int32_t *start = keys->start;
     uint32_t *w = t->w + (v - 1) * VL;
-    words top = FIRST ? *most : end_of_y(s, acc, n, v - 1, visible, *most), now = least_bytes(s, v), sums[8];
-    words exact = _mm512_setzero_si512(), rounded = exact;
-    for (int j = 0; j < n; j += 8, k += 8 * DW, w += 2 * ADA_LANES) {
+    words now = *most, top, exact, rounded, sums[8];
+    if (SECOND) top = s->top[v - 1], exact = s->exact[v - 1], rounded = s->rounded[v - 1];
+    for (int j = first; j < end; j += 8, k += 8 * DW, w += 2 * ADA_LANES) {
         UNROLL for (int i = 0; i < 8; i++) sums[i] = acc[i], acc[i] = _mm512_set1_epi32(start[j + i]);
         UNROLL for (int i = 0; i < 2; i++) {
-            if (j) y_of_quad(s, sums, i, j - 8, v, visible, &now);
+            if (j) y_of_quad(s, sums, i, j - 8, v, &now);
             eight_keys(acc, q, k, DW, 2 * i);
-            if (!FIRST) quad_of_y(w + i * ADA_LANES, s->y + (j + 4 * i) * VL, top, &exact, &rounded);
+            if (SECOND) quad_of_y(w + i * ADA_LANES, s->y + (j + 4 * i) * VL, top, &exact, &rounded);
             eight_keys(acc, q, k, DW, 2 * i + 1);
         }
     }
     *most = now;
-    if (!FIRST) s->exact[v - 1] = exact, s->rounded[v - 1] = rounded;
+    if (SECOND) s->exact[v - 1] = exact, s->rounded[v - 1] = rounded;
+}
+
+/* The weights of vector v from key j on, n keys in all. */
+INLINE void rest_of_weights(strip_of_bytes *s, uint32_t *w, int j, int n, int v) {
+    words exact = s->exact[v], rounded = s->rounded[v];
+    for (w += v * VL; j < s->n[v]; j += 4)
+        quad_of_y(w + j / 4 * ADA_LANES, s->y + j * VL, s->top[v], &exact, &rounded);
+    for (; j < n; j += 4) w_store(w + j / 4 * ADA_LANES, _mm512_setzero_si512());
+    s->exact[v] = exact, s->rounded[v] = rounded;
 }
 
 /* 32 sums in the order of packs to 16. */
@@ -177,35 +189,39 @@ INLINE words sums_of_lanes(words sums) {
     return _mm512_add_epi32(_mm512_unpacklo_epi16(sums, zero), _mm512_unpackhi_epi16(sums, zero));
 }
 
-/* HIDDEN, here and below: some lanes do not see some keys. */
-INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, ptrdiff_t DW,
-                     const bool HIDDEN) {
-    enum { LAST = ADA_LANES / VL - 1 };
+INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, ptrdiff_t DW) {
+    enum { VECTORS = ADA_LANES / VL };
     strip_of_bytes s;
-    words acc[8], most = _mm512_setzero_si512(), exact = most, rounded = most;
-    vec top[LAST + 1];
+    words acc[8];
+    vec top[VECTORS];
     mask beyond = 0;
     if (!prepare_steps(&s.line, t, keys, n, BYTE_STEPS)) return false;
-    UNROLL for (int i = 0; i < 8; i++) acc[i] = most;
-    bytes_of_lanes(&s, t, keys, n, DW, 0, acc, &most, true, HIDDEN);
-    for (int v = 1; v <= LAST; v++) bytes_of_lanes(&s, t, keys, n, DW, v, acc, &most, false, HIDDEN);
-    most = end_of_y(&s, acc, n, LAST, HIDDEN ? keys->visible : NULL, most);
-    for (int j = 0; j < n; j += 4)
-        quad_of_y(t->w + j / 4 * ADA_LANES + LAST * VL, s.y + j * VL, most, &exact, &rounded);
-    s.exact[LAST] = exact, s.rounded[LAST] = rounded;
-    for (int v = 0; v <= LAST; v++) {
+    see_strip(&s, keys, n);
+    UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm512_setzero_si512();
+    for (int v = 0; v < VECTORS; v++) {
+        const int second = v == 0 ? 0 : s.n[v] < s.n[v - 1] ? s.n[v] : s.n[v - 1];
+        words most = least_bytes(&s, v);
+        if (second) run_of_keys(&s, t, keys, 0, second, DW, v, acc, &most, true);
+        run_of_keys(&s, t, keys, second, s.n[v], DW, v, acc, &most, false);
+        if (v) rest_of_weights(&s, t->w, second, n, v - 1);
+        UNROLL for (int i = 0; i < 2; i++) y_of_quad(&s, acc, i, s.n[v] - 8, v, &most);
+        s.top[v] = _mm512_max_epi16(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
+        s.exact[v] = s.rounded[v] = _mm512_setzero_si512();
+    }
+    rest_of_weights(&s, t->w, 0, n, VECTORS - 1);
+    for (int v = 0; v < VECTORS; v++) {
         const words y = _mm512_srai_epi32(_mm512_unpacklo_epi16(s.top[v], s.top[v]), 16);
         top[v] = v_sub(_mm512_cvtepi32_ps(y), v_load(s.line.m + v * VL));
         beyond |= m_greater(top[v], v_set1(ADA_LAZY_OCTAVES * BYTE_STEPS));
     }
     if (beyond) return false;
-    for (int v = 0; v <= LAST; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         float *l = t->f32.l + v * VL, *total = t->sum + v * VL;
         const vec octaves = v_mul(v_add(top[v], v_load(s.line.cut + v * VL)), v_set1(1 / BYTE_STEPS));
         const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
         const words rest = _mm512_sub_epi16(s.exact[v], _mm512_slli_epi16(s.rounded[v], 8));
         const vec whole = _mm512_cvtepi32_ps(sums_of_lanes(s.rounded[v]));
-        const vec less = v_sub(_mm512_cvtepi32_ps(sums_of_lanes(rest)), v_set1(128.0f * (float)n));
+        const vec less = v_sub(_mm512_cvtepi32_ps(sums_of_lanes(rest)), v_set1(128.0f * (float)s.n[v]));
         v_store(t->worth + v * VL, worth);
         v_store(total, v_fma(whole, worth, v_load(total)));
         v_store(l, v_fma(v_fma(less, v_set1(1 / 256.0f), whole), worth, v_load(l)));
@@ -214,14 +230,10 @@ INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int 
 }
 
 /* Loops of a known length pay: D = 32 and 64. */
-INLINE bool weigh_bytes(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
-    return t->DW == 16  ? weigh_i8(t, keys, n, 16, HIDDEN)
-           : t->DW == 8 ? weigh_i8(t, keys, n, 8, HIDDEN)
-                        : weigh_i8(t, keys, n, t->DW, HIDDEN);
-}
-
 bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return keys->visible ? weigh_bytes(t, keys, n, true) : weigh_bytes(t, keys, n, false);
+    return t->DW == 16  ? weigh_i8(t, keys, n, 16)
+           : t->DW == 8 ? weigh_i8(t, keys, n, 8)
+                        : weigh_i8(t, keys, n, t->DW);
 }
 
 /* Squares are products with the upper half of a weight, rounded up, as one factor has a sign. */
@@ -278,6 +290,7 @@ INLINE void pairs(const ada_narrow_tile *t, int n, int lane, vec most, vec l) {
     v_store(t->f32.l + lane, v_add(l, v_load(t->f32.l + lane)));
 }
 
+/* HIDDEN: some lanes do not see some keys. */
 INLINE bool weigh_i16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
     const int DW = t->DW;
     y_line line;
