@@ -23,8 +23,6 @@
  * packed into 16 bits and multiplied with a fraction, the unit. The shift is such that nothing overflows, or
  * that what does lies 2^14 steps from zero at least. */
 
-#define Y_RANGE 8192.0f /* steps that a reference may lie from the offset */
-
 typedef struct {
     int16_t unit[ADA_STRIP / ADA_BLOCK][ADA_LANES / VL][2 * VL] __attribute__((aligned(64)));
     int32_t shift[ADA_LANES] __attribute__((aligned(64)));
@@ -35,9 +33,9 @@ typedef struct {
 /* 32 integers from 16 each in the order of packs: four of a, four of b, and so on. */
 INLINE words y_pack(words a, words b) { return _mm512_packs_epi32(a, b); }
 
-/* False when the integers cannot hold it. Where nothing is seen the reference is zero. */
-INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n,
-                          float steps) {
+/* False when 16 bits cannot hold it. Where a lane sees nothing its reference is zero. */
+INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    const vec far = v_set1(ADA_FAR_OCTAVES * BYTE_STEPS);
     const int64_t largest = (int64_t)t->DW * 4 * 128 * ADA_I8_MAX;
     const uint64_t seen = lanes_seeing(keys, n);
     float scale = keys->scale[0], sum = scale;
@@ -51,12 +49,12 @@ INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow
     for (int v = 0; v < ADA_LANES / VL; v++) {
         const int i = v * VL;
         const vec octaves = v_sub(v_load(t->f32.m + i), v_load(t->offset + i));
-        const vec m = v_select(m_bits(seen, i), v_mul(octaves, v_set1(steps)), v_zero());
-        const vec unit = v_mul(v_load(t->unit + i), v_set1(steps * (float)(1 << most)));
+        const vec m = v_select(m_bits(seen, i), v_mul(octaves, v_set1(BYTE_STEPS)), v_zero());
+        const vec unit = v_mul(v_load(t->unit + i), v_set1(BYTE_STEPS * (float)(1 << most)));
         const vec whole = v_mul(unit, v_set1(scale));
         const vec less = v_max(v_add(_mm512_getexp_ps(whole), v_set1(1)), v_zero());
         const vec fraction = v_scale2(unit, v_sub(v_zero(), less));
-        beyond |= m_outside(m, v_set1(-Y_RANGE), v_set1(Y_RANGE));
+        beyond |= m_outside(m, v_sub(v_zero(), far), far);
         beyond |= m_outside(less, v_zero(), v_set1((float)most)) | m_differ(whole, whole);
         v_store(y->m + i, m);
         const vec shift = v_sub(v_set1((float)most), less);
@@ -195,7 +193,7 @@ INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int 
     words acc[8];
     vec top[VECTORS];
     mask beyond = 0;
-    if (!prepare_steps(&s.line, t, keys, n, BYTE_STEPS)) return false;
+    if (!prepare_steps(&s.line, t, keys, n)) return false;
     see_strip(&s, keys, n);
     UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm512_setzero_si512();
     for (int v = 0; v < VECTORS; v++) {

@@ -410,6 +410,12 @@ static void make_weigh(check *c) {
     if (!c->bench && chance(c, 0.1)) set(s.m, lane, chance(c, 0.5) ? -INFINITY : -1e38);
     if (!c->bench && chance(c, 0.6)) s.visible = new_bits(c, "visible", s.n);
     note(c, "visible", s.visible != NULL), s.keys.visible = data(s.visible);
+    /* The lanes of a vector see no key from some on, as on a diagonal. */
+    for (int i = 0; s.visible && i < ADA_LANES; i += 16) {
+        const int first = chance(c, 0.3) ? integer(c, 0, s.n) : s.n;
+        for (int j = first; j < s.n; j++)
+            for (int lane = i; lane < i + 16; lane++) clear_bit(s.visible, j, lane);
+    }
     for (int i = 0; s.visible && i < ADA_LANES; i++) {
         if (!chance(c, 0.1)) continue;
         for (int j = 0; j < s.n; j++) clear_bit(s.visible, j, i);
