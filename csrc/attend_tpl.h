@@ -277,7 +277,7 @@ static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch
         if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
         if (dead) KIND(hide_lanes)(s, &block, patch.nk, dead);
         REAL m[ADA_LANES], l[ADA_LANES];
-        memcpy(m, s->tile.m, sizeof m), memcpy(l, s->tile.l, sizeof l);
+        if (r->p->mass) memcpy(m, s->tile.m, sizeof m), memcpy(l, s->tile.l, sizeof l);
         if (!KIND(block_weights)(r, s, &block, patch.nk, first))
             KIND(living_weights)(r, s, &block, patch.nk, &dead);
         if (r->p->mass) KIND(weigh_block)(s, m, l);

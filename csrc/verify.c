@@ -32,7 +32,7 @@
 /* That tell the norm of all. */
 #define SOME_VALUES 32
 
-/* A measurement that is further from its prediction is taken again. */
+/* A measurement that is so far below its prediction is taken again. */
 #define SURPRISE 2
 
 /* At least so many where keys are left out, as few rows may carry the error then. */
@@ -96,7 +96,7 @@ int ada_most_rows_to_verify(int64_t T) {
 
 /* fp32's own errors lie in few rows, and its kernels are slow enough that exact rows cost little beside them.
  */
-static int rows_for_fp32(int64_t T) { return T < 512 ? 0 : T < 4096 ? 8 : 16; }
+static int rows_for_fp32(int64_t T) { return T < 512 ? 0 : T < 4096 ? 8 : 12; }
 
 /* As many rows as the distance between prediction and budget asks for, and few where that is far. */
 static int rows_to_verify(const ada_attending *a, int64_t index) {
@@ -274,9 +274,7 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
         ada_mark_seeing_rows(a, head, scratch);
         if (s->uneven) size_by_queries(a, head, (float *)scratch);
     }
-    if (a->mass && ada_is_fp32(&a->budget->heads[head]) && p->query.dtype != ADA_F64) {
-        forecast_again(a, head, norms);
-    }
+    if (a->mass && ada_is_fp32(&a->budget->heads[head])) forecast_again(a, head, norms);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
                       ada_is_thinned(&a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
@@ -349,11 +347,11 @@ static double largest_limit(const ada_attending *a, int64_t index) {
     return a->budget->tolerance * (guessed ? 0.5 : 1) + ada_rounding_of(a->p->query.dtype);
 }
 
-/* Whether few rows of a head in fp32 say otherwise than the weights of all: one of the two is off. */
+/* Whether few rows of a head in fp32 say so much less than the weights of all that they may have missed those
+ * with the error. */
 static bool surprises(const ada_attending *a, const ada_head *head) {
-    const double off = head->measured_error / head->predicted_error;
     return a->mass && ada_is_fp32(head) && rows_for_fp32(a->p->T) > 0 &&
-           !(off < SURPRISE && off * SURPRISE > 1);
+           SURPRISE * head->measured_error < head->predicted_error;
 }
 
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
@@ -434,8 +432,9 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     head->verified_rows = s->n;
     head->measured_error = error.error;
     head->error_limit = error.limit;
-    /* Rows without an error say nothing of the others: predictions are seldom so far off. */
-    if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
+    /* Few rows without much of an error say little of the others. What was chosen keeps the budget so. */
+    if (s->look || (a->mass && ada_is_fp32(head)))
+        head->error_limit = fmax(head->error_limit, ADA_MARGIN * head->predicted_error);
     *misses = error.misses;
     return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
            !((refuted(a, head, s) || surprises(a, head)) && doubts(a, index));
