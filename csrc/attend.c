@@ -34,6 +34,8 @@
 #define FIXED_ERROR 1e-6
 /* A row's values differ: that its norm is that of one of them does not say that it has but one. */
 #define MOST_OF_ROW 0.95f
+/* Fewer rows are drawn without it: equal shares need them. */
+#define LEAST_BY_MASS 8
 /* Scores of some heads are off by more than this in fp32, and so may their lse be. */
 #define LSE_TOLERANCE 2e-4
 
@@ -183,7 +185,7 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, float *norms, const fl
     ada_add_shares(share, NULL, live, T);
     if (s->look || s->uneven) ada_add_shares(share, live, live, T);
     if (norms) ada_add_shares(share, norms, live, T);
-    if (norms && a->mass && ada_is_fp32(&a->budget->heads[head])) {
+    if (norms && a->mass && ada_is_fp32(&a->budget->heads[head]) && n >= LEAST_BY_MASS) {
         const ada_row_mass *mass = a->mass + head * T;
         size_by_norms(norms, mass, (float)s->value2, T);
         for (int i = 0; i < 2; i++) ada_add_shares(share, norms, live, T);

@@ -85,7 +85,11 @@ def test_heads_in_fp32_are_predicted_and_measured() -> None:
     """Their own errors lie in few rows; statistics alone, or four rows, say little of them."""
     predicted: list[float] = []
     measured: list[float] = []
-    some = [library.gaussian(x, 512, 512, heads=4, causal=causal) for x in library.SIGMAS for causal in (False, True)]
+    some = [
+        library.gaussian(x, 512, 512, heads=4, causal=causal)
+        for x in library.SIGMAS
+        for causal in (False, True)
+    ]
     for heads in (*some, *library.bundled(512)):
         out, report = heads.attend(tolerance=1e-5, min_precision="fp32", return_report=True)
         plain = report.precision_qk == "fp32"
