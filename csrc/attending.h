@@ -167,7 +167,7 @@ double ada_row_work(const ada_attending *a); /* multiply-adds of the rows that a
 ada_task ada_task_of(const ada_attending *a, int64_t head, double margin);
 /* Draws up to n rows of a head: by equal shares, by what they may contribute to the error and, where they are
  * known, by the norms of the output's rows, in equal parts; by bounds of errors, where there are some, as
- * much as by all others. */
+ * much as by all others. Of a head in fp32 also by where its weights lie; norms are spoilt. */
 void ada_draw_rows(ada_attending *a, int64_t head, int n, float *norms, const float *shift2, uint64_t stream);
 /* A thinned head as if nothing had been left out of it. */
 void ada_make_dense(ada_head *head);
