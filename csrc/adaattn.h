@@ -93,6 +93,13 @@ typedef struct {
     uint32_t *visible, *kept; /* (B, H, rows, columns) */
 } ada_picture;
 
+/* Of a row whose weights are 2^(score - reference). */
+typedef struct {
+    float reference, lse; /* in octaves; 0 where it sees no key */
+    float share;          /* of a key that has the reference for its score, in all weights */
+    float block;          /* of the heaviest block of ADA_BLOCK keys; 0 where that is not known */
+} ada_row_mass;
+
 /* Heads whose keys may stand in for others of their block, on rungs whose kernels can. */
 typedef struct {
     const double *budget2, *joint; /* (B, H): mean squared error of a row over own, and joint, of sparse.h; a
@@ -130,9 +137,10 @@ typedef struct {
      * of them, while its arrays are at hand; NULL: nobody is. */
     void (*head_done)(void *context, int64_t head, int worker);
     void *done_context;
-    ada_choice *ran; /* (B, H): what each head was computed with in the end; NULL: not wanted */
-    bool stored;     /* key and value come from a cache, each of a dtype of its own */
-    bool on_gpu;     /* it is computed on this device; its vectors are memory of the CPU all the same */
+    ada_row_mass *mass; /* (B, H, T): where rows' weights lie; NULL: not wanted */
+    ada_choice *ran;    /* (B, H): what each head was computed with in the end; NULL: not wanted */
+    bool stored;        /* key and value come from a cache, each of a dtype of its own */
+    bool on_gpu;        /* it is computed on this device; its vectors are memory of the CPU all the same */
     int device;
     uintptr_t stream; /* a cudaStream_t, on which the arrays are there and wanted */
     bool staged;      /* the arrays are memory of the CPU, to be copied there and back */

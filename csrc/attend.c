@@ -32,6 +32,10 @@
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
+/* A row's values differ: that its norm is that of one of them does not say that it has but one. */
+#define MOST_OF_ROW 0.95f
+/* Fewer rows are drawn without it: equal shares need them. */
+#define LEAST_BY_MASS 8
 /* Scores of some heads are off by more than this in fp32, and so may their lse be. */
 #define LSE_TOLERANCE 2e-4
 
@@ -154,7 +158,25 @@ static int rows_to_profile(const ada_attending *a, const ada_forecast *guess, in
     return plain - ada_predicted_seconds(&task, &rates[best]) > 2 * looking ? rows : 0;
 }
 
-void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, const float *shift2,
+/* What rounding the scores does to a row whose weights w^2 sum to x = norm / value2, were its values alike:
+ * x (1 - x) times the square of the scores. */
+static void size_by_norms(float *norms, const ada_row_mass *mass, float value2, int64_t T) {
+    const float over = value2 > 0 ? 1 / value2 : 0;
+    for (int64_t i = 0; i < T; i++) {
+        const float x = fminf(norms[i] * over, MOST_OF_ROW);
+        norms[i] = x * (1 - x) * mass[i].lse * mass[i].lse;
+    }
+}
+
+/* The same, where one block has so much of the weight. */
+static void size_by_blocks(float *sizes, const ada_row_mass *mass, int64_t T) {
+    for (int64_t i = 0; i < T; i++) {
+        const float x = mass[i].block;
+        sizes[i] = x < 1 ? x * x * (1 - x) * mass[i].lse * mass[i].lse : 0;
+    }
+}
+
+void ada_draw_rows(ada_attending *a, int64_t head, int n, float *norms, const float *shift2,
                    uint64_t stream) {
     const int64_t T = a->p->T;
     const float *live = a->sizes + head * T;
@@ -164,6 +186,13 @@ void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, co
     ada_add_shares(share, NULL, live, T);
     if (s->look || s->uneven) ada_add_shares(share, live, live, T);
     if (norms) ada_add_shares(share, norms, live, T);
+    if (norms && a->mass && ada_is_fp32(&a->budget->heads[head]) && n >= LEAST_BY_MASS) {
+        const ada_row_mass *mass = a->mass + head * T;
+        size_by_norms(norms, mass, (float)s->value2, T);
+        for (int i = 0; i < 2; i++) ada_add_shares(share, norms, live, T);
+        size_by_blocks(norms, mass, T);
+        ada_add_shares(share, norms, live, T);
+    }
     for (int i = 0; shift2 && i < 3; i++) ada_add_shares(share, shift2, live, T);
     s->n = ada_sample_rows(share, T, n, stream, s->rows, s->weight);
 }
@@ -530,7 +559,7 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.compute_f64 = choice.qk == ADA_RUNG_FP64;
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
-        problem.ran = a->ran;
+        problem.ran = a->ran, problem.mass = a->mass;
         if (pair == ADA_RUNG_FP32 * ADA_RUNG_COUNT + ADA_RUNG_FP32 && ada_may_glance(a))
             problem.head_done = ada_glance_at, problem.done_context = a;
         const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
@@ -606,6 +635,7 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->states = ada_carve(&c, heads * (int64_t)sizeof *a->states);
     a->sizes = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->sizes);
     a->norms = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->norms);
+    a->mass = p->on_gpu ? NULL : ada_carve(&c, heads * p->T * (int64_t)sizeof *a->mass);
     a->shares = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->shares);
     a->profiles = ada_carve(&c, rows * (int64_t)sizeof *a->profiles);
     a->exact_lse = ada_carve(&c, rows * (int64_t)sizeof(double));

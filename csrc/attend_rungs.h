@@ -218,11 +218,11 @@ static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *pa
     for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         const float m = s->t.f32.m[i];
-        const double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.sum[i]);
+        const double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.sum[i], 0);
         s->base.factor[i] = (float)(factor * fault);
         if (row_needs_double(r->p, factor, m)) return false;
         /* The logarithm is that of the sum before rounding. */
-        if (r->p->lse) finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i]);
+        if (r->p->lse) finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.f32.l[i], 0);
     }
     return finish_tile_f32(r, &s->base, patch);
 }

@@ -11,6 +11,7 @@ typedef struct {
     REAL *rows;        /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
     REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
     REAL *factor;      /* [ADA_LANES] */
+    REAL *block;       /* [ADA_LANES] sum of the weights of the heaviest block */
     REAL *queries;     /* [H / G * T][D], scaled, on the way of few queries */
     char *page_rows;   /* the same for codes of pages */
     uint64_t *visible; /* [64], bits of lanes per key */
@@ -32,6 +33,7 @@ static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     s.rows = ada_carve(c, strip * (width > ADA_BLOCK ? width : ADA_BLOCK));
     s.bias = ada_carve(c, ADA_BLOCK * strip);
     s.factor = ada_carve(c, strip);
+    s.block = ada_carve(c, strip);
     s.queries = ada_carve(c, p->T <= ADA_ROWS_MAX ? p->H / p->G * p->T * p->D * real : 0);
     s.page_rows = ada_carve(
         c, p->key.pages && p->T <= ADA_ROWS_MAX ? p->H / p->G * p->T * ADA_PAGE_ROW_BYTES(p->D) : 0);
@@ -170,7 +172,21 @@ static void KIND(start_tile)(const ada_run *r, KIND(scratch) * s, const ada_patc
     const REAL *q = KIND(rows_at)(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, s->rows, &ld);
     r->k->KIND(pack)(s->tile.q, q, ld, patch->n, (int)p->D, s->tile.lanes, factor);
     memset(s->tile.o, 0, (size_t)p->E * ADA_LANES * sizeof(REAL));
-    for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = 0;
+    for (int i = 0; i < ADA_LANES; i++) s->tile.m[i] = -INFINITY, s->tile.l[i] = s->block[i] = 0;
+}
+
+/* Where the block that changed m and l from what they were is the heaviest one so far. */
+static void KIND(weigh_block)(const KIND(scratch) * s, const REAL *m, const REAL *l) {
+    const bool raised = memcmp(m, s->tile.m, ADA_LANES * sizeof(REAL)) != 0;
+    for (int i = 0; raised && i < ADA_LANES; i++) {
+        const REAL f = m[i] == s->tile.m[i] ? 1 : (REAL)exp2((double)(m[i] - s->tile.m[i]));
+        const REAL before = s->block[i] * f, own = s->tile.l[i] - l[i] * f;
+        s->block[i] = own > before ? own : before;
+    }
+    for (int i = 0; !raised && i < ADA_LANES; i++) {
+        const REAL own = s->tile.l[i] - l[i];
+        s->block[i] = own > s->block[i] ? own : s->block[i];
+    }
 }
 
 /* What the outputs of each lane are multiplied with; writes lse of the lanes in rows. Returns those of them
@@ -183,7 +199,8 @@ static uint64_t KIND(normalise)(const ada_run *r, const KIND(scratch) * s, const
     for (int i = 0; i < ADA_LANES; i++) s->factor[i] = 0;
     for (int i = 0; i < patch->n; i++) {
         if (!(rows >> i & 1)) continue;
-        double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i]);
+        double factor =
+            finish_row(r->p, patch->b, patch->h, patch->i + i, s->tile.m[i], s->tile.l[i], s->block[i]);
         s->factor[i] = (REAL)factor;
         if (single && row_needs_double(r->p, factor, s->tile.m[i])) dead |= (uint64_t)1 << i;
     }
@@ -259,8 +276,11 @@ static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch
         KIND(block) block;
         if (!KIND(prepare_block)(r, s, &patch, &block)) continue;
         if (dead) KIND(hide_lanes)(s, &block, patch.nk, dead);
+        REAL m[ADA_LANES], l[ADA_LANES];
+        if (r->p->mass) memcpy(m, s->tile.m, sizeof m), memcpy(l, s->tile.l, sizeof l);
         if (!KIND(block_weights)(r, s, &block, patch.nk, first))
             KIND(living_weights)(r, s, &block, patch.nk, &dead);
+        if (r->p->mass) KIND(weigh_block)(s, m, l);
         if (patched) KIND(take_special_values)(r, s, &block, patch.nk, 1);
         r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
         first = false;
@@ -518,7 +538,7 @@ static bool KIND(join_splits)(const ada_run *r, const KIND(scratch) * s, int64_t
         l += factor * x[1];
         for (int64_t e = 0; e < p->E; e++) row[e] += factor * x[2 + e];
     }
-    const double exact_factor = finish_row(p, b, h, i, m, l);
+    const double exact_factor = finish_row(p, b, h, i, m, l, 0);
     const REAL factor = (REAL)exact_factor;
     if (sizeof(REAL) == sizeof(float) && row_needs_double(p, exact_factor, m)) return false;
     bool finite = true;

@@ -84,6 +84,7 @@ struct ada_attending {
     ada_head_state *states;    /* [B * H] */
     float *sizes;              /* [B * H][T] of the rows, ada_probe_queries */
     float *norms;              /* [B * H][T] squared, of the output's rows */
+    ada_row_mass *mass;        /* [B * H][T] of those without landmarks; NULL: not known, as on a GPU */
     float *shares;             /* [B * H][T] */
     ada_row_profile *profiles; /* [B * H][ADA_MOST_ROWS] */
     double *exact_lse;         /* [B * H][ADA_MOST_ROWS] */
@@ -119,6 +120,11 @@ double ada_seconds_now(void);
 
 /* Something of a head's keys is left out. */
 static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
+
+/* On the rung whose own errors are the smallest that are measured, and lie in few rows. */
+static inline bool ada_is_fp32(const ada_head *h) {
+    return h->choice.qk == ADA_RUNG_FP32 && h->choice.pv == ADA_RUNG_FP32 && h->rank == 0;
+}
 
 /* Because that was asked for: it is not replaced where it misses the tolerance. */
 static inline bool ada_is_thinned_by_name(const ada_budget *b, const ada_head *h) {
@@ -166,9 +172,8 @@ double ada_row_work(const ada_attending *a); /* multiply-adds of the rows that a
 ada_task ada_task_of(const ada_attending *a, int64_t head, double margin);
 /* Draws up to n rows of a head: by equal shares, by what they may contribute to the error and, where they are
  * known, by the norms of the output's rows, in equal parts; by bounds of errors, where there are some, as
- * much as by all others. */
-void ada_draw_rows(ada_attending *a, int64_t head, int n, const float *norms, const float *shift2,
-                   uint64_t stream);
+ * much as by all others. Of a head in fp32 also by where its weights lie; norms are spoilt. */
+void ada_draw_rows(ada_attending *a, int64_t head, int n, float *norms, const float *shift2, uint64_t stream);
 /* A thinned head as if nothing had been left out of it. */
 void ada_make_dense(ada_head *head);
 /* The heads on the list, by their choices. */

@@ -19,11 +19,28 @@ static _Atomic double narrow_fault = 1;
 void ada_narrow_fault(double factor) { atomic_store(&narrow_fault, factor); }
 double ada_narrow_fault_now(void) { return atomic_load_explicit(&narrow_fault, memory_order_relaxed); }
 
-/* Writes the lse of a row; returns what its output is multiplied with. */
-static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l) {
+/* The binary logarithm of a positive float, to 0.09. */
+static float rough_log2(float x) {
+    union {
+        float f;
+        int32_t bits;
+    } u = {x};
+    return (float)u.bits * 0x1p-23f - 127;
+}
+
+/* Writes the lse of a row and where its weights lie; returns what its output is multiplied with. block: the
+ * sum of the heaviest block. */
+static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, double m, double l,
+                         double block) {
     double lse;
     const double factor = ada_row_factor(p, h, m, l, p->lse ? &lse : NULL);
     if (p->lse) ada_store_lse(p, b, h, i, lse);
+    if (p->mass) {
+        const float over = (float)(l > 0 ? 1 / l : 0), reference = l > 0 ? (float)m : 0;
+        p->mass[(b * p->H + h) * p->T + i] =
+            (ada_row_mass){reference, l > 0 ? reference + rough_log2((float)l) : 0, over < 1 ? over : 1,
+                           (float)block * over};
+    }
     return factor;
 }
 

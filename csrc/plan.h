@@ -51,6 +51,10 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
 void ada_forecast_plain(const ada_row_profile *rows, int n, double total, const ada_problem *p, double *error,
                         double *lse_error);
 
+/* The error of the plain fp32 rung by how its rows sway (ada_problem): sums over them of the second times the
+ * mean squared norm of a value, of the first times their own squared norm, and of these norms. */
+double ada_forecast_weighed(double apart, double together, double out2);
+
 /* By how much predictions from profiles may be off. */
 #define ADA_MARGIN 1.25
 

@@ -29,6 +29,12 @@
 #define PRIOR_FREEDOM 6
 #define PRIOR_VARIANCE 1.2 /* of a draw, relative to the square of the total; real heads: 0.6 to 2.5 */
 
+/* That tell the norm of all. */
+#define SOME_VALUES 32
+
+/* A measurement that is so far below its prediction is taken again. */
+#define SURPRISE 2
+
 /* At least so many where keys are left out, as few rows may carry the error then. */
 #define SPARSE_ROWS 16
 
@@ -82,31 +88,37 @@ ada_relative_error ada_relate_error(const ada_error_limits *limits, double norm2
 
 /* ---- rows of heads ---- */
 
+static int larger(int a, int b) { return a > b ? a : b; }
+
 int ada_most_rows_to_verify(int64_t T) {
     return T < 1024 ? 8 : T < 2048 ? 12 : T < 4096 ? 16 : T < 8192 ? 24 : ADA_MOST_ROWS;
 }
 
-/* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is
- * for the default. */
+/* fp32's own errors lie in few rows, and its kernels are slow enough that exact rows cost little beside them.
+ */
+static int rows_for_fp32(int64_t T) { return T < 512 ? 0 : T < 4096 ? 8 : 12; }
+
+/* As many rows as the distance between prediction and budget asks for, and few where that is far. */
 static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head *head = &a->budget->heads[index];
     const ada_head_state *s = &a->states[index];
     const int64_t T = a->p->T;
     if ((s->look && !head->forecast.finite) || s->trusted) return 0;
     if (T < ADA_LEAST_QUERIES) return T < ADA_MOST_ROWS ? (int)T : ADA_MOST_ROWS;
+    const int own = ada_is_fp32(head) ? rows_for_fp32(T) : 0;
     if (!ada_is_thinned(head) && head->predicted_error * ADA_FINER <= a->budget->tolerance) {
         /* One row refutes a prediction that nothing was looked at for, where it is far off; four where the
          * plain rung may not do. */
         const bool far = 16 * ADA_FINER * head->predicted_error <= a->budget->tolerance;
         const bool hard = !s->look && a->budget->tolerance <= 1e-4;
         const int64_t rows = T / (far ? 256 : 128), least = s->uneven ? 8 : hard ? 4 : 1;
-        return rows < least ? (int)least : rows > 8 ? 8 : (int)rows;
+        return larger(own, rows < least ? (int)least : rows > 8 ? 8 : (int)rows);
     }
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
     const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : 4;
-    return rows < least ? least : rows;
+    return larger(own, larger(rows, least));
 }
 
 bool ada_may_glance(const ada_attending *a) {
@@ -212,6 +224,41 @@ static void size_by_queries(const ada_attending *a, int64_t head, float *scratch
     }
 }
 
+/* Mean squared norm of a head's values, from some at equal distances. */
+static double value_norm(const ada_attending *a, int64_t head, float *scratch) {
+    const ada_problem *p = a->p;
+    const ada_span span = {ada_visible_span(p, head / p->H, 0).first,
+                           ada_visible_span(p, head / p->H, p->T - 1).end};
+    const int64_t step = (span.end - span.first + SOME_VALUES - 1) / SOME_VALUES;
+    ada_array some = p->value;
+    float norm2[SOME_VALUES];
+    double sum = 0;
+    ptrdiff_t ld;
+    if (step <= 0) return 0;
+    some.data = ada_row_at(&p->value, 0, 0, span.first);
+    some.stride[2] *= step;
+    const int n = (int)((span.end - span.first + step - 1) / step);
+    const float *v = rows_at_f32(a->k, &some, head / p->H, head % p->H / (p->H / p->G), 0, n, scratch, &ld);
+    a->k->squares(norm2, NULL, v, ld, n, (int)p->E, NULL, NULL);
+    for (int i = 0; i < n; i++) sum += (double)norm2[i];
+    return sum / n;
+}
+
+/* What rows' weights and outputs say of fp32's error: more than could be known before they were computed. */
+static void forecast_again(const ada_attending *a, int64_t head, const float *norms) {
+    const ada_problem *p = a->p;
+    const ada_row_mass *mass = a->mass + head * p->T;
+    const ada_head_state *s = &a->states[head];
+    double apart = 0, together = 0;
+    for (int64_t i = 0; i < p->T; i++) {
+        const float m = mass[i].reference, others = (1 - mass[i].share) * m * m;
+        apart += (double)(mass[i].share * others);
+        together += (double)(norms[i] * others);
+    }
+    const double error = ada_forecast_weighed(s->value2 * apart, together, s->out2);
+    if (isfinite(error)) a->budget->heads[head].predicted_error = error;
+}
+
 static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     ada_attending *a = context;
     const ada_problem *p = a->p;
@@ -220,12 +267,14 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
     char *scratch = a->scratch + worker * a->scratch_bytes;
     float *norms = a->norms + head * p->T;
     s->out2 = a->backend->output_norm(a, head, norms, scratch);
+    if (!s->look && a->mass) s->value2 = value_norm(a, head, (float *)scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
     if (!s->look && !s->known) {
         ada_mark_seeing_rows(a, head, scratch);
         if (s->uneven) size_by_queries(a, head, (float *)scratch);
     }
+    if (a->mass && ada_is_fp32(&a->budget->heads[head])) forecast_again(a, head, norms);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
                       ada_is_thinned(&a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
@@ -298,6 +347,13 @@ static double largest_limit(const ada_attending *a, int64_t index) {
     return a->budget->tolerance * (guessed ? 0.5 : 1) + ada_rounding_of(a->p->query.dtype);
 }
 
+/* Whether few rows of a head in fp32 say so much less than the weights of all that they may have missed those
+ * with the error. */
+static bool surprises(const ada_attending *a, const ada_head *head) {
+    return a->mass && ada_is_fp32(head) && rows_for_fp32(a->p->T) > 0 &&
+           SURPRISE * head->measured_error < head->predicted_error;
+}
+
 /* Whether a head that may miss the tolerance is given more rows first: they cost less than computing it
  * again, and where the estimate is within the tolerance they often suffice. */
 static bool doubts(const ada_attending *a, int64_t index) {
@@ -305,7 +361,7 @@ static bool doubts(const ada_attending *a, int64_t index) {
     const ada_head_state *s = &a->states[index];
     return !ada_is_forced(a->budget) && !s->doubted && s->n <= ADA_MOST_ROWS / 2 && s->n < a->p->T / 8 &&
            head->measured_error < a->budget->tolerance &&
-           (head->error_limit > largest_limit(a, index) || refuted(a, head, s));
+           (head->error_limit > largest_limit(a, index) || refuted(a, head, s) || surprises(a, head));
 }
 
 static bool lse_holds(const ada_attending *a, const ada_head *head) {
@@ -376,11 +432,12 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     head->verified_rows = s->n;
     head->measured_error = error.error;
     head->error_limit = error.limit;
-    /* Rows without an error say nothing of the others: predictions are seldom so far off. */
-    if (s->look) head->error_limit = fmax(head->error_limit, head->predicted_error / ADA_MARGIN_GUESSED);
+    /* Few rows without much of an error say little of the others. What was chosen keeps the budget so. */
+    if (s->look || (a->mass && ada_is_fp32(head)))
+        head->error_limit = fmax(head->error_limit, ADA_MARGIN * head->predicted_error);
     *misses = error.misses;
     return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
-           !(refuted(a, head, s) && doubts(a, index));
+           !((refuted(a, head, s) || surprises(a, head)) && doubts(a, index));
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */

@@ -81,6 +81,36 @@ def test_a_wrong_kernel_is_caught(factor: float) -> None:
     assert (library.errors(out, exact) <= 1e-2).all()
 
 
+def test_heads_in_fp32_are_predicted_and_measured() -> None:
+    """Their own errors lie in few rows; statistics alone, or four rows, say little of them."""
+    predicted: list[float] = []
+    measured: list[float] = []
+    some = [
+        library.gaussian(x, 512, 512, heads=4, causal=causal)
+        for x in library.SIGMAS
+        for causal in (False, True)
+    ]
+    for heads in (*some, *library.bundled(512)):
+        out, report = heads.attend(tolerance=1e-5, min_precision="fp32", return_report=True)
+        plain = report.precision_qk == "fp32"
+        true = library.errors(out, heads.exact())[plain]
+        assert (report.verified_rows[plain] >= 8).all()
+        assert (report.error_limit >= 1.2 * report.predicted_error)[plain].all()
+        predicted += (report.predicted_error[plain] / true).tolist()
+        measured += (report.measured_error[plain] / true).tolist()
+    for off, factor, least in ((predicted, 3, 0.98), (measured, 2, 0.95)):
+        assert len(off) > 50 and np.mean(np.abs(np.log(off)) < np.log(factor)) >= least, sorted(off)
+
+
+def test_rows_that_say_too_little_are_drawn_again() -> None:
+    heads = next(h for h in library.adversarial(512, 512, 64) if "hard rows" in h.name)
+    out, report = heads.attend(tolerance=1e-5, min_precision="fp32", return_report=True)
+    assert (report.precision_qk == "fp32").all() and not report.retried.any()
+    assert (2 * report.measured_error < report.predicted_error).all() and (report.verified_rows == 16).all()
+    true = library.errors(out, heads.exact())
+    assert (report.measured_error > true / 2).all() and (report.error_limit > true).all()
+
+
 def test_values_that_cancel_go_to_fp64() -> None:
     heads = next(h for h in library.adversarial(256, 256, 64) if "cancel" in h.name)
     out, report = heads.attend(tolerance=1e-5, return_report=True)
