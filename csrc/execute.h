@@ -30,9 +30,26 @@ typedef struct {
     atomic_int_least64_t blocks, stand_ins;
 } ada_tally;
 
+/* What memory is asked for during one tile, in equal steps over its keys: where its output goes, what its
+ * worker reads next. */
+typedef struct {
+    ada_ahead now[ADA_AHEAD];
+    int later[ADA_AHEAD]; /* rows of steps to come */
+} ada_prospect;
+
+static inline void ada_step_ahead(ada_prospect *x) {
+    for (int i = 0; i < ADA_AHEAD; i++) {
+        ada_ahead *now = &x->now[i];
+        now->at += now->rows * now->stride;
+        if (now->rows > x->later[i]) now->rows = x->later[i];
+        x->later[i] -= now->rows;
+    }
+}
+
 typedef struct {
     const ada_problem *p;
     const ada_kernels *k;
+    int threads;
     char *scratch; /* of worker w: from scratch + w * scratch_bytes */
     int64_t scratch_bytes;
     int64_t tiles;  /* per head */
