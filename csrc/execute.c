@@ -222,6 +222,38 @@ static void pack_task(void *context, ada_job *job, int64_t task, int worker) {
                        r->scratch + worker * r->scratch_bytes);
 }
 
+/* All tiles of the index-th head. */
+static void tiles_of_head(ada_run *r, ada_task_fn *task, ada_job *job, int64_t index, int worker) {
+    for (int64_t i = 0; i < r->tiles && !ada_job_cancelled(job, worker); i++)
+        task(r, job, index * r->tiles + i, worker);
+}
+
+static void head_task(void *context, ada_job *job, int64_t index, int worker) {
+    tiles_of_head(context, tile_task, job, index, worker);
+}
+
+/* All that has to do with a packed head, while it is at hand. */
+static void packed_head_task(void *context, ada_job *job, int64_t slot, int worker) {
+    ada_run *r = context;
+    const ada_store *store = &r->store;
+    int64_t i = 0;
+    survey_task(r, job, slot, worker);
+    for (int64_t strip = 0; strip < store->strips; strip++)
+        pack_task(r, job, slot * store->strips + strip, worker);
+    for (int64_t end = r->n_heads; i < end;) { /* slots ascend */
+        const int64_t middle = (i + end) / 2;
+        if (store->slots[middle] < slot)
+            i = middle + 1;
+        else
+            end = middle;
+    }
+    for (; i < r->n_heads && store->slots[i] == slot; i++) {
+        atomic_init(&r->raised[i], store->unfit[slot]);
+        tiles_of_head(r, rung_task, job, i, worker);
+        tiles_of_head(r, raised_task, job, i, worker);
+    }
+}
+
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
     int64_t split = task % r->splits, head = task / r->splits, b = head / r->p->G, g = head % r->p->G;
@@ -281,6 +313,9 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
         }
 }
 
+/* Small heads are shared out whole where each thread gets at least so many. */
+#define HEADS_PER_THREAD 6
+
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
 
@@ -300,16 +335,27 @@ static int64_t count_splits(const ada_problem *p) {
     return most;
 }
 
+/* Whether so many heads are tasks as a whole: small ones, whose numbers then stay in the cache of one core,
+ * and enough of them that threads end together. */
+static bool whole_heads(const ada_problem *p, int64_t heads, int threads) {
+    return p->T * p->S <= ADA_FEW_SCORES && heads >= (threads > 1 ? HEADS_PER_THREAD * threads : 1);
+}
+
 /* Tiles on the problem's rungs, then those of the heads that their rung could not hold in fp32. */
 static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), void *context) {
     const ada_problem *p = r->p;
     const int64_t tasks = r->n_heads * r->tiles;
     const ada_store *store = &r->store;
-    if (!ada_parallel_for(store->heads, threads, survey_task, r, interrupt, context) ||
-        !ada_parallel_for(store->heads * store->strips, threads, pack_task, r, interrupt, context))
-        return false;
-    for (int64_t i = 0; i < r->n_heads; i++) atomic_init(&r->raised[i], store->unfit[store->slots[i]]);
-    if (!ada_parallel_for(tasks, threads, rung_task, r, interrupt, context)) return false;
+    const bool whole = whole_heads(p, store->heads, threads);
+    if (whole) {
+        if (!ada_parallel_for(store->heads, threads, packed_head_task, r, interrupt, context)) return false;
+    } else {
+        if (!ada_parallel_for(store->heads, threads, survey_task, r, interrupt, context) ||
+            !ada_parallel_for(store->heads * store->strips, threads, pack_task, r, interrupt, context))
+            return false;
+        for (int64_t i = 0; i < r->n_heads; i++) atomic_init(&r->raised[i], store->unfit[store->slots[i]]);
+        if (!ada_parallel_for(tasks, threads, rung_task, r, interrupt, context)) return false;
+    }
     int64_t raised = 0;
     for (int64_t i = 0; i < r->n_heads; i++) {
         raised += r->raised[i];
@@ -321,7 +367,7 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
         if (r->raised[i] && p->ran)
             p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
-    return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
+    return whole || !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
 }
 
 ada_status ada_no_scratch(int64_t bytes, ada_error *error) {
@@ -405,9 +451,13 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 
-    bool done = on_rungs
-                    ? attend_on_rungs(&r, threads, interrupt, context)
-                    : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
+    bool done;
+    if (on_rungs)
+        done = attend_on_rungs(&r, threads, interrupt, context);
+    else if (!few && whole_heads(p, r.n_heads, threads))
+        done = ada_parallel_for(r.n_heads, threads, head_task, &r, interrupt, context);
+    else
+        done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && few) {
         const int joiners = ada_threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,

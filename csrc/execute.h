@@ -24,6 +24,8 @@
  * keys). */
 #define ADA_TURN 16
 #define ADA_SPLIT_KEYS_MIN 512
+/* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows. */
+#define ADA_FEW_SCORES (256 * 256)
 
 /* Of a sparse head's tiles. */
 typedef struct {

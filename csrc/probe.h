@@ -115,7 +115,6 @@ void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, co
  * Only fields that the plain rung's error follows from; good: the head has at most ADA_FEW_SCORES, and no
  * number that is far larger than those of these rows. Not beside masks and biases, which make other weights.
  */
-#define ADA_FEW_SCORES (256 * 256)
 int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_row_profile profiles[2],
                double *total, char *scratch);
 
