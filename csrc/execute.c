@@ -183,6 +183,13 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
         r->p->head_done(r->p->done_context, head_of_task(r, task), worker);
 }
 
+/* Tells of a head that its rung could hold. */
+static void tell_task(void *context, ada_job *job, int64_t index, int worker) {
+    const ada_run *r = context;
+    if (!r->raised[index] && !ada_job_cancelled(job, worker))
+        r->p->head_done(r->p->done_context, r->heads ? r->heads[index] : index, worker);
+}
+
 static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
     atomic_bool *raised = &r->raised[task / r->tiles];
@@ -251,6 +258,7 @@ static void packed_head_task(void *context, ada_job *job, int64_t slot, int work
         atomic_init(&r->raised[i], store->unfit[slot]);
         tiles_of_head(r, rung_task, job, i, worker);
         tiles_of_head(r, raised_task, job, i, worker);
+        if (r->p->head_done) tell_task(r, job, i, worker);
     }
 }
 
@@ -314,7 +322,7 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
 }
 
 /* Small heads are shared out whole where each thread gets at least so many. */
-#define HEADS_PER_THREAD 6
+#define HEADS_PER_THREAD 3
 
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
@@ -367,7 +375,9 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
         if (r->raised[i] && p->ran)
             p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
-    return whole || !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
+    if (whole) return true;
+    return (!raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context)) &&
+           (!p->head_done || ada_parallel_for(r->n_heads, threads, tell_task, r, interrupt, context));
 }
 
 ada_status ada_no_scratch(int64_t bytes, ada_error *error) {
