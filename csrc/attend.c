@@ -29,8 +29,8 @@
  */
 #define LOOK_OPERATIONS 110
 #define LOOK_WORK 16 /* multiply-adds that take as long, without verifying */
-/* The same of a glance. */
-#define GLANCE_OPERATIONS 22
+/* The same of a glance, and of comparing what came of it. */
+#define GLANCE_OPERATIONS 30
 #define GLANCE_WORK 4
 /* What it expects of the output may be off by this much. */
 #define GLANCE_SLACK 1.1

@@ -110,7 +110,8 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : is_compared_at_once(a, head) ? 2 : 4;
+    const bool at_once = is_compared_at_once(a, head) && 4 * head->predicted_error <= a->budget->tolerance;
+    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : at_once ? 2 : 4;
     return rows < least ? least : rows;
 }
 
@@ -135,8 +136,9 @@ bool ada_guess_by_glance(ada_attending *a, int64_t index, char *scratch) {
     ada_forecast_head(rows, n, &keys, p, &forecast);
     s->glanced2 = rows->out2 * rows->weight;
     s->center2 = keys.center2, s->value2 = keys.value2_mean;
-    forecast.error[ADA_CANDIDATES - 1] = NAN; /* its rounding is not known */
     if (!forecast.finite) return false;
+    for (int c = 0; c < ADA_CANDIDATES; c++)
+        if (s->barred >> c & 1) forecast.error[c] = NAN;
     head->forecast = forecast;
     return true;
 }
@@ -436,9 +438,11 @@ static void verify_at_once(ada_attending *a, int64_t index, char *scratch) {
     if (s->glanced) {
         const ada_row_profile *rows = a->profiles + index * ADA_MOST_ROWS;
         const double out2 = s->out2 / (double)a->p->T, guess = rows->p2d * rows->weight;
-        /* Outputs that differ more than independent values would make them are those of fewer keys. */
-        const double apart = fmin(fmax(out2 - s->center2, 0), s->value2 / 4);
-        head->predicted_error = head->forecast.error[c] * sqrt(fmax(apart / guess, 1) * s->glanced2 / out2);
+        /* Outputs that differ more than independent values would make them are those of fewer keys; ones that
+         * are far smaller cancel. */
+        const double apart = fmax(fmin(out2 - s->center2, s->value2 / 4) / guess, 1);
+        const double shrunk = s->glanced2 / out2, factor = shrunk > 1 ? fmax(shrunk / 2, 1) : shrunk;
+        head->predicted_error = head->forecast.error[c] * sqrt(apart * factor);
     }
     s->n = rows_to_verify(a, index);
     draw_rows_to_verify(a, index, scratch);

@@ -467,12 +467,12 @@ def test_heads_with_other_weights_are_verified(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "D", "tolerance", "looks"),
-    [(128, 64, 5e-2, False), (256, 32, 1e-2, False), (256, 32, 5e-2, True), (512, 32, 1e-2, True)],
+    [(64, 64, 5e-2, False), (128, 32, 1e-3, False), (128, 32, 1e-2, True), (512, 32, 1e-2, True)],
 )
 def test_looking_that_only_the_best_heads_repay_is_left_out(
     keys: int, D: int, tolerance: float, looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At 1e-2 int8 would save more than looking costs, but few heads allow it."""
+    """At 1e-3 int16 would be faster, but by less than a glance costs."""
     monkeypatch.setattr(rates, "_table", rates._defaults("avx512bf16"))
     arrays = np.random.default_rng(0).standard_normal((3, 1, 2, keys, D), np.float32)
     plan = adaattn.plan(*arrays, tolerance=tolerance)
