@@ -88,7 +88,8 @@ int ada_most_rows_to_verify(int64_t T) {
 
 /* Small heads on cheaper rungs are, by few rows. */
 static bool is_compared_at_once(const ada_attending *a, const ada_head *head) {
-    return ada_is_few(a->p) && ada_candidate_of(head->choice) > ada_plain_candidate(a->p);
+    return ada_is_few(a->p) && !ada_is_thinned(head) &&
+           ada_candidate_of(head->choice) > ada_plain_candidate(a->p);
 }
 
 /* As many rows as the distance between prediction and budget asks for, and few where that is far, as it is
@@ -445,6 +446,7 @@ static void verify_at_once(ada_attending *a, int64_t index, char *scratch) {
         head->predicted_error = head->forecast.error[c] * sqrt(apart * factor);
     }
     s->n = rows_to_verify(a, index);
+    if (s->n > ADA_EXACT_ROWS) s->n = ADA_EXACT_ROWS;
     draw_rows_to_verify(a, index, scratch);
     compute_rows(a, index, 0, s->n, scratch);
     s->trusted = compare_head(a, index, &misses);
