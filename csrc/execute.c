@@ -196,14 +196,17 @@ static inline ada_prospect look_ahead(const ada_run *r, const ada_patch *here, i
     const ada_span span = tile_span(p, here);
     const int64_t steps = (span.end - span.first + step - 1) / step;
     const int64_t tile = r->tiles - 1 - here->i / ADA_LANES;
-    const int64_t behind = here->i - (whole ? 1 : r->threads) * ADA_LANES; /* the next tile of this head */
-    int64_t head = index + 1;                                              /* the one that comes next */
+    const int64_t behind =
+        here->i - (whole || r->by_heads ? 1 : r->threads) * ADA_LANES; /* the next tile of this head */
+    int64_t head = index + 1;                                          /* the one that comes next */
     int64_t turn = 1; /* of so many tiles the worker computes one */
     ada_prospect x = {0};
     if (steps <= 0) return x;
     if (whole && head == store->first[store->slots[index] + 1]) {
         const int64_t slot = store->slots[index] + store->workers;
         head = slot < store->whole ? store->first[slot] : r->n_heads;
+    } else if (r->by_heads) {
+        head = index + r->threads;
     } else if (!whole) {
         turn = r->threads < r->tiles ? r->threads : r->tiles;
         if (r->threads > r->tiles) head = index + (tile + r->threads) / r->tiles;
@@ -233,6 +236,12 @@ static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     if (!r->left || ada_job_cancelled(job, worker)) return;
     if (atomic_fetch_sub_explicit(&r->left[task / r->tiles], 1, memory_order_acq_rel) == 1)
         r->p->head_done(r->p->done_context, head_of_task(r, task), worker);
+}
+
+/* Tells of a head that its rung could hold. */
+static void tell_head(const ada_run *r, ada_job *job, int64_t index, int worker) {
+    if (!r->raised[index] && !ada_job_cancelled(job, worker))
+        r->p->head_done(r->p->done_context, r->heads ? r->heads[index] : index, worker);
 }
 
 static void rung_tile(const ada_run *r, ada_job *job, int64_t task, int worker) {
@@ -279,10 +288,12 @@ static void whole_head(const ada_run *r, ada_job *job, int64_t slot, int worker)
     store->place[slot] = worker;
     ada_store_survey(store, slot, scratch);
     for (int64_t strip = 0; strip < store->strips; strip++) ada_store_pack(store, slot, strip, scratch);
-    const int64_t first = store->first[slot], end = store->first[slot + 1];
-    for (int64_t i = first; i < end; i++) r->raised[i] = store->unfit[slot];
-    for (int64_t task = first * r->tiles; task < end * r->tiles && !ada_job_cancelled(job, worker); task++)
-        rung_tile(r, job, task, worker);
+    for (int64_t i = store->first[slot]; i < store->first[slot + 1]; i++) {
+        r->raised[i] = store->unfit[slot];
+        for (int64_t tile = 0; tile < r->tiles && !ada_job_cancelled(job, worker); tile++)
+            rung_tile(r, job, i * r->tiles + tile, worker);
+        if (r->p->head_done) tell_head(r, job, i, worker);
+    }
 }
 
 static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -297,6 +308,19 @@ static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
 static void raised_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
     if (r->raised[task / r->tiles]) tile_task(context, job, task, worker);
+}
+
+/* Of the heads that were not computed whole. */
+static void tell_task(void *context, ada_job *job, int64_t index, int worker) {
+    const ada_run *r = context;
+    tell_head(r, job, r->store.first[r->store.whole] + index, worker);
+}
+
+/* All tiles of a head. */
+static void head_task(void *context, ada_job *job, int64_t index, int worker) {
+    const ada_run *r = context;
+    for (int64_t i = 0; i < r->tiles && !ada_job_cancelled(job, worker); i++)
+        tile_task(context, job, index * r->tiles + i, worker);
 }
 
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -358,6 +382,9 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
         }
 }
 
+/* Small heads are shared out whole where each thread gets at least so many. */
+#define HEADS_PER_THREAD 3
+
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
 
@@ -375,6 +402,12 @@ static int64_t count_splits(const ada_problem *p) {
         if (splits > most) most = splits;
     }
     return most;
+}
+
+/* Whether so many heads are tasks as a whole: small ones, whose numbers then stay in the cache of one core,
+ * and enough of them that threads end together. */
+static bool whole_heads(const ada_problem *p, int64_t heads, int threads) {
+    return p->T * p->S <= ADA_FEW_SCORES && heads >= (threads > 1 ? HEADS_PER_THREAD * threads : 1);
 }
 
 /* Heads on the problem's rungs, whole ones and then tiles of the others; then those that their rung could not
@@ -400,7 +433,8 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
         if (r->raised[i] && p->ran)
             p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
-    return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
+    return (!raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context)) &&
+           (!p->head_done || ada_parallel_for(rest / r->tiles, threads, tell_task, r, interrupt, context));
 }
 
 ada_status ada_no_scratch(int64_t bytes, ada_error *error) {
@@ -448,6 +482,7 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     const int64_t rows = r.n_heads * p->T, tasks = few ? p->B * p->G * r.splits : r.n_heads * r.tiles;
     const int threads = ada_threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
     r.threads = threads;
+    r.by_heads = !on_rungs && !few && whole_heads(p, r.n_heads, threads);
 
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
@@ -485,9 +520,13 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 
-    bool done = on_rungs
-                    ? attend_on_rungs(&r, threads, interrupt, context)
-                    : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
+    bool done;
+    if (on_rungs)
+        done = attend_on_rungs(&r, threads, interrupt, context);
+    else if (r.by_heads)
+        done = ada_parallel_for(r.n_heads, threads, head_task, &r, interrupt, context);
+    else
+        done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && few) {
         const int joiners = ada_threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,

@@ -24,6 +24,8 @@
  * keys). */
 #define ADA_TURN 16
 #define ADA_SPLIT_KEYS_MIN 512
+/* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows. */
+#define ADA_FEW_SCORES (256 * 256)
 
 /* Of a sparse head's tiles. */
 typedef struct {
@@ -50,6 +52,7 @@ typedef struct {
     const ada_problem *p;
     const ada_kernels *k;
     int threads;
+    bool by_heads; /* arrays are read in place, and each head is a task */
     char *scratch; /* of worker w: from scratch + w * scratch_bytes */
     int64_t scratch_bytes;
     int64_t tiles;  /* per head */
