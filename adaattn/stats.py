@@ -25,6 +25,8 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: The policies: names for tolerances.
 POLICIES: Mapping[str, float] = {"quality": 1e-5, "balanced": 1e-2, "speed": 5e-2}
 
+_INDEX = {name: i for i, name in enumerate(_adaattn.RUNGS)}
+
 PHASES = ("probe", "plan", "execute", "verify")
 
 
@@ -184,15 +186,13 @@ class Plan:
             candidate_seconds=column["candidate_seconds"],
         )
 
-    def choices(self) -> tuple[tuple[Any, ...], list[int], NDArray[np.float64]]:
-        """Sizes, indices of the rungs, (scores, values) of head after head, and of all heads predicted
-        errors, sparse budgets and joints, kept fractions, ranks, their gains and limits, as the engine takes
-        them."""
-        index = {name: i for i, name in enumerate(_adaattn.RUNGS)}
-        pairs = zip(self.precision_qk.ravel().tolist(), self.precision_pv.ravel().tolist(), strict=True)
-        rungs = [index[rung] for pair in pairs for rung in pair]
+    def choices(self) -> tuple[tuple[Any, ...], NDArray[np.float64]]:
+        """Sizes and, of all heads, indices of the scores' and the values' rungs, predicted errors, sparse
+        budgets and joints, kept fractions, ranks, their gains and limits, as the engine takes them."""
         numbers = np.concatenate(
             (
+                [_INDEX[rung] for rung in self.precision_qk.ravel().tolist()],
+                [_INDEX[rung] for rung in self.precision_pv.ravel().tolist()],
                 self.predicted_error,
                 self.sparse_budget,
                 self.sparse_joint,
@@ -204,7 +204,7 @@ class Plan:
             axis=None,
             dtype=np.float64,
         )
-        return tuple(self.sizes.values()), rungs, numbers
+        return tuple(self.sizes.values()), numbers
 
     @property
     def rungs(self) -> NDArray[np.str_]:

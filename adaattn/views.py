@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 
 def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
     """Between a predicted error and the tolerance (csrc/attend.c): 3 for one from statistics alone or that is
-    not verified; from exact rows 1.25 and the reach of as many rows as may verify the head."""
+    not verified; from exact rows 1.25 and the reach of as many rows as may verify the head; a tenth more from
+    a glance."""
     T = plan.sizes["T"]
-    if T < 64 or not plan.profiled_rows[at]:
+    glanced = is_glanced(plan, at) and not plan.lse
+    if T < 64 or not (plan.profiled_rows[at] or glanced):
         return 3.0
     rows = next((n for n, most in ((8, 1024), (12, 2048), (16, 4096), (24, 8192)) if most > T), 32)
-    return float(1.25 * math.sqrt(1 + 3.8 * math.sqrt(1.2 / rows)))
+    return float((1.1 if glanced else 1) * 1.25 * math.sqrt(1 + 3.8 * math.sqrt(1.2 / rows)))
+
+
+def is_glanced(plan: Plan, at: tuple[int, ...]) -> bool:
+    """Whether the head is a small one, of which few rows were looked at: these say nothing of int8."""
+    int8 = np.isnan(plan.candidate_error[at][-1]) and not np.isnan(plan.candidate_seconds[at][-1])
+    return bool(int8 and plan.finite[at] and not np.isnan(plan.candidate_error[at][0]))
 
 
 def error_text(x: float) -> str:

@@ -29,6 +29,13 @@
  */
 #define LOOK_OPERATIONS 110
 #define LOOK_WORK 16 /* multiply-adds that take as long, without verifying */
+/* The same of a glance, and of comparing what came of it. */
+#define GLANCE_OPERATIONS 30
+#define GLANCE_WORK 4
+/* What it expects of the output may be off by this much. */
+#define GLANCE_SLACK 1.1
+/* Rates are those of rows of so many keys, with what is done for each row by itself. */
+#define RATE_KEYS 1024
 /* The error of a head that nobody looked at, in fp32: what real ones show, and a bound of most. */
 #define PLAIN_ERROR 3e-7
 #define FIXED_ERROR 1e-6
@@ -120,19 +127,22 @@ double ada_operations(const ada_problem *p) {
     return sum;
 }
 
-/* A head packs its keys for itself, though others may share them: it is planned alone. */
+/* A head packs its keys for itself, though others may share them: it is planned alone. Queries and outputs of
+ * few keys weigh more than in the rates. */
 ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
     const ada_problem *p = a->p;
     const double width = (double)(p->D + p->E);
+    const double short_rows = p->on_gpu ? 0 : fmax(1 - (double)p->S / RATE_KEYS, 0) * (double)p->T;
     return (ada_task){.tolerance = a->budget->tolerance,
                       .margin = margin,
                       .lse = p->lse != NULL,
                       .dearest = a->budget->dearest,
                       .cheapest = a->budget->cheapest,
                       .operations = a->operations[head / p->H],
-                      .elements = (double)p->S * width,
+                      .elements = ((double)p->S + short_rows) * width,
                       .D = p->D,
                       .sparse = a->sparse,
+                      .barred = a->states[head].barred,
                       .plain = ada_plain_candidate(p)};
 }
 
@@ -235,6 +245,32 @@ void ada_consider_head(ada_attending *a, int64_t head, const ada_spreads *spread
     if (s->n) ada_draw_rows(a, head, s->n, NULL, NULL, CHOICE_STREAM);
 }
 
+/* Numbers of its queries, keys and values. */
+static double elements_of(const ada_problem *p) {
+    return (double)p->S * (double)(p->D + p->E) + (double)(p->T * p->D);
+}
+
+/* Whether a small head is glanced at before it is computed: where a rung may save more than that costs. Not
+ * 8 bits for weights: how they round those of a row depends on its largest one, which a glance does not see.
+ * barred: rungs that save less. */
+static bool glance_pays(const ada_attending *a, int64_t head, unsigned *barred) {
+    const ada_problem *p = a->p;
+    const ada_budget *b = a->budget;
+    if (!ada_is_few(p) || p->T < ADA_LEAST_QUERIES || p->on_gpu || p->stored || p->only_f64 ||
+        p->query.dtype == ADA_F64 || !ada_guesses_are_fair(p) || ada_is_forced(b) || b->given ||
+        b->structure == ADA_STRUCTURE_SPARSE || b->structure == ADA_STRUCTURE_LOW_RANK ||
+        b->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR))
+        return false;
+    ada_task task = ada_task_of(a, head, 1);
+    const double glance = 1e-9 * GLANCE_OPERATIONS * elements_of(p) / b->rates[task.plain].gflops[0];
+    const double plain = ada_predicted_seconds(&task, &b->rates[task.plain]);
+    task.barred = 1u << (ADA_CANDIDATES - 1);
+    for (int c = task.plain + 1; c < ADA_CANDIDATES; c++)
+        if (plain - ada_predicted_seconds(&task, &b->rates[c]) <= glance) task.barred |= 1u << c;
+    *barred = task.barred;
+    return ada_may_pay(&task, b->rates, glance);
+}
+
 /* Whether looking at all keys of a head does: where a cheaper rung than the plain one may save more than that
  * costs, or the plain one may not do. */
 static bool pays(const ada_attending *a, int64_t head) {
@@ -242,7 +278,7 @@ static bool pays(const ada_attending *a, int64_t head) {
     if (a->budget->tolerance < (p->lse ? LSE_TOLERANCE : ADA_FINER * PLAIN_ERROR)) return true;
     if (only_ranks_pay(a) || a->budget->structure == ADA_STRUCTURE_SPARSE) return true;
     const ada_task task = ada_task_of(a, head, 1);
-    const double looked_at = task.elements + (double)(p->T * p->D);
+    const double looked_at = elements_of(p);
     const ada_rate *rates = a->budget->rates;
     /* What is done for each row, not for each element, weighs more where rows are short. */
     const double each = a->backend->look_operations * (1 + fmin(1024 / (double)(p->D * p->D), 1));
@@ -358,8 +394,9 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     const bool told = s->n && !a->p->drop_below;
     const bool fair = told || a->p->T >= ADA_LEAST_QUERIES || ada_guesses_are_fair(a->p);
     ada_forecast known = {.finite = false};
-    if (s->look) known = *f;
-    for (int c = task->plain + 1; !(s->look == ADA_LOOK_ALL && fair) && c < ADA_CANDIDATES; c++)
+    if (s->look || s->glanced) known = *f;
+    for (int c = task->plain + 1; !(s->look == ADA_LOOK_ALL && fair) && !s->glanced && c < ADA_CANDIDATES;
+         c++)
         known.error[c] = INFINITY; /* what is more exact than the plain rung may be chosen still */
     return ada_plan_head(&known, task, b->rates);
 }
@@ -367,8 +404,10 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
 /* Between a head's prediction and the tolerance. */
 static double margin_of(const ada_attending *a, int64_t head) {
     const int64_t T = a->p->T;
-    if (!a->states[head].n || T < ADA_LEAST_QUERIES) return ADA_MARGIN_GUESSED;
-    return ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(T));
+    const ada_head_state *s = &a->states[head];
+    /* An lse is verified for few of its rows. */
+    if (!(s->n || (s->glanced && !a->p->lse)) || T < ADA_LEAST_QUERIES) return ADA_MARGIN_GUESSED;
+    return (s->glanced ? GLANCE_SLACK : 1) * ADA_MARGIN * ada_reach_of_rows(ada_most_rows_to_verify(T));
 }
 
 /* The structure of a plan; not landmarks for a call with options that break them: that is dense then. */
@@ -413,7 +452,8 @@ static void plan_heads(ada_attending *a) {
         const int c = ada_candidate_of(head->choice);
         s->seconds = c < 0 ? INFINITY : head->seconds[c];
         head->predicted_error = c < 0 ? NAN : head->forecast.error[c];
-        if (a->budget->given && !s->look) head->predicted_error = a->budget->given[i].predicted_error;
+        if (a->budget->given && !s->look && !s->glanced)
+            head->predicted_error = a->budget->given[i].predicted_error;
         if (isnan(head->predicted_error) && !s->look && c >= 0 && (c <= 1 || ada_is_known(p)))
             head->predicted_error = ada_unseen_error(p, c);
         if (a->budget->given)
@@ -560,8 +600,7 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.most_bias =
             fmin(problem.most_bias, a->budget->tolerance * 0x1p22); /* a quarter by its digits */
         problem.ran = a->ran, problem.mass = a->mass;
-        if (pair == ADA_RUNG_FP32 * ADA_RUNG_COUNT + ADA_RUNG_FP32 && ada_may_glance(a))
-            problem.head_done = ada_glance_at, problem.done_context = a;
+        if (ada_may_glance(a, choice)) problem.head_done = ada_glance_at, problem.done_context = a;
         const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
         const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
         for (int64_t i = 0; i < count; i++) {
@@ -657,20 +696,37 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     return c.used;
 }
 
+static void glance_task(void *context, ada_job *job, int64_t head, int worker) {
+    ada_attending *a = context;
+    ada_head_state *s = &a->states[head];
+    if (s->glanced && !ada_job_cancelled(job, worker))
+        s->glanced = ada_guess_by_glance(a, head, a->scratch + worker * a->scratch_bytes);
+}
+
 static ada_status attend_within(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     ada_budget *budget = a->budget;
     double start = ada_seconds_now();
-    bool probed = false;
+    bool probed = false, glances = false;
+    unsigned barred = 0;
     for (int64_t b = 0; b < p->B; b++) a->operations[b] = ada_operations_of_head(p, b);
     for (int64_t i = 0; i < ada_head_count(a); i++) {
         budget->heads[i] = ada_unknown_head();
         /* Which follows from the sequence and the options alone. */
-        const ada_look look = i % p->H ? a->states[i - 1].look : look_at(a, i);
-        a->states[i] = (ada_head_state){.look = look};
-        probed |= a->states[i].look != ADA_LOOK_NONE;
+        ada_head_state *s = &a->states[i];
+        *s = (ada_head_state){0};
+        if (i % p->H)
+            s->look = s[-1].look, s->glanced = s[-1].glanced, s->barred = s[-1].barred;
+        else if (!(s->glanced = glance_pays(a, i, &barred)))
+            s->look = look_at(a, i);
+        else
+            s->barred = barred;
+        probed |= s->look != ADA_LOOK_NONE, glances |= s->glanced;
     }
     if (probed && a->backend->probe(a, error)) return error->status;
+    const double work = GLANCE_WORK * elements_of(p) * (double)ada_head_count(a);
+    if (glances && !ada_run_tasks(a, glance_task, ada_head_count(a), work))
+        return ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");
     double now = ada_seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
@@ -746,6 +802,7 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.sparse = sparse_candidates(p, a.k, budget);
     a.probe_bytes = ada_key_probe_bytes(p, a.sparse != 0);
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
+    if (ada_glance_scratch_bytes(p) > a.scratch_bytes) a.scratch_bytes = ada_glance_scratch_bytes(p);
     a.ranks = may_have_ranks(p, budget);
     const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);

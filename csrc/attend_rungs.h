@@ -65,6 +65,7 @@ static bool start_narrow(const ada_run *r, narrow *s, const ada_patch *patch, in
     s->t.f32 = s->base.tile;
     s->weigh = s->base.tile.lanes == ADA_LANES ? fused_kernel(r) : NULL;
     s->head = ada_head_store_at(s->store, slot);
+    s->t.f32.cached = slot < s->store->whole;
     const float *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, s->base.rows, &ld);
     if (ada_pack_queries(s->store, &s->head, &s->t, q, ld, patch->n, s->copy, s->words)) return true;
     /* What it cannot hold may be in rows that see no key. */
@@ -175,9 +176,8 @@ static void add_block(const ada_run *r, const narrow *s, const ada_patch *patch)
 static int keys_of_run(const ada_run *r, const ada_patch *patch, int64_t end, uint64_t *visible,
                        bool *mixed) {
     const ada_problem *p = r->p;
-    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
     int n = 0;
-    if (biased || p->has_softcap || p->drop_below) return 0;
+    if (is_biased(p) || p->has_softcap || p->drop_below) return 0;
     for (ada_patch next = *patch; next.j < end && n < ADA_STRIP; next.j += ADA_BLOCK, n += ADA_BLOCK) {
         uint64_t rows[ADA_LANES], *to = visible ? visible + n : rows;
         if (n && next.j % ADA_STRIP == 0) break;
@@ -185,8 +185,12 @@ static int keys_of_run(const ada_run *r, const ada_patch *patch, int64_t end, ui
         const ada_sight sight = ada_visible_rows(p, &next, to);
         const bool plain = sight == ADA_PLAIN && next.nk == ADA_BLOCK;
         if (sight == ADA_HIDDEN || !(plain || visible)) break;
+        if (plain) {
+            for (int i = 0; i < ADA_LANES; i++) to[i] = UINT64_MAX;
+            continue;
+        }
         for (int i = 0; sight == ADA_PLAIN && i < ADA_LANES; i++) to[i] = ada_first_bits(next.nk);
-        if (!plain) turn_bits(to, patch->n), *mixed = true;
+        turn_bits(to, patch->n), *mixed = true;
     }
     return n;
 }
@@ -202,7 +206,9 @@ static void seed_reference(const ada_run *r, const narrow *s, const ada_patch *p
 /* Lanes that have none yet get one from the first few keys of which they see any. */
 static void seed_lanes(const ada_run *r, const narrow *s, ada_patch patch, int n, const uint64_t *visible) {
     uint64_t open = 0;
-    for (int i = 0; i < ADA_LANES; i++) open |= (uint64_t)(s->t.f32.m[i] == -INFINITY) << i;
+    int some = 0;
+    for (int i = 0; i < ADA_LANES; i++) some |= s->t.f32.m[i] == -INFINITY;
+    for (int i = 0; some && i < ADA_LANES; i++) open |= (uint64_t)(s->t.f32.m[i] == -INFINITY) << i;
     for (int j = 0; open && j < n; j += ADA_KEY_STEP, patch.j += ADA_KEY_STEP) {
         uint64_t seen = 0;
         for (int c = j; c < j + ADA_KEY_STEP; c++) seen |= visible[c];
@@ -211,12 +217,25 @@ static void seed_lanes(const ada_run *r, const narrow *s, ada_patch patch, int n
     }
 }
 
+/* Factors of a tile whose rows are divided by their sums and no more; false when one is subnormal. */
+static bool plain_factors(const narrow *s, int n) {
+    int subnormal = 0;
+    for (int i = 0; i < n; i++) {
+        const float inverse = 1 / s->t.sum[i], factor = s->t.sum[i] != 0 ? inverse : 0;
+        subnormal |= (factor != 0) & (factor <= FLT_MIN);
+        s->base.factor[i] = factor;
+    }
+    return !subnormal;
+}
+
 static bool finish_narrow(const ada_run *r, const narrow *s, const ada_patch *patch) {
     const ada_format format = s->store->pv.format;
     if (format == ADA_WORDS_I8 || format == ADA_WORDS_I16) r->k->scale_channels(&s->t.f32, s->head.v_unit);
     const double fault = ada_narrow_fault_now();
+    const bool plain = !r->p->lse && !r->p->sinks.data && !r->p->drop_below && !is_biased(r->p) && fault == 1;
     for (int i = 0; i < ADA_LANES; i++) s->base.factor[i] = 0;
-    for (int i = 0; i < patch->n; i++) {
+    if (plain && !plain_factors(s, patch->n)) return false;
+    for (int i = 0; !plain && i < patch->n; i++) {
         const float m = s->t.f32.m[i];
         const double factor = finish_row(r->p, patch->b, patch->h, patch->i + i, m, s->t.sum[i], 0);
         s->base.factor[i] = (float)(factor * fault);
@@ -244,6 +263,7 @@ static bool attend_tile_narrow(const ada_run *r, narrow *s, ada_patch patch, int
             seed_lanes(r, s, patch, run, visible);
             if (s->weigh(&s->t, &keys, run)) {
                 narrow_values(r, s, patch.j, run);
+                ada_step_ahead(s->base.ahead);
                 patch.j += run;
                 continue;
             }

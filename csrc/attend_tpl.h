@@ -7,22 +7,25 @@
 
 typedef struct {
     KIND(ada_tile) tile;
-    REAL *k, *v;       /* [ADA_BLOCK][D] and [ADA_BLOCK][E], rows that could not be read in place */
-    REAL *rows;        /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
-    REAL *bias;        /* [ADA_BLOCK][ADA_LANES] */
-    REAL *factor;      /* [ADA_LANES] */
-    REAL *block;       /* [ADA_LANES] sum of the weights of the heaviest block */
-    REAL *queries;     /* [H / G * T][D], scaled, on the way of few queries */
-    char *page_rows;   /* the same for codes of pages */
-    uint64_t *visible; /* [64], bits of lanes per key */
-    uint64_t *keep;    /* [64], the same */
-    uint8_t *special;  /* [E][ADA_LANES], used by the careful way only */
+    REAL *k, *v;         /* [ADA_BLOCK][D] and [ADA_BLOCK][E], rows that could not be read in place */
+    REAL *rows;          /* [ADA_LANES][max(D, E, ADA_BLOCK)] */
+    REAL *bias;          /* [ADA_BLOCK][ADA_LANES] */
+    REAL *factor;        /* [ADA_LANES] */
+    REAL *block;         /* [ADA_LANES] sum of the weights of the heaviest block */
+    REAL *queries;       /* [H / G * T][D], scaled, on the way of few queries */
+    char *page_rows;     /* the same for codes of pages */
+    uint64_t *visible;   /* [64], bits of lanes per key */
+    uint64_t *keep;      /* [64], the same */
+    uint8_t *special;    /* [E][ADA_LANES], used by the careful way only */
+    ada_prospect *ahead; /* NULL: none */
 } KIND(scratch);
 
 static KIND(scratch) KIND(scratch_of)(const ada_problem *p, ada_carver *c) {
     const int64_t real = sizeof(REAL), strip = ADA_LANES * real, width = p->D > p->E ? p->D : p->E;
     KIND(scratch) s;
     s.tile.D = (int)p->D, s.tile.E = (int)p->E;
+    s.tile.ahead = NULL, s.ahead = NULL;
+    s.tile.cached = ada_stays_cached(p);
     s.tile.q = ada_carve(c, p->D * strip);
     s.tile.p = ada_carve(c, ADA_BLOCK * strip);
     s.tile.o = ada_carve(c, p->E * strip);
@@ -283,6 +286,7 @@ static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch
         if (r->p->mass) KIND(weigh_block)(s, m, l);
         if (patched) KIND(take_special_values)(r, s, &block, patch.nk, 1);
         r->k->KIND(values)(&s->tile, block.v, block.ldv, patch.nk);
+        if (s->ahead) ada_step_ahead(s->ahead);
         first = false;
     }
     dead |= KIND(normalise)(r, s, &patch, ~dead & lanes_of(&patch));
@@ -292,9 +296,11 @@ static uint64_t KIND(attend_tile)(const ada_run *r, KIND(scratch) * s, ada_patch
 }
 
 /* One tile; returns the lanes whose rows REAL cannot hold. */
-static uint64_t KIND(complete_tile)(const ada_run *r, const ada_patch *patch, ada_job *job, int worker) {
+static uint64_t KIND(complete_tile)(const ada_run *r, const ada_patch *patch, ada_prospect *ahead,
+                                    ada_job *job, int worker) {
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     KIND(scratch) s = KIND(scratch_of)(r->p, &carver);
+    s.ahead = ahead, s.tile.ahead = ahead->now;
     bool again = false;
     uint64_t dead = KIND(attend_tile)(r, &s, *patch, false, &again, job, worker);
     if (!again) return dead;

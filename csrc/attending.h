@@ -31,8 +31,13 @@ typedef struct {
     int n;
     ada_look look; /* none: sizes and forecast are not known */
     bool exact_f64;
-    double out2;       /* squared norm of the output; NaN or infinite: not to be verified */
-    double value2;     /* mean squared norm of the values */
+    double out2;     /* squared norm of the output; NaN or infinite: not to be verified */
+    double value2;   /* mean squared norm of the values */
+    bool glanced;    /* some queries, keys and values were looked at: the forecast is a guess by these, */
+    unsigned barred; /* bit per candidate that is not worth it */
+    double glanced2; /* that expects outputs of this mean squared norm, */
+    double center2;
+    double total;      /* with keys whose variances have this sum */
     bool trusted;      /* a glance at the head says that it is far within the budget: not to be verified */
     bool uneven;       /* it says that some rows are far larger than others */
     bool open;         /* to be verified */
@@ -184,9 +189,14 @@ static inline bool ada_guesses_are_fair(const ada_problem *p) {
     return !p->attn_mask.data && !p->alibi_slopes.data && !p->drop_below;
 }
 
-/* Told of plain heads as they are done, where ada_may_glance. */
-bool ada_may_glance(const ada_attending *a);
+/* Guesses a head's errors by a glance, before it is computed or after; false where that says nothing. */
+bool ada_guess_by_glance(ada_attending *a, int64_t head, char *scratch);
+/* Told of heads as they are done, where ada_may_glance: of plain ones, and of small ones on other rungs. */
+bool ada_may_glance(const ada_attending *a, ada_choice choice);
 void ada_glance_at(void *attending, int64_t head, int worker);
+
+/* A head that is so small that exact rows cost more of it than they may. */
+static inline bool ada_is_few(const ada_problem *p) { return p->T * p->S <= ADA_FEW_SCORES; }
 
 /* Sizes of a head's rows: 1 where it sees a key, else 0. scratch: for a mask that is read. */
 void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch);

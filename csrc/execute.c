@@ -1,9 +1,10 @@
 /* Runs a validated problem: the only file that knows the whole loop.
  *
- * The work is cut into tasks that depend on the sizes of one head only, never on the number of threads or
- * heads, so bits do not either. Many queries: one task per tile of ADA_LANES queries. Few queries: one task
- * per key head and split of its keys, then one per head that joins the splits. All memory is taken before
- * threads start.
+ * The work is cut into tiles and splits that depend on the sizes of one head only, never on the number of
+ * threads or heads, so bits do not either. Many queries: one task per tile of ADA_LANES queries; on rungs
+ * that pack keys, one per head that stays in a core's cache, but for the last few. Few queries: one task per
+ * key head and split of its keys, then one per head that joins the splits. All memory is taken before threads
+ * start.
  */
 #include <float.h>
 #include <math.h>
@@ -44,11 +45,14 @@ static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, 
     return factor;
 }
 
+static bool is_biased(const ada_problem *p) {
+    return p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
+}
+
 /* Whether a row of floats lost more than rounding: its factor is subnormal, or its scores lie around a bias
  * of more than 2^10 octaves, whose last digit is worth 2^-13 and more. */
 static bool row_needs_double(const ada_problem *p, double factor, double m) {
-    const bool biased = p->alibi_slopes.data || (p->attn_mask.data && p->attn_mask.dtype != ADA_BOOL);
-    return (factor != 0 && factor < FLT_MIN) || (biased && isfinite(m) && fabs(m) > p->most_bias);
+    return (factor != 0 && factor < FLT_MIN) || (is_biased(p) && isfinite(m) && fabs(m) > p->most_bias);
 }
 
 static uint64_t lanes_of(const ada_patch *patch) {
@@ -189,19 +193,75 @@ static ada_patch tile_of_task(const ada_run *r, int64_t task) {
     return (ada_patch){head / p->H, head % p->H, i, 0, (int)(p->T - i < ADA_LANES ? p->T - i : ADA_LANES), 0};
 }
 
+static void want_rows(ada_prospect *x, int i, const ada_array *a, int64_t b, int64_t h, int64_t first,
+                      int64_t n, int64_t steps) {
+    const int64_t width = ada_dtype_bytes(a->dtype), bytes = width * a->shape[3];
+    if (a->pages || a->stride[3] != width || n <= 0) return;
+    const bool dense = a->stride[2] == bytes && bytes % 64 == 0;
+    const int64_t lines = dense ? n * bytes / 64 : n, now = (lines + steps - 1) / steps;
+    x->now[i] =
+        (ada_ahead){ada_row_at(a, b, h, first), dense ? 64 : a->stride[2], (int)now, dense ? 64 : (int)bytes};
+    x->later[i] = (int)(lines - now);
+}
+
+/* For a tile that takes its keys `step` at a time. Keys and values of the next head are shared out among the
+ * tiles of this one, where they stay in the cache until they are used. */
+static inline ada_prospect look_ahead(const ada_run *r, const ada_patch *here, int64_t index, int step) {
+    const ada_problem *p = r->p;
+    const ada_store *store = &r->store;
+    const bool whole = store->whole && store->slots[index] < store->whole;
+    const ada_span span = tile_span(p, here);
+    const int64_t steps = (span.end - span.first + step - 1) / step;
+    const int64_t tile = r->tiles - 1 - here->i / ADA_LANES;
+    const int64_t behind =
+        here->i - (whole || r->by_heads ? 1 : r->threads) * ADA_LANES; /* the next tile of this head */
+    int64_t head = index + 1;                                          /* the one that comes next */
+    int64_t turn = 1; /* of so many tiles the worker computes one */
+    ada_prospect x = {0};
+    if (steps <= 0) return x;
+    if (whole && head == store->first[store->slots[index] + 1]) {
+        const int64_t slot = store->slots[index] + store->workers;
+        head = slot < store->whole ? store->first[slot] : r->n_heads;
+    } else if (r->by_heads) {
+        head = index + r->threads;
+    } else if (!whole) {
+        turn = r->threads < r->tiles ? r->threads : r->tiles;
+        if (r->threads > r->tiles) head = index + (tile + r->threads) / r->tiles;
+    }
+    want_rows(&x, 0, &p->out, here->b, here->h, here->i, here->n, steps);
+    if (behind >= 0) want_rows(&x, 1, &p->query, here->b, here->h, behind, ADA_LANES, steps);
+    if (head >= r->n_heads) return x;
+    const int64_t per_head = p->H / p->G, id = r->heads ? r->heads[head] : head, b = id / p->H, h = id % p->H;
+    const int64_t last = (r->tiles - 1) * ADA_LANES;
+    if (behind < 0) want_rows(&x, 1, &p->query, b, h, last, p->T - last, steps);
+    if (!ada_stays_cached(p) || (store->heads && !whole)) return x;
+    if (b == here->b && h / per_head == here->h / per_head) return x;
+    const int64_t share = (p->S + r->tiles - 1) / r->tiles, first = share * (tile - tile % turn);
+    const int64_t n = first + share * turn <= p->S ? share * turn : p->S - first;
+    want_rows(&x, 2, &p->key, b, h / per_head, first, n, steps);
+    want_rows(&x, 3, &p->value, b, h / per_head, first, n, steps);
+    return x;
+}
+
 static void tile_task(void *context, ada_job *job, int64_t task, int worker) {
     const ada_run *r = context;
     const ada_patch patch = tile_of_task(r, task);
-    uint64_t dead = r->p->compute_f64 ? complete_tile_f64(r, &patch, job, worker)
-                                      : complete_tile_f32(r, &patch, job, worker);
+    ada_prospect ahead = look_ahead(r, &patch, task / r->tiles, ADA_BLOCK);
+    uint64_t dead = r->p->compute_f64 ? complete_tile_f64(r, &patch, &ahead, job, worker)
+                                      : complete_tile_f32(r, &patch, &ahead, job, worker);
     if (dead) attend_tile_carefully(r, &patch, dead, job, worker);
     if (!r->left || ada_job_cancelled(job, worker)) return;
     if (atomic_fetch_sub_explicit(&r->left[task / r->tiles], 1, memory_order_acq_rel) == 1)
         r->p->head_done(r->p->done_context, head_of_task(r, task), worker);
 }
 
-static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
-    const ada_run *r = context;
+/* Tells of a head that its rung could hold. */
+static void tell_head(const ada_run *r, ada_job *job, int64_t index, int worker) {
+    if (!r->raised[index] && !ada_job_cancelled(job, worker))
+        r->p->head_done(r->p->done_context, r->heads ? r->heads[index] : index, worker);
+}
+
+static void rung_tile(const ada_run *r, ada_job *job, int64_t task, int worker) {
     atomic_bool *raised = &r->raised[task / r->tiles];
     if (atomic_load_explicit(raised, memory_order_relaxed)) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
@@ -209,15 +269,57 @@ static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
     const int64_t index = task / r->tiles;
     const ada_patch patch = tile_of_task(r, task);
     tile_end end = TILE_DENSE;
+    ada_prospect ahead = {0};
+    s.base.ahead = &ahead, s.base.tile.ahead = ahead.now;
     if (r->k->units_begin) r->k->units_begin();
     if (r->tallies && r->p->sparse->budget2[patch.b * r->p->H + patch.h] > 0) {
         const sparse_lists lists = sparse_lists_of(r, &carver);
         end = attend_tile_sparse(r, &s, &lists, patch, index, job, worker);
     }
-    if (end == TILE_DENSE)
+    if (end == TILE_DENSE) {
+        ahead = look_ahead(r, &patch, index, ADA_STRIP);
         end = attend_tile_narrow(r, &s, patch, r->store.slots[index], job, worker) ? TILE_DONE : TILE_UNFIT;
+    }
     if (end == TILE_UNFIT) atomic_store_explicit(raised, true, memory_order_relaxed);
     if (r->k->units_end) r->k->units_end();
+}
+
+static void survey_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    if (!ada_job_cancelled(job, worker))
+        ada_store_survey(&r->store, r->store.whole + task, r->scratch + worker * r->scratch_bytes);
+}
+
+static void pack_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    const ada_store *store = &r->store;
+    if (!ada_job_cancelled(job, worker))
+        ada_store_pack(store, store->whole + task / store->strips, task % store->strips,
+                       r->scratch + worker * r->scratch_bytes);
+}
+
+/* From packing to the last tile, in one core's cache. */
+static void whole_head(const ada_run *r, ada_job *job, int64_t slot, int worker) {
+    const ada_store *store = &r->store;
+    char *scratch = r->scratch + worker * r->scratch_bytes;
+    store->place[slot] = worker;
+    ada_store_survey(store, slot, scratch);
+    for (int64_t strip = 0; strip < store->strips; strip++) ada_store_pack(store, slot, strip, scratch);
+    for (int64_t i = store->first[slot]; i < store->first[slot + 1]; i++) {
+        r->raised[i] = store->unfit[slot];
+        for (int64_t tile = 0; tile < r->tiles && !ada_job_cancelled(job, worker); tile++)
+            rung_tile(r, job, i * r->tiles + tile, worker);
+        if (r->p->head_done) tell_head(r, job, i, worker);
+    }
+}
+
+static void rung_task(void *context, ada_job *job, int64_t task, int worker) {
+    const ada_run *r = context;
+    const ada_store *store = &r->store;
+    if (task < store->whole)
+        whole_head(r, job, task, worker);
+    else
+        rung_tile(r, job, store->first[store->whole] * r->tiles + task - store->whole, worker);
 }
 
 static void raised_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -225,18 +327,17 @@ static void raised_task(void *context, ada_job *job, int64_t task, int worker) {
     if (r->raised[task / r->tiles]) tile_task(context, job, task, worker);
 }
 
-static void survey_task(void *context, ada_job *job, int64_t task, int worker) {
+/* Of the heads that were not computed whole. */
+static void tell_task(void *context, ada_job *job, int64_t index, int worker) {
     const ada_run *r = context;
-    if (!ada_job_cancelled(job, worker))
-        ada_store_survey(&r->store, task, r->scratch + worker * r->scratch_bytes);
+    tell_head(r, job, r->store.first[r->store.whole] + index, worker);
 }
 
-static void pack_task(void *context, ada_job *job, int64_t task, int worker) {
+/* All tiles of a head. */
+static void head_task(void *context, ada_job *job, int64_t index, int worker) {
     const ada_run *r = context;
-    const ada_store *store = &r->store;
-    if (!ada_job_cancelled(job, worker))
-        ada_store_pack(store, task / store->strips, task % store->strips,
-                       r->scratch + worker * r->scratch_bytes);
+    for (int64_t i = 0; i < r->tiles && !ada_job_cancelled(job, worker); i++)
+        tile_task(context, job, index * r->tiles + i, worker);
 }
 
 static void split_task(void *context, ada_job *job, int64_t task, int worker) {
@@ -298,6 +399,9 @@ static void mask_task(void *context, ada_job *job, int64_t task, int worker) {
         }
 }
 
+/* Small heads are shared out whole where each thread gets at least so many. */
+#define HEADS_PER_THREAD 3
+
 /* Threads that are worth waking: each gets at least this many multiply-adds, about 10 us of one core. */
 #define WORK_PER_THREAD ((double)(1 << 19))
 
@@ -317,16 +421,24 @@ static int64_t count_splits(const ada_problem *p) {
     return most;
 }
 
-/* Tiles on the problem's rungs, then those of the heads that their rung could not hold in fp32. */
+/* Whether so many heads are tasks as a whole: small ones, whose numbers then stay in the cache of one core,
+ * and enough of them that threads end together. */
+static bool whole_heads(const ada_problem *p, int64_t heads, int threads) {
+    return p->T * p->S <= ADA_FEW_SCORES && heads >= (threads > 1 ? HEADS_PER_THREAD * threads : 1);
+}
+
+/* Heads on the problem's rungs, whole ones and then tiles of the others; then those that their rung could not
+ * hold in fp32. */
 static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), void *context) {
     const ada_problem *p = r->p;
-    const int64_t tasks = r->n_heads * r->tiles;
     const ada_store *store = &r->store;
-    if (!ada_parallel_for(store->heads, threads, survey_task, r, interrupt, context) ||
-        !ada_parallel_for(store->heads * store->strips, threads, pack_task, r, interrupt, context))
+    const int64_t others = store->heads - store->whole, tasks = r->n_heads * r->tiles;
+    const int64_t rest = tasks - store->first[store->whole] * r->tiles;
+    if (!ada_parallel_for(others, threads, survey_task, r, interrupt, context) ||
+        !ada_parallel_for(others * store->strips, threads, pack_task, r, interrupt, context))
         return false;
     for (int64_t i = 0; i < r->n_heads; i++) atomic_init(&r->raised[i], store->unfit[store->slots[i]]);
-    if (!ada_parallel_for(tasks, threads, rung_task, r, interrupt, context)) return false;
+    if (!ada_parallel_for(store->whole + rest, threads, rung_task, r, interrupt, context)) return false;
     int64_t raised = 0;
     for (int64_t i = 0; i < r->n_heads; i++) {
         raised += r->raised[i];
@@ -338,7 +450,8 @@ static bool attend_on_rungs(ada_run *r, int threads, bool (*interrupt)(void *), 
         if (r->raised[i] && p->ran)
             p->ran[r->heads ? r->heads[i] : i] = (ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32};
     }
-    return !raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context);
+    return (!raised || ada_parallel_for(tasks, threads, raised_task, r, interrupt, context)) &&
+           (!p->head_done || ada_parallel_for(rest / r->tiles, threads, tell_task, r, interrupt, context));
 }
 
 ada_status ada_no_scratch(int64_t bytes, ada_error *error) {
@@ -385,6 +498,8 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     if (few) r.splits = count_splits(p);
     const int64_t rows = r.n_heads * p->T, tasks = few ? p->B * p->G * r.splits : r.n_heads * r.tiles;
     const int threads = ada_threads_for(p, tasks, (double)rows * p->S * (p->D + p->E));
+    r.threads = threads;
+    r.by_heads = !on_rungs && !few && whole_heads(p, r.n_heads, threads);
 
     ada_carver size = {NULL, 0};
     scratch_of_f64(p, &size);
@@ -393,7 +508,7 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     if (on_rungs) {
         size.used = 0;
         carve_heads(&r, &size);
-        store_bytes = size.used + ada_store_plan(&r.store, p, r.k, heads, r.n_heads);
+        store_bytes = size.used + ada_store_plan(&r.store, p, r.k, heads, r.n_heads, threads);
         size.used = 0;
         narrow_of(&r, &size);
         if (p->sparse) sparse_lists_of(&r, &size);
@@ -422,9 +537,13 @@ ada_status ada_execute(const ada_problem *p, const int64_t *heads, int64_t n_hea
     }
     for (int64_t i = 0; p->ran && i < r.n_heads; i++) p->ran[heads ? heads[i] : i] = p->precision;
 
-    bool done = on_rungs
-                    ? attend_on_rungs(&r, threads, interrupt, context)
-                    : ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
+    bool done;
+    if (on_rungs)
+        done = attend_on_rungs(&r, threads, interrupt, context);
+    else if (r.by_heads)
+        done = ada_parallel_for(r.n_heads, threads, head_task, &r, interrupt, context);
+    else
+        done = ada_parallel_for(tasks, threads, few ? split_task : tile_task, &r, interrupt, context);
     if (done && few) {
         const int joiners = ada_threads_for(p, p->B * p->H, (double)rows * r.splits * p->E);
         done = ada_parallel_for(p->B * p->H, joiners < threads ? joiners : threads, join_task, &r, interrupt,

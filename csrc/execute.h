@@ -24,15 +24,35 @@
  * over four times as much), long enough that weighing a turn does not count. */
 #define ADA_TURN_BYTES 8192
 #define ADA_SPLIT_KEYS_MIN 512
+/* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows. */
+#define ADA_FEW_SCORES (256 * 256)
 
 /* Of a sparse head's tiles. */
 typedef struct {
     atomic_int_least64_t blocks, stand_ins;
 } ada_tally;
 
+/* What memory is asked for during one tile, in equal steps over its keys: where its output goes, what its
+ * worker reads next. */
+typedef struct {
+    ada_ahead now[ADA_AHEAD];
+    int later[ADA_AHEAD]; /* rows of steps to come */
+} ada_prospect;
+
+static inline void ada_step_ahead(ada_prospect *x) {
+    for (int i = 0; i < ADA_AHEAD; i++) {
+        ada_ahead *now = &x->now[i];
+        now->at += now->rows * now->stride;
+        if (now->rows > x->later[i]) now->rows = x->later[i];
+        x->later[i] -= now->rows;
+    }
+}
+
 typedef struct {
     const ada_problem *p;
     const ada_kernels *k;
+    int threads;
+    bool by_heads; /* arrays are read in place, and each head is a task */
     char *scratch; /* of worker w: from scratch + w * scratch_bytes */
     int64_t scratch_bytes;
     int64_t tiles;  /* per head */

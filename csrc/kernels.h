@@ -25,6 +25,15 @@
  * 1e14, and then the tile is computed again in fp64. */
 #define ADA_LAZY_OCTAVES 60
 
+/* Rows that are wanted soon: values_* may ask memory for them meanwhile, as the products hide what it costs
+ * (asking for all at once takes as long as waiting for them). */
+#define ADA_AHEAD 4
+typedef struct {
+    const char *at;
+    ptrdiff_t stride;
+    int rows, bytes; /* of a row */
+} ada_ahead;
+
 #define ADA_REAL float
 #define KIND(name) name##_f32
 #define KIND_FN(name) name##_f32_fn

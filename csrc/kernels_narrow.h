@@ -88,7 +88,7 @@ typedef ada_values_bf16_fn ada_values_i8_fn, ada_values_i16_fn;
 /* Rows of floats to narrow elements: to[r][c] = (rows[r][c] - less[c]) * factor[c], or with by_row *
  * factor[r], rounded to nearest even, r < n, c < width; less may be NULL. ldt and ld are row strides in
  * elements. Integers beyond the format's range saturate at its ADA_..._MAX. bf16: parts of them, part
- * elements apart, each rounding what the ones before left. */
+ * elements apart, each rounding what the ones before left; a subnormal number may count as zero. */
 typedef void ada_encode_bf16_fn(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
                                 ptrdiff_t ld, int n, int width, const float *less, const float *factor,
                                 bool by_row);

@@ -5,10 +5,13 @@ typedef struct {
     ADA_REAL *q; /* [D][ADA_LANES] queries, times scale * log2(e) */
     ADA_REAL *p; /* [ADA_BLOCK][ADA_LANES] scores of the present block, then its weights */
     ADA_REAL *o; /* [E][ADA_LANES] sum of weight * value so far */
-    ADA_REAL *m; /* [ADA_LANES] reference: weights are 2^(score - m); -inf before the first visible key */
+    ADA_REAL *m; /* [ADA_LANES] reference: weights are 2^(score - m); -inf before the first visible key, l and
+                    o are 0 then */
     ADA_REAL *l; /* [ADA_LANES] sum of weights so far */
     int D, E;
     int lanes; /* lanes to compute, a multiple of ADA_LANE_STEP; only they are read and written */
+    const ada_ahead *ahead; /* [ADA_AHEAD]; NULL: nothing */
+    bool cached;            /* values are: what lies behind them need not be asked for */
 } KIND(ada_tile);
 
 /* to[d][i] = rows[i][d] * factor for i < n; the lanes from n on repeat row n - 1, so that they never make

@@ -106,13 +106,17 @@ static ada_head_store head_store(const ada_store *s, ada_carver *c) {
 }
 
 int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k, const int64_t *heads,
-                       int64_t n_heads) {
+                       int64_t n_heads, int threads) {
     const ada_array *mask = &p->attn_mask;
     const bool apart = mask->data && mask->stride[1];
     *s = (ada_store){.p = p, .k = k, .per_head = apart ? 1 : p->H / p->G, .n_slots = n_heads};
     s->qk = operands_of(k, p->precision.qk, false), s->pv = operands_of(k, p->precision.pv, true);
     for (int64_t i = 0; i < n_heads; i++)
         s->heads += i == 0 || query_head(heads, i) / s->per_head != query_head(heads, i - 1) / s->per_head;
+    /* Several workers share the last heads out in tiles, so that they end together. */
+    if (ada_stays_cached(p))
+        s->whole = threads == 1 ? s->heads : s->heads >= threads ? (s->heads / threads - 1) * threads : 0;
+    s->workers = s->whole ? threads : 0;
     s->blocks = ada_block_count(p);
     s->strips = (p->S + ADA_STRIP - 1) / ADA_STRIP;
     const int elements = ada_elements(s->qk.format);
@@ -122,26 +126,33 @@ int64_t ada_store_plan(ada_store *s, const ada_problem *p, const ada_kernels *k,
     ada_carver size = {NULL, 0};
     head_store(s, &size);
     s->head_bytes = size.used;
-    return s->heads * s->head_bytes + (s->heads + n_heads) * (int64_t)sizeof *s->slots +
+    return (s->workers + s->heads - s->whole) * s->head_bytes +
+           (3 * s->heads + 1 + n_heads) * (int64_t)sizeof *s->slots +
            up_to(s->heads * (int64_t)sizeof *s->unfit, 64);
 }
 
 void ada_store_attach(ada_store *s, const int64_t *heads, char *memory) {
     s->memory = memory;
-    s->slots = (int64_t *)(memory + s->heads * s->head_bytes);
+    s->slots = (int64_t *)(memory + (s->workers + s->heads - s->whole) * s->head_bytes);
     s->key_head = s->slots + s->n_slots;
-    s->unfit = (atomic_bool *)(s->key_head + s->heads);
+    s->place = s->key_head + s->heads;
+    s->first = s->place + s->heads;
+    s->unfit = (atomic_bool *)(s->first + s->heads + 1);
     int64_t slot = -1;
     for (int64_t i = 0; i < s->n_slots; i++) {
         const int64_t key_head = query_head(heads, i) / s->per_head;
-        if (slot < 0 || s->key_head[slot] != key_head) s->key_head[++slot] = key_head;
+        if (slot < 0 || s->key_head[slot] != key_head) s->key_head[++slot] = key_head, s->first[slot] = i;
         s->slots[i] = slot;
     }
-    for (int64_t i = 0; i < s->heads; i++) atomic_init(&s->unfit[i], false);
+    s->first[s->heads] = s->n_slots;
+    for (int64_t i = 0; i < s->heads; i++) {
+        s->place[i] = s->workers + i - s->whole;
+        atomic_init(&s->unfit[i], false);
+    }
 }
 
 ada_head_store ada_head_store_at(const ada_store *s, int64_t head) {
-    ada_carver carver = {s->memory + head * s->head_bytes, 0};
+    ada_carver carver = {s->memory + s->place[head] * s->head_bytes, 0};
     return head_store(s, &carver);
 }
 
@@ -295,11 +306,16 @@ void ada_mean_of_rows(const ada_kernels *k, const ada_array *a, int64_t b, int64
         ADA_FOR_RUNS(see, i, run) {
             ada_array every = *a;
             every.stride[2] *= step;
+            count += run;
+            if (a->dtype == ADA_F32 && a->stride[3] == 4) {
+                k->columns(mean, largest, (const float *)ada_row_at(&every, b, h, first + i),
+                           every.stride[2] / 4, run, width);
+                continue;
+            }
             for (int c = 0; a->pages && c < run; c++) /* these do not lie evenly */
                 ada_load_rows_f32(k, rows + c * width, width, a, b, h, (first + i + c) * step, 1, width);
             if (!a->pages) ada_load_rows_f32(k, rows, width, &every, b, h, first + i, run, width);
             k->columns(mean, largest, rows, width, run, width);
-            count += run;
         }
     }
     for (int c = 0; count && c < width; c++) mean[c] /= (float)count;
@@ -354,6 +370,17 @@ float ada_integer_factor(ada_format format, float largest, float norm2) {
     return fminf(ADA_I16_MAX / largest, ADA_I16_NORM / sqrtf(norm2));
 }
 
+/* In parts that 16 bits hold, of which a vector has more. */
+static int32_t sum_of_bytes(const int8_t *x, int n) {
+    int32_t sum = 0;
+    for (; n > 0; x += 256, n -= 256) {
+        int16_t part = 0;
+        for (int i = 0; i < (n < 256 ? n : 256); i++) part = (int16_t)(part + x[i]);
+        sum += part;
+    }
+    return sum;
+}
+
 static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, int64_t g, int64_t block,
                       pack_scratch *x) {
     const int D = (int)s->p->D;
@@ -394,11 +421,7 @@ static bool pack_keys(const ada_store *s, const ada_head_store *to, int64_t b, i
     } else {
         int8_t *at = (int8_t *)words;
         k->encode_i8(at, row, rows, ld, ADA_BLOCK, D, less, x->factor, true);
-        for (int j = 0; j < ADA_BLOCK; j++, at += row) {
-            int32_t sum = 0;
-            for (int d = 0; d < D; d++) sum += at[d];
-            to->start[key + j] = -128 * sum;
-        }
+        for (int j = 0; j < ADA_BLOCK; j++, at += row) to->start[key + j] = -128 * sum_of_bytes(at, D);
     }
     return true;
 }
@@ -411,17 +434,17 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
     const ptrdiff_t part = (ptrdiff_t)ADA_STRIP * ldx;
     const int rows_v = (int)value_rows(s); /* those behind E are zero */
     const size_t words = (size_t)rows_v * (size_t)(ADA_STRIP / elements);
+    const int64_t first = strip * (ADA_STRIP / ADA_BLOCK);
+    const int blocks =
+        (int)(s->blocks - first < ADA_STRIP / ADA_BLOCK ? s->blocks - first : ADA_STRIP / ADA_BLOCK);
     bool whole = rows_v == E; /* nothing stays unwritten */
-    for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
-        const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
-        whole &= block < s->blocks && to->seen[block];
-    }
+    for (int i = 0; i < blocks; i++) whole &= to->seen[first + i] != 0;
     if (!floats && !whole) memset(x->words, 0, (size_t)part * 2 * (size_t)s->pv.parts.b);
     if (s->pv.format == ADA_WORDS_BF16) fill(x->factor, ADA_BLOCK, 1);
-    for (int i = 0; i < ADA_STRIP / ADA_BLOCK; i++) {
-        const int64_t block = strip * (ADA_STRIP / ADA_BLOCK) + i;
+    for (int i = 0; i < blocks; i++) {
+        const int64_t block = first + i;
         ptrdiff_t ld;
-        if (block >= s->blocks || (!to->seen[block] && !floats)) continue;
+        if (!to->seen[block] && !floats) continue;
         const bool change = s->pv.grid != ADA_GRID_NONE;
         const float *rows =
             block_rows(s, &s->p->value, change, b, g, block, to->seen[block], NULL, x->rows, &ld);
@@ -453,9 +476,9 @@ static bool pack_values(const ada_store *s, const ada_head_store *to, int64_t b,
     for (int a = 0; !floats && a < s->pv.parts.b; a++) {
         uint32_t *v = (uint32_t *)to->v + a * to->v_part + strip * (ptrdiff_t)words;
         if (elements == 4)
-            k->turn_8(v, ADA_STRIP, x->words, ldx, ADA_STRIP, rows_v);
+            k->turn_8(v, ADA_STRIP, x->words, ldx, blocks * ADA_BLOCK, rows_v);
         else
-            k->turn_16(v, ADA_STRIP, (uint16_t *)x->words + a * part, ldx, ADA_STRIP, rows_v);
+            k->turn_16(v, ADA_STRIP, (uint16_t *)x->words + a * part, ldx, blocks * ADA_BLOCK, rows_v);
     }
     return true;
 }
@@ -474,6 +497,23 @@ void ada_store_pack(const ada_store *s, int64_t head, int64_t strip, char *scrat
     if (!good) atomic_store_explicit(&s->unfit[head], true, memory_order_relaxed);
 }
 
+/* factor[i] as of ada_integer_factor, unit[i] = scale / factor[i], of rows of zeros both 0; in loops that
+ * compilers vectorise. */
+static void row_units(ada_format format, int n, const float *largest, const float *norm2, float scale,
+                      float *restrict factor, float *restrict unit) {
+    if (format == ADA_WORDS_I8)
+        for (int i = 0; i < n; i++) {
+            const float inverse = ADA_I8_MAX / largest[i];
+            factor[i] = largest[i] != 0 ? inverse : 0;
+        }
+    else
+        for (int i = 0; i < n; i++) factor[i] = ada_integer_factor(format, largest[i], norm2[i]);
+    for (int i = 0; i < n; i++) {
+        const float one = scale / factor[i];
+        unit[i] = factor[i] != 0 ? one : 0;
+    }
+}
+
 bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_narrow_tile *t,
                       const float *rows, ptrdiff_t ld, int n, float *copy, void *words) {
     const int D = (int)s->p->D, lanes = t->f32.lanes, row = s->DW * ada_elements(s->qk.format);
@@ -490,11 +530,11 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
         if (!rows_fit(&s->qk, s->p->query.dtype, largest[i], norm2[i]) ||
             !(largest[i] * factor <= ADA_NARROW_MOST))
             return false;
-    for (int i = 0; i < n; i++) {
-        factors[i] = integers ? ada_integer_factor(s->qk.format, largest[i], norm2[i]) : 1;
-        t->offset[i] = shift[i] * factor;
-        t->unit[i] = factors[i] != 0 ? factor / factors[i] : 0;
-    }
+    for (int i = 0; i < n; i++) t->offset[i] = shift[i] * factor;
+    if (!integers)
+        fill(factors, n, 1), fill(t->unit, n, factor);
+    else
+        row_units(s->qk.format, n, largest, norm2, factor, factors, t->unit);
     for (int i = n; i < ADA_LANES; i++)
         t->offset[i] = t->offset[n - 1], t->unit[i] = t->unit[n - 1], factors[i] = factors[n - 1];
     if (s->qk.grid != ADA_GRID_NONE) {
@@ -524,7 +564,8 @@ bool ada_pack_queries(const ada_store *s, const ada_head_store *head, const ada_
             memcpy((uint32_t *)words + (a * ADA_LANES + i) * s->DW,
                    (uint32_t *)words + (a * ADA_LANES + n - 1) * s->DW, row_bytes);
     uint32_t *word = words; /* signed to unsigned */
-    for (int64_t i = 0; s->qk.format == ADA_WORDS_I8 && i < part / 4; i++) word[i] ^= 0x80808080;
+    const ptrdiff_t bytes = s->qk.format == ADA_WORDS_I8 ? part : 0;
+    for (ptrdiff_t i = 0; i < bytes / 4; i++) word[i] ^= 0x80808080;
     for (int a = 0; a < s->qk.parts.a; a++)
         s->k->turn_32(t->q + (ptrdiff_t)a * s->DW * ADA_LANES, ADA_LANES,
                       (uint32_t *)words + a * (part * s->DW / row), s->DW, ADA_LANES, s->DW);

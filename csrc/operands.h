@@ -34,9 +34,13 @@ typedef struct {
     int64_t
         per_head;   /* query heads that share packed keys: H / G, or 1 where the mask differs between them */
     int64_t heads;  /* packed ones: slots */
+    int64_t whole;  /* the first of them are packed and computed by one worker each */
     int64_t *slots; /* [query heads of the run] */
+    int64_t *first; /* [heads + 1] query heads of the run: those of a slot lie side by side */
+    int64_t *place; /* [heads] in memory: what one worker packs and computes lies at its own */
     int64_t *key_head; /* [heads] of all B * H / per_head ones */
     int64_t n_slots;   /* query heads of the run */
+    int64_t workers;   /* that have a place */
     int64_t blocks, strips;
     char *memory;
     int64_t head_bytes;
@@ -59,6 +63,10 @@ typedef struct {
     ptrdiff_t k_part, v_part; /* words from part to part */
 } ada_head_store;
 
+/* Whether the keys and values of a head stay in a core's cache from the first tile to the last. */
+static inline bool ada_stays_cached(const ada_problem *p) {
+    return p->S * (p->D + p->E) * (int64_t)sizeof(float) <= 1 << 19;
+}
 /* Whether blocks of keys may stand in on a pair of rungs. */
 bool ada_may_stand_in(const ada_kernels *k, ada_choice choice);
 /* Whether some product of the problem's rungs needs packed operands. */
@@ -66,7 +74,7 @@ bool ada_store_needed(const ada_problem *p, const ada_kernels *k);
 /* For the listed query heads (ascending; NULL: all). Fills in all that needs no memory; returns the bytes
  * that ada_store_attach wants. */
 int64_t ada_store_plan(ada_store *store, const ada_problem *p, const ada_kernels *k, const int64_t *heads,
-                       int64_t n_heads);
+                       int64_t n_heads, int threads);
 void ada_store_attach(ada_store *store, const int64_t *heads, char *memory);
 ada_head_store ada_head_store_at(const ada_store *store, int64_t head);
 /* First for each slot, then for each head and strip; scratch of ada_store_scratch_bytes. */

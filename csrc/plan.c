@@ -207,7 +207,9 @@ double ada_predicted_seconds(const ada_task *t, const ada_rate *rate) {
 /* A less exact rung is taken where it needs at most this share of the time: rates scatter. */
 #define PAYS 0.95
 
-static bool allowed(const ada_task *t, ada_choice choice) {
+static bool allowed(const ada_task *t, int c) {
+    const ada_choice choice = ada_candidates[c];
+    if (t->barred >> c & 1) return false;
     if (t->dearest != ADA_RUNG_AUTO && (choice.qk < t->dearest || choice.pv < t->dearest)) return false;
     return t->cheapest == ADA_RUNG_AUTO || (choice.qk <= t->cheapest && choice.pv <= t->cheapest);
 }
@@ -222,17 +224,17 @@ bool ada_may_pay(const ada_task *t, const ada_rate rates[ADA_CANDIDATES], double
         const double saved = plain - ada_predicted_seconds(t, &rates[c]);
         /* Few heads are as good as the best: what only they allow must be worth twice the looking. */
         const double stake = COMMON * least_error[c] <= t->tolerance ? cost : 2 * cost;
-        if (allowed(t, ada_candidates[c]) && ADA_MARGIN * least_error[c] <= t->tolerance &&
-            saved > (1 - PAYS) * plain && saved > stake)
+        if (allowed(t, c) && ADA_MARGIN * least_error[c] <= t->tolerance && saved > (1 - PAYS) * plain &&
+            saved > stake)
             return true;
     }
-    return !allowed(t, ada_candidates[t->plain]);
+    return !allowed(t, t->plain);
 }
 
 int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES]) {
     int best = -1, dearest = -1;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
-        if (!allowed(t, ada_candidates[c])) continue;
+        if (!allowed(t, c)) continue;
         if (dearest < 0) dearest = c;
         /* The plain rung needs no more than its prediction's own margin: what is dearer costs most. */
         const double limit = t->tolerance / (c == t->plain ? fmin(t->margin, ADA_MARGIN) : t->margin);
@@ -340,7 +342,7 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
     double best = forced ? INFINITY : PAYS * ada_predicted_seconds(t, &rates[dense]);
     bool found = false, within = false;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
-        if (!(t->sparse >> c & 1) || !allowed(t, ada_candidates[c]) || !f->finite) continue;
+        if (!(t->sparse >> c & 1) || !allowed(t, c) || !f->finite) continue;
         const bool keeps = f->error[c] <= limit && (!t->lse || f->lse_error[c] <= fmax(limit, 1e-6));
         double room = keeps ? sqrt(limit * limit - f->error[c] * f->error[c]) / STAND_MARGIN : 0;
         if (forced)

@@ -68,6 +68,7 @@ typedef struct {
     double elements;            /* of keys and values to pack, this head's share */
     int64_t D;
     unsigned sparse; /* bit per candidate: its blocks may stand in */
+    unsigned barred; /* bit per candidate: not to be chosen */
     int plain;       /* the candidate that is exact for the dtype: for heads that are not finite */
 } ada_task;
 

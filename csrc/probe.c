@@ -26,8 +26,6 @@
 #define HEAVY 32
 /* Rows of a block that is looked at for others, too. */
 #define SOME_OF_BLOCK UINT64_C(0xFFFF)
-/* Numbers so much larger than those of the rows that a glance falls on are another kind. */
-#define UNEVEN 2
 
 static double square(double x) { return x * x; }
 
@@ -224,9 +222,8 @@ bool ada_know_keys(const ada_problem *p, int64_t b, int64_t h, ada_key_probe *ke
 
 /* ---- queries ---- */
 
-/* Of n <= ADA_BLOCK queries. */
-static void figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys, const float *q,
-                       ptrdiff_t ld, int n, ada_query_figures *figures) {
+void ada_figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys, const float *q,
+                    ptrdiff_t ld, int n, ada_query_figures *figures) {
     const int D = (int)p->D;
     float spread[ADA_BLOCK], by_mean[ADA_BLOCK], norm2[ADA_BLOCK];
     k->squares(spread, NULL, q, ld, n, D, NULL, keys->variance);
@@ -237,8 +234,7 @@ static void figures_of(const ada_problem *p, const ada_kernels *k, const ada_key
             (ada_query_figures){spread[i], by_mean[i], norm2[i], k->reach(q + i * ld, ld, 1, D, NULL, NULL)};
 }
 
-/* The parts of a profile that the query alone decides. */
-static void profile_query(const ada_problem *p, const ada_query_figures *f, ada_row_profile *x) {
+void ada_profile_query(const ada_problem *p, const ada_query_figures *f, ada_row_profile *x) {
     const double scale2 = p->scale * p->scale, most = (double)f->most;
     x->spread = scale2 * (double)f->spread;
     x->size = x->spread + scale2 * (double)f->by_mean;
@@ -275,9 +271,7 @@ static inline float rough_exp2(float x) {
     return u.f * (1 + part * (0.6565f + part * 0.3435f));
 }
 
-/* Of n rows that spread so, the share of a weight's square in its row, were scores normal:
- * sum p^2 = exp(spread) / keys, at most 1; one_over[i]: 1 / keys. */
-static void crowd_of(const float *spread, const float *one_over, int n, float *crowd) {
+void ada_crowd_of(const float *spread, const float *one_over, int n, float *crowd) {
     for (int i = 0; i < n; i++) {
         const float most = spread[i] < 30 ? spread[i] : 30;
         const float share = rough_exp2(most > 0 ? most * (float)ADA_LOG2E : 0) * one_over[i];
@@ -346,7 +340,7 @@ ada_spreads ada_probe_queries(const ada_problem *p, const ada_kernels *k, int64_
             const ada_span span = alike ? first_span : ada_visible_span(p, b, first + i);
             one_over[i] = span.end > span.first ? 1 / (float)(span.end - span.first) : 1;
         }
-        crowd_of(spread, one_over, n, crowd);
+        ada_crowd_of(spread, one_over, n, crowd);
         if (keys->heavies) {
             ptrdiff_t ld;
             const float *q = rows_at_f32(k, &p->query, b, h, first, n, s.rows, &ld);
@@ -632,8 +626,8 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         ptrdiff_t ld;
         const float *q = rows_at_f32(k, &p->query, b, h, rows[r], 1, s.rows, &ld);
         ada_query_figures figures;
-        figures_of(p, k, keys, q, ld, 1, &figures);
-        profile_query(p, &figures, x);
+        ada_figures_of(p, k, keys, q, ld, 1, &figures);
+        ada_profile_query(p, &figures, x);
         x->out2 = 0;
         for (int e = 0; e < E; e++) {
             s.out[r * E + e] = (float)exact.o[r * E + e];
@@ -679,173 +673,4 @@ void ada_profile_rows(const ada_problem *p, const ada_kernels *k, int64_t b, int
         profiles[r].local_entropy = local_entropy(p, k, b, rows[r], exact.p + r * all_keys);
         profiles[r].good &= isfinite(profiles[r].p2d_step) && isfinite(profiles[r].spread);
     }
-}
-
-int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS_ROWS]) {
-    int64_t start, end;
-    ada_seeing_rows(p, b, &start, &end);
-    const int64_t step = (end - start + ADA_GUESS_ROWS - 1) / ADA_GUESS_ROWS;
-    int n = 0;
-    for (int64_t i = start; i < end; i += step) rows[n++] = i;
-    return n;
-}
-
-void ada_guess_profile(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                       const ada_key_probe *keys, ada_row_profile *x, char *scratch) {
-    ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, false, &carver);
-    int64_t rows[ADA_GUESS_ROWS], block = 0;
-    ada_query_figures figures[ADA_GUESS_ROWS];
-    ada_array some = p->query;
-    const int most = ada_rows_to_guess_by(p, b, rows);
-    int n = 0;
-    for (int i = 0; i < most; i++)
-        if (ada_row_sees(p, k, b, h, rows[i], &block, s.rows)) rows[n++] = rows[i];
-    /* One after the other where a mask leaves gaps between them. */
-    const int together = n == most ? n : 1;
-    if (n > 1) some.stride[2] *= rows[1] - rows[0];
-    for (int i = 0; i < n; i += together) {
-        ptrdiff_t ld;
-        some.data = ada_row_at(&p->query, b, h, rows[i]);
-        const float *q = rows_at_f32(k, &some, 0, 0, 0, together, s.rows, &ld);
-        figures_of(p, k, keys, q, ld, together, figures + i);
-    }
-    ada_guess_by(p, b, keys, rows, figures, n, x);
-}
-
-void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, const int64_t *rows,
-                  const ada_query_figures *figures, int found, ada_row_profile *x) {
-    const double value2 = keys->value2_mean, own2 = value2 - keys->center2, n = found > 0 ? found : 1;
-    *x = (ada_row_profile){.weight = (double)p->T};
-    for (int i = 0; i < found; i++) {
-        ada_row_profile one;
-        const ada_span span = ada_visible_span(p, b, rows[i]);
-        profile_query(p, &figures[i], &one);
-        x->spread += one.spread, x->size += one.size, x->q2 += one.q2, x->qmax2 += one.qmax2;
-        x->p2 += fmin(1, exp(fmin(one.spread, 30)) / (double)(span.end - span.first));
-        x->visible += span.end - span.first;
-    }
-    x->spread /= n, x->size /= n, x->q2 /= n, x->qmax2 /= n;
-    x->p2 /= n * (1 - p->dropout_p);
-    x->reference = 3 * sqrt(x->size); /* its square counts */
-    x->visible /= (int64_t)n;
-    /* Independent values around their mean. */
-    x->p2_norm = x->p2 * keys->total, x->p2_step = x->p2 * keys->largest2;
-    x->out2 = keys->center2 + x->p2 * own2;
-    x->p2v = x->p2 * value2, x->p2d = x->p2 * own2;
-    x->p2d_norm = x->p2_norm * own2, x->p2d_step = x->p2_step * own2;
-    x->pv = value2;
-    /* Weights around a peak are rounded away: what real heads showed at worst. */
-    x->round8 = x->out2 * 4e-4, x->round16 = x->out2 * 1e-9;
-    x->score_std = sqrt(x->spread), x->entropy = x->block_entropy = x->local_entropy = NAN;
-    x->good = isfinite(x->p2d_step) && isfinite(x->size);
-}
-
-/* Of the rows from first to end, at most so many at equal distances: their array. */
-static ada_array spread_out(const ada_array *a, int64_t b, int64_t h, int64_t first, int64_t end, int most,
-                            int64_t *step, int *n) {
-    ada_array some = *a;
-    *step = (end - first + most - 1) / most;
-    *n = *step ? (int)((end - first + *step - 1) / *step) : 0;
-    some.data = ada_row_at(a, b, h, first);
-    some.stride[2] *= *step;
-    return some;
-}
-
-/* The largest magnitude in rows first ... end - 1. */
-static float largest_of(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t first,
-                        int64_t end, float *rows) {
-    float most = 0;
-    for (int64_t i = first; i < end; i += ADA_BLOCK) {
-        const int n = (int)(end - i < ADA_BLOCK ? end - i : ADA_BLOCK);
-        ptrdiff_t ld;
-        const float *x = rows_at_f32(k, a, b, h, i, n, rows, &ld);
-        const float own = k->reach(x, ld, n, (int)a->shape[3], NULL, NULL);
-        if (!(own <= most)) most = own; /* a NaN stays */
-    }
-    return most;
-}
-
-/* Whether what lies between the rows of a glance is like them. */
-static bool is_even(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t first,
-                    int64_t end, const ada_array *some, int n, float *rows) {
-    return largest_of(k, a, b, h, first, end, rows) <= UNEVEN * largest_of(k, some, 0, 0, 0, n, rows);
-}
-
-int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_row_profile profiles[2],
-               double *total, char *scratch) {
-    ada_carver carver = {scratch, 0};
-    const probe_scratch s = scratch_of(p, false, &carver);
-    const int D = (int)p->D, E = (int)p->E;
-    const int64_t g = h / (p->H / p->G);
-    const double scale2 = p->scale * p->scale;
-    float *mean = s.column, *variance = s.sum, x2[ADA_GUESS_ROWS], by_mean[ADA_GUESS_ROWS];
-    int64_t start, end, step;
-    int n;
-    ptrdiff_t ld;
-    double value2 = 0;
-    ada_seeing_rows(p, b, &start, &end);
-    if (end <= start) return 0;
-    const int64_t first = ada_visible_span(p, b, start).first, last = ada_visible_span(p, b, end - 1).end;
-    const bool few = p->T * p->S <= ADA_FEW_SCORES;
-    const int most = few ? ADA_GUESS_ROWS / 2 : ADA_GUESS_ROWS;
-    bool even = few;
-    const ada_array key = spread_out(&p->key, b, g, first, last, most, &step, &n);
-    even = even && is_even(k, &p->key, b, g, first, last, &key, n, s.rows);
-    const float *x = rows_at_f32(k, &key, 0, 0, 0, n, s.rows, &ld);
-    memset(mean, 0, (size_t)D * sizeof *mean);
-    memset(variance, 0, (size_t)D * sizeof *variance);
-    memset(s.heavy, 0, (size_t)D * sizeof *s.heavy);
-    k->columns(mean, s.heavy, x, ld, n, D); /* the largest are of no use */
-    for (int d = 0; d < D; d++) mean[d] /= (float)n;
-    k->squares(x2, variance, x, ld, n, D, mean, NULL);
-    *total = 0;
-    for (int d = 0; d < D; d++) variance[d] /= (float)n, *total += (double)variance[d];
-    for (int d = 0; d < D; d++) mean[d] *= mean[d];
-    const ada_array value = spread_out(&p->value, b, g, first, last, most, &step, &n);
-    even = even && is_even(k, &p->value, b, g, first, last, &value, n, s.rows);
-    x = rows_at_f32(k, &value, 0, 0, 0, n, s.rows, &ld);
-    k->squares(x2, NULL, x, ld, n, E, NULL, NULL);
-    for (int i = 0; i < n; i++) value2 += (double)x2[i];
-    value2 /= n;
-    const ada_array query = spread_out(&p->query, b, h, start, end, most, &step, &n);
-    float spread[ADA_GUESS_ROWS], one_over[ADA_GUESS_ROWS], p2[ADA_GUESS_ROWS];
-    even = even && is_even(k, &p->query, b, h, start, end, &query, n, s.rows);
-    x = rows_at_f32(k, &query, 0, 0, 0, n, s.rows, &ld);
-    k->squares(spread, NULL, x, ld, n, D, NULL, variance);
-    k->squares(by_mean, NULL, x, ld, n, D, NULL, mean);
-    for (int i = 0; i < n; i++) {
-        const ada_span span = ada_visible_span(p, b, start + i * step);
-        spread[i] *= (float)scale2, by_mean[i] *= (float)scale2;
-        one_over[i] = 1 / (float)(span.end - span.first);
-    }
-    crowd_of(spread, one_over, n, p2);
-    const ada_array out = spread_out(&p->out, b, h, start, end, most, &step, &n);
-    x = rows_at_f32(k, &out, 0, 0, 0, n, s.rows, &ld);
-    k->squares(x2, NULL, x, ld, n, E, NULL, NULL);
-    ada_row_profile *peak = profiles + 1;
-    double noise = 0;
-    profiles[0] = profiles[1] = (ada_row_profile){0};
-    for (int i = 0; i < n; i++) {
-        /* Were 1 / p^2 keys alike and their values independent; at most what two of them make. */
-        const double share = (double)p2[i], apart = value2 * (share < 0.5 ? share * (1 - share) : 0.25);
-        const double size = (double)spread[i] + (double)by_mean[i];
-        profiles->p2d += apart, profiles->p2v += share * value2;
-        profiles->out2 += (double)x2[i];
-        profiles->spread += apart * (double)spread[i], noise += apart * size;
-        if (!(size * share <= peak->size * peak->p2)) peak->size = size, peak->p2 = share;
-    }
-    profiles->weight = 1; /* of their sum */
-    profiles->good = even;
-    if (profiles->p2d > 0) profiles->spread /= profiles->p2d, noise /= profiles->p2d;
-    profiles->size = noise, profiles->p2d_norm = profiles->p2d * *total;
-    profiles->reference = 3 * sqrt(profiles->size), peak->reference = 3 * sqrt(peak->size);
-    return 2;
-}
-
-void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *x) {
-    const double ratio = x->spread > 0 ? fmax(spread / x->spread, 1) : 1;
-    x->spread *= ratio, x->size *= ratio, x->q2 *= ratio, x->qmax2 *= ratio;
-    x->reference = 3 * sqrt(x->size);
-    x->p2 = 1, x->p2_norm = keys->total, x->p2_step = keys->largest2;
 }

@@ -113,16 +113,29 @@ int ada_rows_to_guess_by(const ada_problem *p, int64_t b, int64_t rows[ADA_GUESS
 void ada_guess_by(const ada_problem *p, int64_t b, const ada_key_probe *keys, const int64_t *rows,
                   const ada_query_figures *figures, int n, ada_row_profile *profile);
 
-/* From some queries, keys, values and outputs of a head that was computed on its plain rung: a profile of all
- * rows and one, without weight, of the row whose lse errs most; returns how many, 0 where no row sees a key.
- * Only fields that the plain rung's error follows from; good: the head has at most ADA_FEW_SCORES, and no
- * number that is far larger than those of these rows. Not beside masks and biases, which make other weights.
- */
-#define ADA_FEW_SCORES (256 * 256)
-int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_row_profile profiles[2],
-               double *total, char *scratch);
-
 /* Makes a guess that of a row with this spread and all its weight on one key: the one whose lse errs most. */
 void ada_peak_profile(const ada_key_probe *keys, double spread, ada_row_profile *guess);
+
+/* From some queries, keys and values of a head alone: a profile of all its rows and one, without weight, of
+ * the row whose lse errs most; returns how many, 0 where no row sees a key. Of keys what is one number. Only
+ * what the plain rung's error follows from; with rungs, and at most ADA_FEW_SCORES, those of all but 8-bit
+ * values. good: the head has at most that many, and no number that is far larger than those of these rows.
+ * Not beside masks and biases, which make other weights. The profiles are sums over rows whose number is the
+ * inverse of the weight.
+ */
+int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, bool rungs,
+               ada_row_profile profiles[2], ada_key_probe *keys, char *scratch);
+/* Mean squared norm of some rows of its output. */
+double ada_glance_at_output(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, char *scratch);
+int64_t ada_glance_scratch_bytes(const ada_problem *p);
+
+/* What both have in common: figures of n <= ADA_BLOCK queries, and the parts of a profile that these decide.
+ */
+void ada_figures_of(const ada_problem *p, const ada_kernels *k, const ada_key_probe *keys, const float *q,
+                    ptrdiff_t ld, int n, ada_query_figures *figures);
+void ada_profile_query(const ada_problem *p, const ada_query_figures *figures, ada_row_profile *x);
+/* Of n rows that spread so, the share of a weight's square in its row, were scores normal:
+ * sum p^2 = exp(spread) / keys, at most 1; one_over[i]: 1 / keys. */
+void ada_crowd_of(const float *spread, const float *one_over, int n, float *crowd);
 
 #endif

@@ -98,6 +98,12 @@ int ada_most_rows_to_verify(int64_t T) {
  */
 static int rows_for_fp32(int64_t T) { return T < 512 ? 0 : T < 4096 ? 8 : 12; }
 
+/* Small heads on cheaper rungs are, by few rows. */
+static bool is_compared_at_once(const ada_attending *a, const ada_head *head) {
+    return ada_is_few(a->p) && !ada_is_thinned(head) &&
+           ada_candidate_of(head->choice) > ada_plain_candidate(a->p);
+}
+
 /* As many rows as the distance between prediction and budget asks for, and few where that is far. */
 static int rows_to_verify(const ada_attending *a, int64_t index) {
     const ada_head *head = &a->budget->heads[index];
@@ -117,35 +123,37 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : 4;
+    const bool at_once = is_compared_at_once(a, head) && 4 * head->predicted_error <= a->budget->tolerance;
+    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : at_once ? 2 : 4;
     return larger(own, larger(rows, least));
 }
 
-bool ada_may_glance(const ada_attending *a) {
+bool ada_may_glance(const ada_attending *a, ada_choice choice) {
     const ada_problem *p = a->p;
+    const bool plain = choice.qk == ADA_RUNG_FP32 && choice.pv == ADA_RUNG_FP32;
     return a->budget->verify && !p->on_gpu && !p->stored && !p->only_f64 && p->query.dtype != ADA_F64 &&
-           p->T >= ADA_LEAST_QUERIES && !ada_is_forced(a->budget) && ada_guesses_are_fair(p);
+           p->T >= ADA_LEAST_QUERIES && !ada_is_forced(a->budget) && ada_guesses_are_fair(p) &&
+           (plain || ada_is_few(p));
 }
 
-/* What was assumed of the error of a head that nobody looked at gives way to what some of its rows say. */
-void ada_glance_at(void *attending, int64_t index, int worker) {
-    ada_attending *a = attending;
+bool ada_guess_by_glance(ada_attending *a, int64_t index, char *scratch) {
     const ada_problem *p = a->p;
     ada_head_state *s = &a->states[index];
+    ada_head *head = &a->budget->heads[index];
     ada_row_profile *rows = a->profiles + index * ADA_MOST_ROWS;
-    double total, error, lse_error;
-    if (s->look) return;
-    const int n =
-        ada_glance(p, a->k, index / p->H, index % p->H, rows, &total, a->scratch + worker * a->scratch_bytes);
-    if (n == 0) return;
-    ada_forecast_plain(rows, n, total, p, &error, &lse_error);
-    if (isnan(error)) return;
-    a->budget->heads[index].predicted_error = error;
-    const double limit = a->budget->tolerance / ADA_MARGIN_GUESSED;
-    /* Of a head this small one exact row would cost more than the 2 % of it that a budget may. */
-    s->uneven = !rows[0].good && p->T * p->S <= ADA_FEW_SCORES;
-    s->trusted = !a->budget->verify_all && rows[0].good && error <= limit &&
-                 (!p->lse || lse_error <= fmax(limit, 1e-6));
+    ada_key_probe keys;
+    ada_forecast forecast;
+    const int n = ada_glance(p, a->k, index / p->H, index % p->H, true, rows, &keys, scratch);
+    if (n == 0) return false;
+    s->total = keys.total;
+    ada_forecast_head(rows, n, &keys, p, ADA_CANDIDATES, &forecast);
+    s->glanced2 = rows->out2 * rows->weight;
+    s->center2 = keys.center2, s->value2 = keys.value2_mean;
+    if (!forecast.finite) return false;
+    for (int c = 0; c < ADA_CANDIDATES; c++)
+        if (s->barred >> c & 1) forecast.error[c] = NAN;
+    head->forecast = forecast;
+    return true;
 }
 
 int ada_piece_of_row(const ada_kernels *k, const ada_array *a, int64_t b, int64_t h, int64_t row, int c,
@@ -259,15 +267,15 @@ static void forecast_again(const ada_attending *a, int64_t head, const float *no
     if (isfinite(error)) a->budget->heads[head].predicted_error = error;
 }
 
-static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
-    ada_attending *a = context;
+static void measure_norms(ada_attending *a, int64_t head, char *scratch) {
+    a->states[head].out2 = a->backend->output_norm(a, head, a->norms + head * a->p->T, scratch);
+}
+
+/* Which rows of a head whose norms are measured are compared, and how they are computed. */
+static void draw_rows_to_verify(ada_attending *a, int64_t head, char *scratch) {
     const ada_problem *p = a->p;
     ada_head_state *s = &a->states[head];
-    if (!s->open || ada_job_cancelled(job, worker)) return;
-    char *scratch = a->scratch + worker * a->scratch_bytes;
     float *norms = a->norms + head * p->T;
-    s->out2 = a->backend->output_norm(a, head, norms, scratch);
-    if (!s->look && a->mass) s->value2 = value_norm(a, head, (float *)scratch);
     const double cancelled = SUM_ERROR * sqrt(s->value2 / fmax(s->out2 / (double)p->T, DBL_MIN));
     const double tolerance = a->budget->tolerance;
     if (!s->look && !s->known) {
@@ -286,6 +294,16 @@ static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
                    p->T < ADA_LEAST_QUERIES; /* those were computed in fp32 too */
 }
 
+static void norm_task(void *context, ada_job *job, int64_t head, int worker) {
+    ada_attending *a = context;
+    ada_head_state *s = &a->states[head];
+    if (!s->open || ada_job_cancelled(job, worker)) return;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    measure_norms(a, head, scratch);
+    if (!s->look && !s->glanced && a->mass) s->value2 = value_norm(a, head, (float *)scratch);
+    draw_rows_to_verify(a, head, scratch);
+}
+
 double ada_rounding_of(ada_dtype dtype) {
     return dtype == ADA_F64 ? 0x1p-53 : dtype == ADA_F32 ? 0x1p-24 : dtype == ADA_F16 ? 0x1p-11 : 0x1p-8;
 }
@@ -299,16 +317,12 @@ static bool floats_suffice(const ada_exact *exact, int n, double tolerance) {
     return suffice;
 }
 
-static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
-    ada_attending *a = context;
+/* Exact rows first ... first + n - 1 of those that were drawn. */
+static void compute_rows(ada_attending *a, int64_t head, int first, int n, char *scratch) {
     const ada_problem *p = a->p;
-    int64_t head;
-    int first;
-    const int n = ada_rows_of_task(a, task, &head, &first), E = (int)p->E;
     const ada_head_state *s = &a->states[head];
+    const int E = (int)p->E;
     ada_exact exact;
-    if (n <= 0 || !s->open || s->known || ada_job_cancelled(job, worker)) return;
-    char *scratch = a->scratch + worker * a->scratch_bytes;
     ada_exact_rows(p, a->k, s->exact_f64, false, head / p->H, head % p->H, s->rows + first, n, scratch,
                    &exact);
     if (!s->exact_f64 && !floats_suffice(&exact, n, a->budget->tolerance))
@@ -318,6 +332,16 @@ static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
         a->exact_lse[at] = exact.good[i] ? exact.lse[i] : NAN;
         memcpy(a->exact_o + at * E, exact.o + i * E, (size_t)E * sizeof(double));
     }
+}
+
+static void exact_task(void *context, ada_job *job, int64_t task, int worker) {
+    ada_attending *a = context;
+    int64_t head;
+    int first;
+    const int n = ada_rows_of_task(a, task, &head, &first);
+    const ada_head_state *s = &a->states[head];
+    if (n > 0 && s->open && !s->known && !ada_job_cancelled(job, worker))
+        compute_rows(a, head, first, n, a->scratch + worker * a->scratch_bytes);
 }
 
 ada_status ada_cpu_fetch_norms(ada_attending *a, ada_error *error) {
@@ -438,6 +462,63 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     *misses = error.misses;
     return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
            !((refuted(a, head, s) || surprises(a, head)) && doubts(a, index));
+}
+
+/* What was assumed of the error of a head that nobody looked at gives way to what some of its rows say. */
+static void glance_at_plain(ada_attending *a, int64_t index, char *scratch) {
+    const ada_problem *p = a->p;
+    ada_head_state *s = &a->states[index];
+    ada_row_profile *rows = a->profiles + index * ADA_MOST_ROWS;
+    const int64_t b = index / p->H, h = index % p->H;
+    ada_key_probe keys = {.total = s->total};
+    double error, lse_error;
+    if (!s->glanced && !ada_glance(p, a->k, b, h, false, rows, &keys, scratch)) return;
+    rows->out2 = ada_glance_at_output(p, a->k, b, h, scratch) / rows->weight;
+    ada_forecast_plain(rows, 2, keys.total, p, &error, &lse_error);
+    if (isnan(error)) return;
+    a->budget->heads[index].predicted_error = error;
+    const double limit = a->budget->tolerance / ADA_MARGIN_GUESSED;
+    /* Of a head this small one exact row would cost more than the 2 % of it that a budget may. */
+    s->uneven = !rows[0].good && ada_is_few(p);
+    s->trusted = !a->budget->verify_all && rows[0].good && error <= limit &&
+                 (!p->lse || lse_error <= fmax(limit, 1e-6));
+}
+
+/* Compares a small head with few exact rows at once, while its numbers are at hand; what they do not settle
+ * is left to ada_verify_heads. */
+static void verify_at_once(ada_attending *a, int64_t index, char *scratch) {
+    ada_head_state *s = &a->states[index];
+    ada_head *head = &a->budget->heads[index];
+    const int c = ada_candidate_of(head->choice);
+    bool misses;
+    if (!is_compared_at_once(a, head)) return;
+    measure_norms(a, index, scratch);
+    if (!isfinite(s->out2)) return;
+    if (s->glanced) {
+        const ada_row_profile *rows = a->profiles + index * ADA_MOST_ROWS;
+        const double out2 = s->out2 / (double)a->p->T, guess = rows->p2d * rows->weight;
+        /* Outputs that differ more than independent values would make them are those of fewer keys; ones that
+         * are far smaller cancel. */
+        const double apart = fmax(fmin(out2 - s->center2, s->value2 / 4) / guess, 1);
+        const double shrunk = s->glanced2 / out2, factor = shrunk > 1 ? fmax(shrunk / 2, 1) : shrunk;
+        head->predicted_error = head->forecast.error[c] * sqrt(apart * factor);
+    }
+    s->n = rows_to_verify(a, index);
+    if (s->n > ADA_EXACT_ROWS) s->n = ADA_EXACT_ROWS;
+    draw_rows_to_verify(a, index, scratch);
+    compute_rows(a, index, 0, s->n, scratch);
+    s->trusted = compare_head(a, index, &misses);
+}
+
+void ada_glance_at(void *attending, int64_t index, int worker) {
+    ada_attending *a = attending;
+    const ada_choice choice = a->budget->heads[index].choice;
+    char *scratch = a->scratch + worker * a->scratch_bytes;
+    if (a->states[index].look) return;
+    if (choice.qk == ADA_RUNG_FP32 && choice.pv == ADA_RUNG_FP32)
+        glance_at_plain(a, index, scratch);
+    else
+        verify_at_once(a, index, scratch);
 }
 
 /* The rung that a head goes up to; false where there is none, or where it may not. */

@@ -140,6 +140,22 @@ def test_same_bits(precision: Any) -> None:
     assert np.array_equal(out, adaattn.attention(*strided, precision=precision, causal=True))
 
 
+@RUNGS
+@pytest.mark.parametrize("S", [200, 900])  # heads that one worker computes whole, and others
+def test_who_computes_a_head_changes_no_bit(precision: Any, S: int) -> None:
+    q, k, v = heads(1, 14, 7, 130, S, 80, 80)
+    q[0, 5, 100] *= 1e30  # beyond all but fp32
+    out, report = adaattn.attention(q, k, v, precision=precision, num_threads=1, return_report=True)
+    for threads in (2, 3, 8):
+        again, other = adaattn.attention(
+            q, k, v, precision=precision, num_threads=threads, return_report=True
+        )
+        assert np.array_equal(out, again, equal_nan=True)
+        assert np.array_equal(report.retried, other.retried)
+    with_lse = adaattn.attention(q, k, v, precision=precision, return_lse=True)[0]
+    assert np.array_equal(out, with_lse, equal_nan=True)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int16", "int8", ("int8", "bf16")])
 def test_a_common_offset_of_the_keys_costs_nothing(precision: Any) -> None:
     q, k, v = heads(1, 2, 2, 100, 256, 64, 64)

@@ -118,12 +118,34 @@ INLINE __m512i to_integers(vec y, float most) {
     return _mm512_cvtps_epi32(v_min(v_set1(most), v_max(v_set1(-most), y)));
 }
 
+/* 4 / bytes vectors of integers to one of elements of `bytes` each, which hold them. */
+INLINE __m512i join_integers(const __m512i x[], const int bytes) {
+    const __m512i low = _mm512_packs_epi32(x[0], x[1]);
+    if (bytes == 2) return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low);
+    const __m512i all = _mm512_packs_epi16(low, _mm512_packs_epi32(x[2], x[3]));
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+                                    all);
+}
+
 /* To integers of at most most, of `bytes` each. */
 INLINE void encode_of(char *to, ptrdiff_t ldt, const float *rows, ptrdiff_t ld, int n, int width,
                       const float *less, const float *factor, const bool by_row, const int bytes,
                       float most) {
     for (int r = 0; r < n; r++, to += ldt * bytes, rows += ld) {
+        const int each = 4 / bytes;
         int c = 0;
+        for (; c + each * VL <= width; c += each * VL) {
+            __m512i x[4];
+            UNROLL for (int i = 0; i < each; i++) x[i] =
+                to_integers(scaled(rows, less, factor, by_row, r, c + i * VL, VL), most);
+            _mm512_storeu_si512(to + bytes * c, join_integers(x, bytes));
+        }
+        for (; bytes == 1 && c + 2 * VL <= width; c += 2 * VL) {
+            const __m512i x = to_integers(scaled(rows, less, factor, by_row, r, c, VL), most);
+            const __m512i y = to_integers(scaled(rows, less, factor, by_row, r, c + VL, VL), most);
+            const __m512i both[4] = {x, y, x, y};
+            _mm256_storeu_si256((__m256i *)(to + c), _mm512_castsi512_si256(join_integers(both, 1)));
+        }
         for (; c + VL <= width; c += VL) {
             const __m512i x = to_integers(scaled(rows, less, factor, by_row, r, c, VL), most);
             if (bytes == 1)

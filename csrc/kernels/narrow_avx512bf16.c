@@ -164,3 +164,47 @@ void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *rea
                         _mm512_castsi512_ps(square[v]));
     }
 }
+
+/* 16 elements from c on, or the last n, of row r on their way to bf16. */
+INLINE vec scaled(const float *row, const float *less, const float *factor, bool by_row, int r, int c,
+                  int n) {
+    const __mmask16 m = m_first(n);
+    vec x = n >= VL ? v_loadu(row + c) : _mm512_maskz_loadu_ps(m, row + c);
+    if (less) x = v_sub(x, n >= VL ? v_loadu(less + c) : _mm512_maskz_loadu_ps(m, less + c));
+    if (by_row) return v_mul(x, v_set1(factor[r]));
+    return v_mul(x, n >= VL ? v_loadu(factor + c) : _mm512_maskz_loadu_ps(m, factor + c));
+}
+
+INLINE void encode(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows, ptrdiff_t ld,
+                   int n, int width, const float *less, const float *factor, const bool by_row) {
+    for (int r = 0; r < n; r++, to += ldt, rows += ld) {
+        int c = 0;
+        for (; parts == 1 && c + 2 * VL <= width; c += 2 * VL) {
+            const vec x = scaled(rows, less, factor, by_row, r, c, VL);
+            const vec y = scaled(rows, less, factor, by_row, r, c + VL, VL);
+            _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        }
+        for (; c < width; c += VL) {
+            vec x = scaled(rows, less, factor, by_row, r, c, width - c);
+            for (int a = 0; a < parts; a++) {
+                const __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+                uint16_t *at = to + a * part + c;
+                if (width - c >= VL)
+                    _mm256_storeu_si256((__m256i *)at, half);
+                else
+                    _mm256_mask_storeu_epi16(at, m_first(width - c), half);
+                x = v_sub(x, v_from_bf16(half));
+            }
+        }
+    }
+}
+
+/* The unit rounds subnormal numbers to zero. */
+void ada_encode_bf16_avx512bf16(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
+                                ptrdiff_t ld, int n, int width, const float *less, const float *factor,
+                                bool by_row) {
+    if (by_row)
+        encode(to, ldt, part, parts, rows, ld, n, width, less, factor, true);
+    else
+        encode(to, ldt, part, parts, rows, ld, n, width, less, factor, false);
+}

@@ -92,7 +92,9 @@ INLINE void NAME(values_strip)(const ada_narrow_tile *t, const uint32_t *v, ptrd
     for (; e + rows <= E; e += rows) {
         /* The next strip's rows of V. */
         const char *next = (const char *)(v + ((E + 15) / 16 * 16 + e) * (ADA_STRIP / ELEMENTS));
-        for (int i = 0; i < rows * n * 4 / ELEMENTS; i += 64) __builtin_prefetch(next + i, 0, 2);
+        for (int i = 0; !t->f32.cached && i < rows * n * 4 / ELEMENTS; i += 64)
+            __builtin_prefetch(next + i, 0, 2);
+        ask_ahead(t->f32.ahead, e / rows, E / rows);
         NAME(values_group)(t, v, part, n, lane, e, rows, NV);
     }
     for (; e < E; e++) NAME(values_group)(t, v, part, n, lane, e, 1, NV);

@@ -63,7 +63,11 @@ bool KERNEL(unpack)(REAL *rows, ptrdiff_t ld, const REAL *o, const REAL *factor,
             }
             finite &= !m_any(m_and(bad, m_first(used)));
             v_transpose(r);
-            for (int i = 0; i < used; i++) v_store_n(rows + (lane + i) * ld + e, r[i], E - e);
+            if (used == VL && E - e >= VL) {
+                UNROLL for (int i = 0; i < VL; i++) v_storeu(rows + (lane + i) * ld + e, r[i]);
+            } else {
+                for (int i = 0; i < used; i++) v_store_n(rows + (lane + i) * ld + e, r[i], E - e);
+            }
         }
     }
     return finite;
@@ -133,6 +137,7 @@ void KERNEL(reference)(const tile_t *t, int n, const uint64_t *visible, const RE
         if (!m_any(raised)) continue;
         m = v_select(raised, m, before);
         v_store(t->m + lane, m);
+        if (!m_any(m_greater(before, v_set1(-INFINITY)))) continue; /* nothing was added yet */
         vec f = v_select(raised, v_exp2(v_sub(before, m)), v_set1(1));
         v_store(t->l + lane, v_mul(f, v_load(t->l + lane)));
         for (int e = 0; e < t->E; e++)
@@ -198,7 +203,8 @@ INLINE void values_strip(const tile_t *t, int lane, const REAL *v, ptrdiff_t ldv
     for (; e + rows <= t->E; e += rows) {
 #ifndef NO_VALUES_PREFETCH
         /* The next block's rows of V, a slice for each group. */
-        for (int j = e / rows; j < n; j += t->E / rows) prefetch_row(v + (n + j) * ldv, t->E);
+        for (int j = e / rows; !t->cached && j < n; j += t->E / rows) prefetch_row(v + (n + j) * ldv, t->E);
+        ask_ahead(t->ahead, e / rows, t->E / rows);
 #endif
         values_group(t, lane, v, ldv, n, e, rows, NV);
     }

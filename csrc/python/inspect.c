@@ -19,7 +19,7 @@ static int numbers_of(const ada_module_state *state, PyObject *object, const cha
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args) {
     const ada_module_state *state = PyModule_GetState(module);
     PyObject *errors, *lse_errors, *rates, *result = NULL;
-    ada_task task;
+    ada_task task = {0};
     ada_forecast forecast = {0};
     ada_rate table[ADA_CANDIDATES];
     int finite, lse, dearest, cheapest;

@@ -69,9 +69,9 @@ PyDoc_STRVAR(
     "num_threads, "
     "allocate, device, /)\n--\n\n"
     "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
-    "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, indices into RUNGS, "
-    "scores and values of head after head, and of all heads predicted errors, then sparse budgets, joints, "
-    "kept shares, ranks, their gains and limits). "
+    "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, and float64 of all heads: "
+    "indices into RUNGS of the scores, then of the values, predicted errors, sparse budgets, joints, kept "
+    "shares, ranks, their gains and limits). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
     "float64 (B, H, len(HEAD_FIELDS)), the seconds of the phases, the operations of the call and "
     "its sizes (B, H, G, T, S, D, E, dtype), what rules out (sparse, low rank) heads, or None, and a "
@@ -175,48 +175,52 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
 /* Rates and a plan's choices, made by adaattn.stats alone: only what would crash is checked. */
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
-    ada_view view = {0}, numbers = {0};
+    ada_view numbers = {0};
     int failed = -1;
     if (rates != Py_None) {
         if (ada_rates_of(state, rates, table)) return -1;
         budget->rates = table;
     }
     if (choices == Py_None) return 0;
-    PyObject *planned, *rungs, *heads;
-    if (!PyArg_ParseTuple(choices, "OOO", &planned, &rungs, &heads) || !fits(state, p, planned) ||
-        ada_view_of_numbers(state, rungs, "plan", ADA_I64, &view))
+    PyObject *planned, *heads;
+    enum { QK, PV, PREDICTED, BUDGET2, JOINT, KEPT, RANK, GAIN, LIMIT, NUMBERS };
+    const int64_t n = p->B * p->H;
+    if (!PyArg_ParseTuple(choices, "OO", &planned, &heads) || !fits(state, p, planned) ||
+        ada_view_of_numbers(state, heads, "plan", ADA_F64, &numbers))
         return -1;
-    if (ada_view_of_numbers(state, heads, "plan", ADA_F64, &numbers)) goto done;
-    const ada_array *a = &view.array, *e = &numbers.array;
-    if (a->ndim != 1 || a->shape[0] != 2 * p->B * p->H || e->ndim != 1 || e->shape[0] != 7 * p->B * p->H) {
-        PyErr_Format(state->argument_error, "plan: expected choices for %lld heads",
-                     (long long)(p->B * p->H));
+    const ada_array *a = &numbers.array;
+    if (a->ndim != 1 || a->shape[0] != NUMBERS * n) {
+        PyErr_Format(state->argument_error, "plan: expected choices for %lld heads", (long long)n);
         goto done;
     }
-    *given = PyMem_Malloc((size_t)(p->B * p->H) * sizeof **given);
+    *given = PyMem_Malloc((size_t)n * sizeof **given);
     if (!*given) {
         PyErr_NoMemory();
         goto done;
     }
-    for (int64_t i = 0; i < p->B * p->H; i++) {
-        const int64_t qk = *(const int64_t *)((const char *)a->data + 2 * i * a->stride[0]);
-        const int64_t pv = *(const int64_t *)((const char *)a->data + (2 * i + 1) * a->stride[0]);
-        if (qk <= ADA_RUNG_AUTO || qk >= ADA_RUNG_COUNT || pv <= ADA_RUNG_AUTO || pv >= ADA_RUNG_COUNT ||
-            (qk == ADA_RUNG_FP64) != (pv == ADA_RUNG_FP64)) {
+    for (int64_t i = 0; i < n; i++) {
+        double x[NUMBERS];
+        for (int c = 0; c < NUMBERS; c++)
+            x[c] = *(const double *)((const char *)a->data + (c * n + i) * a->stride[0]);
+        if (!(x[QK] > ADA_RUNG_AUTO && x[QK] < ADA_RUNG_COUNT && x[PV] > ADA_RUNG_AUTO &&
+              x[PV] < ADA_RUNG_COUNT) ||
+            (x[QK] == ADA_RUNG_FP64) != (x[PV] == ADA_RUNG_FP64)) {
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
-        double x[7];
-        for (int c = 0; c < 7; c++)
-            x[c] = *(const double *)((const char *)e->data + (c * p->B * p->H + i) * e->stride[0]);
-        const int rank = x[4] >= 0 && x[4] <= ADA_MOST_RANK ? (int)x[4] : 0;
-        (*given)[i] = (ada_planned){{(ada_rung)qk, (ada_rung)pv}, x[0], x[1], x[2], x[3], rank, x[5], x[6]};
+        (*given)[i] = (ada_planned){.choice = {(ada_rung)x[QK], (ada_rung)x[PV]},
+                                    .predicted_error = x[PREDICTED],
+                                    .budget2 = x[BUDGET2],
+                                    .joint = x[JOINT],
+                                    .kept = x[KEPT],
+                                    .rank = x[RANK] >= 0 && x[RANK] <= ADA_MOST_RANK ? (int)x[RANK] : 0,
+                                    .rank_gain = x[GAIN],
+                                    .rank_limit = x[LIMIT]};
     }
     budget->given = *given;
     failed = 0;
 done:
     ada_view_release(&numbers);
-    ada_view_release(&view);
     return failed;
 }
 

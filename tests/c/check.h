@@ -375,9 +375,9 @@ static void *data(const buffer *b) { return b ? b->data : NULL; }
 static void *tile_of(check *c, buffer *q, buffer *p, buffer *o, buffer *m, buffer *l, int D, int E,
                      int lanes) {
     if (c->real == ADA_F32)
-        c->tile.f32 = (ada_tile_f32){data(q), data(p), data(o), data(m), data(l), D, E, lanes};
+        c->tile.f32 = (ada_tile_f32){data(q), data(p), data(o), data(m), data(l), D, E, lanes, NULL, false};
     else
-        c->tile.f64 = (ada_tile_f64){data(q), data(p), data(o), data(m), data(l), D, E, lanes};
+        c->tile.f64 = (ada_tile_f64){data(q), data(p), data(o), data(m), data(l), D, E, lanes, NULL, false};
     return &c->tile;
 }
 

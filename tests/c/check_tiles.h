@@ -356,7 +356,10 @@ static void make_reference(check *c) {
     buffer *o = new_strips(c, "o", E, lanes), *l = new_strips(c, "l", 1, lanes);
     double level = (double)value_at(m, 0) + uniform(c, -10, 10) + (chance(c, 0.5) ? 2 * ADA_LAZY_OCTAVES : 0);
     for (int i = 0; i < lanes; i++) {
-        if (chance(c, 0.2)) set(m, i, -INFINITY);
+        if (chance(c, 0.2)) {
+            set(m, i, -INFINITY), set(l, i, 0);
+            for (int e = 0; e < E; e++) set(o, e * ADA_LANES + i, 0);
+        }
         for (int j = 0; j < n; j++) {
             int at = j * ADA_LANES + i;
             wide x = value_at(p, at);
