@@ -220,7 +220,7 @@ def attention(
     fewer than 64 query rows checking would cost as much as computing: the error is predicted, not
     verified (``verified_rows`` is 0) unless `verify=True` asks for it, and may reach a third of the
     tolerance. So it is for heads of at most 65,536 scores (256 queries on 256 keys) that are computed in
-    fp32, where rows of them and the size of all their numbers predict at most a third of the tolerance,
+    fp32 (on cheaper rungs two rows or more are compared), where rows of them and the size of all their numbers predict at most a third of the tolerance,
     but not with masks, ALiBi or dropout: one exact row would take more than 2 % of their time;
     `verify=True` takes it. Up to 8 queries, and those on a `KVCache`, wait for memory, not for arithmetic
     (a long cache may be read in part, which its notes tell of): else they
