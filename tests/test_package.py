@@ -104,7 +104,7 @@ def test_version() -> None:
     if PACKAGE.parent != ROOT:
         assert importlib.metadata.version("adaattn") == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## (\d.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 
 
 def test_licence() -> None:

@@ -244,7 +244,7 @@ INLINE void start_weighing(weighing *w, const ada_narrow_tile *t, const ada_narr
     w->start = keys->start, w->visible = keys->visible;
     prepare_y(&w->line, t, keys, bytes ? n : 0, steps, bias);
     for (int v = 0; v < ADA_LANES / VL; v++) w->l[v] = v_zero();
-    for (int h = 0; h < ADA_LANES / SIDE; h++) w->most[h] = LEAST_BYTES;
+    for (int h = 0; h < ADA_LANES / SIDE; h++) w->most[h] = _mm512_set1_epi16(-(int16_t)LEAST_BYTES);
 }
 
 /* y of one key in a unit's slot; bf16 scores come in steps of y. */
@@ -270,7 +270,7 @@ INLINE void weigh_to_bf16(weighing *w, int unit, int first, int end, bool bytes)
         vec y[4];
         y_of(y, w, s, unit, j, bytes);
         y_of(y + 2, w, s + SIDE, unit, j + 1, bytes);
-        weigh_bf16(w->t->w + j / 2 * ADA_LANES + lane, y, &most, l, w->visible);
+        weigh_bf16(w->t->w + j / 2 * ADA_LANES + lane, y, &most, l, w->visible, false);
     }
     w->l[lane / VL] = l[0], w->l[lane / VL + 1] = l[1];
     w->most[unit % 2] = most;
@@ -303,13 +303,61 @@ bool ada_weigh_i8_bf16_amx(const ada_narrow_tile *t, const ada_narrow_keys *keys
     return weigh_with_bf16(t, keys, n, true);
 }
 
+/* y of four keys and 32 lanes to two vectors of quads; rest gathers what rounding took off, in 1/256. */
+INLINE void quads(uint32_t *w, const int16_t *y, words most, words sum[2], words *rest) {
+    words k[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        k[i] = byte_exp2(_mm512_subs_epi16(most, w_load(y + i * ADA_LANES)));
+        *rest = _mm512_add_epi16(*rest, _mm512_and_si512(k[i], _mm512_set1_epi16(0xff)));
+    }
+    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
+    const words k01 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[0], 8), odd, k[1]);
+    const words k23 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[2], 8), odd, k[3]);
+    const words low = _mm512_unpacklo_epi16(k01, k23), high = _mm512_unpackhi_epi16(k01, k23);
+    w_store(w, low);
+    w_store(w + VL, high);
+    sum[0] = dot_i8(sum[0], low, _mm512_set1_epi8(1));
+    sum[1] = dot_i8(sum[1], high, _mm512_set1_epi8(1));
+}
+
+/* 32 integers in the order of packs to two vectors of floats in the order of lanes. */
+INLINE void unpack_y(vec to[2], words y) {
+    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpacklo_epi16(y, y), 16));
+    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpackhi_epi16(y, y), 16));
+}
+
+INLINE bool bytes_in_range(words most) {
+    return !_mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16(ADA_LAZY_OCTAVES * (int)BYTE_STEPS));
+}
+
+/* All of a strip's y to weights; 32 lanes. */
+INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int lane, words most) {
+    words sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, rest = sum[0];
+    vec top[2], less[2];
+    for (int j = 0; j < n; j += 4)
+        quads(t->w + j / 4 * ADA_LANES + lane, y + j * ADA_LANES + lane, most, sum, &rest);
+    unpack_y(top, most);
+    less[0] = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(rest, _mm512_setzero_si512()));
+    less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
+    UNROLL for (int x = 0; x < 2; x++) {
+        float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
+        const vec octaves = v_mul(top[x], v_set1(1 / BYTE_STEPS));
+        const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
+        const vec rounded = _mm512_cvtepi32_ps(sum[x]);
+        const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);
+        v_store(t->worth + lane + x * VL, worth);
+        v_store(total, v_fma(rounded, worth, v_load(total)));
+        v_store(l, v_fma(exact, worth, v_load(l)));
+    }
+}
+
 static void pass_i8_i8(weighing *w, int unit, int first, int end) {
     const int lane = unit % 2 * SIDE, key = unit / 2 * SIDE;
     words most = w->most[unit % 2];
     for (int j = 2 * first; j < 2 * end; j++) {
         vec f[2];
         y_of(f, w, w->slot[unit % 2] + j * SIDE, unit, key + j, true);
-        const words y = y_integers(f[0], f[1]);
+        const words y = y_integers(f[0], f[1], false);
         most = _mm512_max_epi16(most, y);
         w_store((int16_t *)w->t->f32.p + (key + j) * ADA_LANES + lane, y);
     }

@@ -34,10 +34,29 @@ INLINE vec y_seen(vec y, const uint64_t *visible, int lane) {
     return v_select(m_bits(*visible, lane), y, v_set1(-0x1p20f));
 }
 
-/* Two vectors of y to 32 integers, saturating: a conversion would make the largest numbers the lowest. */
-INLINE words y_integers(vec y0, vec y1) {
+/* Two vectors of y to 32 integers, saturating. BOUNDED: none is 2^31, which a conversion would make the
+ * lowest number. */
+INLINE words y_integers(vec y0, vec y1, const bool BOUNDED) {
     const vec most = v_set1(0x1p20f);
-    return _mm512_packs_epi32(_mm512_cvtps_epi32(v_min(y0, most)), _mm512_cvtps_epi32(v_min(y1, most)));
+    if (!BOUNDED) y0 = v_min(y0, most), y1 = v_min(y1, most);
+    return _mm512_packs_epi32(_mm512_cvtps_epi32(y0), _mm512_cvtps_epi32(y1));
+}
+
+/* Of one block of keys: the bits of the lanes that see them, NULL where all see all. */
+INLINE const uint64_t *block_bits(const uint64_t *visible, int block) {
+    uint64_t all = UINT64_MAX;
+    if (!visible) return NULL;
+    visible += block * ADA_BLOCK;
+    for (int j = 0; j < ADA_BLOCK; j++) all &= visible[j];
+    return ~all ? visible : NULL;
+}
+
+/* The lanes that see some key. */
+INLINE uint64_t lanes_seeing(const ada_narrow_keys *keys, int n) {
+    uint64_t seen = 0;
+    if (!keys->visible) return UINT64_MAX;
+    for (int j = 0; j < n; j++) seen |= keys->visible[j];
+    return seen;
 }
 
 /* Of one block and vector of lanes: the sum of the weights, and reach times their root squared distance. */
@@ -79,9 +98,9 @@ INLINE vec bf16_pair_sum(words w) {
 }
 
 /* y of two keys and two vectors of lanes to words of weights and their sums. */
-INLINE void weigh_bf16(uint32_t *w, const vec y[4], words *most, vec l[2], bool hidden) {
-    const words w0 = y_to_bf16(y_integers(y[0], y[1]), most, hidden);
-    const words w1 = y_to_bf16(y_integers(y[2], y[3]), most, hidden);
+INLINE void weigh_bf16(uint32_t *w, const vec y[4], words *most, vec l[2], bool hidden, const bool BOUNDED) {
+    const words w0 = y_to_bf16(y_integers(y[0], y[1], BOUNDED), most, hidden);
+    const words w1 = y_to_bf16(y_integers(y[2], y[3], BOUNDED), most, hidden);
     const words low = _mm512_unpacklo_epi16(w0, w1), high = _mm512_unpackhi_epi16(w0, w1);
     w_store(w, low);
     w_store(w + VL, high);
@@ -94,13 +113,13 @@ INLINE bool bf16_in_range(words most) {
 }
 
 /* ---- 8-bit weights ----
- * They are relative to the strip's largest, so a first pass, inside the products, leaves y as 16-bit integers
- * in 1/64 octaves; a second one makes bytes of them by a table of one octave and a shift. */
+ * They are relative to the strip's largest, so y is 16-bit integers in 1/64 octaves first, and bytes by a
+ * table of one octave and a shift once that is known. */
 
 #define BYTE_STEPS 64.0f
 /* So far below the reference that it is nothing, but not so far that it is subnormal: where a strip's largest
  * begins, so that what is hidden from a lane weighs nothing beside it either. */
-#define LEAST_BYTES _mm512_set1_epi16(-100 * (int)BYTE_STEPS)
+#define LEAST_BYTES (100 * BYTE_STEPS)
 
 /* 255 * 2^(-i / 64) */
 static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
@@ -110,58 +129,9 @@ static const uint8_t byte_octave[64] __attribute__((aligned(64))) = {
     152, 150, 148, 147, 145, 144, 142, 141, 139, 138, 136, 135, 133, 132, 130, 129,
 };
 
-/* 256 times the weights of 32 lanes, plus a half. */
-INLINE words byte_exp2(words y, words most) {
-    const words below = _mm512_subs_epi16(most, y);
+/* 256 times the weights of 32 y so far below the largest, plus a half. */
+INLINE words byte_exp2(words below) {
     const words f =
         _mm512_maskz_permutexvar_epi8(0xaaaaaaaaaaaaaaaa, _mm512_slli_epi16(below, 8), w_load(byte_octave));
     return _mm512_add_epi16(_mm512_srlv_epi16(f, _mm512_srli_epi16(below, 6)), _mm512_set1_epi16(0x80));
-}
-
-/* y of four keys and 32 lanes to two vectors of quads; rest gathers what rounding took off, in 1/256. */
-INLINE void quads(uint32_t *w, const int16_t *y, words most, words sum[2], words *rest) {
-    words k[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-        k[i] = byte_exp2(w_load(y + i * ADA_LANES), most);
-        *rest = _mm512_add_epi16(*rest, _mm512_and_si512(k[i], _mm512_set1_epi16(0xff)));
-    }
-    const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
-    const words k01 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[0], 8), odd, k[1]);
-    const words k23 = _mm512_mask_mov_epi8(_mm512_srli_epi16(k[2], 8), odd, k[3]);
-    const words low = _mm512_unpacklo_epi16(k01, k23), high = _mm512_unpackhi_epi16(k01, k23);
-    w_store(w, low);
-    w_store(w + VL, high);
-    sum[0] = dot_i8(sum[0], low, _mm512_set1_epi8(1));
-    sum[1] = dot_i8(sum[1], high, _mm512_set1_epi8(1));
-}
-
-/* 32 integers in the order of packs to two vectors of floats in the order of lanes. */
-INLINE void unpack_y(vec to[2], words y) {
-    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpacklo_epi16(y, y), 16));
-    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_unpackhi_epi16(y, y), 16));
-}
-
-INLINE bool bytes_in_range(words most) {
-    return !_mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16(ADA_LAZY_OCTAVES * (int)BYTE_STEPS));
-}
-
-/* All of a strip's y to weights; 32 lanes. */
-INLINE void weigh_bytes(const ada_narrow_tile *t, const int16_t *y, int n, int lane, words most) {
-    words sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, rest = sum[0];
-    vec top[2], less[2];
-    for (int j = 0; j < n; j += 4)
-        quads(t->w + j / 4 * ADA_LANES + lane, y + j * ADA_LANES + lane, most, sum, &rest);
-    unpack_y(top, most);
-    less[0] = _mm512_cvtepi32_ps(_mm512_unpacklo_epi16(rest, _mm512_setzero_si512()));
-    less[1] = _mm512_cvtepi32_ps(_mm512_unpackhi_epi16(rest, _mm512_setzero_si512()));
-    UNROLL for (int x = 0; x < 2; x++) {
-        float *l = t->f32.l + lane + x * VL, *total = t->sum + lane + x * VL;
-        const vec octaves = v_mul(top[x], v_set1(1 / BYTE_STEPS));
-        const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
-        const vec rounded = _mm512_cvtepi32_ps(sum[x]);
-        const vec exact = v_fma(v_sub(less[x], v_set1(128.0f * (float)n)), v_set1(1 / 256.0f), rounded);
-        v_store(t->worth + lane + x * VL, worth);
-        v_store(total, v_fma(rounded, worth, v_load(total)));
-        v_store(l, v_fma(exact, worth, v_load(l)));
-    }
 }

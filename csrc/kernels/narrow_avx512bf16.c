@@ -19,66 +19,132 @@
 #define START(keys, j) _mm512_set1_epi32((keys)->start[j])
 #include "products_tpl.h"
 
-/* y of two keys and the two vectors of lanes from `lane` on. bf16 scores come in steps of y. */
+/* Sums of integers start from this, a float's bits: what they come to, below 2^22, is a float then, that much
+ * larger, and need not be converted. */
+#define ABOVE 0x4b400000
+#define ABOVE_FLOAT 0x1.8p23f
+#define ABOVE_WORDS 64 /* keys of at most these have such sums */
+
+typedef struct {
+    y_line y;
+    float above[ADA_STRIP / ADA_BLOCK][ADA_LANES] __attribute__((aligned(64))); /* m, and that times unit */
+    int32_t start[ADA_STRIP] __attribute__((aligned(64)));
+} above_line;
+
+/* False when sums or y are too large for it. */
+INLINE bool prepare_above(above_line *x, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    const uint64_t seen = lanes_seeing(keys, n);
+    const vec most = v_set1(0x1p30f);
+    mask beyond = 0;
+    if (t->DW > ABOVE_WORDS) return false;
+    prepare_y(&x->y, t, keys, n, ADA_BF16_STEPS, BF16_BIAS);
+    for (int b = 0; b < n / ADA_BLOCK; b++)
+        for (int i = 0; i < ADA_LANES; i += VL) {
+            const vec unit = v_load(x->y.unit[b] + i), m = v_load(x->y.m + i);
+            const vec low = v_fma(v_set1(-0x1p24f), _mm512_abs_ps(unit), m),
+                      high = v_fma(v_set1(0x1p24f), _mm512_abs_ps(unit), m);
+            beyond |= m_bits(seen, i) & (m_outside(low, v_sub(v_zero(), most), most) |
+                                         m_outside(high, v_sub(v_zero(), most), most));
+            v_store(x->above[b] + i, v_fma(unit, v_set1(ABOVE_FLOAT), m));
+        }
+    for (int j = 0; j < n; j += VL)
+        w_store(x->start + j,
+                _mm512_add_epi32(_mm512_loadu_si512(keys->start + j), _mm512_set1_epi32(ABOVE)));
+    return !beyond;
+}
+
+/* What scores are: floats in steps of y, integers, or such floats. */
+typedef enum { STEPS_OF_Y, INTEGERS, ABOVE_INTEGERS } score_kind;
+
+/* y of two keys and the two vectors of lanes from `lane` on. */
 INLINE void y_of(vec y[4], const words s[4], const float *unit, const float *m, int lane,
-                 const uint64_t *visible, const bool INTEGERS) {
+                 const uint64_t *visible, const score_kind KIND) {
     UNROLL for (int a = 0; a < 4; a++) {
         const int at = lane + a % 2 * VL;
-        y[a] = INTEGERS ? _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + at), v_load(m + at))
-                        : v_sub(_mm512_castsi512_ps(s[a]), v_load(m + at));
+        const vec sum = KIND == INTEGERS ? _mm512_cvtepi32_ps(s[a]) : _mm512_castsi512_ps(s[a]);
+        y[a] = KIND == STEPS_OF_Y ? v_sub(sum, v_load(m + at))
+                                  : _mm512_fmsub_ps(sum, v_load(unit + at), v_load(m + at));
         if (visible) y[a] = y_seen(y[a], visible + a / 2, at);
     }
 }
 
-/* HIDDEN: some lanes do not see some keys. */
-INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const ptrdiff_t DW,
-                  const bool INTEGERS, const bool HIDDEN) {
-    y_line line;
-    words acc[8], most = _mm512_setzero_si512();
+#define BEGIN(acc, j) (KIND == STEPS_OF_Y ? start_bf16(acc, keys, j, 2, 4) : start_i8(acc, keys, j, 2, 4))
+#define STEPS(acc, j, first, end)                                                                            \
+    (KIND == STEPS_OF_Y ? steps_bf16(acc, t->q, keys->k + (j)*DW, DW, first, end, 2, 4)                      \
+                        : steps_i8(acc, t->q, keys->k + (j)*DW, DW, first, end, 2, 4))
+
+typedef struct {
+    words acc[8]; /* sums of the next two keys and four vectors of lanes */
+    words most;   /* the largest y */
     vec l[4];
-    prepare_y(&line, t, keys, INTEGERS ? n : 0, ADA_BF16_STEPS, BF16_BIAS);
-    UNROLL for (int v = 0; v < 4; v++) l[v] = v_zero();
-#define BEGIN(j) (INTEGERS ? start_i8(acc, keys, j, 2, 4) : start_bf16(acc, keys, j, 2, 4))
-#define STEPS(first, end)                                                                                    \
-    (INTEGERS ? steps_i8(acc, t->q, k, DW, first, end, 2, 4) : steps_bf16(acc, t->q, k, DW, first, end, 2, 4))
-    const uint32_t *k = keys->k;
-    BEGIN(0);
-    STEPS(0, DW);
-    for (int j = 2; j <= n; j += 2) {
-        const float *unit = line.unit[(j - 2) / ADA_BLOCK];
-        const uint64_t *visible = HIDDEN ? keys->visible + j - 2 : NULL;
+} weighing;
+
+/* One block of keys. visible: where HIDDEN, bits of the lanes that see them. x: prepared for the kind. */
+INLINE void weigh_block(weighing *s, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, int block,
+                        const above_line *x, const uint64_t *visible, const ptrdiff_t DW,
+                        const score_kind KIND, const bool HIDDEN) {
+    const float *unit = x->y.unit[block], *m = KIND == ABOVE_INTEGERS ? x->above[block] : x->y.m;
+    words acc[8], most = s->most;
+    vec l[4];
+    UNROLL for (int a = 0; a < 8; a++) acc[a] = s->acc[a];
+    UNROLL for (int v = 0; v < 4; v++) l[v] = s->l[v];
+    for (int i = 0; i < ADA_BLOCK; i += 2) {
+        const int j = block * ADA_BLOCK + i;
         const words low[4] = {acc[0], acc[1], acc[4], acc[5]}, high[4] = {acc[2], acc[3], acc[6], acc[7]};
-        uint32_t *w = t->w + (j - 2) / 2 * ADA_LANES;
+        uint32_t *w = t->w + j / 2 * ADA_LANES;
+        const bool next = j + 2 < n;
         vec y[4];
-        k = keys->k + j * DW;
-        if (j < n) BEGIN(j);
-        y_of(y, low, unit, line.m, 0, visible, INTEGERS);
-        weigh_bf16(w, y, &most, l, HIDDEN);
-        if (j < n) STEPS(0, DW / 2);
-        y_of(y, high, unit, line.m, 2 * VL, visible, INTEGERS);
-        weigh_bf16(w + 2 * VL, y, &most, l + 2, HIDDEN);
-        if (j < n) STEPS(DW / 2, DW);
+        if (next) BEGIN(acc, j + 2);
+        y_of(y, low, unit, m, 0, HIDDEN ? visible + i : NULL, KIND);
+        weigh_bf16(w, y, &most, l, HIDDEN, KIND == ABOVE_INTEGERS);
+        if (next) STEPS(acc, j + 2, 0, DW / 2);
+        y_of(y, high, unit, m, 2 * VL, HIDDEN ? visible + i : NULL, KIND);
+        weigh_bf16(w + 2 * VL, y, &most, l + 2, HIDDEN, KIND == ABOVE_INTEGERS);
+        if (next) STEPS(acc, j + 2, DW / 2, DW);
     }
-#undef BEGIN
-#undef STEPS
-    if (!bf16_in_range(most)) return false;
+    UNROLL for (int a = 0; a < 8; a++) s->acc[a] = acc[a];
+    UNROLL for (int v = 0; v < 4; v++) s->l[v] = l[v];
+    s->most = most;
+}
+
+INLINE bool weigh(const ada_narrow_tile *t, const ada_narrow_keys *all, int n, const above_line *x,
+                  const ptrdiff_t DW, const score_kind KIND) {
+    ada_narrow_keys k = *all, *keys = &k;
+    weighing s = {.most = _mm512_setzero_si512()};
+    if (KIND == ABOVE_INTEGERS) k.start = x->start;
+    UNROLL for (int v = 0; v < 4; v++) s.l[v] = v_zero();
+    BEGIN(s.acc, 0);
+    STEPS(s.acc, 0, 0, DW);
+    for (int b = 0; b < n / ADA_BLOCK; b++) {
+        const uint64_t *visible = block_bits(k.visible, b);
+        if (visible)
+            weigh_block(&s, t, keys, n, b, x, visible, DW, KIND, true);
+        else
+            weigh_block(&s, t, keys, n, b, x, NULL, DW, KIND, false);
+    }
+    if (!bf16_in_range(s.most)) return false;
     UNROLL for (int v = 0; v < 4; v++) {
-        v_store(t->f32.l + v * VL, v_add(l[v], v_load(t->f32.l + v * VL)));
-        v_store(t->sum + v * VL, v_add(l[v], v_load(t->sum + v * VL)));
+        v_store(t->f32.l + v * VL, v_add(s.l[v], v_load(t->f32.l + v * VL)));
+        v_store(t->sum + v * VL, v_add(s.l[v], v_load(t->sum + v * VL)));
     }
     return true;
 }
 
 bool ada_weigh_bf16_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return keys->visible ? weigh(t, keys, n, t->DW, false, true) : weigh(t, keys, n, t->DW, false, false);
+    above_line x;
+    prepare_y(&x.y, t, keys, 0, ADA_BF16_STEPS, BF16_BIAS);
+    return weigh(t, keys, n, &x, t->DW, STEPS_OF_Y);
 }
 
 /* Loops of a known length pay here: D = 64 and 128. */
 bool ada_weigh_i8_bf16_avx512bf16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    if (keys->visible) return weigh(t, keys, n, t->DW, true, true);
-    return t->DW == 16   ? weigh(t, keys, n, 16, true, false)
-           : t->DW == 32 ? weigh(t, keys, n, 32, true, false)
-                         : weigh(t, keys, n, t->DW, true, false);
+    above_line x;
+    if (prepare_above(&x, t, keys, n))
+        return t->DW == 16   ? weigh(t, keys, n, &x, 16, ABOVE_INTEGERS)
+               : t->DW == 32 ? weigh(t, keys, n, &x, 32, ABOVE_INTEGERS)
+                             : weigh(t, keys, n, &x, t->DW, ABOVE_INTEGERS);
+    prepare_y(&x.y, t, keys, n, ADA_BF16_STEPS, BF16_BIAS);
+    return weigh(t, keys, n, &x, t->DW, INTEGERS);
 }
 
 void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *reach, float *mass,

@@ -18,81 +18,220 @@
 #define START(keys, j) _mm512_setzero_si512()
 #include "products_tpl.h"
 
-/* Scores of two keys and the two vectors of lanes from `lane` on to y, 32 of a key in the order of packs. */
-INLINE void y_bytes(int16_t *to, const words s[4], const float *unit, const float *m, int lane,
-                    const uint64_t *visible, words *most) {
-    vec f[4];
-    UNROLL for (int a = 0; a < 4; a++) {
-        const int at = lane + a % 2 * VL;
-        f[a] = _mm512_fmsub_ps(_mm512_cvtepi32_ps(s[a]), v_load(unit + at), v_load(m + at));
-        if (visible) f[a] = y_seen(f[a], visible + a / 2, at);
-    }
-    const words y0 = y_integers(f[0], f[1]), y1 = y_integers(f[2], f[3]);
-    *most = _mm512_max_epi16(*most, _mm512_max_epi16(y0, y1));
-    w_store(to + lane, y0);
-    w_store(to + lane + ADA_LANES, y1);
-}
+/* ---- 8-bit scores and weights ----
+ * y is made of integers, which takes fewer instructions than floats: the sums of two keys, shifted right, are
+ * packed into 16 bits and multiplied with a fraction, the unit. The shift is such that nothing overflows, or
+ * that what does lies 2^14 steps from zero at least. */
 
-/* Two keys against all lanes in two chains, even and odd words, as one chain each would wait for itself. */
-INLINE void two_chains(words acc[16], const uint32_t *q, const uint32_t *k, ptrdiff_t DW, ptrdiff_t first,
-                       ptrdiff_t end) {
-    q += first * ADA_LANES;
-    ptrdiff_t d = first;
-    for (; d + 1 < end; d += 2, q += 2 * ADA_LANES) {
-        UNROLL for (int c = 0; c < 2; c++) {
-            words x[4];
-            UNROLL for (int v = 0; v < 4; v++) {
-                x[v] = w_load(q + c * ADA_LANES + v * VL);
-                PIN(x[v]);
-            }
-            UNROLL for (int i = 0; i < 2; i++) {
-                const words b = _mm512_set1_epi32((int)k[i * DW + d + c]);
-                UNROLL for (int v = 0; v < 4; v++) acc[c * 8 + i * 4 + v] =
-                    dot_i8(acc[c * 8 + i * 4 + v], x[v], b);
-            }
+typedef struct {
+    int16_t unit[ADA_STRIP / ADA_BLOCK][ADA_LANES / VL][2 * VL] __attribute__((aligned(64)));
+    int32_t shift[ADA_LANES] __attribute__((aligned(64)));
+    float m[ADA_LANES] __attribute__((aligned(64)));   /* the reference in steps, without the offset */
+    float cut[ADA_LANES] __attribute__((aligned(64))); /* steps that shifting takes off on average */
+} y_steps;
+
+/* 32 integers from 16 each in the order of packs: four of a, four of b, and so on. */
+INLINE words y_pack(words a, words b) { return _mm512_packs_epi32(a, b); }
+
+/* False when 16 bits cannot hold it. Where a lane sees nothing its reference is zero. */
+INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
+    const vec far = v_set1(ADA_FAR_OCTAVES * BYTE_STEPS);
+    const int64_t largest = (int64_t)t->DW * 4 * 128 * ADA_I8_MAX;
+    const uint64_t seen = lanes_seeing(keys, n);
+    float scale = keys->scale[0], sum = scale;
+    int most = 0;
+    while (largest >> most > INT16_MAX) most++;
+    for (int b = 1; b < n / ADA_BLOCK; b++) {
+        scale = scale < keys->scale[b] ? keys->scale[b] : scale;
+        sum += keys->scale[b];
+    }
+    mask beyond = 0;
+    for (int v = 0; v < ADA_LANES / VL; v++) {
+        const int i = v * VL;
+        const vec octaves = v_sub(v_load(t->f32.m + i), v_load(t->offset + i));
+        const vec m = v_select(m_bits(seen, i), v_mul(octaves, v_set1(BYTE_STEPS)), v_zero());
+        const vec unit = v_mul(v_load(t->unit + i), v_set1(BYTE_STEPS * (float)(1 << most)));
+        const vec whole = v_mul(unit, v_set1(scale));
+        const vec less = v_max(v_add(_mm512_getexp_ps(whole), v_set1(1)), v_zero());
+        const vec fraction = v_scale2(unit, v_sub(v_zero(), less));
+        beyond |= m_outside(m, v_sub(v_zero(), far), far);
+        beyond |= m_outside(less, v_zero(), v_set1((float)most)) | m_differ(whole, whole);
+        v_store(y->m + i, m);
+        const vec shift = v_sub(v_set1((float)most), less);
+        const vec half = v_sub(v_set1(0.5f), v_scale2(v_set1(0.5f), v_sub(v_zero(), shift)));
+        v_store(y->cut + i, v_mul(v_mul(fraction, half), v_set1(sum / (float)(n / ADA_BLOCK))));
+        w_store(y->shift + i, _mm512_cvtps_epi32(shift));
+        for (int b = 0; b < n / ADA_BLOCK; b++) {
+            const words u = _mm512_cvtps_epi32(v_mul(fraction, v_set1(keys->scale[b] * 32768)));
+            w_store(y->unit[b][v], y_pack(u, u));
         }
     }
-    steps_i8(acc, q - d * ADA_LANES, k, DW, d, end, 2, 4);
+    return !beyond;
 }
 
-INLINE void start_chains(words acc[16], const ada_narrow_keys *keys, int j) {
-    start_i8(acc, keys, j, 2, 4);
-    UNROLL for (int a = 8; a < 16; a++) acc[a] = _mm512_setzero_si512();
+/* y of the sums a and b of two keys. */
+INLINE words y_of_sums(words a, words b, words shift, words unit) {
+    return _mm512_mulhrs_epi16(y_pack(_mm512_srav_epi32(a, shift), _mm512_srav_epi32(b, shift)), unit);
 }
 
-/* HIDDEN, here and below: some lanes do not see some keys. */
-INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
-    const int DW = t->DW, middle = DW / 4 * 2;
-    int16_t *y = (int16_t *)t->f32.p;
-    y_line line;
-    words acc[16], most[2] = {LEAST_BYTES, LEAST_BYTES};
-    prepare_y(&line, t, keys, n, BYTE_STEPS, 0);
-    start_chains(acc, keys, 0);
-    two_chains(acc, t->q, keys->k, DW, 0, DW);
-    for (int j = 2; j <= n; j += 2) {
-        const float *unit = line.unit[(j - 2) / ADA_BLOCK];
-        const uint64_t *visible = HIDDEN ? keys->visible + j - 2 : NULL;
-        const uint32_t *k = keys->k + (ptrdiff_t)j * DW;
-        words low[4], high[4];
-        UNROLL for (int a = 0; a < 4; a++) {
-            const int at = a / 2 * 4 + a % 2;
-            low[a] = _mm512_add_epi32(acc[at], acc[8 + at]);
-            high[a] = _mm512_add_epi32(acc[at + 2], acc[10 + at]);
-        }
-        if (j < n) start_chains(acc, keys, j);
-        y_bytes(y + (j - 2) * ADA_LANES, low, unit, line.m, 0, visible, &most[0]);
-        if (j < n) two_chains(acc, t->q, k, DW, 0, middle);
-        y_bytes(y + (j - 2) * ADA_LANES, high, unit, line.m, 2 * VL, visible, &most[1]);
-        if (j < n) two_chains(acc, t->q, k, DW, middle, DW);
+/* The lanes of a vector that see keys a and b, in the order of packs. */
+INLINE __mmask32 y_pack_bits(uint64_t a, uint64_t b, int lane) {
+    uint64_t both = (a >> lane & 0xffff) | (b >> lane & 0xffff) << 32;
+    both = (both | both << 8) & 0x00ff00ff00ff00ff;
+    both = (both | both << 4) & 0x0f0f0f0f0f0f0f0f;
+    return (__mmask32)(both | both >> 28);
+}
+
+/* Within 128 bits: pairs of 16-bit elements, one of the first four and one of the last. */
+INLINE words y_pairs(words x) {
+    const words order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    return _mm512_shuffle_epi8(x, order);
+}
+
+/* The 8-bit weights of a strip, a vector of lanes at a time: while the products of one are made, eight keys
+ * at once, the y of the one before, whose largest is known by then, becomes bytes. A quad of keys lies as two
+ * vectors in the order of packs, of keys 0 and 2 and of keys 1 and 3. */
+typedef struct {
+    y_steps line;
+    int16_t y[ADA_STRIP * VL] __attribute__((aligned(64)));
+    const uint64_t *visible[ADA_STRIP / ADA_BLOCK];       /* of each block of keys; NULL: all see all */
+    int n[ADA_LANES / VL];                                /* behind so many keys a vector's lanes see none */
+    words top[ADA_LANES / VL];                            /* largest y */
+    words exact[ADA_LANES / VL], rounded[ADA_LANES / VL]; /* sums of 256 times the weights, and of bytes */
+} strip_of_bytes;
+
+INLINE void see_strip(strip_of_bytes *s, const ada_narrow_keys *keys, int n) {
+    for (int b = 0; b < n / ADA_BLOCK; b++) s->visible[b] = block_bits(keys->visible, b);
+    for (int v = 0, j; v < ADA_LANES / VL; v++) {
+        for (j = n; j > 8 && keys->visible && !m_bits(keys->visible[j - 1], v * VL);) j--;
+        s->n[v] = (j + 7) / 8 * 8;
     }
-    if (!bytes_in_range(_mm512_max_epi16(most[0], most[1]))) return false;
-    weigh_bytes(t, y, n, 0, most[0]);
-    weigh_bytes(t, y, n, 2 * VL, most[1]);
+}
+
+INLINE words least_bytes(const strip_of_bytes *s, int v) {
+    const words least = _mm512_cvtps_epi32(v_sub(v_load(s->line.m + v * VL), v_set1(LEAST_BYTES)));
+    return y_pack(least, least);
+}
+
+/* y of quad i of the eight keys from j on. */
+INLINE void y_of_quad(strip_of_bytes *s, const words sums[8], int i, int j, int v, words *most) {
+    const words shift = w_load(s->line.shift + v * VL), unit = w_load(s->line.unit[j / ADA_BLOCK][v]);
+    const uint64_t *visible = s->visible[j / ADA_BLOCK];
+    UNROLL for (int a = 4 * i; a < 4 * i + 2; a++) {
+        words y = y_of_sums(sums[a], sums[a + 2], shift, unit);
+        if (visible) {
+            const uint64_t *bits = visible + j % ADA_BLOCK + a;
+            const __mmask32 seen = y_pack_bits(bits[0], bits[2], v * VL);
+            y = _mm512_mask_mov_epi16(_mm512_set1_epi16(INT16_MIN), seen, y);
+        }
+        *most = _mm512_max_epi16(*most, y);
+        w_store(s->y + (j + 4 * i + a % 2 * 2) * VL, y);
+    }
+}
+
+/* Of y to weights. */
+INLINE void quad_of_y(uint32_t *w, const int16_t *y, words top, words *exact, words *rounded) {
+    const words a = byte_exp2(_mm512_sub_epi16(top, w_load(y)));
+    const words b = byte_exp2(_mm512_sub_epi16(top, w_load(y + 2 * VL)));
+    const words high = _mm512_srli_epi16(a, 8);
+    w_store(w, y_pairs(_mm512_mask_mov_epi8(high, 0xaaaaaaaaaaaaaaaa, b)));
+    *exact = _mm512_add_epi16(*exact, _mm512_add_epi16(a, b));
+    *rounded = _mm512_add_epi16(*rounded, _mm512_add_epi16(high, _mm512_srli_epi16(b, 8)));
+}
+
+/* A quarter of the words of eight keys. */
+INLINE void eight_keys(words acc[8], const uint32_t *q, const uint32_t *k, ptrdiff_t DW, int quarter) {
+    const ptrdiff_t end = DW * (quarter + 1) / 4;
+    for (ptrdiff_t d = DW * quarter / 4; d < end; d++) {
+        words x = w_load(q + d * ADA_LANES);
+        PIN(x);
+        UNROLL for (int i = 0; i < 8; i++) acc[i] = dot_i8(acc[i], x, _mm512_set1_epi32((int)k[i * DW + d]));
+    }
+}
+
+/* Sums of keys first ... end - 1 and vector v, and the y of those before; SECOND: with the weights of as many
+ * keys and the vector before. */
+INLINE void run_of_keys(strip_of_bytes *s, const ada_narrow_tile *t, const ada_narrow_keys *keys, int first,
+                        int end, ptrdiff_t DW, int v, words acc[8], words *most, const bool SECOND) {
+    const uint32_t *q = t->q + v * VL, *k = keys->k + first * DW;
+    const int32_t *start = keys->start;
+    uint32_t *w = t->w + (v - 1) * VL;
+    words now = *most, top, exact, rounded, sums[8];
+    if (SECOND) top = s->top[v - 1], exact = s->exact[v - 1], rounded = s->rounded[v - 1];
+    for (int j = first; j < end; j += 8, k += 8 * DW, w += 2 * ADA_LANES) {
+        UNROLL for (int i = 0; i < 8; i++) sums[i] = acc[i], acc[i] = _mm512_set1_epi32(start[j + i]);
+        UNROLL for (int i = 0; i < 2; i++) {
+            if (j) y_of_quad(s, sums, i, j - 8, v, &now);
+            eight_keys(acc, q, k, DW, 2 * i);
+            if (SECOND) quad_of_y(w + i * ADA_LANES, s->y + (j + 4 * i) * VL, top, &exact, &rounded);
+            eight_keys(acc, q, k, DW, 2 * i + 1);
+        }
+    }
+    *most = now;
+    if (SECOND) s->exact[v - 1] = exact, s->rounded[v - 1] = rounded;
+}
+
+/* The weights of vector v from key j on, n keys in all. */
+INLINE void rest_of_weights(strip_of_bytes *s, uint32_t *w, int j, int n, int v) {
+    words exact = s->exact[v], rounded = s->rounded[v];
+    for (w += v * VL; j < s->n[v]; j += 4)
+        quad_of_y(w + j / 4 * ADA_LANES, s->y + j * VL, s->top[v], &exact, &rounded);
+    for (; j < n; j += 4) w_store(w + j / 4 * ADA_LANES, _mm512_setzero_si512());
+    s->exact[v] = exact, s->rounded[v] = rounded;
+}
+
+/* 32 sums in the order of packs to 16. */
+INLINE words sums_of_lanes(words sums) {
+    const words zero = _mm512_setzero_si512();
+    return _mm512_add_epi32(_mm512_unpacklo_epi16(sums, zero), _mm512_unpackhi_epi16(sums, zero));
+}
+
+INLINE bool weigh_i8(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, ptrdiff_t DW) {
+    enum { VECTORS = ADA_LANES / VL };
+    strip_of_bytes s;
+    words acc[8];
+    vec top[VECTORS];
+    mask beyond = 0;
+    if (!prepare_steps(&s.line, t, keys, n)) return false;
+    see_strip(&s, keys, n);
+    UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm512_setzero_si512();
+    for (int v = 0; v < VECTORS; v++) {
+        const int second = v == 0 ? 0 : s.n[v] < s.n[v - 1] ? s.n[v] : s.n[v - 1];
+        words most = least_bytes(&s, v);
+        if (second) run_of_keys(&s, t, keys, 0, second, DW, v, acc, &most, true);
+        run_of_keys(&s, t, keys, second, s.n[v], DW, v, acc, &most, false);
+        if (v) rest_of_weights(&s, t->w, second, n, v - 1);
+        UNROLL for (int i = 0; i < 2; i++) y_of_quad(&s, acc, i, s.n[v] - 8, v, &most);
+        s.top[v] = _mm512_max_epi16(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
+        s.exact[v] = s.rounded[v] = _mm512_setzero_si512();
+    }
+    rest_of_weights(&s, t->w, 0, n, VECTORS - 1);
+    for (int v = 0; v < VECTORS; v++) {
+        const words y = _mm512_srai_epi32(_mm512_unpacklo_epi16(s.top[v], s.top[v]), 16);
+        top[v] = v_sub(_mm512_cvtepi32_ps(y), v_load(s.line.m + v * VL));
+        beyond |= m_greater(top[v], v_set1(ADA_LAZY_OCTAVES * BYTE_STEPS));
+    }
+    if (beyond) return false;
+    for (int v = 0; v < VECTORS; v++) {
+        float *l = t->f32.l + v * VL, *total = t->sum + v * VL;
+        const vec octaves = v_mul(v_add(top[v], v_load(s.line.cut + v * VL)), v_set1(1 / BYTE_STEPS));
+        const vec worth = v_mul(v_exp2(octaves), v_set1(1.0f / ADA_U8_MAX));
+        const words rest = _mm512_sub_epi16(s.exact[v], _mm512_slli_epi16(s.rounded[v], 8));
+        const vec whole = _mm512_cvtepi32_ps(sums_of_lanes(s.rounded[v]));
+        const vec less = v_sub(_mm512_cvtepi32_ps(sums_of_lanes(rest)), v_set1(128.0f * (float)s.n[v]));
+        v_store(t->worth + v * VL, worth);
+        v_store(total, v_fma(whole, worth, v_load(total)));
+        v_store(l, v_fma(v_fma(less, v_set1(1 / 256.0f), whole), worth, v_load(l)));
+    }
     return true;
 }
 
+/* Loops of a known length pay: D = 32 and 64. */
 bool ada_weigh_i8_i8_avx512vnni(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
-    return keys->visible ? weigh_i8(t, keys, n, true) : weigh_i8(t, keys, n, false);
+    return t->DW == 16  ? weigh_i8(t, keys, n, 16)
+           : t->DW == 8 ? weigh_i8(t, keys, n, 8)
+                        : weigh_i8(t, keys, n, t->DW);
 }
 
 /* Squares are products with the upper half of a weight, rounded up, as one factor has a sign. */
@@ -149,6 +288,7 @@ INLINE void pairs(const ada_narrow_tile *t, int n, int lane, vec most, vec l) {
     v_store(t->f32.l + lane, v_add(l, v_load(t->f32.l + lane)));
 }
 
+/* HIDDEN: some lanes do not see some keys. */
 INLINE bool weigh_i16(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n, const bool HIDDEN) {
     const int DW = t->DW;
     y_line line;

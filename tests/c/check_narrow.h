@@ -83,7 +83,11 @@ static void make_operands(check *c, narrow_case *s, int n, ada_parts parts) {
     }
     s->scale = integers ? new_floats(c, "scale", (n + ADA_BLOCK - 1) / ADA_BLOCK) : NULL;
     s->start = dtype == CHECK_I8 ? new_buffer(c, "start", CHECK_I32, n, n, 4) : NULL;
-    for (int j = 0; s->start && j < n; j++) set(s->start, j, integer(c, -(1 << 20), 1 << 20));
+    for (int j = 0; s->start && j < n; j++) {
+        double sum = 0;
+        for (int x = 0; x < words; x++) sum += (double)value_at(s->k, j * words + x);
+        set(s->start, j, -128 * sum);
+    }
     s->t = (ada_narrow_tile){.q = data(s->q),
                              .unit = data(s->unit),
                              .offset = data(s->offset),
@@ -406,6 +410,12 @@ static void make_weigh(check *c) {
     if (!c->bench && chance(c, 0.1)) set(s.m, lane, chance(c, 0.5) ? -INFINITY : -1e38);
     if (!c->bench && chance(c, 0.6)) s.visible = new_bits(c, "visible", s.n);
     note(c, "visible", s.visible != NULL), s.keys.visible = data(s.visible);
+    /* The lanes of a vector see no key from some on, as on a diagonal. */
+    for (int i = 0; s.visible && i < ADA_LANES; i += 16) {
+        const int first = chance(c, 0.3) ? integer(c, 0, s.n) : s.n;
+        for (int j = first; j < s.n; j++)
+            for (int lane = i; lane < i + 16; lane++) clear_bit(s.visible, j, lane);
+    }
     for (int i = 0; s.visible && i < ADA_LANES; i++) {
         if (!chance(c, 0.1)) continue;
         for (int j = 0; j < s.n; j++) clear_bit(s.visible, j, i);
