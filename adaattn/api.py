@@ -222,7 +222,8 @@ def attention(
     tolerance. So it is for heads of at most 65,536 scores (256 queries on 256 keys) that are computed in
     fp32, where rows of them and the size of all their numbers predict at most a third of the tolerance,
     but not with masks, ALiBi or dropout: one exact row would take more than 2 % of their time;
-    `verify=True` takes it. Up to 8 queries, and those on a `KVCache`, wait for memory, not for arithmetic
+    `verify=True` takes it. Such heads on cheaper rungs are compared with few rows, at once.
+    Up to 8 queries, and those on a `KVCache`, wait for memory, not for arithmetic
     (a long cache may be read in part, which its notes tell of): else they
     are computed in fp32, or in fp64 where statistics of some keys and the output's size say that fp32 would
     not do. A head with NaN or infinities cannot be verified. For float16 and bfloat16 arrays the rounding of
