@@ -65,9 +65,11 @@ typedef ada_round_bf16_fn ada_round_i8_fn, ada_round_i16_fn;
  * a score that its lane sees exceeds f32.m by more than ADA_LAZY_OCTAVES; where it sees none, f32.m may be
  * -inf. With weights of 8 bits it may be false also when f32.m of a lane that sees a key is further from
  * offset than ADA_FAR_OCTAVES, or a one in a sum comes to 1/64 octave. The relative error of a weight, before
- * rounding, is that of the format: 3e-3 (bf16), 3e-3 to 4.5e-3 (8 bits), 1e-6 (16 bits); of a key that is
- * hidden it is zero. bf16 has one part, and unit is 1 / ADA_BF16_STEPS. Optional slots. */
+ * rounding, is that of the format: 3e-3 (bf16), 3e-3 to 4.5e-3 (8 bits, where a score may also be off by its
+ * distance from offset times ADA_I8_SCORE_ERROR), 1e-6 (16 bits); of a key that is hidden it is zero. bf16
+ * has one part, and unit is 1 / ADA_BF16_STEPS. Optional slots. */
 #define ADA_FAR_OCTAVES 128
+#define ADA_I8_SCORE_ERROR 0x1p-15
 typedef bool ada_weigh_bf16_bf16_fn(const ada_narrow_tile *t, const ada_narrow_keys *keys, int n);
 typedef ada_weigh_bf16_bf16_fn ada_weigh_i8_bf16_fn, ada_weigh_i8_i8_fn, ada_weigh_i16_i16_fn;
 

@@ -31,20 +31,18 @@ typedef struct {
     int32_t start[ADA_STRIP] __attribute__((aligned(64)));
 } above_line;
 
-/* False when sums or y are too large for it. */
+/* False when sums or y are too large for it: a quarter of a step may come off. */
 INLINE bool prepare_above(above_line *x, const ada_narrow_tile *t, const ada_narrow_keys *keys, int n) {
     const uint64_t seen = lanes_seeing(keys, n);
-    const vec most = v_set1(0x1p30f);
+    const vec most = v_set1(0x1p23f);
     mask beyond = 0;
     if (t->DW > ABOVE_WORDS) return false;
     prepare_y(&x->y, t, keys, n, ADA_BF16_STEPS, BF16_BIAS);
     for (int b = 0; b < n / ADA_BLOCK; b++)
         for (int i = 0; i < ADA_LANES; i += VL) {
             const vec unit = v_load(x->y.unit[b] + i), m = v_load(x->y.m + i);
-            const vec low = v_fma(v_set1(-0x1p24f), _mm512_abs_ps(unit), m),
-                      high = v_fma(v_set1(0x1p24f), _mm512_abs_ps(unit), m);
-            beyond |= m_bits(seen, i) & (m_outside(low, v_sub(v_zero(), most), most) |
-                                         m_outside(high, v_sub(v_zero(), most), most));
+            const vec size = v_fma(v_set1(0x1p24f), _mm512_abs_ps(unit), _mm512_abs_ps(m));
+            beyond |= m_bits(seen, i) & m_outside(size, v_zero(), most);
             v_store(x->above[b] + i, v_fma(unit, v_set1(ABOVE_FLOAT), m));
         }
     for (int j = 0; j < n; j += VL)

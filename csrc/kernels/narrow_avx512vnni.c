@@ -20,12 +20,12 @@
 
 /* ---- 8-bit scores and weights ----
  * y is made of integers, which takes fewer instructions than floats: the sums of two keys, shifted right, are
- * packed into 16 bits and multiplied with a fraction, the unit. The shift is such that nothing overflows, or
- * that what does lies 2^14 steps from zero at least. */
+ * packed into 16 bits and multiplied with a fraction, the unit. Each block's shift is such that nothing
+ * overflows, or that what does lies 2^14 steps from zero at least. */
 
 typedef struct {
     int16_t unit[ADA_STRIP / ADA_BLOCK][ADA_LANES / VL][2 * VL] __attribute__((aligned(64)));
-    int32_t shift[ADA_LANES] __attribute__((aligned(64)));
+    int32_t shift[ADA_STRIP / ADA_BLOCK][ADA_LANES] __attribute__((aligned(64)));
     float m[ADA_LANES] __attribute__((aligned(64)));   /* the reference in steps, without the offset */
     float cut[ADA_LANES] __attribute__((aligned(64))); /* steps that shifting takes off on average */
 } y_steps;
@@ -38,33 +38,32 @@ INLINE bool prepare_steps(y_steps *y, const ada_narrow_tile *t, const ada_narrow
     const vec far = v_set1(ADA_FAR_OCTAVES * BYTE_STEPS);
     const int64_t largest = (int64_t)t->DW * 4 * 128 * ADA_I8_MAX;
     const uint64_t seen = lanes_seeing(keys, n);
-    float scale = keys->scale[0], sum = scale;
     int most = 0;
-    while (largest >> most > INT16_MAX) most++;
-    for (int b = 1; b < n / ADA_BLOCK; b++) {
-        scale = scale < keys->scale[b] ? keys->scale[b] : scale;
-        sum += keys->scale[b];
-    }
     mask beyond = 0;
+    while (largest >> most > INT16_MAX) most++;
     for (int v = 0; v < ADA_LANES / VL; v++) {
         const int i = v * VL;
         const vec octaves = v_sub(v_load(t->f32.m + i), v_load(t->offset + i));
         const vec m = v_select(m_bits(seen, i), v_mul(octaves, v_set1(BYTE_STEPS)), v_zero());
         const vec unit = v_mul(v_load(t->unit + i), v_set1(BYTE_STEPS * (float)(1 << most)));
-        const vec whole = v_mul(unit, v_set1(scale));
-        const vec less = v_max(v_add(_mm512_getexp_ps(whole), v_set1(1)), v_zero());
-        const vec fraction = v_scale2(unit, v_sub(v_zero(), less));
-        beyond |= m_outside(m, v_sub(v_zero(), far), far);
-        beyond |= m_outside(less, v_zero(), v_set1((float)most)) | m_differ(whole, whole);
-        v_store(y->m + i, m);
-        const vec shift = v_sub(v_set1((float)most), less);
-        const vec half = v_sub(v_set1(0.5f), v_scale2(v_set1(0.5f), v_sub(v_zero(), shift)));
-        v_store(y->cut + i, v_mul(v_mul(fraction, half), v_set1(sum / (float)(n / ADA_BLOCK))));
-        w_store(y->shift + i, _mm512_cvtps_epi32(shift));
+        vec cut = v_zero();
         for (int b = 0; b < n / ADA_BLOCK; b++) {
-            const words u = _mm512_cvtps_epi32(v_mul(fraction, v_set1(keys->scale[b] * 32768)));
+            const vec whole = v_mul(unit, v_set1(keys->scale[b]));
+            /* A fraction that rounds to one would not fit. NaN stays. */
+            const vec octave = _mm512_getexp_ps(v_mul(whole, v_set1(1.0001f)));
+            const vec less = v_max(v_zero(), v_add(octave, v_set1(1)));
+            const vec shift = v_sub(v_set1((float)most), less);
+            const vec fraction = v_scale2(whole, v_sub(v_zero(), less));
+            const words u = _mm512_cvtps_epi32(v_mul(fraction, v_set1(32768)));
+            const vec half = v_sub(v_set1(0.5f), v_scale2(v_set1(0.5f), v_sub(v_zero(), shift)));
+            beyond |= m_outside(less, v_zero(), v_set1((float)most));
+            cut = v_fma(fraction, half, cut);
+            w_store(y->shift[b] + i, _mm512_cvtps_epi32(shift));
             w_store(y->unit[b][v], y_pack(u, u));
         }
+        beyond |= m_outside(m, v_sub(v_zero(), far), far);
+        v_store(y->m + i, m);
+        v_store(y->cut + i, v_mul(cut, v_set1((float)ADA_BLOCK / (float)n)));
     }
     return !beyond;
 }
@@ -116,8 +115,9 @@ INLINE words least_bytes(const strip_of_bytes *s, int v) {
 
 /* y of quad i of the eight keys from j on. */
 INLINE void y_of_quad(strip_of_bytes *s, const words sums[8], int i, int j, int v, words *most) {
-    const words shift = w_load(s->line.shift + v * VL), unit = w_load(s->line.unit[j / ADA_BLOCK][v]);
-    const uint64_t *visible = s->visible[j / ADA_BLOCK];
+    const int block = j / ADA_BLOCK;
+    const words shift = w_load(s->line.shift[block] + v * VL), unit = w_load(s->line.unit[block][v]);
+    const uint64_t *visible = s->visible[block];
     UNROLL for (int a = 4 * i; a < 4 * i + 2; a++) {
         words y = y_of_sums(sums[a], sums[a + 2], shift, unit);
         if (visible) {

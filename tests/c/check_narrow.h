@@ -135,7 +135,7 @@ static about score_of(const check *c, const narrow_case *s, int j, int i) {
         sum.error += u * (terms + 1) * magnitude + c->limit.normal;
     }
     const double scaled = sum.value * unit;
-    return (about){scaled + offset, sum.error * unit + u * (3 * fabs(scaled) + 2 * fabs(offset))};
+    return (about){scaled + offset, sum.error * fabs(unit) + u * (3 * fabs(scaled) + 2 * fabs(offset))};
 }
 
 static void make_narrow_scores(check *c) {
@@ -377,12 +377,39 @@ static void true_weights(check *c, const narrow_case *s, about *weights, double 
             if (!bit(s->visible, j, i)) continue;
             const about x = score_of(c, s, j, i);
             const double m = (double)values(s->m)[i], y = x.value - m;
-            const double off = x.error + 4 * c->limit.unit * (fabs(m) + fabs(x.value));
+            const double apart = s->we == 4 ? fabs(x.value - (double)values(s->offset)[i]) : 0;
+            const double off =
+                x.error + 4 * c->limit.unit * (fabs(m) + fabs(x.value)) + ADA_I8_SCORE_ERROR * apart;
             weights[i * ADA_STRIP + j] = (about){exp2(y), exp2(y) * (error + off)};
             if (y - off > ADA_LAZY_OCTAVES + gap) c->expected = false;
             if (fabs(y - ADA_LAZY_OCTAVES) <= off + gap) c->any_result = true;
+            const double far = fabs(m - (double)values(s->offset)[i]);
+            if (s->we == 4 && far > ADA_FAR_OCTAVES * 0.9999) c->any_result = true;
         }
+    for (int at = 0; s->we == 4 && at < ADA_LANES * s->n; at += ADA_BLOCK) {
+        const double scale = (double)values(s->scale)[at % s->n / ADA_BLOCK];
+        if (fabs((double)values(s->unit)[at / s->n] * scale) > 0.9999 / 64) c->any_result = true;
+    }
     if (!c->expected) c->any_result = false;
+}
+
+/* A lane whose query is along a key, or against it with a negative unit, whose score is many octaves: what is
+ * made of few bits has to hold sums as large as there are, in blocks of any scale. Returns the key. */
+static int make_steep(check *c, const narrow_case *s, int lane) {
+    const int key = integer(c, 0, s->n - 1), width = s->DW * s->e, less = chance(c, 0.3) ? 16 : 1;
+    const int sign = chance(c, 0.5) ? 1 : -1;
+    double sum = 0, scale = uniform(c, 0.1, 3) * exp2(-uniform(c, 0, 6));
+    for (int x = 0; x < width; x++) {
+        const int k = (int)value_at(s->k, (int64_t)key * width + x), q = k / less;
+        set(s->q, ((int64_t)(x / s->e) * ADA_LANES + lane) * s->e + x % s->e, 128 + sign * q);
+        sum += q * k;
+    }
+    double unit = exp2(chance(c, 0.8) ? uniform(c, 3, 11) : uniform(c, 0, 14)) / ((sum + 1) * scale);
+    /* Just below a power of two. */
+    if (chance(c, 0.3)) scale = 1, unit = (double)nextafterf((float)exp2(round(log2(unit))), 0);
+    set(s->scale, key / ADA_BLOCK, scale);
+    set(s->unit, lane, sign * unit);
+    return key;
 }
 
 static void make_weigh(check *c) {
@@ -397,19 +424,25 @@ static void make_weigh(check *c) {
     s.we = integers ? s.e : 2;
     const int64_t count = (int64_t)ADA_STRIP * ADA_LANES;
     s.w = new_buffer(c, "w", s.we == 4 ? CHECK_U8 : CHECK_I16, count, count, 64);
+    const int lane = integer(c, 0, ADA_LANES - 1);
     for (int i = 0; i < ADA_LANES; i++) {
         if (c->element == ADA_BF16) set(s.unit, i, 1 / ADA_BF16_STEPS);
         /* Sums reach 2^21: a few octaves from key to key, or every case would be refused. */
         if (c->element == CHECK_I8) set(s.unit, i, (double)value_at(s.unit, i) * 0.002);
-        const double score = score_of(c, &s, integer(c, 0, s.n - 1), i).value;
-        set(s.m, i, score + uniform(c, -3, 20));
-        free(s.unit->values), s.unit->values = NULL;
     }
-    const int lane = integer(c, 0, ADA_LANES - 1);
+    const bool steep = !c->bench && c->element == CHECK_I8 && chance(c, 0.4);
+    const int key = steep ? make_steep(c, &s, lane) : 0;
+    for (int i = 0; i < ADA_LANES; i++) {
+        const bool own = steep && i == lane && chance(c, 0.5);
+        const double score = score_of(c, &s, own ? key : integer(c, 0, s.n - 1), i).value;
+        set(s.m, i, score + uniform(c, -3, 20));
+    }
     if (!c->bench && chance(c, 0.3)) set(s.m, lane, (double)value_at(s.m, lane) - exp2(uniform(c, 5, 40)));
     if (!c->bench && chance(c, 0.1)) set(s.m, lane, chance(c, 0.5) ? -INFINITY : -1e38);
     if (!c->bench && chance(c, 0.6)) s.visible = new_bits(c, "visible", s.n);
     note(c, "visible", s.visible != NULL), s.keys.visible = data(s.visible);
+    for (int j = 0; s.visible && steep && j < s.n; j++)
+        if (j / ADA_BLOCK != key / ADA_BLOCK) clear_bit(s.visible, j, lane);
     /* The lanes of a vector see no key from some on, as on a diagonal. */
     for (int i = 0; s.visible && i < ADA_LANES; i += 16) {
         const int first = chance(c, 0.3) ? integer(c, 0, s.n) : s.n;
@@ -423,7 +456,8 @@ static void make_weigh(check *c) {
     }
     s.t.f32 = (ada_tile_f32){.p = data(s.p), .m = data(s.m), .l = data(s.l), .lanes = ADA_LANES};
     s.t.w = data(s.w), s.t.sum = data(s.sum), s.t.worth = data(s.worth);
-    true_weights(c, &s, weights, 0.02, weight_error(c, integers));
+    /* What few bits cut off is put back as it is on average, not in each block. */
+    true_weights(c, &s, weights, 0.02, weight_error(c, integers) + (steep && integers ? 3e-3 : 0));
     for (int64_t at = 0; at < s.p->count; at++) expect_any(s.p, at);
     for (int64_t at = 0; at < (int64_t)s.n * ADA_LANES; at++) expect_any(s.w, at);
     for (int i = 0; i < ADA_LANES; i++) {
