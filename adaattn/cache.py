@@ -275,10 +275,12 @@ class KVCache:
             Stored((side[0], _chosen(side[1], chosen), *(x if x is None else x[chosen] for x in side[2:])))
             for side in (self._key, self._value)
         ]
+        codes = self._codes
+        if codes is not None:
+            coded = codes[0].coded[chosen]
+            codes = [Codes._make([*(x[chosen] for x in of[:-1]), coded]) for of in codes]
         self._key, self._value = sides
-        if self._codes is not None:
-            coded = self._codes[0].coded[chosen]
-            self._codes = [Codes._make([*(x[chosen] for x in codes[:-1]), coded]) for codes in self._codes]
+        self._codes = codes
         self._batch, self._lengths = len(chosen), self._lengths[chosen]
 
     @property
@@ -454,7 +456,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> _Array:
 def _chosen(x: _Array, rows: NDArray[np.intp]) -> _Array:
     """A copy of these rows, from the start of a cache line on."""
     result = _zeros((len(rows), *x.shape[1:]), x.dtype)
-    return np.take(x, rows, axis=0, out=result)
+    return np.take(x, rows, axis=0, out=result, mode="clip")  # others buffer a second copy
 
 
 def _figures(pages: int) -> int:

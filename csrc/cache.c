@@ -145,12 +145,12 @@ static void append_token(const ada_array *store, const ada_array *tokens, int64_
         if (at % ADA_PAGE == ADA_PAGE - 1) close_page(store, b, g, at / ADA_PAGE);
         return;
     }
-    if (store->dtype == ADA_F32) {
+    const bool direct = store->dtype == ADA_F32;
+    if (direct)
         ada_load_rows_f32(k, (float *)ada_row_at(store, b, g, at), width, tokens, b, g, i, 1, (int)width);
-    }
     float x[PIECE];
     ada_array from = *tokens, to = *store;
-    for (int64_t c = 0; store->dtype != ADA_F32 && c < width; c += PIECE) {
+    for (int64_t c = 0; !direct && c < width; c += PIECE) {
         const int n = width - c < PIECE ? (int)(width - c) : PIECE;
         ada_load_rows_f32(k, x, n, &from, b, g, i, 1, n);
         ada_store_rows_f32(k, &to, b, g, at, 1, n, x, n);

@@ -20,8 +20,9 @@
  * their keys split so that several threads share a head. */
 #define ADA_ROWS_MAX 8
 #define ADA_SPLITS_MAX 16
-/* They read K and V in turns of about so many bytes of each: short enough that neither stream goes cold (5 %
- * over four times as much), long enough that weighing a turn does not count. */
+/* They read K and V in turns of keys that take about so many bytes, a double counted as a float: short enough
+ * that neither stream goes cold (5 % over four times as much), long enough that weighing a turn does not
+ * count. */
 #define ADA_TURN_BYTES 8192
 #define ADA_SPLIT_KEYS_MIN 512
 /* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows. */
