@@ -95,8 +95,8 @@ typedef struct {
 
 /* Of a row whose weights are 2^(score - reference). */
 typedef struct {
-    float reference, lse; /* in octaves; 0 where it sees no key */
-    float share;          /* of a key that has the reference for its score, in all weights */
+    float reference, lse; /* in octaves, without the sink; 0 where it sees no key */
+    float share;          /* of a key that has the reference for its score, in all weights and the sink's */
     float block;          /* of the heaviest block of ADA_BLOCK keys; 0 where that is not known */
 } ada_row_mass;
 

@@ -674,7 +674,8 @@ static int64_t carve_all(ada_attending *a, char *memory, int threads) {
     a->states = ada_carve(&c, heads * (int64_t)sizeof *a->states);
     a->sizes = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->sizes);
     a->norms = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->norms);
-    a->mass = p->on_gpu ? NULL : ada_carve(&c, heads * p->T * (int64_t)sizeof *a->mass);
+    const bool weighed = a->budget->verify && !p->on_gpu;
+    a->mass = weighed ? ada_carve(&c, heads * p->T * (int64_t)sizeof *a->mass) : NULL;
     a->shares = ada_carve(&c, heads * p->T * (int64_t)sizeof *a->shares);
     a->profiles = ada_carve(&c, rows * (int64_t)sizeof *a->profiles);
     a->exact_lse = ada_carve(&c, rows * (int64_t)sizeof(double));

@@ -89,7 +89,7 @@ struct ada_attending {
     ada_head_state *states;    /* [B * H] */
     float *sizes;              /* [B * H][T] of the rows, ada_probe_queries */
     float *norms;              /* [B * H][T] squared, of the output's rows */
-    ada_row_mass *mass;        /* [B * H][T] of those without landmarks; NULL: not known, as on a GPU */
+    ada_row_mass *mass;        /* [B * H][T] of those without landmarks; NULL: not wanted, or on a GPU */
     float *shares;             /* [B * H][T] */
     ada_row_profile *profiles; /* [B * H][ADA_MOST_ROWS] */
     double *exact_lse;         /* [B * H][ADA_MOST_ROWS] */
@@ -126,7 +126,7 @@ double ada_seconds_now(void);
 /* Something of a head's keys is left out. */
 static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
 
-/* On the rung whose own errors are the smallest that are measured, and lie in few rows. */
+/* All in fp32, whose own errors lie in few rows. */
 static inline bool ada_is_fp32(const ada_head *h) {
     return h->choice.qk == ADA_RUNG_FP32 && h->choice.pv == ADA_RUNG_FP32 && h->rank == 0;
 }

@@ -37,7 +37,7 @@ static double finish_row(const ada_problem *p, int64_t b, int64_t h, int64_t i, 
     const double factor = ada_row_factor(p, h, m, l, p->lse ? &lse : NULL);
     if (p->lse) ada_store_lse(p, b, h, i, lse);
     if (p->mass) {
-        const float over = (float)(l > 0 ? 1 / l : 0), reference = l > 0 ? (float)m : 0;
+        const float over = (float)(factor * (1 - p->dropout_p)), reference = l > 0 ? (float)m : 0;
         p->mass[(b * p->H + h) * p->T + i] =
             (ada_row_mass){reference, l > 0 ? reference + rough_log2((float)l) : 0, over < 1 ? over : 1,
                            (float)block * over};

@@ -240,9 +240,8 @@ static bool rows_fit(const ada_operands *o, ada_dtype dtype, float largest, floa
 
 /* ---- which keys count ---- */
 
-/* Keys of a block that the mask and the spans leave to queries i ... i + n - 1 of one head. */
-static uint64_t keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int n,
-                          int64_t j, int nk, float *rows) {
+uint64_t ada_keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int n,
+                       int64_t j, int nk, float *rows) {
     const ada_patch patch = {b, h, i, j, n, nk};
     const uint64_t all = nk == 64 ? UINT64_MAX : ((uint64_t)1 << nk) - 1;
     uint64_t bits[64], seen = 0;
@@ -269,7 +268,7 @@ bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t
     for (int64_t n = 0, at = *block - first; n < count; n++, at++) {
         if (at < 0 || at >= count) at = 0;
         const int64_t j = (first + at) * ADA_BLOCK;
-        if (!keys_seen(p, k, b, h, i, 1, j, ada_keys_of_block(p, first + at), rows)) continue;
+        if (!ada_keys_seen(p, k, b, h, i, 1, j, ada_keys_of_block(p, first + at), rows)) continue;
         *block = first + at;
         return true;
     }
@@ -287,7 +286,7 @@ uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, i
     if (!p->attn_mask.data) return span;
     for (int64_t x = h; x < h + (p->attn_mask.stride[1] ? heads : 1); x++)
         for (int64_t i = 0; i < T && seen != span; i += ADA_LANES)
-            seen |= keys_seen(p, k, b, x, i, (int)(T - i < ADA_LANES ? T - i : ADA_LANES), j, nk, rows);
+            seen |= ada_keys_seen(p, k, b, x, i, (int)(T - i < ADA_LANES ? T - i : ADA_LANES), j, nk, rows);
     return seen;
 }
 

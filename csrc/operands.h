@@ -93,6 +93,10 @@ static inline bool ada_mask_is_read(const ada_problem *p) { return p->attn_mask.
  * neighbours see alike. rows: [64] floats of scratch. */
 bool ada_row_sees(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int64_t *block,
                   float *rows);
+/* Bit per key j ... j + nk - 1 (nk <= 64): the mask, which is read, and the spans leave it to some of queries
+ * i ... i + n - 1 (n <= 64) of one head. rows: [64][64] floats. */
+uint64_t ada_keys_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t i, int n,
+                       int64_t j, int nk, float *rows);
 /* Bit per key of a block: some query of heads h ... h + heads - 1 may attend to it. rows: [64][64] floats. */
 uint64_t ada_block_seen(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int64_t heads,
                         int64_t block, float *rows);

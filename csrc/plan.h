@@ -51,8 +51,9 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
 void ada_forecast_plain(const ada_row_profile *rows, int n, double total, const ada_problem *p, double *error,
                         double *lse_error);
 
-/* The error of the plain fp32 rung by how its rows sway (ada_problem): sums over them of the second times the
- * mean squared norm of a value, of the first times their own squared norm, and of these norms. */
+/* The error of the plain fp32 rung by where its rows' weights lie: sums over rows of what their squared
+ * scores times what their heaviest key leaves to others amount to, times that key's share and the mean
+ * squared norm of a value, and times the row's own squared norm; and of these norms. */
 double ada_forecast_weighed(double apart, double together, double out2);
 
 /* By how much predictions from profiles may be off. */

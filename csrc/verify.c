@@ -232,24 +232,24 @@ static void size_by_queries(const ada_attending *a, int64_t head, float *scratch
     }
 }
 
-/* Mean squared norm of a head's values, from some at equal distances. */
+/* Mean squared norm of a head's values, from some at equal distances that a mask leaves to the last row; 0:
+ * of none. */
 static double value_norm(const ada_attending *a, int64_t head, float *scratch) {
     const ada_problem *p = a->p;
-    const ada_span span = {ada_visible_span(p, head / p->H, 0).first,
-                           ada_visible_span(p, head / p->H, p->T - 1).end};
+    const int64_t b = head / p->H, h = head % p->H, last = p->T - 1;
+    const ada_span span = {ada_visible_span(p, b, 0).first, ada_visible_span(p, b, last).end};
     const int64_t step = (span.end - span.first + SOME_VALUES - 1) / SOME_VALUES;
-    ada_array some = p->value;
-    float norm2[SOME_VALUES];
     double sum = 0;
-    ptrdiff_t ld;
-    if (step <= 0) return 0;
-    some.data = ada_row_at(&p->value, 0, 0, span.first);
-    some.stride[2] *= step;
-    const int n = (int)((span.end - span.first + step - 1) / step);
-    const float *v = rows_at_f32(a->k, &some, head / p->H, head % p->H / (p->H / p->G), 0, n, scratch, &ld);
-    a->k->squares(norm2, NULL, v, ld, n, (int)p->E, NULL, NULL);
-    for (int i = 0; i < n; i++) sum += (double)norm2[i];
-    return sum / n;
+    int n = 0;
+    for (int64_t j = span.first; j < span.end; j += step) {
+        float norm2;
+        ptrdiff_t ld;
+        if (ada_mask_is_read(p) && !ada_keys_seen(p, a->k, b, h, last, 1, j, 1, scratch)) continue;
+        const float *v = rows_at_f32(a->k, &p->value, b, h / (p->H / p->G), j, 1, scratch, &ld);
+        a->k->squares(&norm2, NULL, v, ld, 1, (int)p->E, NULL, NULL);
+        sum += (double)norm2, n++;
+    }
+    return n ? sum / n : 0;
 }
 
 /* What rows' weights and outputs say of fp32's error: more than could be known before they were computed. */
@@ -257,10 +257,13 @@ static void forecast_again(const ada_attending *a, int64_t head, const float *no
     const ada_problem *p = a->p;
     const ada_row_mass *mass = a->mass + head * p->T;
     const ada_head_state *s = &a->states[head];
+    const float sink = (float)(ada_sink(p, head % p->H) * ADA_LOG2E);
     double apart = 0, together = 0;
+    if (!(s->value2 > 0)) return;
     for (int64_t i = 0; i < p->T; i++) {
         const float m = mass[i].reference, others = (1 - mass[i].share) * m * m;
-        apart += (double)(mass[i].share * others);
+        const float keys = sink > -INFINITY ? 1 / (1 + exp2f(sink - mass[i].lse)) : 1; /* of all weights */
+        apart += (double)(keys * mass[i].share * others);
         together += (double)(norms[i] * others);
     }
     const double error = ada_forecast_weighed(s->value2 * apart, together, s->out2);

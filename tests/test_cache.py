@@ -784,6 +784,20 @@ def test_a_verified_step_finds_what_nobody_saw(T: int) -> None:
     assert errors[0] > 1e-5 >= errors[1]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_prediction_reads_the_values_of_its_pages(rng: np.random.Generator, dtype: str) -> None:
+    """Those that the window leaves to queries, not the ones before it."""
+    key, value = rng.standard_normal((2, 1, 2, 20 * PAGE, 64)).astype(F32)
+    value[:, :, : 16 * PAGE] *= 1e4
+    cache = KVCache(1, 2, 64, dtype=dtype)
+    cache.append(key, value)
+    query = rng.standard_normal((1, 2, 70, 64)).astype(F32)
+    options = {"tolerance": 1e-4, "precision": "fp32", "window": (100, 0), "return_report": True}
+    _, report = cache.attention(query, **options)
+    assert (report.verified_rows > 0).all()
+    np.testing.assert_allclose(report.predicted_error, report.measured_error, rtol=0.6)
+
+
 def test_verify_every_is_a_number_of_calls() -> None:
     with pytest.raises(DTypeError, match=r"verify_every: expected an int, got str"):
         KVCache(1, 1, 8, verify_every="3")  # type: ignore[arg-type]

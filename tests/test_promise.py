@@ -111,6 +111,23 @@ def test_rows_that_say_too_little_are_drawn_again() -> None:
     assert (report.measured_error > true / 2).all() and (report.error_limit > true).all()
 
 
+def test_what_rows_do_not_weigh_is_not_predicted_by() -> None:
+    """Sinks leave a part of a row's weights to its keys; a mask hides values, whatever they are."""
+    heads = library.gaussian(1, 512, 512, heads=4)
+    padded = np.arange(512) < 300
+    value = heads.value * np.where(padded, 1, 1e6).astype(np.float32)[:, None]
+    some = {"sinks": np.array([-np.inf, 0, 10, 18])}, {"attn_mask": padded[None]}
+    for options in (*some, {"attn_mask": np.where(padded, 0, -np.inf).astype(np.float32)[None]}):
+        arrays = heads.query, heads.key, heads.value if "sinks" in options else value
+        out, report = adaattn.attention(
+            *arrays, tolerance=1e-4, min_precision="fp32", return_report=True, **options
+        )
+        exact = adaattn.attention(*(x.astype(np.float64) for x in arrays), **options)
+        off = report.predicted_error / library.errors(out, exact)
+        assert (report.precision_qk == "fp32").all() and not report.retried.any(), report.table()
+        assert (np.abs(np.log(off)) < np.log(3)).all(), off
+
+
 def test_values_that_cancel_go_to_fp64() -> None:
     heads = next(h for h in library.adversarial(256, 256, 64) if "cancel" in h.name)
     out, report = heads.attend(tolerance=1e-5, return_report=True)
