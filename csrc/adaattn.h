@@ -133,8 +133,8 @@ typedef struct {
     bool has_tolerance;
     double tolerance;         /* relative error of a head that the caller can bear */
     const ada_sparse *sparse; /* NULL: all heads are dense */
-    /* Called once for each head whose tiles go through the plain ways, by the worker that computed the last
-     * of them, while its arrays are at hand; NULL: nobody is. */
+    /* Called once for each head but those of few queries and those that their rung cannot hold; where it can
+     * be, by the worker that computed the last tile, while the arrays are at hand. NULL: nobody is. */
     void (*head_done)(void *context, int64_t head, int worker);
     void *done_context;
     ada_row_mass *mass; /* (B, H, T): where rows' weights lie; NULL: not wanted */

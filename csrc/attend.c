@@ -805,7 +805,10 @@ ada_status ada_attend_within(const ada_problem *p, const ada_backend *backend, v
     a.scratch_bytes = ada_probe_scratch_bytes(p, a.sparse != 0);
     if (ada_glance_scratch_bytes(p) > a.scratch_bytes) a.scratch_bytes = ada_glance_scratch_bytes(p);
     a.ranks = may_have_ranks(p, budget);
-    const int threads = ada_threads_for(p, ada_head_count(&a) * ADA_ROW_GROUPS, INFINITY);
+    /* What is told of heads has the workers of ada_execute, whose tasks are tiles. */
+    const int64_t tiles = (p->T + ADA_LANES - 1) / ADA_LANES;
+    const int64_t tasks = ada_head_count(&a) * (tiles > ADA_ROW_GROUPS ? tiles : ADA_ROW_GROUPS);
+    const int threads = ada_threads_for(p, tasks, INFINITY);
     const int64_t bytes = carve_all(&a, NULL, threads);
     char *memory = ada_scratch_take(bytes);
     if (!memory) return ada_no_scratch(bytes, error);

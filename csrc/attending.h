@@ -38,8 +38,8 @@ typedef struct {
     double glanced2; /* that expects outputs of this mean squared norm, */
     double center2;
     double total;      /* with keys whose variances have this sum */
-    bool trusted;      /* a glance at the head says that it is far within the budget: not to be verified */
-    bool uneven;       /* it says that some rows are far larger than others */
+    bool trusted;      /* far within the budget by a glance, or compared at once: not to be verified */
+    bool uneven;       /* a glance says that some rows are far larger than others */
     bool open;         /* to be verified */
     bool known;        /* rows are those to verify, and their exact ones are known */
     bool doubted;      /* these are its second rows */
@@ -194,9 +194,6 @@ bool ada_guess_by_glance(ada_attending *a, int64_t head, char *scratch);
 /* Told of heads as they are done, where ada_may_glance: of plain ones, and of small ones on other rungs. */
 bool ada_may_glance(const ada_attending *a, ada_choice choice);
 void ada_glance_at(void *attending, int64_t head, int worker);
-
-/* A head that is so small that exact rows cost more of it than they may. */
-static inline bool ada_is_few(const ada_problem *p) { return p->T * p->S <= ADA_FEW_SCORES; }
 
 /* Sizes of a head's rows: 1 where it sees a key, else 0. scratch: for a mask that is read. */
 void ada_mark_seeing_rows(ada_attending *a, int64_t head, char *scratch);

@@ -1,10 +1,10 @@
 /* Runs a validated problem: the only file that knows the whole loop.
  *
  * The work is cut into tiles and splits that depend on the sizes of one head only, never on the number of
- * threads or heads, so bits do not either. Many queries: one task per tile of ADA_LANES queries; on rungs
- * that pack keys, one per head that stays in a core's cache, but for the last few. Few queries: one task per
- * key head and split of its keys, then one per head that joins the splits. All memory is taken before threads
- * start.
+ * threads or heads, so bits do not either. Many queries: one task per tile of ADA_LANES queries, or, where
+ * threads get several each, per small head; on rungs that pack keys, one per head that stays in a core's
+ * cache, but for the last few. Few queries: one task per key head and split of its keys, then one per head
+ * that joins the splits. All memory is taken before threads start.
  */
 #include <float.h>
 #include <math.h>
@@ -424,7 +424,7 @@ static int64_t count_splits(const ada_problem *p) {
 /* Whether so many heads are tasks as a whole: small ones, whose numbers then stay in the cache of one core,
  * and enough of them that threads end together. */
 static bool whole_heads(const ada_problem *p, int64_t heads, int threads) {
-    return p->T * p->S <= ADA_FEW_SCORES && heads >= (threads > 1 ? HEADS_PER_THREAD * threads : 1);
+    return ada_is_few(p) && heads >= (threads > 1 ? HEADS_PER_THREAD * threads : 1);
 }
 
 /* Heads on the problem's rungs, whole ones and then tiles of the others; then those that their rung could not

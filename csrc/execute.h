@@ -25,8 +25,10 @@
  * count. */
 #define ADA_TURN_BYTES 8192
 #define ADA_SPLIT_KEYS_MIN 512
-/* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows. */
+/* Heads of at most so many scores are small: what is done for a head as a whole weighs more than its rows,
+ * and exact rows cost more of it than they may. */
 #define ADA_FEW_SCORES (256 * 256)
+static inline bool ada_is_few(const ada_problem *p) { return p->T * p->S <= ADA_FEW_SCORES; }
 
 /* Of a sparse head's tiles. */
 typedef struct {

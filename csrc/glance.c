@@ -1,6 +1,6 @@
 /* What is predicted of a head without exact rows: guesses from the statistics of all keys, for heads that are
- * looked at, and glances, which cost a few percent of a small head and take all that they go by from some of
- * its rows. Both take values as independent of keys, and the scores of a row as normal.
+ * looked at, and glances, which cost a few percent of a small head and go by some of its rows, and by the
+ * largest of all its numbers. Both take values as independent of keys, and the scores of a row as normal.
  */
 #include <math.h>
 #include <string.h>
@@ -145,7 +145,7 @@ static float largest_of(const ada_kernels *k, const ada_array *a, int64_t b, int
 }
 
 static int rows_of_glance(const ada_problem *p) {
-    return p->T * p->S <= ADA_FEW_SCORES ? ADA_GUESS_ROWS / 2 : ADA_GUESS_ROWS;
+    return ada_is_few(p) ? ADA_GUESS_ROWS / 2 : ADA_GUESS_ROWS;
 }
 
 /* Mean, variances and largest number of keys. */
@@ -216,7 +216,7 @@ int ada_glance(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
     ada_seeing_rows(p, b, &start, &end);
     if (end <= start) return 0;
     const int64_t first = ada_visible_span(p, b, start).first, last = ada_visible_span(p, b, end - 1).end;
-    const bool few = p->T * p->S <= ADA_FEW_SCORES;
+    const bool few = ada_is_few(p);
     const int most = rows_of_glance(p);
     rungs &= few;
     const some_rows key = spread_out(&p->key, b, g, first, last, most);

@@ -123,8 +123,10 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
     const double reach = a->budget->tolerance / (ADA_MARGIN * head->predicted_error);
     const int most = ada_most_rows_to_verify(T),
               rows = isfinite(reach) ? ada_rows_for_reach(reach, most) : most;
-    const bool at_once = is_compared_at_once(a, head) && 4 * head->predicted_error <= a->budget->tolerance;
-    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : at_once ? 2 : 4;
+    /* Two rows do beside a glance; a plan's prediction may be one for other arrays. */
+    const bool two =
+        s->glanced && is_compared_at_once(a, head) && 4 * head->predicted_error <= a->budget->tolerance;
+    const int least = ada_is_thinned(head) ? SPARSE_ROWS : s->look ? 8 : two ? 2 : 4;
     return larger(own, larger(rows, least));
 }
 
@@ -503,7 +505,7 @@ static void verify_at_once(ada_attending *a, int64_t index, char *scratch) {
         /* Outputs that differ more than independent values would make them are those of fewer keys; ones that
          * are far smaller cancel. */
         const double apart = fmax(fmin(out2 - s->center2, s->value2 / 4) / guess, 1);
-        const double shrunk = s->glanced2 / out2, factor = shrunk > 1 ? fmax(shrunk / 2, 1) : shrunk;
+        const double shrunk = s->glanced2 / out2, factor = shrunk > 1 ? fmax(shrunk / 2, 1) : fmin(shrunk, 1);
         head->predicted_error = head->forecast.error[c] * sqrt(apart * factor);
     }
     s->n = rows_to_verify(a, index);
