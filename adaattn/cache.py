@@ -311,7 +311,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys and values take, unused capacity among them."""
+        """Bytes of memory that keys, values and what is known of them take, unused capacity among them."""
         arrays: list[Any] = [*self._key[1:], *self._value[1:]]
         for codes in self._codes or ():
             arrays += codes[:-1]

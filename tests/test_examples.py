@@ -115,7 +115,8 @@ def test_long_context(tmp_path: Path) -> None:
     budgets = numbers(r"within (\S+) .*worst head (\S+)", text)
     assert len(budgets) == 4 and all(0 < error <= 2 * tolerance for tolerance, error in budgets)  # some rows
     assert max(error for (error,) in numbers(r"exact .*worst head (\S+)", text)) < 2e-6
-    assert numbers(r"^  fp32 +(\S+) bytes", text.replace(",", ""))[0] == (2048,)
+    (bytes_per_token,) = numbers(r"^  fp32 +(\S+) bytes", text.replace(",", ""))[0]
+    assert 2048 <= bytes_per_token < 1.05 * 2048  # figures of tokens among them
     assert numbers(r"included: (\S+) MB", text.replace(",", ""))[0][0] < 1024
 
 

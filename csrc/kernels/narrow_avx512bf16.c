@@ -1,6 +1,8 @@
 /* Kernels with bf16 products by vdpbf16ps. Scores stay in registers: two keys against four vectors of lanes,
  * whose exponentials run inside the product of the next two keys.
  */
+#include <float.h>
+
 #include "kernel.h"
 #include "narrow_avx512.h"
 
@@ -173,6 +175,26 @@ INLINE vec scaled(const float *row, const float *less, const float *factor, bool
     return v_mul(x, n >= VL ? v_loadu(factor + c) : _mm512_maskz_loadu_ps(m, factor + c));
 }
 
+/* To bf16, those of low first; the unit rounds subnormal numbers to zero. */
+INLINE words to_bf16(vec low, vec high) {
+#if ADAATTN_EMULATE_BF16
+    const vec x[2] = {low, high};
+    __m256i half[2];
+    UNROLL for (int i = 0; i < 2; i++) {
+        const words bits = _mm512_castps_si512(x[i]), one = _mm512_set1_epi32(1);
+        const words even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        words y = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+        const mask subnormal = _mm512_cmp_ps_mask(_mm512_abs_ps(x[i]), v_set1(FLT_MIN), _CMP_LT_OQ);
+        y = _mm512_mask_and_epi32(y, subnormal, bits, _mm512_set1_epi32(INT32_MIN));
+        y = _mm512_mask_or_epi32(y, m_differ(x[i], x[i]), bits, _mm512_set1_epi32(0x400000));
+        half[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16));
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
+#else
+    return (words)_mm512_cvtne2ps_pbh(high, low);
+#endif
+}
+
 INLINE void encode(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows, ptrdiff_t ld,
                    int n, int width, const float *less, const float *factor, const bool by_row) {
     for (int r = 0; r < n; r++, to += ldt, rows += ld) {
@@ -180,12 +202,12 @@ INLINE void encode(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const
         for (; parts == 1 && c + 2 * VL <= width; c += 2 * VL) {
             const vec x = scaled(rows, less, factor, by_row, r, c, VL);
             const vec y = scaled(rows, less, factor, by_row, r, c + VL, VL);
-            _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+            _mm512_storeu_si512(to + c, to_bf16(x, y));
         }
         for (; c < width; c += VL) {
             vec x = scaled(rows, less, factor, by_row, r, c, width - c);
             for (int a = 0; a < parts; a++) {
-                const __m256i half = (__m256i)_mm512_cvtneps_pbh(x);
+                const __m256i half = _mm512_castsi512_si256(to_bf16(x, x));
                 uint16_t *at = to + a * part + c;
                 if (width - c >= VL)
                     _mm256_storeu_si256((__m256i *)at, half);
@@ -197,7 +219,6 @@ INLINE void encode(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const
     }
 }
 
-/* The unit rounds subnormal numbers to zero. */
 void ada_encode_bf16_avx512bf16(uint16_t *to, ptrdiff_t ldt, ptrdiff_t part, int parts, const float *rows,
                                 ptrdiff_t ld, int n, int width, const float *less, const float *factor,
                                 bool by_row) {
