@@ -126,10 +126,10 @@ double ada_seconds_now(void);
 /* Something of a head's keys is left out. */
 static inline bool ada_is_thinned(const ada_head *h) { return h->budget2 > 0 || h->rank > 0; }
 
+static inline bool ada_all_fp32(ada_choice c) { return c.qk == ADA_RUNG_FP32 && c.pv == ADA_RUNG_FP32; }
+
 /* All in fp32, whose own errors lie in few rows. */
-static inline bool ada_is_fp32(const ada_head *h) {
-    return h->choice.qk == ADA_RUNG_FP32 && h->choice.pv == ADA_RUNG_FP32 && h->rank == 0;
-}
+static inline bool ada_is_fp32(const ada_head *h) { return ada_all_fp32(h->choice) && h->rank == 0; }
 
 /* Because that was asked for: it is not replaced where it misses the tolerance. */
 static inline bool ada_is_thinned_by_name(const ada_budget *b, const ada_head *h) {

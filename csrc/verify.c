@@ -132,10 +132,9 @@ static int rows_to_verify(const ada_attending *a, int64_t index) {
 
 bool ada_may_glance(const ada_attending *a, ada_choice choice) {
     const ada_problem *p = a->p;
-    const bool plain = choice.qk == ADA_RUNG_FP32 && choice.pv == ADA_RUNG_FP32;
     return a->budget->verify && !p->on_gpu && !p->stored && !p->only_f64 && p->query.dtype != ADA_F64 &&
            p->T >= ADA_LEAST_QUERIES && !ada_is_forced(a->budget) && ada_guesses_are_fair(p) &&
-           (plain || ada_is_few(p));
+           (ada_all_fp32(choice) || ada_is_few(p));
 }
 
 bool ada_guess_by_glance(ada_attending *a, int64_t index, char *scratch) {
@@ -517,10 +516,9 @@ static void verify_at_once(ada_attending *a, int64_t index, char *scratch) {
 
 void ada_glance_at(void *attending, int64_t index, int worker) {
     ada_attending *a = attending;
-    const ada_choice choice = a->budget->heads[index].choice;
     char *scratch = a->scratch + worker * a->scratch_bytes;
     if (a->states[index].look) return;
-    if (choice.qk == ADA_RUNG_FP32 && choice.pv == ADA_RUNG_FP32)
+    if (ada_all_fp32(a->budget->heads[index].choice))
         glance_at_plain(a, index, scratch);
     else
         verify_at_once(a, index, scratch);

@@ -3,6 +3,8 @@
 #define REAL float
 #define REAL_BITS 32
 #include "simd_avx512.h"
+
+#include "scaled_avx512.h"
 #define KERNEL(op) ada_##op##_avx512
 #define OWN_TURNS
 #define OWN_REACH
@@ -60,13 +62,6 @@ INLINE __m512i magnitudes(vec x) {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
 }
 
-/* 16 elements from c on, or the last n. */
-INLINE vec distances(const float *row, const float *less, int c, int n) {
-    const vec x = n >= VL ? v_loadu(row + c) : v_load_n(row + c, n);
-    if (!less) return x;
-    return v_sub(x, n >= VL ? v_loadu(less + c) : v_load_n(less + c, n));
-}
-
 /* Four maxima at a time, which do not wait for each other. */
 float ada_reach_avx512(const float *rows, ptrdiff_t ld, int n, int width, const float *less, float *norm2) {
     __m512i most[4];
@@ -105,13 +100,6 @@ void ada_row_reach_avx512(float *largest, float *norm2, const float *rows, ptrdi
         largest[r] = float_from_bits((uint32_t)_mm512_reduce_max_epi32(most));
         norm2[r] = v_sum(sum);
     }
-}
-
-/* The same on their way to a format. */
-INLINE vec scaled(const float *x, const float *less, const float *factor, bool by_row, int r, int c, int n) {
-    const vec y = distances(x, less, c, n);
-    if (by_row) return v_mul(y, v_set1(factor[r]));
-    return v_mul(y, n >= VL ? v_loadu(factor + c) : v_load_n(factor + c, n));
 }
 
 INLINE __m512i to_integers(vec y, float most) {

@@ -5,6 +5,7 @@
 
 #include "kernel.h"
 #include "narrow_avx512.h"
+#include "scaled_avx512.h"
 
 #define NAME(op) op##_bf16
 #define KERNEL(op) ada_##op##_bf16_avx512bf16
@@ -163,16 +164,6 @@ void ada_gauge_bf16_avx512bf16(const ada_narrow_tile *t, int n, const float *rea
             store_gauge(mass + v * VL, spread + v * VL, reach[b], _mm512_castsi512_ps(sum[v]),
                         _mm512_castsi512_ps(square[v]));
     }
-}
-
-/* 16 elements from c on, or the last n, of row r on their way to bf16. */
-INLINE vec scaled(const float *row, const float *less, const float *factor, bool by_row, int r, int c,
-                  int n) {
-    const __mmask16 m = m_first(n);
-    vec x = n >= VL ? v_loadu(row + c) : _mm512_maskz_loadu_ps(m, row + c);
-    if (less) x = v_sub(x, n >= VL ? v_loadu(less + c) : _mm512_maskz_loadu_ps(m, less + c));
-    if (by_row) return v_mul(x, v_set1(factor[r]));
-    return v_mul(x, n >= VL ? v_loadu(factor + c) : _mm512_maskz_loadu_ps(m, factor + c));
 }
 
 /* To bf16, those of low first; the unit rounds subnormal numbers to zero. */
