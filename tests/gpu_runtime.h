@@ -1,4 +1,4 @@
-/* The CUDA runtime as cuda/plugin.cu calls it, on the CPU's memory, for tests: with the kernels of
+/* The CUDA runtime as the host's side of cuda/ calls it, on the CPU's memory, for tests: with the kernels of
  * cuda/model.h it makes the whole backend run without a GPU. The same knobs as gpu_mock.c. */
 #ifndef GPU_RUNTIME_H
 #define GPU_RUNTIME_H

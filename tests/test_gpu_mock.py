@@ -49,12 +49,12 @@ def build_mock(cc: str, to: Path, *flags: str) -> Path:
 def build_model(folder: Path) -> Path:
     """The backend itself: kernels on the model of cuda/model.h, calls of the runtime on gpu_runtime.h."""
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", f"-I{ROOT / 'cuda'}"]
+    compiler += ["-include", str(ROOT / "tests/gpu_runtime.h")]
     sources = [ROOT / "cuda/model.cc", *sorted((ROOT / "cuda").glob("*.cu"))]
 
     def compile_one(source: Path) -> str:
         made = str(folder / f"{source.stem}.o")
-        fake = ["-include", ROOT / "tests/gpu_runtime.h"] if source.stem == "plugin" else []
-        subprocess.run([*compiler, *fake, "-x", "c++", "-c", source, "-o", made], check=True)
+        subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", made], check=True)
         return made
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

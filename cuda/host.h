@@ -1,0 +1,102 @@
+/* What the host's side of the backend shares: devices, memory, failures and calls on their way.
+ *
+ * Every call of the runtime goes through TRY, which says what failed. What kernels are told is little: it
+ * reaches the device as parameters of a kernel (send_words), so that a captured graph keeps it and no host
+ * memory is read later.
+ */
+#ifndef ADA_CUDA_HOST_H
+#define ADA_CUDA_HOST_H
+
+#include "ada_cuda.h"
+#include "common.cuh"
+
+#include <cstdlib>
+#include <cstring>
+
+struct ada_cuda_call {
+    ada_problem problem;
+    ada_cu_params params; /* of a launch of all heads, but for the rung */
+    cudaStream_t stream;
+    void *vectors; /* on the device */
+    void *again;   /* likewise, [B * H] uint32_t; NULL: nobody asked */
+};
+
+namespace ada_cuda {
+
+/* Tells what failed; returns the status. */
+int failed(cudaError_t status, const char *call, ada_cuda_failure *failure);
+
+#define TRY(call)                                                                                            \
+    do {                                                                                                     \
+        const cudaError_t try_status = (call);                                                               \
+        if (try_status != cudaSuccess) return failed(try_status, #call, failure);                            \
+    } while (0)
+
+inline cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+/* Makes a device current, and the thread's own one again in the end. */
+class Device {
+  public:
+    explicit Device(int device) {
+        status = cudaGetDevice(&before);
+        if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
+    }
+    ~Device() { cudaSetDevice(before); }
+    Device(const Device &) = delete;
+    cudaError_t status;
+
+  private:
+    int before = 0;
+};
+
+#define ON_DEVICE(device)                                                                                    \
+    Device guard(device);                                                                                    \
+    if (guard.status != cudaSuccess) return failed(guard.status, "cudaSetDevice", failure)
+
+/* Memory in the order of a stream. */
+class Memory {
+  public:
+    explicit Memory(cudaStream_t on) : stream(on) {}
+    ~Memory() {
+        if (data) cudaFreeAsync(data, stream);
+    }
+    Memory(const Memory &) = delete;
+    cudaError_t allocate(size_t bytes) { return bytes ? cudaMallocAsync(&data, bytes, stream) : cudaSuccess; }
+    void *data = nullptr;
+
+  private:
+    cudaStream_t stream;
+};
+
+/* Results of a call, waited for. */
+int fetch(cudaStream_t stream, void *to, const void *from, size_t bytes, ada_cuda_failure *failure);
+/* Words of 8 bytes to the device. */
+cudaError_t send_words(void *to, const void *from, int64_t bytes, cudaStream_t stream);
+/* Capability and multiprocessors of the device. */
+int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure);
+
+inline ada_cu_array array_of(const ada_array *a) {
+    ada_cu_array x = {a->data, {0, 0, 0, 0}};
+    for (int i = 0; i < a->ndim; i++) x.stride[i] = a->stride[i];
+    return x;
+}
+
+/* ---- entries of the table ---- */
+
+int open_call(const ada_problem *problem, ada_cuda_call **call, ada_cuda_failure *failure);
+void close_call(ada_cuda_call *call);
+bool computes(const ada_cuda_call *call, ada_choice choice);
+int check_mask(ada_cuda_call *call, bool *good, ada_cuda_failure *failure);
+int watch(ada_cuda_call *call, ada_cuda_failure *failure);
+int watched(ada_cuda_call *call, uint32_t *again, ada_cuda_failure *failure);
+int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
+            ada_cuda_failure *failure);
+int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows, int64_t n_rows,
+          ada_cuda_figures *figures, ada_cuda_failure *failure);
+int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
+                 double *out_o, double *out_lse, ada_cuda_failure *failure);
+int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+
+} // namespace ada_cuda
+
+#endif
