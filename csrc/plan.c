@@ -153,7 +153,8 @@ void ada_forecast_head(const ada_row_profile *rows, int n, const ada_key_probe *
         }
     }
     for (int c = 0; c < candidates; c++) {
-        f->error[c] = out2 > 0 ? sqrt(noise[c] / out2) : noise[c] > 0 ? INFINITY : 0;
+        const bool known = isfinite(out2) && !isnan(noise[c]); /* squares of floats may overflow */
+        f->error[c] = !known ? NAN : out2 > 0 ? sqrt(noise[c] / out2) : noise[c] > 0 ? INFINITY : 0;
         f->finite &= !isnan(f->error[c]);
     }
     for (int c = candidates; c < ADA_CANDIDATES; c++) f->error[c] = NAN;

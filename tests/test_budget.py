@@ -71,6 +71,24 @@ def test_outputs_whose_squares_no_float_holds(size: float, dtype: Any) -> None:
     assert (report.measured_error > true / 3).all() and (report.measured_error < 3 * true + 1e-8).all()
 
 
+@pytest.mark.parametrize("size", [1e19, 1e30])
+def test_values_whose_squares_no_float_holds_are_not_predicted(size: float) -> None:
+    q, k, v = heads(2, 512, 512, 64)
+    _, report = adaattn.attention(q, k, v * np.float32(size), tolerance=1e-2, return_report=True)
+    assert np.isnan(report.predicted_error).all() and (report.precision_pv == "fp32").all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", ("int8", "bf16"), "int8"])
+def test_an_lse_that_is_off_where_outputs_are_not(precision: Any) -> None:
+    """Values that are all alike forgive scores everything."""
+    q, k, v = heads(1, 512, 512, 64)
+    arrays = [12 * q, k, np.broadcast_to(v[:, :, :1], v.shape)]
+    _, report = adaattn.attention(*arrays, tolerance=1e-2, precision=precision, return_report=True)
+    assert report.measured_error.max() < 2e-3
+    with pytest.raises(adaattn.NumericalError, match="an lse that is off by at most"):
+        adaattn.attention(*arrays, tolerance=1e-2, precision=precision, return_lse=True)
+
+
 def test_a_forced_rung_far_beyond_the_tolerance() -> None:
     """Eight rows suffice to be sure of a factor of ten thousand."""
     arrays = heads(2, 128, 128, 32)
