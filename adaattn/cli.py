@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rest and arguments.command != "profile":
         parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     try:
-        return _COMMANDS[arguments.command][0](arguments)
+        status = _COMMANDS[arguments.command][0](arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has read enough; nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Error, ImportError, OSError) as error:
         print(f"adaattn {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -50,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from . import cpu_info
+    from . import cpu_info, gpu_info
 
-    info = cpu_info()
+    gpu = gpu_info()
+    if not arguments.json:
+        gpu["devices"] = {f"cuda:{i}": device for i, device in enumerate(gpu["devices"])}
+    info = cpu_info() | {"gpu": gpu}
     print(json.dumps(info, indent=2) if arguments.json else "\n".join(_outline(info)))
     return 0
 
@@ -188,7 +197,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
-    "info": (_info, "Show CPU features, the kernel chosen for each slot, threads and build options."),
+    "info": (_info, "Show CPU features, the kernel chosen for each slot, threads, build options and GPUs."),
     "calibrate": (_calibrate, "Measure how fast each rung of the precision ladder is here, and keep it."),
     "bench": (
         _bench,

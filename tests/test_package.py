@@ -238,10 +238,21 @@ def test_builds_scalar_kernels_alone(cc: str, tmp_path: Path) -> None:
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     info = json.loads(python("-m", "adaattn", "info", "--json"))
+    assert info.pop("gpu") == adaattn.gpu_info()
     assert info == json.loads(json.dumps(adaattn.cpu_info()))
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    assert all(slot in text for slot in info["kernels"])
+    assert all(slot in text for slot in info["kernels"]) and "\ngpu\n" in text
+
+
+def test_whoever_reads_may_stop() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "adaattn", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout and run.stderr
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
 
 
 @pytest.fixture(scope="module")
