@@ -395,6 +395,45 @@ def test_budgets_of_kernels(model: str) -> None:
     run(_budgets_of_kernels, model)
 
 
+def _fp8() -> None:
+    """By name, and as a loose tolerance chooses it where it is fast; a head that it does not do goes up."""
+    rng = np.random.default_rng(3)
+    assert all("fp8" in device["rungs"] for device in adaattn.gpu_info()["devices"])
+    for dtype in DTYPES:
+        for shape in (Shape(1, 2, 1, 70, 200, 40, 24), Shape(1, 2, 1, 3, 200, 40, 24)):
+            arrays = inputs(rng, shape, dtype)
+            exact = reference.attention(*arrays, causal=True)
+            for precision, most in (("fp8", 7e-2), (("int8", "fp8"), 5e-2)):
+                out, report = adaattn.attention(
+                    *fakes(arrays), causal=True, precision=precision, return_report=True
+                )
+                assert _relative(out, exact) < most
+                assert set(report.rungs.flat) == {"fp8" if precision == "fp8" else "int8/fp8"}
+    rates._GPU_DEFAULTS[9, 0] |= {"int8/fp8": (1e6, 1e6, 0), "fp8": (1e6, 1e6, 0)}
+    slow_fp32()
+    query, key, values = inputs(rng, Shape(1, 3, 3, 200, 1000, 64, 64), F32)
+    values[0, 1] *= np.float32(1000.0) ** (np.arange(1000) % 2)[:, None].astype(F32)  # nothing that matters
+    values[0, 2, ::2], values[0, 2, 1::2] = 1 - key[0, 2, ::2] / 99, -1 - key[0, 2, 1::2] / 99  # cancels
+    exact = reference.attention(query, key, values)
+    options = {"tolerance": 8e-2, "return_lse": True, "return_report": True}
+    out, _, report = adaattn.attention(*fakes([query, key, values]), **options)
+    assert _relative(out, exact) <= 8e-2 and (report.verified_rows > 0).all()
+    assert (report.rungs[0, :2] == "int8/fp8").all() and report.rungs[0, 2] != "int8/fp8"
+    assert "int8/fp8" in report.plan.explain() and 1e-2 < report.measured_error[0, 0] < 5e-2
+    assert np.isin(report.rungs, ["fp32", "fp16", "bf16", "int8/bf16", "int8/fp8"]).all()
+    again = adaattn.attention(*fakes([query, key, values]), plan=report.plan, verify=False)
+    assert same_bits(again.array, out.array) or report.retried.any()
+    strict = adaattn.attention(*fakes([query, key, values]), **options | {"tolerance": 2e-2})[2]
+    assert not np.isin(strict.precision_pv, ["fp8"]).any()
+    limited = adaattn.attention(*fakes([query, key, values]), max_precision="fp8", **options)[2]
+    assert (limited.rungs == "fp8").all()
+    assert value("live") == 0
+
+
+def test_fp8(model: str) -> None:
+    run(_fp8, model)
+
+
 def _figures() -> None:
     """What the device says of keys and queries becomes the guess that the CPU makes of arrays."""
     arrays = arguments(F32, Shape(1, 2, 1, 60, 500, 64, 40))
