@@ -234,8 +234,8 @@ def attention(
     On a GPU all arrays lie on query's device; vectors (slopes, sinks, lengths, offsets, seeds) may lie
     anywhere and are read by the host. Work goes to the stream that query's library works on, and the result
     is that library's. The rungs are "fp64", "fp32", "fp16", "bf16" and, for scores, "int8" with "bf16" values
-    ("fp16" for float16 arrays), and on chips of capability 8.9, 9.0 and 10 "fp8" for values or both, which has
-    not run on a GPU yet; head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
+    ("fp16" for float16 arrays), and on chips of capability 8.9, 9.0 and 10 "fp8" for values or both, which
+    has not run on a GPU yet; head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
     multiplied as they are, with weights rounded to their format, as is usual on GPUs; "fp32" by name does not
     round weights. Rows that a rung cannot hold are done again in fp64 (``retried`` in the report). Budgets
     are planned from a part of the keys and a few queries, or for half arrays without looking, and no rows are

@@ -56,9 +56,9 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 # The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. 9.0 was
-# measured on an H100, but for fp64 and fp8; the others are what kernels of the kind reach elsewhere. Arrays in
-# the rung's own format are not packed. fp8 is predicted (cuda/NOTES.md): tensor cores of 8.9 multiply it as fast
-# as int8, and on 9.0 this instruction becomes conversions and two products of fp16, which is slower than bf16.
+# measured on an H100, but for fp64 and fp8; the others are what kernels of the kind reach elsewhere. Arrays
+# in the rung's own format are not packed. fp8 is predicted (cuda/NOTES.md): tensor cores of 8.9 multiply it
+# as fast as int8; on 9.0 the instruction becomes conversions and two products of fp16, slower than bf16.
 _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 0): {
         "fp64": (2e3, 2e3, 0), "fp32": (3.5e4, 4.5e4, 0.012), "fp16": (1.4e5, 1.6e5, 0.012),

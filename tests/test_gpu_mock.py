@@ -410,22 +410,22 @@ def _fp8() -> None:
                 assert _relative(out, exact) < most
                 assert set(report.rungs.flat) == {"fp8" if precision == "fp8" else "int8/fp8"}
     rates._GPU_DEFAULTS[9, 0] |= {"int8/fp8": (1e6, 1e6, 0), "fp8": (1e6, 1e6, 0)}
-    slow_fp32()
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (500, 500, 0)
     query, key, values = inputs(rng, Shape(1, 3, 3, 200, 1000, 64, 64), F32)
-    values[0, 1] *= np.float32(1000.0) ** (np.arange(1000) % 2)[:, None].astype(F32)  # nothing that matters
-    values[0, 2, ::2], values[0, 2, 1::2] = 1 - key[0, 2, ::2] / 99, -1 - key[0, 2, 1::2] / 99  # cancels
+    key[0, 2, 1::2], values[0, 2, 1::2] = key[0, 2, ::2], -1.03 * values[0, 2, ::2]  # which nearly cancels
     exact = reference.attention(query, key, values)
-    options = {"tolerance": 8e-2, "return_lse": True, "return_report": True}
-    out, _, report = adaattn.attention(*fakes([query, key, values]), **options)
-    assert _relative(out, exact) <= 8e-2 and (report.verified_rows > 0).all()
-    assert (report.rungs[0, :2] == "int8/fp8").all() and report.rungs[0, 2] != "int8/fp8"
-    assert "int8/fp8" in report.plan.explain() and 1e-2 < report.measured_error[0, 0] < 5e-2
-    assert np.isin(report.rungs, ["fp32", "fp16", "bf16", "int8/bf16", "int8/fp8"]).all()
+    options = {"tolerance": 0.13, "return_report": True}
+    out, report = adaattn.attention(*fakes([query, key, values]), **options)
+    assert _relative(out, exact) <= 0.13 and (report.verified_rows > 0).all()
+    assert report.rungs[0, :2].tolist() == ["int8/fp8"] * 2 and "fp8" not in report.rungs[0, 2]
+    assert report.retried.tolist() == [[False, False, True]]
+    assert "int8/fp8" in report.plan.explain()
+    assert ((report.measured_error[0, :2] > 2e-2) & (report.measured_error[0, :2] < 5e-2)).all()
     again = adaattn.attention(*fakes([query, key, values]), plan=report.plan, verify=False)
-    assert same_bits(again.array, out.array) or report.retried.any()
-    strict = adaattn.attention(*fakes([query, key, values]), **options | {"tolerance": 2e-2})[2]
+    assert same_bits(again.array, out.array)
+    strict = adaattn.attention(*fakes([query, key, values]), **options | {"tolerance": 2e-2})[1]
     assert not np.isin(strict.precision_pv, ["fp8"]).any()
-    limited = adaattn.attention(*fakes([query, key, values]), max_precision="fp8", **options)[2]
+    limited = adaattn.plan(*fakes([query, key, values]), max_precision="fp8", tolerance=0.13)
     assert (limited.rungs == "fp8").all()
     assert value("live") == 0
 

@@ -20,7 +20,8 @@ from adaattn._adaattn import CANDIDATES, RUNGS
 from adaattn.views import margin_of
 
 # Errors of normal entries, dear to cheap, and rates of a machine where each is faster than the last but two.
-ERROR = dict(zip(CANDIDATES, (1e-15, 3e-7, 4e-7, 5e-6, 1.5e-4, 4e-4, 3.5e-3, 1.1e-2, 1.4e-2, 3.7e-2, 5e-2), strict=True))
+ERRORS = 1e-15, 3e-7, 4e-7, 5e-6, 1.5e-4, 4e-4, 3.5e-3, 1.1e-2, 1.4e-2, 3.7e-2, 5e-2
+ERROR = dict(zip(CANDIDATES, ERRORS, strict=True))
 SPEED = dict(zip(CANDIDATES, (50, 100, 100, 60, 180, 60, 220, 290, 400, 0, 0), strict=True))
 PACK = dict(zip(CANDIDATES, (0, 0, 0, 1, 0.6, 0.5, 0.3, 0.4, 0.5, 0.5, 0.5), strict=True))
 LONG, ELEMENTS = 2.0 * 1024 * 1024 * 128, 1024.0 * 128
