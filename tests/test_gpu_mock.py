@@ -549,6 +549,10 @@ def test_every_failure_surfaces_once_and_nothing_leaks(
     assert run(_each_failure, backend, options, staged) > 4
 
 
+def test_every_failure_of_fp8_surfaces_once(model: str) -> None:
+    assert run(_each_failure, model, {"precision": "fp8", "return_report": True}, False) > 4
+
+
 # ---- backends that cannot be used
 
 
