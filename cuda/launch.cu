@@ -235,8 +235,7 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     return ada_combine_run(combine, combine.k0.rows, stream);
 }
 
-/* What runs PTX of sm_80 has none, later chips than cuda/build.py names code for. */
-int ada_cu_has_fp8(int32_t capability) { return capability >= 89 && capability < 110; }
+int ada_cu_has_fp8(int32_t capability) { return ada_code_of(capability) >= 89; }
 
 int ada_cu_computes(const ada_cu_params *p) {
     if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD) return 0;
