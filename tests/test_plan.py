@@ -255,7 +255,7 @@ def test_fields_of_a_plan(rng: np.random.Generator) -> None:
     plan = adaattn.plan(*problem(rng), tolerance=1e-2, return_lse=True)
     assert plan.sizes == SHAPE._asdict() | {"dtype": "float32"}
     assert (plan.tolerance, plan.lse, plan.forced) == (1e-2, True, False)
-    assert plan.candidates == CANDIDATES and plan.candidate_error.shape == (2, 4, len(CANDIDATES))
+    assert plan.candidates == rates.RUNGS and plan.candidate_error.shape == (2, 4, len(rates.RUNGS))
     assert plan.finite.all() and not plan.retried.any()
     for at in np.ndindex(2, 4):
         name = "/".join(dict.fromkeys((plan.precision_qk[at], plan.precision_pv[at])))
@@ -264,8 +264,8 @@ def test_fields_of_a_plan(rng: np.random.Generator) -> None:
         # The choice is the pure planner's on what the plan says.
         head = Head(
             1e-2,
-            error=dict(zip(CANDIDATES, plan.candidate_error[at], strict=True)),
-            lse_error=dict(zip(CANDIDATES, plan.candidate_lse_error[at], strict=True)),
+            error=dict(zip(rates.RUNGS, plan.candidate_error[at], strict=True)),
+            lse_error=dict(zip(rates.RUNGS, plan.candidate_lse_error[at], strict=True)),
             margin=margin_of(plan, at),
             lse=True,
             operations=2.0 * SHAPE.T * SHAPE.S * (SHAPE.D + SHAPE.E),
