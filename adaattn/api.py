@@ -181,6 +181,7 @@ def attention(
     "fp16"              inputs rounded to float16                                           4e-4
     "bf16"              inputs and weights rounded to bfloat16                              3.5e-3
     "int8"              8-bit integers, scaled likewise; with "bf16" values: 1.1e-2         1.4e-2
+    "fp8"               8-bit floats (e4m3), on GPUs only; with scores in "int8": 3.8e-2    5.3e-2
     ==================  ==================================================================  =======
 
     Sums are in fp32, or exact integers that become fp32 every 256 keys. Keys lose their mean before they are
@@ -233,7 +234,8 @@ def attention(
     On a GPU all arrays lie on query's device; vectors (slopes, sinks, lengths, offsets, seeds) may lie
     anywhere and are read by the host. Work goes to the stream that query's library works on, and the result
     is that library's. The rungs are "fp64", "fp32", "fp16", "bf16" and, for scores, "int8" with "bf16" values
-    ("fp16" for float16 arrays); head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
+    ("fp16" for float16 arrays), and on chips of capability 8.9, 9.0 and 10 "fp8" for values or both, which
+    has not run on a GPU yet; head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
     multiplied as they are, with weights rounded to their format, as is usual on GPUs; "fp32" by name does not
     round weights. Rows that a rung cannot hold are done again in fp64 (``retried`` in the report). Budgets
     are planned from a part of the keys and a few queries, or for half arrays without looking, and no rows are

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import _adaattn
 from .errors import ArgumentError, DTypeError
+from .rates import RUNGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,7 +169,11 @@ class Plan:
     ) -> Plan:
         """From the engine's table of heads and sizes."""
         column = _columns(table)
-        error = column["candidate_error"]
+        # Those of GPUs come last.
+        n = _N if np.isfinite(column["candidate_seconds"][..., len(RUNGS) :]).any() else len(RUNGS)
+        error, lse_error, seconds = (
+            column[f"candidate_{name}"][..., :n].copy() for name in ("error", "lse_error", "seconds")
+        )
         return cls(
             sizes=dict(zip((*_SIZES, "dtype"), sizes, strict=True)),
             tolerance=float(tolerance),
@@ -180,10 +185,10 @@ class Plan:
             **_chosen(column),
             finite=column["finite"].astype(bool),
             profiled_rows=column["profiled_rows"].astype(np.int64),
-            candidates=_adaattn.CANDIDATES,
+            candidates=_adaattn.CANDIDATES[:n],
             candidate_error=error,
-            candidate_lse_error=np.where(np.isnan(error), np.nan, column["candidate_lse_error"]),
-            candidate_seconds=column["candidate_seconds"],
+            candidate_lse_error=np.where(np.isnan(error), np.nan, lse_error),
+            candidate_seconds=seconds,
         )
 
     def choices(self) -> tuple[tuple[Any, ...], NDArray[np.float64]]:

@@ -33,7 +33,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PREFILL = ("ours", "flash", "cudnn", "efficient", "fp16", "bf16", "int8")
+PREFILL = ("ours", "flash", "cudnn", "efficient", "fp16", "bf16", "int8", "int8/fp8", "fp8")
 Run = Callable[[], Any]
 
 
@@ -67,6 +67,8 @@ RUNGS: dict[str, str | tuple[str, str]] = {
     "bf16": "bf16",
     "int8/bf16": ("int8", "bf16"),
     "int8/fp16": ("int8", "fp16"),
+    "int8/fp8": ("int8", "fp8"),
+    "fp8": "fp8",
 }
 
 
@@ -144,6 +146,8 @@ def prefill(quick: bool) -> list[dict[str, Any]]:
                     rungs: dict[str, Any] = {"ours": "auto"}
                     rungs |= {"fp16": "fp16", "bf16": "bf16"} if name == "fp32" else {}
                     rungs |= {"int8": ("int8", "fp16" if name == "fp16" else "bf16")}
+                    if "fp8" in adaattn.gpu_info()["devices"][0]["rungs"]:
+                        rungs |= {"int8/fp8": ("int8", "fp8"), "fp8": "fp8"}
                     contenders: dict[str, Run] = {
                         label: lambda a=arrays, o=out, c=causal, r=rung: adaattn.attention(
                             *a, causal=c, precision=r, out=o, verify=False
@@ -320,7 +324,8 @@ def print_tables(result: dict[str, Any]) -> None:
         cells = "".join(f"{short(r.get(rung)):>10}" for rung in (*RUNGS, "torch"))
         print(f"{r['dtype']:5} {r['T']:5} {r['S']:5} {r['D']:4} {r['causal']!s:6} {cells}")
     print(
-        "\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16  int8  ours/flash ours/cudnn"
+        "\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16  int8 i8/f8   fp8"
+        "  ours/flash ours/cudnn"
     )
     for r in result["prefill"] or []:
         t = r["tflops"]

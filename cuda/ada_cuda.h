@@ -11,7 +11,7 @@
 #include "../csrc/adaattn.h"
 
 /* Goes up with every change of this file or of ada_problem. */
-#define ADA_CUDA_ABI 1
+#define ADA_CUDA_ABI 2
 #define ADA_CUDA_SYMBOL "ada_cuda_plugin"
 
 typedef struct {

@@ -395,6 +395,45 @@ def test_budgets_of_kernels(model: str) -> None:
     run(_budgets_of_kernels, model)
 
 
+def _fp8() -> None:
+    """By name, and as a loose tolerance chooses it where it is fast; a head that it does not do goes up."""
+    rng = np.random.default_rng(3)
+    assert all("fp8" in device["rungs"] for device in adaattn.gpu_info()["devices"])
+    for dtype in DTYPES:
+        for shape in (Shape(1, 2, 1, 70, 200, 40, 24), Shape(1, 2, 1, 3, 200, 40, 24)):
+            arrays = inputs(rng, shape, dtype)
+            exact = reference.attention(*arrays, causal=True)
+            for precision, most in (("fp8", 7e-2), (("int8", "fp8"), 5e-2)):
+                out, report = adaattn.attention(
+                    *fakes(arrays), causal=True, precision=precision, return_report=True
+                )
+                assert _relative(out, exact) < most
+                assert set(report.rungs.flat) == {"fp8" if precision == "fp8" else "int8/fp8"}
+    rates._GPU_DEFAULTS[9, 0] |= {"int8/fp8": (1e6, 1e6, 0), "fp8": (1e6, 1e6, 0)}
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (500, 500, 0)
+    query, key, values = inputs(rng, Shape(1, 3, 3, 200, 1000, 64, 64), F32)
+    key[0, 2, 1::2], values[0, 2, 1::2] = key[0, 2, ::2], -1.03 * values[0, 2, ::2]  # which nearly cancels
+    exact = reference.attention(query, key, values)
+    options = {"tolerance": 0.13, "return_report": True}
+    out, report = adaattn.attention(*fakes([query, key, values]), **options)
+    assert _relative(out, exact) <= 0.13 and (report.verified_rows > 0).all()
+    assert report.rungs[0, :2].tolist() == ["int8/fp8"] * 2 and "fp8" not in report.rungs[0, 2]
+    assert report.retried.tolist() == [[False, False, True]]
+    assert "int8/fp8" in report.plan.explain()
+    assert ((report.measured_error[0, :2] > 2e-2) & (report.measured_error[0, :2] < 5e-2)).all()
+    again = adaattn.attention(*fakes([query, key, values]), plan=report.plan, verify=False)
+    assert same_bits(again.array, out.array)
+    strict = adaattn.attention(*fakes([query, key, values]), **options | {"tolerance": 2e-2})[1]
+    assert not np.isin(strict.precision_pv, ["fp8"]).any()
+    limited = adaattn.plan(*fakes([query, key, values]), max_precision="fp8", tolerance=0.13)
+    assert (limited.rungs == "fp8").all()
+    assert value("live") == 0
+
+
+def test_fp8(model: str) -> None:
+    run(_fp8, model)
+
+
 def _figures() -> None:
     """What the device says of keys and queries becomes the guess that the CPU makes of arrays."""
     arrays = arguments(F32, Shape(1, 2, 1, 60, 500, 64, 40))
@@ -508,6 +547,10 @@ def test_every_failure_surfaces_once_and_nothing_leaks(
     options: dict[str, Any], staged: bool, backend: str
 ) -> None:
     assert run(_each_failure, backend, options, staged) > 4
+
+
+def test_every_failure_of_fp8_surfaces_once(model: str) -> None:
+    assert run(_each_failure, model, {"precision": "fp8", "return_report": True}, False) > 4
 
 
 # ---- backends that cannot be used
