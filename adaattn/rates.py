@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from . import _adaattn
 
-#: What a planner may choose from, dear to cheap. int8 with bf16 values is a rung of its own: its error lies
-#: between its parts'.
-RUNGS: tuple[str, ...] = _adaattn.CANDIDATES
+#: What a planner may choose from on a CPU, dear to cheap. int8 with bf16 values is a rung of its own: its
+#: error lies between its parts'. On a GPU those in fp8 follow.
+RUNGS: tuple[str, ...] = tuple(rung for rung in _adaattn.CANDIDATES if "fp8" not in rung)
 
 HEAD_SIZES = (64, 128)
 SIZE = 1024  # queries and keys that rungs are compared with
@@ -56,8 +56,9 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 # The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. 9.0 was
-# measured on an H100, but for fp64; the others are what kernels of the kind reach elsewhere. Arrays in the
-# rung's own format are not packed.
+# measured on an H100, but for fp64 and fp8; the others are what kernels of the kind reach elsewhere. Arrays in
+# the rung's own format are not packed. fp8 is predicted (cuda/NOTES.md): tensor cores of 8.9 multiply it as fast
+# as int8, and on 9.0 this instruction becomes conversions and two products of fp16, which is slower than bf16.
 _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 0): {
         "fp64": (2e3, 2e3, 0), "fp32": (3.5e4, 4.5e4, 0.012), "fp16": (1.4e5, 1.6e5, 0.012),
@@ -66,10 +67,12 @@ _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 9): {
         "fp64": (6e2, 6e2, 0), "fp32": (2.5e4, 3e4, 0.02), "fp16": (1e5, 1.2e5, 0.02),
         "bf16": (1e5, 1.2e5, 0.02), "int8/bf16": (1.1e5, 1.4e5, 0.02),
+        "int8/fp8": (1.4e5, 1.8e5, 0.03), "fp8": (1.4e5, 1.8e5, 0.03),
     },
     (9, 0): {
         "fp64": (3e3, 3e3, 0), "fp32": (9.5e4, 1.05e5, 0.008), "fp16": (3.35e5, 3.5e5, 0.008),
         "bf16": (3.35e5, 3.5e5, 0.008), "int8/bf16": (2.95e5, 3.55e5, 0.008),
+        "int8/fp8": (1.8e5, 2e5, 0.012), "fp8": (1.4e5, 1.5e5, 0.012),
     },
 }  # fmt: skip
 
@@ -150,7 +153,8 @@ def table() -> NDArray[np.float64]:
 def gpu_table(capability: tuple[int, int]) -> NDArray[np.float64]:
     """Rates of a GPU as the engine's planner takes them; 0: there is no kernel."""
     known = max((chip for chip in _GPU_DEFAULTS if chip <= capability), default=min(_GPU_DEFAULTS))
-    return np.array([_GPU_DEFAULTS[known].get(rung, (0, 0, 0)) for rung in RUNGS], np.float64)
+    rates = _GPU_DEFAULTS[known]
+    return np.array([rates.get(rung, (0, 0, 0)) for rung in _adaattn.CANDIDATES], np.float64)
 
 
 def rates() -> dict[str, Any]:

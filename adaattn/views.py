@@ -32,7 +32,10 @@ def margin_of(plan: Plan, at: tuple[int, ...]) -> float:
 
 def is_glanced(plan: Plan, at: tuple[int, ...]) -> bool:
     """Whether the head is a small one, of which few rows were looked at: these say nothing of int8."""
-    int8 = np.isnan(plan.candidate_error[at][-1]) and not np.isnan(plan.candidate_seconds[at][-1])
+    if "int8" not in plan.candidates:
+        return False
+    c = plan.candidates.index("int8")
+    int8 = np.isnan(plan.candidate_error[at][c]) and not np.isnan(plan.candidate_seconds[at][c])
     return bool(int8 and plan.finite[at] and not np.isnan(plan.candidate_error[at][0]))
 
 

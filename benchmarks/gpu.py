@@ -67,6 +67,8 @@ RUNGS: dict[str, str | tuple[str, str]] = {
     "bf16": "bf16",
     "int8/bf16": ("int8", "bf16"),
     "int8/fp16": ("int8", "fp16"),
+    "int8/fp8": ("int8", "fp8"),
+    "fp8": "fp8",
 }
 
 
@@ -144,6 +146,8 @@ def prefill(quick: bool) -> list[dict[str, Any]]:
                     rungs: dict[str, Any] = {"ours": "auto"}
                     rungs |= {"fp16": "fp16", "bf16": "bf16"} if name == "fp32" else {}
                     rungs |= {"int8": ("int8", "fp16" if name == "fp16" else "bf16")}
+                    if "fp8" in INFO["rungs"]:
+                        rungs |= {"int8/fp8": ("int8", "fp8"), "fp8": "fp8"}
                     contenders: dict[str, Run] = {
                         label: lambda a=arrays, o=out, c=causal, r=rung: adaattn.attention(
                             *a, causal=c, precision=r, out=o, verify=False

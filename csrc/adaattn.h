@@ -155,6 +155,8 @@ typedef struct {
 
 /* The only validator. Normalises attn_mask to four dimensions with zero strides where it broadcasts. */
 ada_status ada_problem_init(ada_problem *problem, ada_error *error);
+/* Whether the device of a problem computes products from this rung, which the named argument asks for. */
+ada_status ada_check_rung(const ada_problem *problem, const char *name, ada_rung rung, ada_error *error);
 /* Checks out: shape, dtype, every element in a place of its own, none shared with an input. */
 ada_status ada_problem_check_out(const ada_problem *problem, ada_error *error);
 

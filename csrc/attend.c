@@ -264,7 +264,7 @@ static bool glance_pays(const ada_attending *a, int64_t head, unsigned *barred) 
     ada_task task = ada_task_of(a, head, 1);
     const double glance = 1e-9 * GLANCE_OPERATIONS * elements_of(p) / b->rates[task.plain].gflops[0];
     const double plain = ada_predicted_seconds(&task, &b->rates[task.plain]);
-    task.barred = 1u << (ADA_CANDIDATES - 1);
+    task.barred = 1u << ada_candidate_of((ada_choice){ADA_RUNG_INT8, ADA_RUNG_INT8});
     for (int c = task.plain + 1; c < ADA_CANDIDATES; c++)
         if (plain - ada_predicted_seconds(&task, &b->rates[c]) <= glance) task.barred |= 1u << c;
     *barred = task.barred;

@@ -12,7 +12,8 @@
 const ada_choice ada_candidates[ADA_CANDIDATES] = {
     {ADA_RUNG_FP64, ADA_RUNG_FP64},     {ADA_RUNG_FP32, ADA_RUNG_FP32},   {ADA_RUNG_BF16X6, ADA_RUNG_BF16X6},
     {ADA_RUNG_BF16X3, ADA_RUNG_BF16X3}, {ADA_RUNG_INT16, ADA_RUNG_INT16}, {ADA_RUNG_FP16, ADA_RUNG_FP16},
-    {ADA_RUNG_BF16, ADA_RUNG_BF16},     {ADA_RUNG_INT8, ADA_RUNG_BF16},   {ADA_RUNG_INT8, ADA_RUNG_INT8}};
+    {ADA_RUNG_BF16, ADA_RUNG_BF16},     {ADA_RUNG_INT8, ADA_RUNG_BF16},   {ADA_RUNG_INT8, ADA_RUNG_INT8},
+    {ADA_RUNG_INT8, ADA_RUNG_FP8},      {ADA_RUNG_FP8, ADA_RUNG_FP8}};
 
 int ada_candidate_of(ada_choice choice) {
     for (int c = 0; c < ADA_CANDIDATES; c++)
@@ -26,6 +27,7 @@ int ada_candidate_of(ada_choice choice) {
 #define ROUND_BF16 1.65e-3
 #define ROUND_FP16 2.1e-4
 #define ROUND_BF16X3 2.1e-6
+#define ROUND_FP8 2.6e-2
 /* Of fp32, fitted to measured errors: of a score by its terms, and by the row's largest, from which it is
  * subtracted; of a sum of weights and values by its terms, and of the output. */
 #define ROUND_TERMS 4e-8
@@ -67,6 +69,8 @@ static double score_noise(const ada_row_profile *x, ada_rung rung, const ada_pro
         const double keys = fmax(by_most, (double)p->D / 9 * by_norm);
         return (fmax(x->qmax2 * by_most, x->q2 * by_norm) * norm + x->q2 * keys * step) / 12;
     }
+    case ADA_RUNG_FP8:
+        return 2 * square(ROUND_FP8) * spread;
     default: /* int8 */
         return (x->qmax2 * norm + x->q2 * step) / (12.0 * ADA_I8_MAX * ADA_I8_MAX);
     }
@@ -92,6 +96,8 @@ static double value_noise(const ada_row_profile *x, ada_rung rung, const ada_pro
         return square(ROUND_BF16) * (x->p2d + (dtype == ADA_BF16 ? 0 : x->p2v));
     case ADA_RUNG_INT16:
         return sums + x->round16 + x->p2 * step16;
+    case ADA_RUNG_FP8: /* a row of one weight is divided by what that was rounded to */
+        return square(ROUND_FP8) * (x->p2d + x->p2v);
     default: /* int8 */
         return x->round8 + x->p2 * step8;
     }
@@ -217,7 +223,7 @@ static bool allowed(const ada_task *t, int c) {
 
 /* No head is known on which a rung's error is below this; most have less than COMMON times as much. */
 #define COMMON 8
-static const double least_error[ADA_CANDIDATES] = {0, 0, 0, 3e-7, 1e-5, 5e-5, 3e-4, 1e-3, 1.5e-3};
+static const double least_error[ADA_CANDIDATES] = {0, 0, 0, 3e-7, 1e-5, 5e-5, 3e-4, 1e-3, 1.5e-3, 5e-3, 5e-3};
 
 bool ada_may_pay(const ada_task *t, const ada_rate rates[ADA_CANDIDATES], double cost) {
     const double plain = ada_predicted_seconds(t, &rates[t->plain]);
@@ -236,7 +242,9 @@ int ada_plan_head(const ada_forecast *f, const ada_task *t, const ada_rate rates
     int best = -1, dearest = -1;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
         if (!allowed(t, c)) continue;
-        if (dearest < 0) dearest = c;
+        const bool computed = rates[c].gflops[0] > 0;
+        if (dearest < 0 || (computed && rates[dearest].gflops[0] == 0)) dearest = c;
+        if (!computed) continue;
         /* The plain rung needs no more than its prediction's own margin: what is dearer costs most. */
         const double limit = t->tolerance / (c == t->plain ? fmin(t->margin, ADA_MARGIN) : t->margin);
         /* What is not finite is left to plain arithmetic, which passes it on as it should. */

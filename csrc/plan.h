@@ -8,8 +8,8 @@
 #include "lowrank.h"
 #include "probe.h"
 
-/* What a planner may choose from, dear to cheap. */
-#define ADA_CANDIDATES 9
+/* What a planner may choose from, dear to cheap; those that only GPUs compute come last. */
+#define ADA_CANDIDATES 11
 extern const ada_choice ada_candidates[ADA_CANDIDATES];
 /* The one that computes a choice, or -1: a pair that is forced only. */
 int ada_candidate_of(ada_choice choice);
@@ -76,7 +76,7 @@ typedef struct {
 double ada_predicted_seconds(const ada_task *task, const ada_rate *rate);
 /* Whether some rung below the plain one may keep the tolerance and save more than this, in seconds. */
 bool ada_may_pay(const ada_task *task, const ada_rate rates[ADA_CANDIDATES], double cost);
-/* The cheapest candidate within the budget; the dearest allowed one where none is. */
+/* The cheapest candidate that is computed and within the budget; the dearest allowed one where none is. */
 int ada_plan_head(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES]);
 
 /* The rung of a gradient below the exact one: scores and gradients of weights from 16-bit integers, sums over

@@ -193,6 +193,14 @@ static ada_status check_sinks(const ada_problem *p, ada_error *error) {
     return ADA_OK;
 }
 
+ada_status ada_check_rung(const ada_problem *p, const char *name, ada_rung rung, ada_error *error) {
+    if (rung != ADA_RUNG_FP8 || p->on_gpu) return ADA_OK;
+    return ada_fail(error, ADA_ERR_ARGUMENT,
+                    "%s: expected a rung that CPUs compute, got 'fp8', which takes a GPU of compute "
+                    "capability 8.9 or more",
+                    name);
+}
+
 static ada_status check_numbers(ada_problem *p, ada_error *error) {
     if (p->window_left < 0 || p->window_right < 0)
         return ada_fail(error, ADA_ERR_ARGUMENT, "window: expected integers of at least 0 or None, got %lld",
@@ -217,6 +225,9 @@ static ada_status check_numbers(ada_problem *p, ada_error *error) {
         return ada_fail(error, ADA_ERR_ARGUMENT,
                         "precision: expected 'fp64' for both products or none, got ('%s', '%s')",
                         ada_rung_name(p->precision.qk), ada_rung_name(p->precision.pv));
+    if (ada_check_rung(p, "precision", p->precision.qk, error) ||
+        ada_check_rung(p, "precision", p->precision.pv, error))
+        return error->status;
     if (p->has_num_threads && p->num_threads < 1)
         return ada_fail(error, ADA_ERR_ARGUMENT, "num_threads: expected an int of at least 1, got %lld",
                         (long long)p->num_threads);

@@ -59,8 +59,12 @@ bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
     ada_cu_params c = call->params;
     if (choice.qk == ADA_RUNG_INT8 && choice.pv == half)
         c.rung = ADA_CU_INT8;
+    else if (choice.qk == ADA_RUNG_INT8 && choice.pv == ADA_RUNG_FP8)
+        c.rung = ADA_CU_INT8_FP8;
     else if (choice.qk != choice.pv)
         return false;
+    else if (choice.qk == ADA_RUNG_FP8)
+        c.rung = ADA_CU_FP8;
     else if (choice.qk == ADA_RUNG_FP64)
         c.rung = ADA_CU_SIMT_F64;
     else if (choice.qk == ADA_RUNG_FP32)

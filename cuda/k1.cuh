@@ -46,6 +46,9 @@ typedef struct {
 } ada_unit;
 
 enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
+/* Weights in e4m3: up to 2^8.75, below its largest, 448; the small ones keep their digits so. */
+enum { ADA_FP8_OCTAVES = 8 };
+#define ADA_FP8_LAG 0.75f
 
 /* Rows of so many bytes in shared memory, in chunks of 16. The chunks of eight rows that ldmatrix reads lie
  * in different banks: their number is xored with the row's. */
@@ -64,11 +67,13 @@ template <typename L> ADA_DEVICE uint32_t ada_along(uint32_t place, int bytes) {
 }
 
 template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool FEW_, int RESIDENT_,
-          int LEAST_CHIP_ = 80, int PARTS_ = 1, bool BYTES_ = false>
+          int LEAST_CHIP_ = 80, int PARTS_ = 1, bool BYTES_ = false, bool E4M3_ = false, bool FP8_ = false>
 struct ada_tiling {
     static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, FEW = FEW_;
-    static constexpr bool BYTES = BYTES_; /* queries and keys are signed bytes */
-    static constexpr int PARTS = PARTS_;  /* fp16 numbers that add up to an element; 2: accurate to float */
+    static constexpr bool BYTES = BYTES_; /* queries and keys are signed bytes or, E4M3, such floats */
+    static constexpr bool E4M3 = E4M3_;
+    static constexpr bool FP8 = FP8_;    /* weights and values are e4m3: k1_fp8.cuh */
+    static constexpr int PARTS = PARTS_; /* fp16 numbers that add up to an element; 2: accurate to float */
     /* The next tile's copies are sent off before the first product, or behind it, which then begins at once.
      */
     static constexpr bool EARLY = FEW || PARTS == 2;
@@ -79,16 +84,20 @@ struct ada_tiling {
     static constexpr int KEYS = BN / NW;              /* of a tile, for one warp */
     static constexpr int THREADS = 32 * MW * NW, RESIDENT = RESIDENT_, LEAST_CHIP = LEAST_CHIP_;
     typedef ada_rows_of<BYTES ? WIDTH : 2 * WIDTH> QK;
-    typedef ada_rows_of<2 * WIDTH> V;
+    typedef ada_rows_of<FP8 ? BN_ : 2 * WIDTH> V; /* of keys; of columns where FP8 */
+    /* Weights are relative to so many octaves below the reference, which lags behind by fewer than LAG. */
+    static constexpr int BELOW = FP8 ? ADA_FP8_OCTAVES : 0;
+    static constexpr float LAG = FP8 ? ADA_FP8_LAG : (float)ADA_LAZY_OCTAVES;
     /* Shared memory: queries, two stages of keys and of values, all parts of each; then what rows know. */
-    static constexpr int Q_PART = BM * QK::BYTES, K_PART = BN * QK::BYTES, V_PART = BN * V::BYTES;
+    static constexpr int Q_PART = BM * QK::BYTES, K_PART = BN * QK::BYTES,
+                         V_PART = (FP8 ? WIDTH : BN) * V::BYTES;
     static constexpr int K_STAGE = PARTS * K_PART, V_STAGE = PARTS * V_PART;
     static constexpr int K_AT = PARTS * Q_PART, V_AT = K_AT + 2 * K_STAGE, LOOP_BYTES = V_AT + 2 * V_STAGE;
     static constexpr int MERGE_BYTES = FEW ? NW * BM * (WIDTH + 3) * 4 : 0;
     static constexpr int SPANS_AT = LOOP_BYTES > MERGE_BYTES ? LOOP_BYTES : MERGE_BYTES;
     static constexpr int UNITS_AT = SPANS_AT + BM * (int)sizeof(ada_span);
     static constexpr int SHARED = UNITS_AT + (UNITS ? BM * (int)sizeof(ada_unit) : 0);
-    static_assert(KEYS % 16 == 0 && (NW == 1 || (FEW && MW == 1)), "");
+    static_assert(KEYS % (FP8 ? 32 : 16) == 0 && (NW == 1 || (FEW && MW == 1)), "");
 };
 
 template <typename X>
@@ -138,6 +147,20 @@ ADA_DEVICE void ada_copy_part(uint32_t to, const char *from, int64_t stride, int
     }
 }
 
+/* The columns of a tile of values in e4m3, as ada_columns_of_values packed them. */
+template <typename X> ADA_DEVICE void ada_copy_columns(uint32_t to, const char *values, int E, int first) {
+    constexpr int CHUNKS = X::BN / 16, STEP = X::THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0 && X::WIDTH % STEP == 0, "");
+    const int e = ada_thread() / CHUNKS, chunk = ada_thread() % CHUNKS;
+    const char *at = values + (int64_t)(first / ADA_UNIT_ROWS) * E * ADA_UNIT_ROWS + first % ADA_UNIT_ROWS +
+                     e * ADA_UNIT_ROWS + chunk * 16;
+    to += ada_place<typename X::V>(e, chunk);
+    ADA_UNROLL_BY(4) for (int i = 0; i < X::WIDTH; i += STEP) {
+        ada_copy(to + (uint32_t)(i * X::V::BYTES), e + i < E ? at : values, e + i < E ? 16 : 0);
+        at += STEP * ADA_UNIT_ROWS;
+    }
+}
+
 /* A tile of keys and of values into a stage. */
 template <typename X>
 ADA_DEVICE void ada_copy_tile(const ada_k1_args &a, uint32_t shared, const char *keys, const char *values,
@@ -147,15 +170,22 @@ ADA_DEVICE void ada_copy_tile(const ada_k1_args &a, uint32_t shared, const char 
     ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
         ada_copy_part<X, typename X::QK>(k_to + (uint32_t)(part * X::K_PART), keys + part * a.k.part,
                                          a.k.stride[2], tile * X::BN, span, X::BYTES ? a.p.D : 2 * a.p.D);
-    ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
-        ada_copy_part<X, typename X::V>(v_to + (uint32_t)(part * X::V_PART), values + part * a.v.part,
-                                        a.v.stride[2], tile * X::BN, span, 2 * a.p.E);
+    if constexpr (X::FP8)
+        ada_copy_columns<X>(v_to, values, a.p.E, tile * X::BN);
+    else
+        ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
+            ada_copy_part<X, typename X::V>(v_to + (uint32_t)(part * X::V_PART), values + part * a.v.part,
+                                            a.v.stride[2], tile * X::BN, span, 2 * a.p.E);
 }
 
 /* Heads that share a tile's rows. */
 template <typename X> ADA_DEVICE int ada_pack_of(const ada_k1_args &a) { return X::FEW ? a.pack : 1; }
 
-template <typename X> struct ada_rows {
+/* Of a row's weights in e4m3 the sum. */
+template <int MR, bool FP8> struct ada_rounded {};
+template <int MR> struct ada_rounded<MR, true> { float rounded[MR][2]; };
+
+template <typename X> struct ada_rows : ada_rounded<X::MR, X::FP8> {
     float o[X::MR][X::WIDTH / 8][4];
     float m[X::MR][2], l[X::MR][2]; /* the reference, in raw scores; this lane's part of the sum */
     uint32_t saw;                   /* bit 2 mr + half: a key that a mask shows */
@@ -201,7 +231,8 @@ ADA_DEVICE void ada_scores_of_bytes(float (&s)[X::MR][X::KEYS / 8][4], uint32_t 
     int32_t sum[X::MR][X::KEYS / 8][4];
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
         ADA_UNROLL for (int c = 0; c < 4; c++) sum[mr][i][c] = 0x4b400000; /* 3 * 2^22 */
-    ADA_UNROLL for (int d = 0; d < X::WIDTH; d += 32) {
+    constexpr int TOGETHER = X::FP8 && X::WIDTH > 128 ? 1 : X::WIDTH / 32; /* registers */
+    ADA_UNROLL_BY(TOGETHER) for (int d = 0; d < X::WIDTH; d += 32) {
         uint32_t q[X::MR][4];
         ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
             ada_load_matrices(q[mr], ada_along<typename X::QK>(q_at, d) + (uint32_t)(16 * mr * X::QK::BYTES));
@@ -424,6 +455,7 @@ ADA_DEVICE void ada_weigh(float (&s)[X::MR][X::KEYS / 8][4], ada_rows<X> &rows, 
             const float by = higher ? ada_exp2((rows.m[mr][half] - top[mr][half]) * factor) : 1;
             rows.m[mr][half] = higher ? top[mr][half] : rows.m[mr][half];
             rows.l[mr][half] *= by;
+            if constexpr (X::FP8) rows.rounded[mr][half] *= by;
             ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) {
                 rows.o[mr][n][2 * half] *= by;
                 rows.o[mr][n][2 * half + 1] *= by;
@@ -431,7 +463,7 @@ ADA_DEVICE void ada_weigh(float (&s)[X::MR][X::KEYS / 8][4], ada_rows<X> &rows, 
         }
     }
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++) {
-        const float m = rows.m[mr][half] == -ADA_INF ? 0 : rows.m[mr][half] * factor;
+        const float m = rows.m[mr][half] == -ADA_INF ? 0 : rows.m[mr][half] * factor - X::BELOW;
         float sum = 0;
         ADA_UNROLL for (int n = 0; n < X::KEYS / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             float &x = s[mr][n][2 * half + c];
@@ -456,6 +488,8 @@ ADA_DEVICE void ada_drop(const ada_k1_args &a, const ada_where &w, float (&s)[X:
     }
 }
 
+#include "k1_fp8.cuh"
+
 /* Writes rows out, each by the four lanes that hold it. */
 template <typename X> ADA_DEVICE void ada_finish(const ada_k1_args &a, ada_rows<X> &rows, float factor) {
     const ada_cu_params &p = a.p;
@@ -469,7 +503,7 @@ template <typename X> ADA_DEVICE void ada_finish(const ada_k1_args &a, ada_rows<
         const ada_span span = spans[16 * mr + 8 * half];
         const bool saw = X::OPTIONS && p.mask.data ? rows.saw >> (2 * mr + half) & 1 : span.first < span.end;
         const ada_row_end end =
-            ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor, rows.l[mr][half], saw);
+            ada_end_row(p, there ? h : w.h0, rows.m[mr][half] * factor - X::BELOW, rows.l[mr][half], saw);
         float good = 0; /* NaN where an output is not finite */
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++) {
             float &x = rows.o[mr][n][2 * half + c];
@@ -515,7 +549,7 @@ template <typename X> ADA_DEVICE void ada_leave(const ada_k1_args &a, ada_rows<X
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 2; c++)
             o[at * X::WIDTH + 8 * n + lane % 4 * 2 + c] = rows.o[mr][n][2 * half + c];
         if (lane % 4 == 0) {
-            ends[3 * at] = rows.m[mr][half] * factor;
+            ends[3 * at] = rows.m[mr][half] * factor - X::BELOW;
             ends[3 * at + 1] = rows.l[mr][half];
             ends[3 * at + 2] = (float)(rows.saw >> (2 * mr + half) & 1);
         }
@@ -597,7 +631,10 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         ADA_UNROLL for (int n = 0; n < X::WIDTH / 8; n++) ADA_UNROLL for (int c = 0; c < 4; c++)
             rows.o[mr][n][c] = 0;
     }
-    const float factor = X::OPTIONS ? 1 : a.octaves, lazy = X::OPTIONS ? (float)ADA_LAZY_OCTAVES : a.lazy;
+    if constexpr (X::FP8)
+        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int half = 0; half < 2; half++)
+            rows.rounded[mr][half] = 0;
+    const float factor = X::OPTIONS ? 1 : a.octaves, lazy = X::OPTIONS ? X::LAG : a.lazy;
     /* Lanes 0 ... 15 address sixteen rows, lanes 16 ... 31 the same rows 16 bytes on. */
     const uint32_t q_at = shared + ada_place<typename X::QK>(wm * 16 * X::MR + lane % 16, lane / 16);
     const uint32_t k_at = shared + X::K_AT + ada_place<typename X::QK>(wn * X::KEYS + lane % 16, lane / 16);
@@ -611,7 +648,9 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         if (n + 1 < end && X::EARLY) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
 
         float s[X::MR][X::KEYS / 8][4];
-        if constexpr (X::BYTES)
+        if constexpr (X::E4M3)
+            ada_scores_of_e4m3<X>(s, q_at, k_at + stage);
+        else if constexpr (X::BYTES)
             ada_scores_of_bytes<X>(s, q_at, k_at + stage);
         else
             ada_scores<X>(s, q_at, k_at + stage);
@@ -637,13 +676,18 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         else if (!plain)
             ada_hide<X>(s, first);
         ada_weigh<X>(s, rows, factor, lazy);
-        if (X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
+        if (!X::FP8 && X::OPTIONS && p.drop_below) ada_drop<X>(a, w, s, first);
 
         uint32_t v_at = k_at + stage + (X::V_AT - X::K_AT);
         if (X::BYTES)
             v_at = shared + (uint32_t)(X::V_AT + n % 2 * X::V_STAGE) +
-                   ada_place<typename X::V>(wn * X::KEYS + lane % 16, lane / 16);
-        ada_add_values<X>(rows, s, v_at, X::PARTS == 2 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS] : 1);
+                   (X::FP8 ? ada_place<typename X::V>(lane % 16, wn * (X::KEYS / 16) + lane / 16)
+                           : ada_place<typename X::V>(wn * X::KEYS + lane % 16, lane / 16));
+        const float v_unit = X::PARTS == 2 || X::FP8 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS] : 1;
+        if constexpr (X::FP8)
+            ada_add_columns<X>(a, w, rows, s, first, v_at, v_unit);
+        else
+            ada_add_values<X>(rows, s, v_at, v_unit);
     }
 
     ada_copy_wait<0>(); /* the queries, where there was no key */
@@ -653,6 +697,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         l += ada_shuffle_xor(l, 1);
         l += ada_shuffle_xor(l, 2);
     }
+    if constexpr (X::FP8) ada_scale_by_sums<X>(rows);
     if (X::OPTIONS) {
         rows.saw |= ada_shuffle_xor(rows.saw, 1);
         rows.saw |= ada_shuffle_xor(rows.saw, 2);

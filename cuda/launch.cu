@@ -15,7 +15,8 @@ static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 static bool is_pairs(const ada_cu_params *p) {
     return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128 && p->capability >= 80;
 }
-static bool is_bytes(const ada_cu_params *p) { return p->rung == ADA_CU_INT8; }
+/* Queries and keys are bytes. */
+static bool is_bytes(const ada_cu_params *p) { return p->rung == ADA_CU_INT8 || ada_is_fp8(p); }
 /* By K1; where pairs are too wide for it, K0 is as accurate. */
 static bool is_tiled(const ada_cu_params *p) {
     return p->rung == ADA_CU_FP16 || p->rung == ADA_CU_BFLOAT16 || is_pairs(p) || is_bytes(p);
@@ -58,15 +59,19 @@ static layout layout_of(const ada_cu_params *p) {
                       keys = (int64_t)p->B * p->G * p->S;
         at.packs_q = is_bytes(p) || !as_k1_reads(p, &p->query);
         at.packs_k = is_bytes(p) || !as_k1_reads(p, &p->key);
-        at.packs_v = !as_k1_reads(p, &p->value);
+        at.packs_v = ada_is_fp8(p) || !as_k1_reads(p, &p->value);
         const int parts = is_pairs(p) ? 2 : 1; /* bytes take less */
         if (at.packs_q) at.q = take(&used, parts * rows * d);
         if (at.packs_k) at.k = take(&used, parts * keys * d);
-        if (at.packs_v) at.v = take(&used, parts * keys * e);
+        if (ada_is_fp8(p))
+            at.v = take(&used, units_of(p->B, p->G, p->S) * ADA_UNIT_ROWS * p->E);
+        else if (at.packs_v)
+            at.v = take(&used, parts * keys * e);
         if (is_pairs(p))
             at.units = take(&used, 4 * (units_of(p->B, p->H, p->T) + 2 * units_of(p->B, p->G, p->S)));
         if (is_bytes(p))
-            at.units = take(&used, 4 * (2 * rows + units_of(p->B, p->G, p->S) + (int64_t)p->B * p->G * p->D));
+            at.units =
+                take(&used, 4 * (2 * rows + 2 * units_of(p->B, p->G, p->S) + (int64_t)p->B * p->G * p->D));
         if (ada_few_queries(p)) {
             at.pack = p->heads ? 1 : p->H / p->G;
             at.splits = (int)divide_up(p->S, keys_of_split(p));
@@ -146,7 +151,7 @@ static bool mask_in_pairs(const ada_cu_params *p) {
     return mask->stride[3] == size && p->S % 2 == 0 && together % (2 * size) == 0;
 }
 
-/* Queries and keys as bytes. */
+/* Queries and keys as bytes, values as e4m3 where the rung has them so. */
 static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_args *k1,
                               cudaStream_t stream) {
     const int64_t rows = (int64_t)p->B * p->H * p->T, tiles = units_of(p->B, p->G, p->S);
@@ -159,7 +164,8 @@ static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_a
     a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
     a.list = p->heads, a.per = p->H / p->G;
     a.to = (uint16_t *)((char *)p->workspace + at->k);
-    a.units = k_units, a.mean = k_units + tiles;
+    a.e4m3 = p->rung == ADA_CU_FP8;
+    a.units = k_units, a.mean = k_units + 2 * tiles;
     k1->k.data = (const char *)a.to, k1->k.units = k_units;
     k1->k.stride[2] = 16 * a.chunks, k1->k.stride[1] = k1->k.stride[2] * p->S;
     k1->k.stride[0] = k1->k.stride[1] * p->G;
@@ -175,7 +181,13 @@ static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_a
     k1->q.stride[0] = k1->q.stride[1] * p->H;
     if (!error)
         error = ada_launch(ada_bytes_of_queries, divide_up(a.items, warps), ADA_PACK_THREADS, 0, stream, a);
-    return error;
+    if (error || !ada_is_fp8(p)) return error;
+    a.from = p->value, a.heads = p->G, a.rows = p->S, a.width = p->E, a.per = p->H / p->G;
+    a.to = (uint16_t *)((char *)p->workspace + at->v), a.units = k_units + tiles;
+    k1->v.data = (const char *)a.to, k1->v.units = a.units;
+    k1->v.stride[1] = units_of(1, 1, p->S) * ADA_UNIT_ROWS * p->E, k1->v.stride[0] = k1->v.stride[1] * p->G;
+    return ada_launch(ada_columns_of_values, wanted * units_of(1, 1, p->S), ADA_PACK_THREADS,
+                      ADA_UNIT_ROWS * p->E < 4 * warps ? 4 * warps : ADA_UNIT_ROWS * p->E, stream, a);
 }
 
 static bool in_pairs(const ada_cu_params *p) {
@@ -208,9 +220,11 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
         error = pack(p, &p->query, p->H, p->T, p->D, at->packs_q, at->q, q_units, &a.q, stream);
         if (!error) error = pack(p, &p->key, p->G, p->S, p->D, at->packs_k, at->k, k_units, &a.k, stream);
     }
-    if (!error) error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
+    if (!error && !ada_is_fp8(p))
+        error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
     if (!error)
-        error = is_bytes(p)              ? ada_k1_run_bytes(a, stream)
+        error = ada_is_fp8(p)            ? ada_k1_run_fp8(a, stream)
+                : is_bytes(p)            ? ada_k1_run_bytes(a, stream)
                 : is_pairs(p)            ? ada_k1_run_split(a, stream)
                 : p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream)
                                          : ada_k1_run_bf16(a, stream);
@@ -221,8 +235,12 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     return ada_combine_run(combine, combine.k0.rows, stream);
 }
 
+/* What runs PTX of sm_80 has none, later chips than cuda/build.py names code for. */
+int ada_cu_has_fp8(int32_t capability) { return capability >= 89 && capability < 110; }
+
 int ada_cu_computes(const ada_cu_params *p) {
     if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD) return 0;
+    if (ada_is_fp8(p) && !ada_cu_has_fp8(p->capability)) return 0;
     return !is_tiled(p) || (p->capability >= 80 && ada_k1_width(p));
 }
 

@@ -19,8 +19,16 @@ static inline int ada_k1_width(const ada_cu_params *p) {
     return 0;
 }
 
-/* Whether K1 takes the rows of all heads that share keys together, and splits the keys. */
-static inline bool ada_few_queries(const ada_cu_params *p) { return p->T <= 16; }
+/* Weights and values in e4m3. */
+static inline bool ada_is_fp8(const ada_cu_params *p) {
+    return p->rung == ADA_CU_INT8_FP8 || p->rung == ADA_CU_FP8;
+}
+
+/* Whether K1 takes the rows of all heads that share keys together, and splits the keys; not where e4m3 then
+ * needs more registers than there are. */
+static inline bool ada_few_queries(const ada_cu_params *p) {
+    return p->T <= 16 && !(ada_is_fp8(p) && ada_k1_width(p) > 128);
+}
 
 /* Few queries: rows of a tile. */
 static inline int ada_few_rows() { return 16; }
@@ -39,5 +47,6 @@ cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bytes(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_fp8(ada_k1_args a, cudaStream_t stream);
 
 #endif

@@ -1,9 +1,10 @@
 /* ptx.cuh on the CPU, for tests: a block's threads are fibers in one thread, run in an order drawn at random.
  *
  * Copies into shared memory poison their destination at once and land at a random time, at the latest when
- * they are waited for. Collectives of a warp take place when its last lane arrives. Not modelled: bank
- * conflicts, the memory model of plain accesses, the tensor cores' own rounding (sums here are in float, in
- * order).
+ * they are waited for. Collectives of a warp take place when its last lane arrives. Products of e4m3 cut off
+ * what lies more than 13 bits behind the point of a sum's largest term, as sm_89 does. Not modelled: bank
+ * conflicts, the memory model of plain accesses, the tensor cores' rounding in other formats (sums here are
+ * in float, in order).
  */
 #ifndef ADA_CUDA_MODEL_H
 #define ADA_CUDA_MODEL_H
@@ -249,7 +250,8 @@ template <typename C> struct product {
     uint32_t b[2];
 };
 /* Elements of WIDE operands lie PER to a register. */
-template <int PER, typename C, typename F> inline void multiply(product<C> **all, F element) {
+template <int PER, typename C, typename F, typename S>
+inline void multiply(product<C> **all, F element, S sum_of) {
     const int K = 8 * PER;
     C a[16][8 * PER], b[8][8 * PER];
     for (int lane = 0; lane < 32; lane++)
@@ -262,10 +264,25 @@ template <int PER, typename C, typename F> inline void multiply(product<C> **all
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 4; i++) {
             const C *x = a[lane / 4 + i / 2 * 8], *y = b[lane % 4 * 2 + i % 2];
-            C sum[4] = {0, 0, 0, 0};
-            for (int k = 0; k < K; k++) sum[k % 4] += x[k] * y[k];
-            all[lane]->c[i] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            all[lane]->c[i] = sum_of(all[lane]->c[i], x, y, K);
         }
+}
+template <int PER, typename C, typename F> inline void multiply(product<C> **all, F element) {
+    multiply<PER>(all, element, [](C c, const C *x, const C *y, int K) {
+        C sum[4] = {0, 0, 0, 0};
+        for (int k = 0; k < K; k++) sum[k % 4] += x[k] * y[k];
+        return c + ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    });
+}
+/* All terms in units of the largest one's exponent, 13 bits behind its point. */
+inline float cut_sum(float c, const float *x, const float *y, int K) {
+    float most = fabsf(c), all = c;
+    for (int k = 0; k < K; k++) most = fmaxf(most, fabsf(x[k] * y[k])), all += x[k] * y[k];
+    if (!(fabsf(all) < INFINITY) || most == 0) return all;
+    const double unit = ldexp(1, ilogbf(most) - 13);
+    double sum = trunc(c / unit);
+    for (int k = 0; k < K; k++) sum += trunc((double)x[k] * y[k] / unit);
+    return (float)(sum * unit);
 }
 } // namespace ada_model
 
@@ -286,6 +303,20 @@ ADA_DEVICE float ada_from_bits(uint32_t x) {
 
 namespace ada_model {
 #include "../csrc/kernels/half.h"
+
+inline float float_from_e4m3(uint8_t x) {
+    const int exponent = x >> 3 & 15, digits = x & 7;
+    const float size =
+        (x & 127) == 127 ? NAN : ldexpf(exponent ? 8 + digits : digits, (exponent ? exponent : 1) - 10);
+    return x & 128 ? -size : size;
+}
+inline uint8_t e4m3_from_float(float x) {
+    const uint8_t sign = signbit(x) ? 128 : 0;
+    const float size = fabsf(x);
+    if (!(size <= 448)) return sign | (size != size ? 0x7f : 0x7e);
+    const int exponent = size < 0.015625f ? -6 : ilogbf(size);
+    return (uint8_t)(sign | (((exponent + 6) << 3) + (int)rintf(ldexpf(size, 3 - exponent))));
+}
 } // namespace ada_model
 
 ADA_DEVICE float ada_from_f16(uint16_t x) { return ada_model::float_from_f16(x); }
@@ -306,6 +337,19 @@ ADA_DEVICE void ada_multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_
     ada_model::product<float> own = {c, a, {b0, b1}};
     ada_model::collective(6, &own, [](ada_model::product<float> **all) {
         ada_model::multiply<2>(all, [](uint32_t x, int i) { return ada_from_bits(x >> 16 * i << 16); });
+    });
+}
+ADA_DEVICE uint32_t ada_pack_e4m3(float x, float y) {
+    return ada_model::e4m3_from_float(x) | (uint32_t)ada_model::e4m3_from_float(y) << 8;
+}
+ADA_DEVICE void ada_multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    ada_model::product<float> own = {c, a, {b0, b1}};
+    ada_model::collective(8, &own, [](ada_model::product<float> **all) {
+        static float values[256];
+        if (!values[1])
+            for (int i = 0; i < 256; i++) values[i] = ada_model::float_from_e4m3((uint8_t)i);
+        ada_model::multiply<4>(
+            all, [](uint32_t x, int i) { return values[x >> 8 * i & 255]; }, ada_model::cut_sum);
     });
 }
 ADA_DEVICE void ada_multiply_i8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -7,14 +7,14 @@
 typedef struct {
     ada_cu_array from;
     int32_t dtype, heads, rows, width, chunks; /* chunks of 16 bytes in a packed row */
-    int32_t bf16;
-    const int32_t *list; /* query heads that are wanted, ascending; NULL: all */
-    int32_t per;         /* of them share a packed head */
-    int64_t items;       /* chunks in all; bytes: queries */
-    uint16_t *to;        /* [B][heads][rows][8 * chunks] */
-    int64_t part;        /* pairs: elements from first parts to second ones */
-    float *units;        /* pairs, bytes: as ada_operand's */
-    float *mean;         /* bytes: [B][G][D] of the keys */
+    int32_t bf16, e4m3;                        /* bytes: e4m3 rather than integers */
+    const int32_t *list;                       /* query heads that are wanted, ascending; NULL: all */
+    int32_t per;                               /* of them share a packed head */
+    int64_t items;                             /* chunks in all; bytes: queries */
+    uint16_t *to;                              /* [B][heads][rows][8 * chunks] */
+    int64_t part;                              /* pairs: elements from first parts to second ones */
+    float *units;                              /* pairs, bytes: as ada_operand's */
+    float *mean;                               /* bytes: [B][G][D] of the keys */
     int32_t G;
     const int64_t *lengths; /* rows of sequence b, NULL: all; [b * stride] */
     int64_t lengths_stride;
@@ -134,16 +134,22 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_mean_of_keys(ADA_ARGS(ada_pack_args) 
     }
 }
 
-/* Four neighbours, times factor, as signed bytes. */
+/* The largest byte. */
+ADA_DEVICE float ada_largest_byte(const ada_pack_args &a) { return a.e4m3 ? 448 : 127; }
+
+/* Four neighbours, times factor, as bytes. */
 ADA_DEVICE uint32_t ada_four_bytes(const ada_pack_args &a, const char *row, const float *mean, int at,
                                    float factor) {
     uint32_t bytes = 0;
+    float y[4] = {0, 0, 0, 0};
     ADA_UNROLL for (int k = 0; k < 4; k++) {
         if (at + k >= a.width) break;
         const float x =
             ada_element<float>(row + (at + k) * a.from.stride[3], a.dtype) - (mean ? mean[at + k] : 0);
-        bytes |= (uint32_t)(uint8_t)(int8_t)rintf(x * factor) << 8 * k;
+        y[k] = x * factor;
     }
+    if (a.e4m3) return ada_pack_e4m3(y[0], y[1]) | ada_pack_e4m3(y[2], y[3]) << 16;
+    ADA_UNROLL for (int k = 0; k < 4; k++) bytes |= (uint32_t)(uint8_t)(int8_t)rintf(y[k]) << 8 * k;
     return bytes;
 }
 
@@ -179,8 +185,8 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_keys(ADA_ARGS(ada_pack_args)
     if (ada_thread() % 32 == 0) each[ada_thread() / 32] = most;
     ada_sync();
     for (int i = 0; i < warps; i++) most = ada_most(most, each[i]);
-    const float factor = most > 1e-30f ? 127 / most : 0;
-    if (ada_thread() == 0) *tile.unit = most / 127;
+    const float factor = most > 1e-30f ? ada_largest_byte(a) / most : 0;
+    if (ada_thread() == 0) *tile.unit = most / ada_largest_byte(a);
     for (int i = ada_thread(); i < (end - first) * a.chunks * 4; i += ADA_PACK_THREADS) {
         const int row = first + i / (a.chunks * 4), word = i % (a.chunks * 4);
         ((uint32_t *)a.to)[(head * a.rows + row) * a.chunks * 4 + word] =
@@ -204,10 +210,51 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_queries(ADA_ARGS(ada_pack_ar
         most = ada_most(most, ada_shuffle_xor(most, lanes));
         more += ada_shuffle_xor(more, lanes);
     }
-    if (lane == 0) a.units[2 * i] = most / 127, a.units[2 * i + 1] = more;
+    if (lane == 0) a.units[2 * i] = most / ada_largest_byte(a), a.units[2 * i + 1] = more;
     for (int word = lane; word < a.chunks * 4; word += 32)
         ((uint32_t *)a.to)[i * a.chunks * 4 + word] =
-            ada_four_bytes(a, row, NULL, 4 * word, most > 1e-30f ? 127 / most : 0);
+            ada_four_bytes(a, row, NULL, 4 * word, most > 1e-30f ? ada_largest_byte(a) / most : 0);
+}
+
+/* Values in e4m3 by one block per tile, as columns of 64 keys in the order that k1_fp8.cuh tells of; those
+ * that are not there are zeros. A power of two brings the largest finite one to 2^8; what is not finite is
+ * NaN, so that rows which see it are computed again. */
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_columns_of_values(ADA_ARGS(ada_pack_args) a) {
+    const ada_packed_tile tile = ada_tile_of_block(a);
+    if (tile.head < 0) return;
+    const int keys = tile.end > tile.first ? tile.end - tile.first : 0;
+    const char *const from = tile.from + tile.first * a.from.stride[2];
+    float most = 0;
+    for (int i = ada_thread(); i < keys * a.width; i += ADA_PACK_THREADS) {
+        const char *at = from + i / a.width * a.from.stride[2] + i % a.width * a.from.stride[3];
+        const float x = fabsf(ada_element<float>(at, a.dtype));
+        most = x < ADA_INF ? fmaxf(most, x) : most;
+    }
+    ADA_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) most = fmaxf(most, ada_shuffle_xor(most, lanes));
+    float *const each = ada_shared_at<float>(0);
+    if (ada_thread() % 32 == 0) each[ada_thread() / 32] = most;
+    ada_sync();
+    for (int i = 0; i < ADA_PACK_THREADS / 32; i++) most = fmaxf(most, each[i]);
+    int exponent = 0; /* of a power of two above most */
+    frexpf(most, &exponent);
+    exponent = exponent < -80 ? -80 : exponent;
+    const float factor = ldexpf(1, 8 - exponent);
+    if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - 8);
+    ada_sync(); /* all have read what now becomes columns */
+    for (int i = ada_thread(); i < ADA_UNIT_ROWS * a.width; i += ADA_PACK_THREADS) {
+        const int key = i / a.width, e = i % a.width, k = key % 16;
+        float x = 0;
+        if (key < keys) x = ada_element<float>(from + key * a.from.stride[2] + e * a.from.stride[3], a.dtype);
+        x = fabsf(x) < ADA_INF ? x * factor : ADA_NAN;
+        *ada_shared_at<uint8_t>((uint32_t)(e * ADA_UNIT_ROWS + key - k + k % 8 / 2 * 4 + k / 8 * 2 + k % 2)) =
+            (uint8_t)ada_pack_e4m3(x, 0);
+    }
+    ada_sync();
+    const int tiles = (a.rows + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS, chunks = a.width * ADA_UNIT_ROWS / 16;
+    ada_vector<uint32_t, 4> *const to =
+        (ada_vector<uint32_t, 4> *)a.to + (tile.head * tiles + tile.first / ADA_UNIT_ROWS) * chunks;
+    for (int i = ada_thread(); i < chunks; i += ADA_PACK_THREADS)
+        to[i] = *ada_shared_at<ada_vector<uint32_t, 4>>((uint32_t)(16 * i));
 }
 
 #endif

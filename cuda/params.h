@@ -28,7 +28,9 @@ typedef enum {
     ADA_CU_SPLIT,    /* sm_80: float32-accurate, two fp16 parts of each operand, three products */
     ADA_CU_FP16,     /* sm_80 */
     ADA_CU_BFLOAT16, /* sm_80 */
-    ADA_CU_INT8      /* sm_80: scores of 8-bit integers, values in bf16 or, for fp16 arrays, fp16 */
+    ADA_CU_INT8,     /* sm_80: scores of 8-bit integers, values in bf16 or, for fp16 arrays, fp16 */
+    ADA_CU_INT8_FP8, /* sm_89: scores of 8-bit integers, values in e4m3 */
+    ADA_CU_FP8       /* sm_89: both in e4m3 */
 } ada_cu_rung;
 
 #define ADA_CU_MAX_HEAD 256 /* largest D and E */
@@ -70,6 +72,9 @@ typedef struct {
 
 /* Whether ada_cu_attend has kernels for this rung, dtype, head sizes and capability. */
 int ada_cu_computes(const ada_cu_params *p);
+
+/* Whether chips of this capability compute e4m3. */
+int ada_cu_has_fp8(int32_t capability);
 
 /* Bytes of workspace that ada_cu_attend needs for these arrays and this rung. */
 size_t ada_cu_workspace(const ada_cu_params *p);

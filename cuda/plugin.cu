@@ -41,6 +41,7 @@ int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     about->memory_bytes = (int64_t)properties.totalGlobalMem;
     about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
     if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
+    if (ada_cu_has_fp8(10 * properties.major + properties.minor)) about->rungs |= bit(ADA_RUNG_FP8);
     return 0;
 }
 

@@ -131,6 +131,25 @@ ADA_DEVICE void ada_multiply_i8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* The same of e4m3 (fp8), summed in float: sm_89 keeps about 13 bits behind the point of the largest term and
+ * cuts off the rest, and later chips make halves of the operands. Nothing before sm_89. */
+ADA_DEVICE void ada_multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#    if ADA_CHIP >= 89
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#    endif
+}
+/* Two floats to e4m3, the first one lowest; beyond 448 they become 448, and NaN stays NaN. */
+ADA_DEVICE uint32_t ada_pack_e4m3(float x, float y) {
+    uint16_t z = 0;
+#    if ADA_CHIP >= 89
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(z) : "f"(y), "f"(x));
+#    endif
+    return z;
+}
+
 /* Two floats to half formats, to nearest even, the first one lowest. */
 ADA_DEVICE uint32_t ada_pack_f16(float x, float y) {
     uint32_t z;

@@ -20,10 +20,11 @@ SOURCES = [
     "k1_bf16.cu",
     "k1_split.cu",
     "k1_bytes.cu",
+    "k1_fp8.cu",
     "combine.cu",
 ]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
-RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8"]
+RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "int8/fp8", "fp8"]
 UNBOUNDED = 2**63 - 1
 Array = np.ndarray[Any, Any]
 

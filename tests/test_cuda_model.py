@@ -40,11 +40,13 @@ UNITS = {
     "fp32": 2.0**-24,
     "split": 2.0**-24,
     "int8": 2.0**-8,
+    "int8/fp8": 2.0**-8,
+    "fp8": 2.0**-6,  # of a few among many products
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
 }
 FORMATS = {"fp16": F16, "bf16": BF16}
-TILED = ("split", "fp16", "bf16", "int8")
+TILED = ("split", "fp16", "bf16", "int8", "fp8")
 RUNGS = [
     ("fp64", F32),
     ("fp32", F16),
@@ -53,6 +55,8 @@ RUNGS = [
     ("bf16", BF16),
     ("bf16", F32),
     ("int8", F16),
+    ("int8/fp8", F16),
+    ("fp8", F32),
 ]
 MANY = Shape(2, 2, 1, 40, 100, 24, 16)
 FEW = Shape(2, 2, 1, 5, 300, 24, 40)
@@ -85,7 +89,12 @@ def check(
     unit, size = UNITS[rung], score_size(query, key, options)
     converted = rung in FORMATS and query.dtype != FORMATS[rung]
     score = (2.0**-24 if rung in FORMATS else unit) * (16 + 4 * size) + (2 * unit * size if converted else 0)
-    error = score + (2 * unit if rung in FORMATS else 0) + (unit if converted else 0)
+    error = (
+        score
+        + (1.5 * 2.0**-4 if "fp8" in rung else 0)
+        + (2 * unit if rung in FORMATS else 0)
+        + (unit if converted else 0)
+    )
     kept = 1 - options.get("dropout_p", 0.0)
     tiny = float(ml_dtypes.finfo(query.dtype).smallest_subnormal)
     assert_near(out, exact, error * largest(value) / kept + tiny, float(ml_dtypes.finfo(query.dtype).eps) / 2)
@@ -298,6 +307,66 @@ def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Gener
         np.testing.assert_allclose(out[0, :2], exact[0, :2], rtol=1e-5)
 
 
+# ---- fp8
+
+
+def frobenius(x: Array, exact: Array) -> float:
+    return float(np.linalg.norm(x.astype(F64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(("rung", "most"), [("int8/fp8", 4.4e-2), ("fp8", 6.2e-2)])
+def test_errors_of_fp8(rung: str, most: float, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Of normal entries, whatever bias keys have and whatever the values' sizes, on tiles of all widths."""
+    for D, E, T in ((1, 32, 17), (32, 48, 40), (64, 64, 3), (96, 128, 70), (128, 31, 9), (256, 250, 5)):
+        query, key, value = inputs(rng, Shape(1, 2, 1, T, 400, D, E), F32)
+        key += rng.standard_normal((1, 1, 1, D)).astype(F32) * 5
+        value *= np.float32(10.0) ** rng.integers(-30, 30)
+        for options in ({}, {"causal": True, "softcap": 4.0}, {"sinks": np.array([1.0, -2])}):
+            out, lse, _ = cuda_model.attention(kernels, query, key, value, rung=rung, **options)
+            exact, exact_lse = reference.attention(query, key, value, return_lse=True, **options)
+            assert frobenius(out, exact) < most
+            assert np.abs(lse - exact_lse).max() < 2 * most
+
+
+def test_one_weight_is_exact_in_fp8(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Where one key is all of a row, the rounding of its weight cancels, with dropout of others as well."""
+    for T in (40, 3):
+        query, key = np.zeros((1, 1, T, 32), F32), np.zeros((1, 1, 300, 32), F32)
+        # Its weight is one of 25 / 16 beside an earlier reference, which e4m3 does not have.
+        query[..., 0], key[..., 0] = 1, -40
+        key[0, 0, [5, 200], 0] = 0, np.log(25 / 16) / np.log2(np.e) * np.sqrt(32) / np.log(2)
+        value = 2.0 ** rng.integers(-3, 3, (1, 1, 300, 32)).astype(F32)
+        value[:, :, 5] = value[:, :, 200]
+        out, _, again = cuda_model.attention(kernels, query, key, value, rung="fp8")
+        assert again == 0
+        np.testing.assert_allclose(out, np.broadcast_to(value[:, :, 200], out.shape), rtol=2e-3)
+
+
+def test_tiles_of_fp8_are_added_in_float(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Of 4096 equal weights, where the tensor cores would cut off the last digits of each product."""
+    add_many_tiles(kernels, rng)
+
+
+def add_many_tiles(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    query, key = np.zeros((1, 1, 17, 32), F32), np.zeros((1, 1, 4096, 32), F32)
+    value = 128 + 16 * rng.integers(0, 8, (1, 1, 4096, 32)).astype(F32)
+    out, lse, _ = cuda_model.attention(kernels, query, key, value, rung="fp8")
+    np.testing.assert_allclose(out, np.broadcast_to(value.mean(axis=2, keepdims=True), out.shape), rtol=1e-6)
+    np.testing.assert_allclose(lse, np.log(4096), rtol=1e-6)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 110, 120])
+def test_chips_that_compute_fp8(capability: int, kernels: ctypes.CDLL) -> None:
+    """Those that the library has code for; others run PTX of sm_80, which has none."""
+    assert bool(kernels.ada_cu_has_fp8(capability)) == (capability in (89, 90, 100, 103))
+    x = np.ones((1, 1, 1, 8), F32)
+    if capability in (89, 90, 100, 103):
+        cuda_model.attention(kernels, x, x, x, rung="fp8", capability=capability)
+    else:
+        with pytest.raises(AssertionError, match="801"):
+            cuda_model.attention(kernels, x, x, x, rung="fp8", capability=capability)
+
+
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 FAULTS = {
@@ -357,6 +426,66 @@ FAULTS = {
     "half of a score": ("k0.cuh", "lanes < LANES;", "lanes < LANES / 2;", "k0.cu"),
     "groups merge without a barrier": ("k0.cuh", "= own; } ada_sync();", "= own; }", "k0.cu"),
 }
+FP8_FAULTS = {
+    "keys of columns in their own order": (
+        "pack.cuh",
+        "key - k + k % 8 / 2 * 4 + k / 8 * 2 + k % 2",
+        "key",
+        "launch.cu",
+    ),
+    "columns of keys that are not there": ("pack.cuh", "if (key < keys)", "if (key < 64)", "launch.cu"),
+    "columns before all have read the largest": (
+        "pack.cuh",
+        "ada_sync(); /* all have read",
+        "/* all have read",
+        "launch.cu",
+    ),
+    "infinities become the largest number": (
+        "pack.cuh",
+        "fabsf(x) < ADA_INF ? x * factor : ADA_NAN",
+        "x * factor",
+        "launch.cu",
+    ),
+    "columns beside the values are not zeros": ("k1.cuh", "e + i < E ? 16 : 0", "16", "k1_fp8.cu"),
+    "the wrong half of a column": (
+        "k1_fp8.cuh",
+        "weights[mr][j], v[0], v[2]",
+        "weights[mr][j], v[0], v[1]",
+        "k1_fp8.cu",
+    ),
+    "weights beyond the largest number": ("k1.cuh", "ADA_FP8_LAG 0.75f", "ADA_FP8_LAG 8", "k1_fp8.cu"),
+    "rounded sums keep their old reference": ("k1.cuh", "rows.rounded[mr][half] *= by;", "", "k1_fp8.cu"),
+    "outputs are divided by what was not rounded": (
+        "k1_fp8.cuh",
+        "rounded > 0 ? rows.l[mr][half] / rounded : 1",
+        "1",
+        "k1_fp8.cu",
+    ),
+    "sums of tiles stay in the tensor cores": (
+        "k1_fp8.cuh",
+        "ada_multiply_e4m3(sum[mr][0], weights",
+        "ada_multiply_e4m3(*(float(*)[4])rows.o[mr][e / 8], weights",
+        "k1_fp8.cu",
+    ),
+    "dropped weights leave the sum": (
+        "k1_fp8.cuh",
+        "if (a.p.drop_below) {",
+        "if (a.p.drop_below) { rows.rounded[0][0] = rows.rounded[0][1] = rows.l[0][0];",
+        "k1_fp8.cu",
+    ),
+    "all tiles have the first one's unit": (
+        "k1.cuh",
+        "X::FP8 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS]",
+        "X::FP8 ? a.v.units[units]",
+        "k1_fp8.cu",
+    ),
+    "the lse forgets the weights' octaves": (
+        "k1.cuh",
+        "rows.m[mr][half] * factor - X::BELOW, rows.l",
+        "rows.m[mr][half] * factor, rows.l",
+        "k1_fp8.cu",
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -365,10 +494,11 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     flags = ["-DADA_K1_WIDTHS(X)=X(32)", "-O0"]
     base = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
+    faults = FAULTS | FP8_FAULTS
     libraries = {"": cuda_model.build(base, *flags, empty=others)}
 
     def build(fault: str) -> ctypes.CDLL:
-        file, old, new, source = FAULTS[fault]
+        file, old, new, source = faults[fault]
         folder = tmp_path_factory.mktemp("faulty")
         shutil.copytree(cuda_model.CUDA, folder / "cuda")
         (folder / "csrc").symlink_to(cuda_model.CUDA.parent / "csrc")
@@ -380,7 +510,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
         return cuda_model.build(folder, *flags, cuda=folder / "cuda", sources=[source], objects=base)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        libraries.update(zip(FAULTS, pool.map(build, FAULTS), strict=True))
+        libraries.update(zip(faults, pool.map(build, faults), strict=True))
     return libraries
 
 
@@ -406,3 +536,34 @@ def test_faults_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
         return
     with pytest.raises(AssertionError):
         find_faults(faulty[fault])
+
+
+def find_fp8_faults(kernels: ctypes.CDLL) -> None:
+    """The same of fp8."""
+    for order in range(1, 3):
+        rng = np.random.default_rng(order)
+        query, key, value = (guarded(x) for x in inputs(rng, Shape(1, 2, 1, 40, 200, 32, 24), F32, 2.0))
+        key *= np.linspace(0.1, 2, 200, dtype=F32)[:, None]
+        value *= np.float32(4) ** (np.arange(200) // 64)[:, None].astype(F32)
+        for options in ({"kv_lengths": np.array([190])}, {"causal": True, "dropout_p": 0.5, "seed": 1}):
+            arrays = query, key, value
+            out, lse, again = cuda_model.attention(kernels, *arrays, rung="int8/fp8", order=order, **options)
+            exact, exact_lse = reference.attention(*arrays, return_lse=True, **options)
+            assert again == 0 and frobenius(out, exact) < 4.4e-2
+            assert np.abs(lse - exact_lse).max() < 4e-2
+        few = query[:, :, :3]
+        out, _, again = cuda_model.attention(kernels, few, key, value, rung="fp8", order=order)
+        assert again == 0 and frobenius(out, reference.attention(few, key, value)) < 0.1
+        value[0, 0, 70, 3] = np.inf
+        assert cuda_model.attention(kernels, query, key, value, rung="int8/fp8", order=order)[2] == 2
+    add_many_tiles(kernels, rng)
+    test_one_weight_is_exact_in_fp8(kernels, rng)
+
+
+@pytest.mark.parametrize("fault", ["", *FP8_FAULTS])
+def test_faults_of_fp8_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
+    if not fault:
+        find_fp8_faults(faulty[fault])
+        return
+    with pytest.raises(AssertionError):
+        find_fp8_faults(faulty[fault])

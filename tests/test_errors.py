@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -149,10 +150,10 @@ def names() -> Iterator[Case]:
     for value in (None, 1, 0, 1.0, [], np.array([True, False])):
         yield dtype_error("causal", expected + "*" + type(value).__name__, value)
     expected = (
-        "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of "
-        "rungs (scores, values), got "
+        "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8', 'fp8' or "
+        "a pair of rungs (scores, values), got "
     )
-    for value in ("float32", "", "FP32", "int4", "bf16x2", "fp8", "int8 ", "int8,bf16"):
+    for value in ("float32", "", "FP32", "int4", "bf16x2", "FP8", "int8 ", "int8,bf16"):
         yield value_error("precision", expected + repr(value), value)
         for pair in ((value, "fp32"), ("fp32", value)):
             yield value_error("precision", expected + repr(value), pair)
@@ -165,6 +166,13 @@ def names() -> Iterator[Case]:
     yield dtype_error("precision", expected + "tuple", (("int8", "bf16"), "fp32"))
     for value in ((), ("int8",), ("int8",) * 3):
         yield value_error("precision", expected + repr(value), value)
+    on_cpu = "expected a rung that CPUs compute, got 'fp8', which takes a GPU of compute capability 8.9 or more"
+    for value in ("fp8", ("fp8", "bf16"), ("int8", "fp8")):
+        yield value_error("precision", on_cpu, value)
+    for name in ("min_precision", "max_precision"):
+        yield value_error(name, on_cpu, "fp8", tolerance=0.1)
+    on_gpu = dataclasses.replace(PLAN, precision_pv=np.full((B, H), "fp8"))
+    yield value_error("plan", on_cpu, on_gpu)
     for pair in (("fp64", "int8"), ("fp32", "fp64")):
         yield value_error("precision", f"expected 'fp64' for both products or none, got {pair}", pair)
 
@@ -295,7 +303,7 @@ def budgets() -> Iterator[Case]:
         yield value_error("verify", f"expected True, False or 'auto', got {value!r}", value)
     for value in (None, 1, 0, 1.0, [], np.True_):
         yield dtype_error("verify", f"expected True, False or 'auto', got {type(value).__name__}", value)
-    rungs = "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16' or 'int8', got "
+    rungs = "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or 'fp8', got "
     for name, other in (("min_precision", "max_precision"), ("max_precision", "min_precision")):
         for value in ("float32", "", "INT8", "int8/bf16"):
             yield value_error(name, rungs + repr(value), value, tolerance=0.1)

@@ -114,8 +114,8 @@ int ada_threads_of(const ada_module_state *state, PyObject *object, ada_problem 
 
 int ada_precision_of(const ada_module_state *state, PyObject *object, ada_choice *choice) {
     static const char expected[] =
-        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or a pair of rungs "
-        "(scores, values)";
+        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8', 'fp8' or a pair of "
+        "rungs (scores, values)";
     const bool pair = PyTuple_Check(object);
     const char *names[ADA_RUNG_COUNT];
     int index[2];
@@ -136,14 +136,14 @@ int ada_rates_of(const ada_module_state *state, PyObject *object, ada_rate table
     ada_view view;
     if (ada_view_of(state, object, "rates", false, &ada_on_cpu, &view)) return -1;
     const ada_array *a = &view.array;
-    const bool good = a->dtype == ADA_F64 && a->ndim == 2 && a->shape[0] == ADA_CANDIDATES &&
-                      a->shape[1] >= 3 && a->shape[1] <= 4;
+    const bool good = a->dtype == ADA_F64 && a->ndim == 2 && a->shape[0] > 0 &&
+                      a->shape[0] <= ADA_CANDIDATES && a->shape[1] >= 3 && a->shape[1] <= 4;
     if (!good)
-        PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4)",
+        PyErr_Format(state->shape_error, "rates: expected float64 of shape (%d, 3) or (%d, 4), or fewer rows",
                      ADA_CANDIDATES, ADA_CANDIDATES);
     for (int c = 0; good && c < ADA_CANDIDATES; c++) {
         double x[4] = {0, 0, 0, 1};
-        for (int i = 0; i < a->shape[1]; i++)
+        for (int i = 0; c < a->shape[0] && i < a->shape[1]; i++)
             x[i] = *(const double *)((const char *)a->data + c * a->stride[0] + i * a->stride[1]);
         table[c] = (ada_rate){{x[0], x[1]}, x[2], x[3]};
     }

@@ -23,7 +23,7 @@ static ada_module_state *state_of(PyObject *module) { return PyModule_GetState(m
 /* "auto" or a rung. */
 static int rung_of(const ada_module_state *state, PyObject *object, const char *argument, ada_rung *rung) {
     static const char expected[] =
-        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16' or 'int8'";
+        "'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or 'fp8'";
     const char *names[ADA_RUNG_COUNT];
     int index;
     for (int i = 0; i < ADA_RUNG_COUNT; i++) names[i] = ada_rung_name((ada_rung)i);
@@ -69,7 +69,8 @@ PyDoc_STRVAR(
     "num_threads, "
     "allocate, device, /)\n--\n\n"
     "adaattn.attention with every argument by position. rates: float64 (len(CANDIDATES), 3), or with "
-    "a column of what a sparse head leaves, 4; choices: None, or of a plan (sizes, and float64 of all heads: "
+    "a column of what a sparse head leaves, 4, and rows missing in the end are 0: not computed; choices: "
+    "None, or of a plan (sizes, and float64 of all heads: "
     "indices into RUNGS of the scores, then of the values, predicted errors, sparse budgets, joints, kept "
     "shares, ranks, their gains and limits). "
     "allocate(query, shape, dtype) makes outputs where query is not a NumPy array. A report is "
@@ -176,6 +177,7 @@ static bool fits(const ada_module_state *state, const ada_problem *p, PyObject *
 static int budget_of(const ada_module_state *state, const ada_problem *p, PyObject *rates, PyObject *choices,
                      ada_budget *budget, ada_rate table[ADA_CANDIDATES], ada_planned **given) {
     ada_view numbers = {0};
+    ada_error error;
     int failed = -1;
     if (rates != Py_None) {
         if (ada_rates_of(state, rates, table)) return -1;
@@ -208,6 +210,11 @@ static int budget_of(const ada_module_state *state, const ada_problem *p, PyObje
             PyErr_SetString(state->argument_error, "plan: expected rungs");
             goto done;
         }
+        for (int c = QK; c <= PV; c++)
+            if (ada_check_rung(p, "plan", (ada_rung)x[c], &error)) {
+                ada_raise(state, &error);
+                goto done;
+            }
         (*given)[i] = (ada_planned){.choice = {(ada_rung)x[QK], (ada_rung)x[PV]},
                                     .predicted_error = x[PREDICTED],
                                     .budget2 = x[BUDGET2],
@@ -348,6 +355,11 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         PyErr_Format(state->argument_error,
                      "max_precision: expected a rung at least as exact as min_precision=%R, got %R",
                      args[MIN_PRECISION], args[MAX_PRECISION]);
+        goto done;
+    }
+    if (ada_check_rung(&p, "min_precision", budget.cheapest, &error) ||
+        ada_check_rung(&p, "max_precision", budget.dearest, &error)) {
+        ada_raise(state, &error);
         goto done;
     }
     view += ADA_OPTION_VIEWS;
