@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,47 @@ def _stream_of(array: Any, ordinal: int) -> tuple[int, bool]:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.cuda.get_current_stream().ptr or _LEGACY, False
     return _LEGACY, True
+
+
+def _blas_candidates() -> Iterator[str | None]:
+    """Where cuBLAS may be, in order: a file that is asked for, or the process's own (None), of NVIDIA's
+    wheels, and what the system's loader finds."""
+    if path := os.environ.get("ADAATTN_CUBLASLT"):
+        yield path
+        return
+    yield None
+    for folder in sys.path:
+        yield from map(str, sorted(Path(folder, "nvidia").glob("*/lib/libcublasLt.so.1[23]"), reverse=True))
+    yield from ("libcublasLt.so.13", "libcublasLt.so.12")
+
+
+def open_blas() -> None:
+    """Open cuBLAS, which matrix products take.
+
+    Raises
+    ------
+    DeviceError
+        There is none, or no GPU.
+    """
+    global _blas_is_open
+    if _blas_is_open:
+        return
+    _devices()
+    reason = ""
+    for path in _blas_candidates():
+        try:
+            _adaattn._gpu_open_blas(path)
+            _blas_is_open = True
+            return
+        except DeviceError as error:
+            reason = str(error)
+    raise DeviceError(
+        "cuBLAS: expected libcublasLt.so of version 12 or 13 in this process, in NVIDIA's wheels (pip "
+        f"install nvidia-cublas) or where the system's loader looks, got none that works ({reason})"
+    )
+
+
+_blas_is_open = False
 
 
 class DeviceArray:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from . import _adaattn
 from .codes import code_places
-from .errors import ArgumentError, DTypeError, ShapeError
+from .errors import ArgumentError, DeviceError, DTypeError, ShapeError
+from .gpu import device_of
 from .linalg import power_iteration
 from .stats import tolerance_of
 
@@ -54,6 +55,10 @@ class PackedWeight:
     """
 
     def __init__(self, weight: Any) -> None:
+        if device_of(weight) is not None:
+            raise DeviceError(
+                "weight: expected an array of the CPU, got one of a GPU: linear takes that as it is"
+            )
         weight = np.asarray(weight)
         if weight.dtype != np.float32:
             raise DTypeError(f"weight: expected float32, got {weight.dtype}")
@@ -190,7 +195,8 @@ class LinearReport:
     Attributes
     ----------
     precision : ndarray of str, of x's shape without its last axis
-        "int8" and "int16" (the weight's elements; x enters with 23 bits), "fp32" or "fp64", of each row.
+        "int8" and "int16" (the weight's elements; x enters with 23 bits), "fp32" or "fp64", of each row; on a
+        GPU "fp8", "bf16", "fp16", "tf32", "fp32" or "fp64" of all.
     predicted_error : ndarray of float64, of the same shape
         Relative error of each row of the output, with a margin of three standard deviations over features;
         NaN where it was not predicted.
@@ -239,7 +245,8 @@ def linear(
         Name of a tolerance: 1e-5, 1e-2, 5e-2.
     precision : "auto", "int8", "int16", "fp32" or "fp64"
         A rung by name is where rows start; without a tolerance they stay there, but for those with NaN,
-        infinities, and numbers of which none lies between 2^-100 and 2^100.
+        infinities, and numbers of which none lies between 2^-100 and 2^100. On a GPU "auto", "fp8", "bf16",
+        "fp16", "tf32", "fp32" or "fp64".
     return_report : bool
         Also return a `LinearReport`.
     num_threads : int, optional
@@ -247,14 +254,25 @@ def linear(
 
     Returns
     -------
-    ndarray of shape (..., N)
-        In x's dtype. From the engine: the same bits for any number of threads, and for a row whatever rows
-        are beside it, as long as their number chooses the same rung to start from.
+    array of shape (..., N)
+        In x's dtype; on a GPU of x's library. From the engine: the same bits for any number of threads, and
+        for a row whatever rows are beside it, as long as their number chooses the same rung to start from.
 
     Raises
     ------
     ArgumentError, ShapeError, DTypeError
         Naming the argument, what was expected and what came.
+    DeviceError
+        Arrays that do not lie on one device, or a GPU without cuBLAS or without the product by name.
+
+    Notes
+    -----
+    Arrays on a GPU, all of one dtype, are multiplied by cuBLAS (cublasLt of CUDA 12 or 13: the process's own,
+    of NVIDIA's wheels or the system's), on the stream of their library: exactly for their dtype (fp32 without
+    tf32), or within a tolerance from e4m3 with a power of two for each array, bf16, fp16, tf32 or fp32,
+    whichever is predicted to be fastest. The host then waits for the error that is measured on 16 features,
+    and goes up that ladder where it exceeds the tolerance, in the end to fp64 by a kernel of ours. That path
+    is tested without a GPU, and was not run on one yet.
 
     Examples
     --------
@@ -268,6 +286,8 @@ def linear(
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ArgumentError(f"tolerance: expected a finite number above 0, got {tolerance!r}")
     packed = weight if isinstance(weight, PackedWeight) else None
+    if device_of(x) is not None:
+        return _on_gpu(x, weight, bias, tolerance, precision, return_report)
     weight = np.asarray(weight) if packed is None else packed.weight
     x = np.asarray(x)
     given = x.dtype
@@ -297,6 +317,24 @@ def linear(
         return y
     table = np.broadcast_to(told, (rows, 2)).reshape(*x.shape[:-1], 2)
     return y, LinearReport(np.array(LADDER)[table[..., 0].astype(int)], table[..., 1].copy(), measured)
+
+
+def _on_gpu(
+    x: Any, weight: Any, bias: Any, tolerance: float | None, precision: str, return_report: bool
+) -> Any:
+    from .gpu_products import linear_on_gpu
+
+    for name, a in (("weight", weight), ("bias", bias)):
+        if a is not None and device_of(a) is None:
+            got = "a PackedWeight" if isinstance(a, PackedWeight) else type(a).__name__
+            raise DeviceError(f"{name}: expected an array of the GPU that x lies on, got {got} of the CPU")
+    if tolerance is not None and precision != "auto":
+        raise ArgumentError(f"tolerance: expected None beside precision={precision!r}, got {tolerance!r}")
+    y, product, measured = linear_on_gpu(x, weight, bias, tolerance, precision, return_report)
+    if not return_report:
+        return y
+    rows = tuple(map(int, x.shape[:-1]))
+    return y, LinearReport(np.full(rows, product), np.full(rows, np.nan), measured)
 
 
 def _by_name(precision: str, tolerance: float | None) -> int:

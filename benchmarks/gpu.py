@@ -226,6 +226,29 @@ def budget(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def linear(quick: bool) -> list[dict[str, Any]]:
+    """Products of a matrix with a weight, exact and within tolerances, beside torch's."""
+    rows = []
+    for name, dtype in list(DTYPES.items())[:: 2 if quick else 1]:
+        for M in (16, 8192):
+            x, weight = (torch.randn(n, 4096, device="cuda").to(dtype) for n in (M, 4096))
+            contenders: dict[str, Run] = {
+                "torch": lambda a=x, b=weight: torch.nn.functional.linear(a, b),
+                "ours": lambda a=x, b=weight: adaattn.linear(a, b),
+            }
+            row: dict[str, Any] = {"dtype": name, "M": M, "error": {}}
+            right = x[:256].double() @ weight.double().T
+            for tolerance in (1e-3, 1e-2, 5e-2):
+                y, report = adaattn.linear(x, weight, tolerance=tolerance, return_report=True)
+                label = f"{tolerance:.0e} {report.precision.flat[0]}"
+                row["error"][label] = float((y[:256].double() - right).norm() / right.norm())
+                contenders[label] = lambda a=x, b=weight, t=tolerance: adaattn.linear(a, b, tolerance=t)
+            times = race(contenders, 0.1)
+            work = 2e-9 * M * 4096 * 4096
+            rows.append(row | {"tflops": {label: work / ms for label, ms in times.items()}})
+    return rows
+
+
 def overhead() -> dict[str, float]:
     """Microseconds of the host per call of a small problem, the GPU keeping up."""
     x = torch.randn(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
@@ -305,6 +328,7 @@ def main() -> None:
     step("errors", lambda: errors(arguments.quick))
     step("prefill", lambda: prefill(arguments.quick))
     step("decode", lambda: decode(arguments.quick))
+    step("linear", lambda: linear(arguments.quick))
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
     if not (arguments.quick or arguments.no_tests):
@@ -340,6 +364,13 @@ def print_tables(result: dict[str, Any]) -> None:
         g = r["gb_per_s"]
         cells = "".join(f"{g.get(x, 0):8.0f}" for x in ("ours", "copy", "flash", "cudnn"))
         print(f"{r['B']:3} {r['H']:3} {r['G']:2} {r['S']:6}{cells}   {g.get('ours', 0) / g['copy']:8.2f}")
+    print("\nlinear, 4096 x 4096, TFLOP/s (error)")
+    for r in result["linear"] or []:
+        cells = (
+            f"{label} {x:.0f}" + (f" ({r['error'][label]:.0e})" if label in r["error"] else "")
+            for label, x in r["tflops"].items()
+        )
+        print(f"{r['dtype']:5} M = {r['M']:5}: " + ", ".join(cells))
     print("\nbudget, ms\ndtype  tolerance     error  measured   plain  within planned   probe verify   rungs")
     for r in result["budget"] or []:
         times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))

@@ -70,8 +70,11 @@ ada_status ada_gpu_load(const char *path, ada_error *error) {
 }
 
 ada_status ada_gpu_fail(const ada_cuda_failure *failure, ada_error *error) {
+    const bool of_blas = failure->code < 0;
     return ada_fail(error, failure->code == ADA_CUDA_NO_MEMORY ? ADA_ERR_MEMORY : ADA_ERR_DEVICE,
-                    "%s: error %d of the CUDA runtime: %s", failure->call, failure->code, failure->text);
+                    "%s: %s %d of %s: %s", failure->call, of_blas ? "status" : "error",
+                    of_blas ? -failure->code : failure->code, of_blas ? "cuBLAS" : "the CUDA runtime",
+                    failure->text);
 }
 
 /* ---- calls without a budget ---- */

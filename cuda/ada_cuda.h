@@ -15,11 +15,12 @@
 #define ADA_CUDA_SYMBOL "ada_cuda_plugin"
 
 typedef struct {
-    int code;       /* of the runtime; ADA_CUDA_NO_MEMORY: out of memory */
+    int code;       /* of the runtime; below 0 a status of cuBLAS, the sign changed */
     char call[64];  /* what was called */
     char text[192]; /* the runtime's words */
 } ada_cuda_failure;
 #define ADA_CUDA_NO_MEMORY 2
+#define ADA_CUDA_NOT_SUPPORTED 801 /* by this chip, or the library that it takes */
 #define ADA_CUDA_ANY_STREAM UINTPTR_MAX
 
 typedef struct {
@@ -51,6 +52,22 @@ typedef struct {
 typedef struct {
     float spread, by_mean, norm2, most;
 } ada_cuda_figures;
+
+/* What a product of matrices is computed from, cheap to dear. */
+typedef enum {
+#define ADA_PRODUCT(NAME, name) ADA_PRODUCT_##NAME,
+#include "products.def"
+#undef ADA_PRODUCT
+    ADA_PRODUCTS
+} ada_product;
+
+/* Rows times a weight, all on the device and of one floating dtype. */
+#define ADA_CUDA_FEATURES 16
+typedef struct {
+    int device;
+    uintptr_t stream;
+    ada_array x, weight, bias, out; /* (M, K), (N, K), (1, N) or not given, (M, N) contiguous */
+} ada_cuda_linear;
 
 /* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
@@ -101,6 +118,15 @@ typedef struct {
                 double *out_o, double *out_lse, ada_cuda_failure *failure);
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+
+    /* Opens cuBLAS: the one that the process has already (NULL), of this path, or of this name where the
+     * system's loader finds it. Once it is open, it stays. */
+    int (*open_blas)(const char *path, ada_cuda_failure *failure);
+    /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS. */
+    int (*multiply)(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
+    /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */
+    int (*product_error)(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
+                         ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

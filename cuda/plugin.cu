@@ -216,7 +216,8 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               check_mask,   watch,
                               watched,      execute,
                               probe,        compute_rows,
-                              row_norms};
+                              row_norms,    open_blas,
+                              multiply,     product_error};
 
 } // namespace
 } // namespace ada_cuda

@@ -438,3 +438,41 @@ def test_vectors_may_lie_on_the_gpu(rng: np.random.Generator) -> None:
     expected = adaattn.attention(*arrays, **vectors)
     there = {name: torch.from_numpy(x).cuda() for name, x in vectors.items()}
     assert torch.equal(adaattn.attention(*arrays, **there), expected)
+
+
+# ---- matrix products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 33, 50), (128, 256, 512), (3, 4096, 1000)], ids=str)
+def test_linear(sizes: tuple[int, int, int], dtype: Any, rng: np.random.Generator) -> None:
+    from adaattn.gpu_products import _ERRORS, _products_of
+
+    M, N, K = sizes
+    x, weight, bias = (to_gpu(rng.standard_normal(n).astype(dtype)) for n in ((M, K), (N, K), (N,)))
+    right = x.double() @ weight.double().T + bias.double()
+    terms = x.double().abs() @ weight.double().abs().T + 1
+    for product in _products_of(str(np.dtype(dtype))):
+        try:
+            y, report = adaattn.linear(x, weight, bias, precision=product, return_report=True)
+        except adaattn.DeviceError as error:
+            assert product == "fp8" and "a product that this GPU and cuBLAS have" in str(error)
+            continue
+        own = product in ("fp16", "bf16") and dtype != F32
+        bound = 8 * (1e-6 if own else _ERRORS[product]) + 2 * ROUNDING[dtype]
+        assert y.is_cuda and y.dtype == x.dtype and ((y.double() - right).abs() <= bound * terms).all()
+        assert report.measured_error <= bound
+    y, report = adaattn.linear(x, weight, bias, tolerance=1e-3, return_report=True)
+    assert report.measured_error <= 1e-3
+    assert float((y.double() - right).norm() / right.norm()) <= 2e-3 + 2 * ROUNDING[dtype]
+
+
+def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
+    x = torch.randn(2, 30, 64, device="cuda")[:, ::2, 3:35]
+    weight, bias = torch.randn(32, 41, device="cuda").T, torch.randn(82, device="cuda")[::2]
+    right = x.double() @ weight.double().T + bias.double()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        for product, error in (("fp32", 1e-5), ("tf32", 1e-2), ("fp16", 1e-2), ("fp64", 1e-6)):
+            y = adaattn.linear(x, weight, bias, precision=product)
+            assert y.shape == (2, 15, 41) and float((y.double() - right).norm() / right.norm()) < error

@@ -112,6 +112,7 @@ PyObject *ada_py_cache_code(PyObject *module, PyObject *args);
 
 /* linear.c */
 PyObject *ada_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *ada_py_gpu_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 /* device.c */
 /* Where a call with this query and this device argument works. Opens the CUDA backend if it is on a GPU. */
@@ -123,6 +124,7 @@ PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none);
 PyObject *ada_py_gpu_allocate(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_export(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_order(PyObject *module, PyObject *args);
+PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *path);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);

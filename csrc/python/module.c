@@ -610,6 +610,14 @@ PyDoc_STRVAR(linear_doc,
              "Rows x times the weight that a PackedWeight keeps, from the rung of index first on, and with "
              "report a table of each row's rung and predicted error.");
 
+PyDoc_STRVAR(
+    gpu_linear_doc,
+    "_gpu_linear($module, x, weight, bias, product, features, allocate, /)\n--\n\n"
+    "x weight^T + bias on a GPU by the product of this index, and its error measured on these features "
+    "(NaN: on none); None where there is no such product. bias has shape (1, N).");
+PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, /)\n--\n\n"
+                                "Opens cuBLAS: the process's own (None), or at a path, or by a name.");
+
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
     {"attention_backward", (PyCFunction)(void (*)(void))ada_py_attention_backward, METH_FASTCALL,
@@ -625,6 +633,8 @@ static PyMethodDef methods[] = {
     {"_gpu_allocate", ada_py_gpu_allocate, METH_VARARGS, gpu_allocate_doc},
     {"_gpu_export", ada_py_gpu_export, METH_VARARGS, gpu_export_doc},
     {"_gpu_order", ada_py_gpu_order, METH_VARARGS, gpu_order_doc},
+    {"_gpu_linear", (PyCFunction)(void (*)(void))ada_py_gpu_linear, METH_FASTCALL, gpu_linear_doc},
+    {"_gpu_open_blas", ada_py_gpu_open_blas, METH_O, gpu_open_blas_doc},
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
@@ -671,12 +681,22 @@ static void field_text(int i, char text[64]) {
         snprintf(text, 64, "%s %.40s", kinds[column / ADA_CANDIDATES], candidate);
 }
 
+static void product_text(int i, char text[64]) {
+    static const char *const names[] = {
+#define ADA_PRODUCT(NAME, name) name,
+#include "../../cuda/products.def"
+#undef ADA_PRODUCT
+    };
+    snprintf(text, 64, "%s", names[i]);
+}
+
 static int module_exec(PyObject *module) {
     uint32_t mask;
     const char *isa = getenv("ADAATTN_ISA");
     if (ada_array_import_numpy() || ada_errors_import(state_of(module)) ||
         add_names(module, "RUNGS", ADA_RUNG_COUNT, rung_text) ||
         add_names(module, "CANDIDATES", ADA_CANDIDATES, candidate_text) ||
+        add_names(module, "GPU_PRODUCTS", ADA_PRODUCTS, product_text) ||
         add_names(module, "HEAD_FIELDS", HEAD_COLUMNS, field_text))
         return -1;
     if (!isa || ada_isa_parse(isa, &mask) == 0) return 0;
