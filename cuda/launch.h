@@ -39,5 +39,6 @@ cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bytes(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_listed(ada_k1_args a, cudaStream_t stream);
 
 #endif

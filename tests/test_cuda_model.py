@@ -298,6 +298,154 @@ def test_scores_far_beyond_the_format(kernels: ctypes.CDLL, rng: np.random.Gener
         np.testing.assert_allclose(out[0, :2], exact[0, :2], rtol=1e-5)
 
 
+# ---- lists of blocks of keys
+
+LISTED = [("split", F32), ("fp16", F16), ("bf16", BF16)]
+
+
+def shown_by(lists: list[list[list[int]]], shape: Shape, rows: int) -> Array:
+    """What tiles of so many queries see of the blocks on their lists, as a mask."""
+    mask = np.zeros((shape.B * shape.H, shape.T, shape.S), bool)
+    for n, of_head in enumerate(lists):
+        for tile, blocks in enumerate(of_head):
+            for block in blocks:
+                mask[n, tile * rows : (tile + 1) * rows, 64 * block : 64 * block + 64] = True
+    return mask.reshape(shape.B, shape.H, shape.T, shape.S)
+
+
+def listed_rows(rung: str) -> int:
+    return 64 if rung == "split" else 128
+
+
+@pytest.mark.parametrize(("rung", "dtype"), LISTED, ids=str)
+def test_lists_are_walked(rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Any lists, in any order of the threads: what is not on them is not there."""
+    rows = listed_rows(rung)
+    for order, shape in enumerate((Shape(1, 2, 1, 150, 330, 24, 40), Shape(2, 2, 2, 70, 200, 96, 72))):
+        tiles, blocks = -(-shape.T // rows), -(-shape.S // 64)
+        for options in ({"causal": True}, {"kv_lengths": np.array([shape.S - 70] * shape.B)}):
+            # What no row of a tile sees is not listed; the first block is, for all others.
+            lists = [
+                [
+                    [j for j in range(blocks) if j * 64 <= (shape.S - 71, tile * rows + shape.S - shape.T)[
+                        "causal" in options] and (rng.random() < 0.5 or j == 0)]
+                    for tile in range(tiles)
+                ]
+                for _ in range(shape.B * shape.H)
+            ]  # fmt: skip
+            arrays = [guarded(x) for x in inputs(rng, shape, dtype)]
+            mask = shown_by(lists, shape, rows)
+            out, lse, again = cuda_model.attention(
+                kernels, *arrays, rung=rung, lists=lists, order=order, **options
+            )
+            exact, exact_lse = reference.attention(*arrays, attn_mask=mask, return_lse=True, **options)
+            unit = UNITS[rung]
+            score = 2.0**-24 * (16 + 4 * score_size(*arrays[:2], options))
+            weight = 2 * unit if rung in FORMATS else 0
+            assert again == 0
+            assert_near(
+                out, exact, (score + weight) * largest(arrays[2]), float(ml_dtypes.finfo(dtype).eps) / 2
+            )
+            assert_near(lse, exact_lse, score, 2.0**-22)
+    whole = [[list(range(blocks))] * tiles] * (shape.B * shape.H)
+    plain = cuda_model.attention(kernels, *arrays, rung=rung, capability=80)[:2]
+    if rung != "split":  # the same tiles of keys
+        assert same_bits(cuda_model.attention(kernels, *arrays, rung=rung, lists=whole)[:2], plain)
+    one = cuda_model.attention(kernels, *arrays, rung=rung, lists=whole[1:2], heads=np.array([1]))
+    np.testing.assert_allclose(one[0][0, 1].astype(F64), plain[0][0, 1].astype(F64), atol=8 * UNITS[rung])
+    assert (one[0][0, 0] == 77).all() and (one[0][1] == 77).all()
+
+
+@pytest.mark.parametrize(("rung", "dtype"), LISTED, ids=str)
+def test_rows_whose_lists_are_empty(
+    rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    """They have no key by their spans, or else are computed in float64 as if there were no lists."""
+    shape = Shape(1, 1, 1, 70, 130, 16, 16)
+    arrays = inputs(rng, shape, dtype)
+    none = [[[]] * -(-shape.T // listed_rows(rung))]
+    out, lse, again = cuda_model.attention(kernels, *arrays, rung=rung, lists=none, kv_lengths=np.array([0]))
+    assert not out.any() and (lse == -np.inf).all() and again == 0
+    out, _, again = cuda_model.attention(kernels, *arrays, rung=rung, lists=none)
+    exact = reference.attention(*arrays)
+    assert again == 1 and abs(out.astype(F64) - exact).max() < 2 * float(ml_dtypes.finfo(dtype).eps)
+
+
+def topical(rng: np.random.Generator, shape: Shape, dtype: Any, run: int = 64) -> list[Array]:
+    """Runs of keys on one of few topics, and queries that look at their own."""
+    topics = rng.standard_normal((4, shape.D))
+    arrays = []
+    for heads, length, width in ((shape.H, shape.T, shape.D), (shape.G, shape.S, shape.D)):
+        noise = 0.1 * rng.standard_normal((shape.B, heads, length, width))
+        of = rng.permutation(-(-length // run)).repeat(run)[:length] % 4
+        arrays.append((4 * topics[of] + noise).astype(dtype))
+    return [*arrays, rng.standard_normal((shape.B, shape.G, shape.S, shape.E)).astype(dtype)]
+
+
+def left_out(arrays: list[Array], listed: Array, rows: int, options: dict[str, Any]) -> Array:
+    """The weight of what is not on the lists, of every row."""
+    B, H, T, S = (*arrays[0].shape[:3], arrays[1].shape[2])
+    lists = [[list(x[1 : 1 + x[0]]) for x in of_head] for of_head in listed]
+    shown = shown_by(lists, Shape(B, H, 1, T, S, 1, 1), rows)
+    one = np.ones((*arrays[1].shape[:3], 1))
+    lse = reference.attention(*arrays[:2], one, return_lse=True, **options)[1]
+    part = reference.attention(*arrays[:2], one, return_lse=True, attn_mask=shown, **options)[1]
+    return 1 - np.exp(np.where(lse > -np.inf, part - lse, 0))
+
+
+MAKE = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (450, None)},
+    "lengths": {"kv_lengths": np.array([433]), "query_offset": 200, "causal": True},
+    "negative": {"scale": -0.3},
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(("rung", "dtype"), [*LISTED, ("split", F64)], ids=str)
+def test_lists_leave_out_what_may_be(
+    rung: str, dtype: Any, name: str, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    shape, options = Shape(1, 2, 1, 200, 700, 40, 16), MAKE[name]
+    arrays = topical(rng, shape, dtype)
+    listed, counts, _ = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), **options)
+    assert (listed[..., 0] == counts[..., 0]).all() and (counts[..., 0] < counts[..., 1]).any()
+    for own in listed.reshape(-1, listed.shape[-1]):
+        assert (np.diff(own[1 : 1 + own[0]]) > 0).all() and (own[1 + own[0] :] == 77).all()
+    for order in (1, 2):
+        again = cuda_model.attention(
+            kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), order=order, **options
+        )
+        assert same_bits(again[:2], (listed, counts))
+    lost = left_out(arrays, listed, listed_rows(rung), options)
+    assert (lost <= 1e-3 * np.sqrt(shape.E) / 2).all()
+    looked = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), looked=1, **options)
+    tile = counts.shape[1] // 2
+    assert (looked[1][:, 0] == counts[:, tile]).all() and (looked[0] == 77).all()
+    none = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 0.0, 1e-3), **options)
+    assert (none[1][..., 0] == none[1][..., 1]).all()
+
+
+def test_what_no_bound_holds_for_stays(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """One key that some row sees, and numbers that are none."""
+    shape = Shape(1, 1, 1, 128, 512, 32, 32)
+    arrays = topical(rng, shape, F32)
+    thin = {"rung": "bf16", "thin": (0.0, 1e-3, 1e-3)}
+    listed = cuda_model.attention(kernels, *arrays, **thin)[0][0, 0]
+    without = next(j for j in range(8) if j not in listed[1 : 1 + listed[0]])
+    for which, x in ((1, np.nan), (2, np.nan), (2, np.inf), (1, None)):
+        other = [a.copy() for a in arrays]
+        other[which][0, 0, 64 * without + 5] = arrays[0][0, 0, 3] if x is None else x
+        kept = cuda_model.attention(kernels, *other, **thin)[0][0, 0]
+        assert without in kept[1 : 1 + kept[0]]
+    for x in (np.nan, np.inf):
+        other = [a.copy() for a in arrays]
+        other[0][0, 0, 7, 3] = x
+        kept = cuda_model.attention(kernels, *other, **thin)[0][0, 0]
+        assert kept[0] == 8
+
+
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 FAULTS = {
@@ -311,8 +459,8 @@ FAULTS = {
     "no barrier behind the wait": ("k1.cuh", "ada_sync(); /* all have", "/* all have", "k1_bf16.cu"),
     "values go to the other stage": (
         "k1.cuh",
-        "X::V_AT + tile % 2 * X::V_STAGE",
-        "X::V_AT + (tile + 1) % 2 * X::V_STAGE",
+        "v_to = shared + (uint32_t)(X::V_AT + turn %",
+        "v_to = shared + (uint32_t)(X::V_AT + (turn + 1) %",
         "k1_bf16.cu",
     ),
     "swizzle by addition": ("k1.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
