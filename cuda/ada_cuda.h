@@ -11,7 +11,7 @@
 #include "../csrc/adaattn.h"
 
 /* Goes up with every change of this file or of ada_problem. */
-#define ADA_CUDA_ABI 1
+#define ADA_CUDA_ABI 2
 #define ADA_CUDA_SYMBOL "ada_cuda_plugin"
 
 typedef struct {
@@ -51,6 +51,16 @@ typedef struct {
 typedef struct {
     float spread, by_mean, norm2, most;
 } ada_cuda_figures;
+
+/* A head that leaves out blocks of ADA_CUDA_BLOCK keys which weigh next to nothing: an output moves by no
+ * more than absolute plus relative times the root mean square norm of the values, and a row's sum by no more
+ * than the share `most`. That is certain, by bounds of all scores. */
+typedef struct {
+    int64_t head; /* b * H + h */
+    double absolute, relative, most;
+    double kept;      /* out: share of the visible blocks that is computed */
+    double value_rms; /* out */
+} ada_cuda_thin;
 
 /* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
@@ -101,6 +111,15 @@ typedef struct {
                 double *out_o, double *out_lse, ada_cuda_failure *failure);
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+
+    /* Whether a kernel of the device computes this choice for this problem with blocks left out. */
+    bool (*leaves_out)(const ada_cuda_call *call, ada_choice choice);
+    /* Fills in what these heads (ascending) say, of as many tiles of queries, at equal distances. */
+    int (*look_at_blocks)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n,
+                          int32_t tiles, ada_cuda_failure *failure);
+    /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits. */
+    int (*execute_thin)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                        ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

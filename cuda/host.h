@@ -81,6 +81,14 @@ inline ada_cu_array array_of(const ada_array *a) {
     return x;
 }
 
+/* How a choice is computed on this chip, in *rung; false: by no kernel. */
+bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung);
+/* Tells a launch which heads it computes, in memory that list takes. */
+int send_heads(const ada_cuda_call *call, const int64_t *heads, int64_t n, Memory *list, ada_cu_params *c,
+               ada_cuda_failure *failure);
+/* Launches, with a workspace of its own. */
+int attend_here(const ada_cuda_call *call, ada_cu_params *c, ada_cuda_failure *failure);
+
 /* ---- entries of the table ---- */
 
 int open_call(const ada_problem *problem, ada_cuda_call **call, ada_cuda_failure *failure);
@@ -96,6 +104,11 @@ int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_ro
 int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
                  double *out_o, double *out_lse, ada_cuda_failure *failure);
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+bool leaves_out(const ada_cuda_call *call, ada_choice choice);
+int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
+                   ada_cuda_failure *failure);
+int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                 ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

@@ -205,17 +205,18 @@ int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure) {
 
 namespace {
 
-const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
-                              ADA_VERSION,  count,
-                              describe,     allocate,
-                              release,      upload,
-                              download,     synchronize,
-                              order,        open_call,
-                              close_call,   computes,
-                              check_mask,   watch,
-                              watched,      execute,
-                              probe,        compute_rows,
-                              row_norms};
+const ada_cuda_table table = {ADA_CUDA_ABI,   sizeof(ada_problem),
+                              ADA_VERSION,    count,
+                              describe,       allocate,
+                              release,        upload,
+                              download,       synchronize,
+                              order,          open_call,
+                              close_call,     computes,
+                              check_mask,     watch,
+                              watched,        execute,
+                              probe,          compute_rows,
+                              row_norms,      leaves_out,
+                              look_at_blocks, execute_thin};
 
 } // namespace
 } // namespace ada_cuda
