@@ -151,7 +151,8 @@ static ada_status execute(ada_attending *a, const ada_problem *problem, const in
     if (dense && t->execute(d->call, problem->precision, d->dense, dense, &failure))
         return ada_gpu_fail(&failure, error);
     const bool tell = a->budget->verify || a->budget->report;
-    if (thin && t->execute_thin(d->call, problem->precision, d->thin, thin, tell, &failure))
+    if (thin &&
+        t->execute_thin(d->call, problem->precision, d->thin, thin, tell, a->budget->picture, &failure))
         return ada_gpu_fail(&failure, error);
     for (int64_t i = 0; i < thin && tell; i++) a->kept[d->thin[i].head] = d->thin[i].kept;
     /* Verification waits for it anyway: its time is to be counted here. */

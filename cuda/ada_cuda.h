@@ -117,9 +117,10 @@ typedef struct {
     /* Fills in what these heads (ascending) say, of as many tiles of queries, at equal distances. */
     int (*look_at_blocks)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n,
                           int32_t tiles, ada_cuda_failure *failure);
-    /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits. */
+    /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits, and the
+     * picture, where there is one, is added to. */
     int (*execute_thin)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
-                        ada_cuda_failure *failure);
+                        ada_picture *picture, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

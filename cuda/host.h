@@ -108,7 +108,7 @@ bool leaves_out(const ada_cuda_call *call, ada_choice choice);
 int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
                    ada_cuda_failure *failure);
 int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
-                 ada_cuda_failure *failure);
+                 ada_picture *picture, ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

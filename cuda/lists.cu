@@ -233,8 +233,8 @@ template <int W> ADA_DEVICE void list_tile(const ada_lists_args &a) {
     int before = 0, all = 0;
     for (int i = 0; i < THREADS; i++) before += i < thread ? counts[i] : 0, all += counts[i];
     if (thread == 0) {
-        int32_t *const to = a.counts + 2 * ((int64_t)n * a.looked + look);
-        to[0] = all, to[1] = end - begin;
+        int32_t *const to = a.counts + 3 * ((int64_t)n * a.looked + look);
+        to[0] = all, to[1] = begin, to[2] = end;
     }
     if (!a.lists) return;
     int32_t *const list = a.lists + ((int64_t)n * a.tiles + tile) * (1 + a.blocks);

@@ -30,7 +30,7 @@ typedef struct {
     int32_t tiles, looked;      /* tiles of a head, and those that are looked at, at equal distances */
     int32_t blocks;             /* of ADA_LIST_BLOCK keys */
     int32_t *lists;             /* [n][tiles][1 + blocks]; NULL: they are only counted */
-    int32_t *counts;            /* [n][looked][2] blocks on the list, and visible ones */
+    int32_t *counts;            /* [n][looked][3] blocks on the list; the first visible one, their end */
     uint16_t *centres;          /* [B * G][blocks][8 * chunks] bf16, aligned to 16 bytes */
     int32_t chunks;             /* of 16 bytes */
     ada_block_figures *figures; /* [B * G][blocks] */

@@ -210,7 +210,7 @@ def attention(
         own = np.zeros(n_heads, [("head", np.int32), ("thin", np.float32, 3)])
         own["head"], own["thin"] = np.arange(B * H) if heads is None else heads, thin
         args = _Lists(p, at(own), n_heads, rows, tiles, looked or tiles, blocks)
-        counts = np.full((n_heads, args.looked, 2), 77, np.int32)
+        counts = np.full((n_heads, args.looked, 3), 77, np.int32)
         args.counts, args.lists = at(counts), None if looked else at(listed)
         args.chunks = -(-D // 8)
         space = np.full(B * G * blocks * args.chunks * 16 + 16, 255, np.uint8)

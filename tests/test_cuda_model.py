@@ -371,15 +371,16 @@ def test_rows_whose_lists_are_empty(
     assert again == 1 and abs(out.astype(F64) - exact).max() < 2 * float(ml_dtypes.finfo(dtype).eps)
 
 
-def topical(rng: np.random.Generator, shape: Shape, dtype: Any, run: int = 64) -> list[Array]:
-    """Runs of keys on one of few topics, and queries that look at their own."""
-    topics = rng.standard_normal((4, shape.D))
-    arrays = []
-    for heads, length, width in ((shape.H, shape.T, shape.D), (shape.G, shape.S, shape.D)):
-        noise = 0.1 * rng.standard_normal((shape.B, heads, length, width))
-        of = rng.permutation(-(-length // run)).repeat(run)[:length] % 4
-        arrays.append((4 * topics[of] + noise).astype(dtype))
-    return [*arrays, rng.standard_normal((shape.B, shape.G, shape.S, shape.E)).astype(dtype)]
+def topical(rng: np.random.Generator, shape: Shape, dtype: Any) -> list[Array]:
+    """Blocks of keys on one of four topics; tiles of 128 queries look at two, 16 queries at a time."""
+    topics = 4 * rng.standard_normal((4, shape.D))
+    t = np.arange(shape.T)
+    of_queries = 2 * (t // 128 % 2) + t // 16 % 2
+    of_keys = rng.permutation(-(-shape.S // 64)).repeat(64)[: shape.S] % 4
+    query = topics[of_queries] + 0.1 * rng.standard_normal((shape.B, shape.H, shape.T, shape.D))
+    key = topics[of_keys] + 0.1 * rng.standard_normal((shape.B, shape.G, shape.S, shape.D))
+    value = rng.standard_normal((shape.B, shape.G, shape.S, shape.E))
+    return [x.astype(dtype) for x in (query, key, value)]
 
 
 def left_out(arrays: list[Array], listed: Array, rows: int, options: dict[str, Any]) -> Array:
@@ -410,7 +411,9 @@ def test_lists_leave_out_what_may_be(
     shape, options = Shape(1, 2, 1, 200, 700, 40, 16), MAKE[name]
     arrays = topical(rng, shape, dtype)
     listed, counts, _ = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), **options)
-    assert (listed[..., 0] == counts[..., 0]).all() and (counts[..., 0] < counts[..., 1]).any()
+    assert (listed[..., 0] == counts[..., 0]).all() and (
+        counts[..., 0] < counts[..., 2] - counts[..., 1]
+    ).any()
     for own in listed.reshape(-1, listed.shape[-1]):
         assert (np.diff(own[1 : 1 + own[0]]) > 0).all() and (own[1 + own[0] :] == 77).all()
     for order in (1, 2):
@@ -424,7 +427,7 @@ def test_lists_leave_out_what_may_be(
     tile = counts.shape[1] // 2
     assert (looked[1][:, 0] == counts[:, tile]).all() and (looked[0] == 77).all()
     none = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 0.0, 1e-3), **options)
-    assert (none[1][..., 0] == none[1][..., 1]).all()
+    assert (none[1][..., 0] == none[1][..., 2] - none[1][..., 1]).all()
 
 
 def test_what_no_bound_holds_for_stays(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
@@ -504,6 +507,62 @@ FAULTS = {
     ),
     "half of a score": ("k0.cuh", "lanes < LANES;", "lanes < LANES / 2;", "k0.cu"),
     "groups merge without a barrier": ("k0.cuh", "= own; } ada_sync();", "= own; }", "k0.cu"),
+    "the block before that on the list": (
+        "k1.cuh",
+        "list[1 + turn / PER]",
+        "list[turn / PER]",
+        "k1_listed.cu",
+    ),
+    "half of a block twice": ("k1.cuh", "* PER + turn % PER", "* PER", "k1_listed.cu"),
+    "the list of another tile": (
+        "k1.cuh",
+        "w.unit * a.tiles + w.tile)",
+        "w.unit * a.tiles + a.tiles - 1 - w.tile)",
+        "k1_listed.cu",
+    ),
+    "a list without its end": (
+        "k1.cuh",
+        "end = list[0] * (ADA_LIST_BLOCK / X::BN)",
+        "end = list[0] * (ADA_LIST_BLOCK / X::BN) - 1",
+        "k1_listed.cu",
+    ),
+    "stages by the tile's number": (
+        "k1.cuh",
+        "stage = (uint32_t)(turn % 2",
+        "stage = (uint32_t)(n / 2 % 2",
+        "k1_listed.cu",
+    ),
+    "bounds without radius": ("lists.cu", "score + r.norm * f.reach + slack", "score + slack", "lists.cu"),
+    "blocks seen in part are left out": (
+        "lists.cu",
+        "high <= r.span.end && f.reach",
+        "f.reach",
+        "lists.cu",
+    ),
+    "values that are none are left out": (
+        "lists.cu",
+        "larger(finite ? apart2 : ADA_INF, reach2)",
+        "larger(apart2, reach2)",
+        "lists.cu",
+    ),
+    "each thread lists from its own end": (
+        "lists.cu",
+        "before += i < thread ?",
+        "before += i <= thread ?",
+        "lists.cu",
+    ),
+    "rows of one warp alone": (
+        "lists.cu",
+        "ada_place<typename X::QK>(16 * warp +",
+        "ada_place<typename X::QK>(",
+        "lists.cu",
+    ),
+    "floors in natural units": (
+        "lists.cu",
+        "const float octaves = (float)(p.scale * ADA_LOG2E);",
+        "const float octaves = 3 * (float)(p.scale * ADA_LOG2E);",
+        "lists.cu",
+    ),
 }
 
 
@@ -545,6 +604,39 @@ def find_faults(kernels: ctypes.CDLL) -> None:
         check(kernels, "bf16", *few, order=order, causal=True)
         check(kernels, "bf16", *few, order=order, kv_lengths=np.array([9]))
         check(kernels, "fp64", *arrays, order=order, **lengths)
+        find_faults_of_lists(kernels, order)
+
+
+def find_faults_of_lists(kernels: ctypes.CDLL, order: int) -> None:
+    """The same of lists: walked, and made where something must not be left out."""
+    rng = np.random.default_rng(order)
+    shape = Shape(1, 1, 1, 140, 520, 32, 16)
+    arrays = [guarded(x) for x in inputs(rng, shape, BF16, 2.0)]
+    lists = [[[1, 2, 4, 7], [0, 3, 6]]]
+    out = cuda_model.attention(kernels, *arrays, rung="bf16", lists=lists, order=order)[0].astype(F64)
+    exact = reference.attention(*arrays, attn_mask=shown_by(lists, shape, 128))
+    np.testing.assert_allclose(out, exact, atol=0.06)
+
+    looked_at = topical(rng, shape, BF16)
+    looked_at[1][0, 0, 325] = looked_at[0][0, 0, 3]  # by one row
+    none = [x.copy() for x in looked_at]
+    none[2][0, 0, 260, 3] = np.nan
+    later = [looked_at[0][:, :, :60], looked_at[1].copy(), looked_at[2]]
+    later[1][0, 0, 508:512] = 40 * looked_at[0][0, 0, 20]  # in a block that all rows see in part: not these
+    causal = {"causal": True}
+    for arrays, options in (
+        (looked_at, {}),
+        (looked_at, causal),
+        (none, {}),
+        (later, causal | {"query_offset": 448}),
+    ):
+        listed, counts, _ = cuda_model.attention(
+            kernels, *arrays, rung="bf16", thin=(0.0, 1e-3, 1e-3), order=order, **options
+        )
+        assert (left_out(arrays, listed, 128, options) < 1e-3).all()
+        assert (counts[..., 0] < 8).any()
+        if arrays is none:
+            assert all(4 in own[1 : 1 + own[0]] for own in listed[0])
 
 
 @pytest.mark.parametrize("fault", ["", *FAULTS])
