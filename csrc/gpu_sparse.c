@@ -10,9 +10,10 @@
 #define LEAST_OUTPUT (1.0 / 32)
 /* Of the tolerance, for what a row's sum may lose. */
 #define LEAST_SUM 0.25
-/* Tiles of queries of a head that are looked at, and the share of the dense time that looking may take. */
+/* Tiles of queries of a head that are looked at, and the share of the dense time that looking may take, which
+ * is less than verification takes. */
 #define LOOK_TILES 8
-#define LOOK_SHARE (1.0 / 32)
+#define LOOK_SHARE (1.0 / 16)
 /* To hear from a look, and to read a byte of keys and values. */
 #define LOOK_SECONDS 4e-5
 #define BYTE_SECONDS 5e-13

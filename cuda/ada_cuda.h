@@ -114,7 +114,7 @@ typedef struct {
 
     /* Whether a kernel of the device computes this choice for this problem with blocks left out. */
     bool (*leaves_out)(const ada_cuda_call *call, ada_choice choice);
-    /* Fills in what these heads (ascending) say, of as many tiles of queries, at equal distances. */
+    /* Fills in what so many tiles of queries of each of these heads (ascending) say. */
     int (*look_at_blocks)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n,
                           int32_t tiles, ada_cuda_failure *failure);
     /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits, and the

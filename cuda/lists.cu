@@ -1,9 +1,10 @@
 /* Lists of blocks of keys, by bounds that hold whatever the keys are.
  *
  * With a block's centre c and its radius r no score of a query q is above q c + |q| r, and a row's sum is at
- * least what the mean of one of its blocks says, by Jensen's inequality; blocks have as many keys each. A
- * block is left out of a tile where that proves for every row of it that all blocks which are left out weigh
- * too little together. Blocks that a row sees in part, and those with a number that is not finite, stay.
+ * least what the mean of one of its blocks says, by Jensen's inequality, or the score of one key. Blocks have
+ * as many keys each. One is left out of a tile where that proves for every row of it that all blocks which
+ * are left out weigh too little together. Blocks that a row sees in part, and those with a number that is not
+ * finite, stay.
  *
  * Centres are rounded to bf16 before radii are measured, so that tensor cores multiply what the radii are
  * about; what rounding takes from queries is measured, and the roundings of sums are far below SLACK.
@@ -15,6 +16,7 @@ namespace {
 
 enum { THREADS = 128, WARPS = THREADS / 32, ROWS = 64, BLOCK = ADA_LIST_BLOCK };
 #define ADA_SLACK 0.000244140625f /* of the product of two norms */
+#define ADA_KEYS_OF_BLOCK 6       /* octaves */
 
 ADA_DEVICE float sum_of_warp(float x) {
     for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
@@ -106,9 +108,10 @@ ADA_KERNEL(32, 1) merge_values(ADA_ARGS(ada_lists_args) a) {
     if (ada_thread() == 0) a.values[head] = {most, sqrtf(sum)};
 }
 
-/* Of a row of queries, all norms times the scale, in octaves. */
+/* Of a row of queries, norms and scores times the scale, in octaves. */
 typedef struct {
     float norm, rest; /* of the query, and of what rounding takes from it */
+    float floor;      /* of its sum, in blocks of keys with that score */
     ada_span span;
 } row_facts;
 
@@ -123,6 +126,8 @@ template <int W> struct listing {
 /* Rows of queries from one on, rounded, and what is known of them. */
 template <int W>
 ADA_DEVICE void load_queries(const ada_lists_args &a, const ada_sequence &s, int h, int first, int end) {
+    const char *const keys =
+        (const char *)a.p.key.data + s.b * a.p.key.stride[0] + h / (a.p.H / a.p.G) * a.p.key.stride[1];
     typedef listing<W> L;
     typedef typename L::tiling::QK Q;
     const ada_cu_params &p = a.p;
@@ -132,19 +137,32 @@ ADA_DEVICE void load_queries(const ada_lists_args &a, const ada_sequence &s, int
         const int t = first + row;
         const char *at = (const char *)p.query.data + s.b * p.query.stride[0] + h * p.query.stride[1] +
                          t * p.query.stride[2];
-        float norm2 = 0, rest2 = 0;
+        const ada_span span = t < end ? ada_visible(p, s, t) : ada_span{0, 0};
+        float norm2 = 0, rest2 = 0, score[2] = {0, 0}, key2[2] = {0, 0};
         for (int d = lane; d < W; d += 32) {
             const float x = t < end && d < p.D ? ada_element<float>(at + d * p.query.stride[3], p.dtype) : 0;
             const uint16_t rounded = (uint16_t)ada_pack_bf16(x, 0);
             const float rest = x - ada_from_bf16(rounded);
             *ada_shared_at<uint16_t>(ada_place<Q>(row, d / 8) + (uint32_t)(d % 8 * 2)) = rounded;
             norm2 += x * x, rest2 += rest * rest;
+            /* The first and the last key that the row sees: many look at themselves, or at the beginning. */
+            ADA_UNROLL for (int i = 0; i < 2; i++) {
+                if (span.first >= span.end || d >= p.D) continue;
+                const float k = ada_element<float>(
+                    keys + (i ? span.end - 1 : span.first) * p.key.stride[2] + d * p.key.stride[3], p.dtype);
+                score[i] += x * k, key2[i] += k * k;
+            }
         }
         norm2 = sum_of_warp(norm2), rest2 = sum_of_warp(rest2);
-        if (lane) continue;
-        ada_span span = {0, 0};
-        if (t < end) span = ada_visible(p, s, t);
-        ada_shared_at<row_facts>(L::ROWS_AT)[row] = {sqrtf(norm2) * octaves, sqrtf(rest2) * octaves, span};
+        float floor = -ADA_INF;
+        ADA_UNROLL for (int i = 0; i < 2; i++) {
+            const float dot = sum_of_warp(score[i]) * (float)(p.scale * ADA_LOG2E);
+            const float slack = ADA_SLACK * sqrtf(norm2 * sum_of_warp(key2[i])) * octaves;
+            if (span.first < span.end) floor = fmaxf(floor, dot - slack - ADA_KEYS_OF_BLOCK);
+        }
+        if (lane == 0)
+            ada_shared_at<row_facts>(L::ROWS_AT)[row] = {sqrtf(norm2) * octaves, sqrtf(rest2) * octaves,
+                                                         floor, span};
     }
 }
 
@@ -173,7 +191,9 @@ template <int W> ADA_DEVICE void list_tile(const ada_lists_args &a) {
     typedef listing<W> L;
     const ada_cu_params &p = a.p;
     const int n = ada_block() / a.looked, look = ada_block() % a.looked;
-    const int tile = a.looked == a.tiles ? look : (int)((2 * (int64_t)look + 1) * a.tiles / (2 * a.looked));
+    /* One in each part of them, here and there, as what they look at may have a period. */
+    const int part = a.tiles / a.looked;
+    const int tile = (int)((int64_t)look * a.tiles / a.looked) + (5 * look + 2) % part;
     const ada_thin_head own = a.heads[n];
     const int b = own.head / p.H, h = own.head % p.H, key_head = b * p.G + h / (p.H / p.G);
     const int first = tile * a.rows, rows_end = first + a.rows < p.T ? first + a.rows : p.T;
@@ -191,10 +211,12 @@ template <int W> ADA_DEVICE void list_tile(const ada_lists_args &a) {
     for (int i = thread; i < end - begin; i += THREADS) kept[i] = 0;
 
     for (int at = first; at < rows_end; at += ROWS) {
-        float s[1][BLOCK / 8][4], floors[2] = {-ADA_INF, -ADA_INF};
+        float s[1][BLOCK / 8][4], floors[2];
         ada_sync();
         load_queries<W>(a, sequence, h, at, rows_end);
         const row_facts *const facts = ada_shared_at<row_facts>(L::ROWS_AT) + thread / 32 * 16 + lane / 4;
+        ada_sync();
+        floors[0] = facts[0].floor, floors[1] = facts[8].floor;
         for (int turn = 0; turn < 2; turn++) /* rows' floors, then whom they keep */
             for (int j = begin; j < end; j += BLOCK) {
                 score_centres<W>(a, key_head, j, end, s);

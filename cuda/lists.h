@@ -27,7 +27,7 @@ typedef struct {
     ada_cu_params p;            /* p.lists is not read */
     const ada_thin_head *heads; /* [n] ascending */
     int32_t n, rows;            /* queries of a tile */
-    int32_t tiles, looked;      /* tiles of a head, and those that are looked at, at equal distances */
+    int32_t tiles, looked;      /* tiles of a head, and how many of them are looked at */
     int32_t blocks;             /* of ADA_LIST_BLOCK keys */
     int32_t *lists;             /* [n][tiles][1 + blocks]; NULL: they are only counted */
     int32_t *counts;            /* [n][looked][3] blocks on the list; the first visible one, their end */
