@@ -226,10 +226,10 @@ def budget(quick: bool) -> list[dict[str, Any]]:
 def sparse(quick: bool) -> list[dict[str, Any]]:
     """Heads that are built sparse, causal: all blocks of keys against those that count."""
     rows = []
+    asked = {"causal": True, "tolerance": 1e-2}
     heads = many(lambda seed: topics(4096 if quick else 16384, seed=seed), 1, 16)
     for name in ("bf16", "fp32"):
         arrays = [torch.from_numpy(x).cuda().to(DTYPES[name]) for x in (heads.query, heads.key, heads.value)]
-        asked = {"causal": True, "tolerance": 1e-2}
         plans = {kind: adaattn.plan(*arrays, structure=kind, **asked) for kind in ("dense", "sparse", "auto")}
         out, report = adaattn.attention(*arrays, plan=plans["sparse"], causal=True, return_report=True)
         contenders: dict[str, Run] = {

@@ -13,7 +13,7 @@
 /* Tiles of queries of a head that are looked at, and the share of the dense time that looking may take, which
  * is less than verification takes. */
 #define LOOK_TILES 8
-#define LOOK_SHARE (1.0 / 16)
+#define LOOK_SHARE (1.0 / 12)
 /* To hear from a look, and to read a byte of keys and values. */
 #define LOOK_SECONDS 4e-5
 #define BYTE_SECONDS 5e-13
