@@ -14,8 +14,9 @@
  * is less than verification takes. */
 #define LOOK_TILES 8
 #define LOOK_SHARE (1.0 / 12)
-/* To hear from a look, and to read a byte of keys and values. */
-#define LOOK_SECONDS 4e-5
+#define TILE 128.0 /* queries of one */
+/* A head's part in hearing from a look at several, and to read a byte of its keys and values. */
+#define LOOK_SECONDS 4e-6
 #define BYTE_SECONDS 5e-13
 
 ada_cuda_thin ada_gpu_thin_of(const ada_attending *a, int64_t head) {
@@ -44,19 +45,13 @@ static double room_of(const ada_attending *a, int64_t i, int c) {
     return fmax(fmin(ROOM * limit, sqrt(fmax(limit * limit - error * error, 0))), ROOM * ROOM * limit);
 }
 
-/* Whether looking at the heads costs little beside computing them. */
-static bool looking_pays(const ada_attending *a, const int *candidate) {
+/* Whether looking at a head costs little beside computing it. */
+static bool looking_pays(const ada_attending *a, int64_t i, int c) {
     const ada_problem *p = a->p;
-    const double bytes = (double)(p->S * (p->D + p->E) * ada_dtype_bytes(p->key.dtype));
-    double looking = LOOK_SECONDS, dense = 0;
-    for (int64_t i = 0; i < ada_head_count(a); i++) {
-        if (candidate[i] < 0) continue;
-        const double own = a->states[i].seconds;
-        looking += BYTE_SECONDS * bytes / (double)a->per_head +
-                   own * a->budget->rates[candidate[i]].sparse * 128 * LOOK_TILES / (double)p->T;
-        dense += own;
-    }
-    return looking <= LOOK_SHARE * dense;
+    const double bytes = (double)(p->S * (p->D + p->E) * ada_dtype_bytes(p->key.dtype)),
+                 own = a->states[i].seconds;
+    const double tiles = fmin(LOOK_TILES * TILE / (double)p->T, 1);
+    return LOOK_SECONDS + BYTE_SECONDS * bytes + own * a->budget->rates[c].sparse * tiles <= LOOK_SHARE * own;
 }
 
 /* Takes the head's lists where they pay. */
@@ -89,8 +84,8 @@ ada_status ada_gpu_plan_sparse(ada_attending *a, ada_cuda_call *call, ada_cuda_t
     for (int64_t i = 0; i < heads; i++) {
         a->rank[i] = able ? candidate_of(a, i, able, forced) : -1;
         a->budget->heads[i].retried |= forced && a->rank[i] < 0;
+        if (!forced && a->rank[i] >= 0 && !looking_pays(a, i, a->rank[i])) a->rank[i] = -1;
     }
-    if (!able || !(forced || looking_pays(a, a->rank))) return ADA_OK;
     for (int c = 0; c < ADA_CANDIDATES; c++) {
         int64_t n = 0;
         for (int64_t i = 0; i < heads; i++)
