@@ -482,7 +482,7 @@ def _sparse_heads() -> None:
             assert _relative(out, exact) <= 1e-2 and abs(lse.array - exact_lse).max() < 5e-3
             assert (report.error_limit <= 1e-2).all() and report.plan.ruled_out == (None, "arrays on a GPU")
             seen = report.kept_blocks[~np.isnan(report.kept_blocks)]
-            assert set(seen) == {0, 1} and 0 < seen.mean() < 1
+            assert {0, 1} <= set(seen) and abs(seen.mean() - report.kept_fraction.mean()) < 0.1
             for again in (
                 adaattn.attention(*fakes(arrays), **asked, **options)[0],
                 adaattn.attention(*fakes(arrays), plan=report.plan, **options),
