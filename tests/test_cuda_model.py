@@ -449,6 +449,30 @@ def test_what_no_bound_holds_for_stays(kernels: ctypes.CDLL, rng: np.random.Gene
         assert kept[0] == 8
 
 
+def check_what_may_be_left_out(kernels: ctypes.CDLL, order: int = 1) -> None:
+    """Blocks without radius, each 1.44 octaves below the one before it: bounds are what weights are."""
+    query, key = np.zeros((1, 1, 64, 16)), np.zeros((1, 1, 1900, 16))
+    query[..., 0] = 4
+    key[..., 0] = 8 - 0.25 * (np.arange(1900) // 64)
+    value = np.ones((1, 1, 1900, 4))
+    value[:, :, :950] *= 3
+    arrays = [x.astype(BF16) for x in (query, key, value)]
+    rms = np.sqrt((value**2).sum(-1).mean())
+    for thin, share in (((0.5, 0, 1), 0.5 / 12), ((0, 0.1, 1), 0.1 * rms / 12), ((1, 1, 1e-4), 1e-4)):
+        listed, counts, _ = cuda_model.attention(
+            kernels, *arrays, rung="bf16", thin=thin, order=order, scale=1.0
+        )
+        kept = -np.log2(share / 30) / np.log2(np.e)  # the rows see 30 blocks
+        assert abs(kept % 1 - 0.5) < 0.4
+        # The last block is not whole, and always there.
+        assert list(listed[0, 0, 1 : 1 + listed[0, 0, 0]]) == [*range(int(kept) + 1), 29]
+        assert counts[0, 0].tolist() == [int(kept) + 2, 0, 30]
+
+
+def test_what_may_be_left_out(kernels: ctypes.CDLL) -> None:
+    check_what_may_be_left_out(kernels)
+
+
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 FAULTS = {
@@ -557,6 +581,13 @@ FAULTS = {
         "ada_place<typename X::QK>(",
         "lists.cu",
     ),
+    "each block has the whole share": ("lists.cu", "/ (float)(end - begin)", "", "lists.cu"),
+    "outputs lie half as far apart": (
+        "lists.cu",
+        "moves / (2 * values.most)",
+        "moves / values.most",
+        "lists.cu",
+    ),
     "floors in natural units": (
         "lists.cu",
         "const float octaves = (float)(p.scale * ADA_LOG2E);",
@@ -609,6 +640,7 @@ def find_faults(kernels: ctypes.CDLL) -> None:
 
 def find_faults_of_lists(kernels: ctypes.CDLL, order: int) -> None:
     """The same of lists: walked, and made where something must not be left out."""
+    check_what_may_be_left_out(kernels, order)
     rng = np.random.default_rng(order)
     shape = Shape(1, 1, 1, 140, 520, 32, 16)
     arrays = [guarded(x) for x in inputs(rng, shape, BF16, 2.0)]
