@@ -105,7 +105,8 @@ def attention(
         it makes little difference. Heads of low rank: few landmarks stand for all keys. "dense" leaves
         nothing out. "sparse" and "low_rank" by name win over the planner, at any length: they are verified,
         and replaced (``retried``) only where the head's numbers do not allow them, or where there are fewer
-        than 64 queries or keys for "sparse". See the notes.
+        than 64 queries or keys for "sparse". On a GPU there is no low rank, and what sparse heads leave out
+        is not computed at all. See the notes.
     min_rank, max_rank : int, optional
         Least and most landmarks of a head of low rank; the least rank that keeps the tolerance is taken. By
         default from 1 to 512, as many as keys at most.
@@ -239,9 +240,12 @@ def attention(
     multiplied as they are, with weights rounded to their format, as is usual on GPUs; "fp32" by name does not
     round weights. Rows that a rung cannot hold are done again in fp64 (``retried`` in the report). Budgets
     are planned from a part of the keys and a few queries, or for half arrays without looking, and no rows are
-    profiled. A call with a tolerance, a float mask or a report waits for the GPU; `verify=False`, with a
-    plan if there is a tolerance, does not, and can be captured in a CUDA graph: a float mask is not checked
-    then. Ctrl-C does not end work on a GPU.
+    profiled. Sparse heads there (up to head sizes of 128, without masks) leave out blocks of keys for 128
+    queries, 64 in fp32, where centres and radii bound all scores so far that the blocks cannot matter; what
+    that may move outputs by in all is held against the outputs, and a head where it is too much becomes dense
+    (not run on a GPU yet). A call with a tolerance, a float mask or a report waits for the GPU;
+    `verify=False`, with a plan if there is a tolerance, does not, and can be captured in a CUDA graph: a
+    float mask is not checked then. Ctrl-C does not end work on a GPU.
 
     Examples
     --------

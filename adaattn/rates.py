@@ -76,6 +76,10 @@ _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     },
 }  # fmt: skip
 
+# Share of a dense head's time on a GPU that finding and walking the lists of its blocks takes where all of
+# them are left out: predicted (cuda/NOTES.md), not measured.
+_GPU_SPARSE = {"fp32": 0.03, "fp16": 0.06, "bf16": 0.06}
+
 # Share of the products' time that is left of a head where all blocks of keys stand in for their values, as
 # measured on machines of the kind; elsewhere heads are dense unless `calibrate` has measured.
 _SPARSE: dict[str, dict[str, float]] = {
@@ -154,7 +158,8 @@ def gpu_table(capability: tuple[int, int]) -> NDArray[np.float64]:
     """Rates of a GPU as the engine's planner takes them; 0: there is no kernel."""
     known = max((chip for chip in _GPU_DEFAULTS if chip <= capability), default=min(_GPU_DEFAULTS))
     rates = _GPU_DEFAULTS[known]
-    return np.array([rates.get(rung, (0, 0, 0)) for rung in _adaattn.CANDIDATES], np.float64)
+    rows = [(*rates.get(rung, (0, 0, 0)), _GPU_SPARSE.get(rung, 1)) for rung in _adaattn.CANDIDATES]
+    return np.array(rows, np.float64)
 
 
 def rates() -> dict[str, Any]:

@@ -116,7 +116,8 @@ class Plan:
         Share of the visible blocks that are computed; predicted.
     sparse_budget, sparse_joint : (B, H) arrays
         Mean square that a row's estimated error may have by what is left out, 0 where dense; and how far the
-        errors of blocks add up in the estimate: 0 as independent ones do, 1 in full.
+        errors of blocks add up in the estimate: 0 as independent ones do, 1 in full. On a GPU the former is
+        the square of what any row may be off by.
     retried : (B, H) array of bool
         A first choice had failed when this was made by a call.
     finite : (B, H) array of bool

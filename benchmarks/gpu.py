@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import adaattn
+from adaattn.bench.heads import many, topics
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -249,6 +250,36 @@ def linear(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def sparse(quick: bool) -> list[dict[str, Any]]:
+    """Heads that are built sparse, causal: all blocks of keys against those that count."""
+    rows = []
+    asked = {"causal": True, "tolerance": 1e-2}
+    heads = many(lambda seed: topics(4096 if quick else 16384, seed=seed), 1, 16)
+    for name in ("bf16", "fp32"):
+        arrays = [torch.from_numpy(x).cuda().to(DTYPES[name]) for x in (heads.query, heads.key, heads.value)]
+        plans = {kind: adaattn.plan(*arrays, structure=kind, **asked) for kind in ("dense", "sparse", "auto")}
+        out, report = adaattn.attention(*arrays, plan=plans["sparse"], causal=True, return_report=True)
+        contenders: dict[str, Run] = {
+            kind: lambda a=arrays, p=plan: adaattn.attention(*a, causal=True, plan=p, verify=False)
+            for kind, plan in plans.items()
+            if kind != "auto"
+        }
+        contenders["within"] = lambda a=arrays: adaattn.attention(*a, **asked)
+        contenders["within, dense"] = lambda a=arrays: adaattn.attention(*a, structure="dense", **asked)
+        rows.append(
+            {
+                "dtype": name,
+                "S": arrays[0].shape[2],
+                "kept": float(report.kept_fraction.mean()),
+                "dense": int((report.structure == "dense").sum()),
+                "chosen": int((plans["auto"].structure == "sparse").sum()),
+                "error": relative(out[:, :2], exact(*(x[:, :2] for x in arrays), True)),
+                "ms": race(contenders, 0.1),
+            }
+        )
+    return rows
+
+
 def overhead() -> dict[str, float]:
     """Microseconds of the host per call of a small problem, the GPU keeping up."""
     x = torch.randn(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
@@ -331,6 +362,7 @@ def main() -> None:
     step("linear", lambda: linear(arguments.quick))
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
+    step("sparse", lambda: sparse(arguments.quick))
     if not (arguments.quick or arguments.no_tests):
         step("tests", lambda: run_tests(folder, False))
     if arguments.sanitize:
@@ -378,6 +410,10 @@ def print_tables(result: dict[str, Any]) -> None:
         rungs = ", ".join(sorted("/".join(pair) for pair in r["rungs"]))
         print(f"{r['dtype']:5} {r['tolerance']:10.0e} {r['error']:9.1e} {r['measured']:9.1e}", end="")
         print(f" {times}      {rungs}")
+    print("\nbuilt sparse, ms\ndtype      S  kept  chosen     error    dense   sparse   within  (dense)")
+    for r in result["sparse"] or []:
+        times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "sparse", "within", "within, dense"))
+        print(f"{r['dtype']:5} {r['S']:6} {r['kept']:5.2f} {r['chosen']:7} {r['error']:9.1e}{times}")
     print(f"\nhost, µs per call: {result['overhead']}")
     print(f"seconds: { {name: round(x, 1) for name, x in result['seconds'].items()} }")
     print(f"tests: {result.get('tests')}; sanitizer: {result.get('sanitizer')}")

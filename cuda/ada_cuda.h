@@ -69,6 +69,16 @@ typedef struct {
     ada_array x, weight, bias, out; /* (M, K), (N, K), (1, N) or not given, (M, N) contiguous */
 } ada_cuda_linear;
 
+/* A head that leaves out blocks of ADA_CUDA_BLOCK keys which weigh next to nothing: an output moves by no
+ * more than absolute plus relative times the root mean square norm of the values, and a row's sum by no more
+ * than the share `most`. That is certain, by bounds of all scores. */
+typedef struct {
+    int64_t head; /* b * H + h */
+    double absolute, relative, most;
+    double kept;      /* out: share of the visible blocks that is computed */
+    double value_rms; /* out */
+} ada_cuda_thin;
+
 /* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
 
@@ -127,6 +137,16 @@ typedef struct {
     /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */
     int (*product_error)(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                          ada_cuda_failure *failure);
+
+    /* Whether a kernel of the device computes this choice for this problem with blocks left out. */
+    bool (*leaves_out)(const ada_cuda_call *call, ada_choice choice);
+    /* Fills in what so many tiles of queries of each of these heads (ascending) say. */
+    int (*look_at_blocks)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n,
+                          int32_t tiles, ada_cuda_failure *failure);
+    /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits, and the
+     * picture, where there is one, is added to. */
+    int (*execute_thin)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                        ada_picture *picture, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

@@ -81,6 +81,14 @@ inline ada_cu_array array_of(const ada_array *a) {
     return x;
 }
 
+/* How a choice is computed on this chip, in *rung; false: by no kernel. */
+bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung);
+/* Tells a launch which heads it computes, in memory that list takes. */
+int send_heads(const ada_cuda_call *call, const int64_t *heads, int64_t n, Memory *list, ada_cu_params *c,
+               ada_cuda_failure *failure);
+/* Launches, with a workspace of its own. */
+int attend_here(const ada_cuda_call *call, ada_cu_params *c, ada_cuda_failure *failure);
+
 /* ---- entries of the table ---- */
 
 int open_call(const ada_problem *problem, ada_cuda_call **call, ada_cuda_failure *failure);
@@ -100,6 +108,11 @@ int open_blas(const char *path, ada_cuda_failure *failure);
 int multiply(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
 int product_error(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                   ada_cuda_failure *failure);
+bool leaves_out(const ada_cuda_call *call, ada_choice choice);
+int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
+                   ada_cuda_failure *failure);
+int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                 ada_picture *picture, ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

@@ -223,7 +223,8 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     if (!error && !ada_is_fp8(p))
         error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
     if (!error)
-        error = ada_is_fp8(p)            ? ada_k1_run_fp8(a, stream)
+        error = p->lists                 ? ada_k1_run_listed(a, stream)
+                : ada_is_fp8(p)          ? ada_k1_run_fp8(a, stream)
                 : is_bytes(p)            ? ada_k1_run_bytes(a, stream)
                 : is_pairs(p)            ? ada_k1_run_split(a, stream)
                 : p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream)

@@ -51,5 +51,6 @@ cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bytes(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_fp8(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_listed(ada_k1_args a, cudaStream_t stream);
 
 #endif

@@ -68,7 +68,13 @@ typedef struct {
     void *workspace;      /* of ada_cu_workspace bytes, aligned to 256 */
     int32_t multiprocessors, capability; /* of the device: 132 and 90 for an H100 */
     uint32_t *raised; /* [B * H] becomes 1 where rows were computed again in float64; NULL: not wanted */
+    /* [n_heads][tiles of ada_cu_list_rows queries][1 + blocks of keys]: how many blocks of ADA_LIST_BLOCK
+     * keys are computed, then which, ascending; NULL: all are. */
+    const int32_t *lists;
 } ada_cu_params;
+
+#define ADA_LIST_BLOCK 64
+#define ADA_LIST_MOST_KEYS (1 << 21) /* of a list */
 
 /* Whether ada_cu_attend has kernels for this rung, dtype, head sizes and capability. */
 int ada_cu_computes(const ada_cu_params *p);
@@ -78,6 +84,9 @@ int ada_cu_has_fp8(int32_t capability);
 
 /* Bytes of workspace that ada_cu_attend needs for these arrays and this rung. */
 size_t ada_cu_workspace(const ada_cu_params *p);
+
+/* Queries of a tile that has a list; 0: no kernel walks lists for this rung, chip and problem. */
+int ada_cu_list_rows(const ada_cu_params *p);
 
 /* out and lse of the heads, asynchronously on the stream, whatever the number of queries. Rows that the rung
  * cannot hold (overflow, NaN, infinities) are computed again in float64 within the same call.

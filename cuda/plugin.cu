@@ -217,7 +217,9 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               watched,      execute,
                               probe,        compute_rows,
                               row_norms,    open_blas,
-                              multiply,     product_error};
+                              multiply,     product_error,
+                              leaves_out,   look_at_blocks,
+                              execute_thin};
 
 } // namespace
 } // namespace ada_cuda

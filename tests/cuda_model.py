@@ -21,6 +21,8 @@ SOURCES = [
     "k1_split.cu",
     "k1_bytes.cu",
     "k1_fp8.cu",
+    "k1_listed.cu",
+    "lists.cu",
     "combine.cu",
 ]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
@@ -60,6 +62,20 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
         *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
         ("raised", ctypes.c_void_p),
+        ("lists", ctypes.c_void_p),
+    ]
+
+
+class _Lists(ctypes.Structure):
+    """ada_lists_args of cuda/lists.h."""
+
+    _fields_ = [
+        ("p", _Params),
+        ("heads", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("n", "rows", "tiles", "looked", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("lists", "counts", "centres")),
+        ("chunks", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("figures", "values")),
     ]
 
 
@@ -103,6 +119,9 @@ def attention(
     order: int = 1,
     heads: Array | None = None,
     pairs: Array | None = None,
+    lists: list[list[list[int]]] | None = None,
+    thin: tuple[float, float, float] | None = None,
+    looked: int | None = None,
     capability: int = 90,
     attn_mask: Array | None = None,
     causal: bool | str = False,
@@ -118,7 +137,9 @@ def attention(
 ) -> tuple[Array, Array, int]:
     """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
 
-    order draws the order of the threads and the delays of copies.
+    order draws the order of the threads and the delays of copies. lists: of each head and tile of queries,
+    the blocks of keys; thin: they are made, by what may be left out (absolute, relative, most of a sum), and
+    take the place of lse, for as many tiles as are looked at.
     """
     (B, H, T, D), (_, G, S, E) = query.shape, value.shape
     wide = query.dtype == np.float64
@@ -176,6 +197,30 @@ def attention(
         )
         assert error == 0, error
         return o, exact_lse, 0
+    rows, blocks = library.ada_cu_list_rows(ctypes.byref(p)), -(-S // 64)
+    n_heads = B * H if heads is None else len(heads)
+    if lists is not None or thin is not None:
+        tiles = -(-T // rows)
+        listed = np.full((n_heads, tiles, 1 + blocks), 77, np.int32)
+        if lists is not None:
+            for n, tile in np.ndindex(n_heads, tiles):
+                own = lists[n][tile]
+                listed[n, tile, : 1 + len(own)] = [len(own), *own]
+        p.lists = at(listed)
+    if thin is not None:
+        own = np.zeros(n_heads, [("head", np.int32), ("thin", np.float32, 3)])
+        own["head"], own["thin"] = np.arange(B * H) if heads is None else heads, thin
+        args = _Lists(p, at(own), n_heads, rows, tiles, looked or tiles, blocks)
+        counts = np.full((n_heads, args.looked, 3), 77, np.int32)
+        args.counts, args.lists = at(counts), None if looked else at(listed)
+        args.chunks = -(-D // 8)
+        space = np.full(B * G * blocks * args.chunks * 16 + 16, 255, np.uint8)
+        args.centres = at(space) + -space.ctypes.data % 16
+        values = np.full((B * G, 2), np.nan, np.float32)
+        args.figures, args.values = at(np.full((B * G, blocks, 5), np.nan, np.float32)), at(values)
+        error = library.ada_lists_run(ctypes.byref(args), None)
+        assert error == 0, error
+        return listed, counts, 0
     workspace = np.full(library.ada_cu_workspace(ctypes.byref(p)) + 256, 255, np.uint8)
     p.workspace = at(workspace) + -workspace.ctypes.data % 256
     error = library.ada_cu_attend(ctypes.byref(p), None)

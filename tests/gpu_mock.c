@@ -238,6 +238,11 @@ static int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failur
     return 0;
 }
 
+static bool leaves_out(const ada_cuda_call *call, ada_choice choice) {
+    (void)call, (void)choice;
+    return false;
+}
+
 static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .problem_bytes = sizeof(ada_problem),
                                      .version = "mock",
@@ -258,7 +263,8 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .execute = execute,
                                      .probe = probe,
                                      .rows = rows,
-                                     .row_norms = row_norms};
+                                     .row_norms = row_norms,
+                                     .leaves_out = leaves_out};
 
 #ifndef MOCK_WITHOUT_SYMBOL
 const ada_cuda_table *ada_cuda_plugin(void) { return &table; }

@@ -10,6 +10,7 @@ from support import BF16, CASES, DTYPES, F16, F32, F64, SHAPES, Array, Shape, in
 
 import adaattn
 from adaattn import reference
+from adaattn.bench.heads import topics
 
 INFO = adaattn.gpu_info()
 if not INFO["available"]:
@@ -210,6 +211,73 @@ def test_guesses_are_the_cpus(rng: np.random.Generator) -> None:
                 x, y = (getattr(plan, error)[..., c] for plan in (on_cpu, there))
                 # Of all rows there, and of some here.
                 np.testing.assert_allclose(x, y, rtol=1e-3 if error == "candidate_error" else 1)
+
+
+# ---- sparse heads
+
+
+def topical(S: int, D: int, heads: int = 2) -> list[Array]:
+    """Runs of 512 keys on one of a few topics, float32."""
+    made = [topics(S, D, count=8, seed=seed) for seed in range(heads)]
+    return [np.concatenate([getattr(x, name) for x in made], 1) for name in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_heads(dtype: Any, D: int) -> None:
+    arrays = [to_gpu(x.astype(dtype)) for x in topical(4096, D)]
+    for options in ({"causal": True}, {}, {"window": (3000, 0), "causal": True}, {"kv_lengths": [4000]}):
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True, "return_lse": True}
+        out, lse, report = adaattn.attention(*arrays, **asked, **options)
+        assert (report.structure == "sparse").all() and not report.retried.any()
+        assert (report.kept_fraction < 0.6).all() and (report.verified_rows > 0).all()
+        assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all()
+        exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
+        assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
+        assert float((lse - exact_lse).abs().max()) <= 1e-2
+        for verify in (True, False):
+            again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
+            assert torch.equal(again, out)
+
+
+def test_sparse_heads_are_chosen() -> None:
+    """Head by head, where they pay."""
+    arrays = [to_gpu(x) for x in topical(32768, 64, 8)]
+    arrays[0][:, 3], arrays[1][:, 3] = torch.randn_like(arrays[0][:, :2]).unbind(1)
+    report = adaattn.attention(*arrays, causal=True, tolerance=1e-2, return_report=True)[1]
+    expected = np.where(np.arange(8) == 3, "dense", "sparse")
+    assert (report.structure[0] == expected).all() and not report.retried.any()
+    assert report.kept_fraction[0, 3] == 1 and np.delete(report.kept_fraction[0], 3).max() < 0.3
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_what_sparse_heads_must_not_leave_out(dtype: Any) -> None:
+    """One key that one row looks at, and NaN that no row looks at."""
+    query, key, value = (to_gpu(x.astype(dtype)) for x in topical(2048, 64, 1))
+    key[0, 0, 700] = 2 * query[0, 0, 5]
+    value[0, 0, 700] *= 1000
+    asked = {"structure": "sparse", "tolerance": 1e-2}
+    exact = to_cpu(adaattn.attention(query, key, value, precision="fp64"))
+    assert relative(adaattn.attention(query, key, value, **asked), exact) <= 1e-2 + ROUNDING[dtype]
+    value[0, 0, 1500, 3] = torch.nan
+    out = adaattn.attention(query, key, value, structure="sparse", tolerance=1e-2, verify=False)
+    assert out[..., 3].isnan().all() and not out[..., 4:].isnan().any()
+
+
+def test_sparse_plans_are_captured() -> None:
+    arrays = [to_gpu(x.astype(F32)).to(torch.bfloat16) for x in topical(2048, 64)]
+    plan = adaattn.plan(*arrays, causal=True, structure="sparse", tolerance=1e-2)
+    assert (plan.structure == "sparse").all()
+    out = torch.empty_like(arrays[0])
+    adaattn.attention(*arrays, causal=True, plan=plan, verify=False, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        adaattn.attention(*arrays, causal=True, plan=plan, verify=False, out=out)
+    arrays[0].copy_(arrays[0].flip(1))  # other queries, for which other blocks count
+    expected = adaattn.attention(*arrays, causal=True, plan=plan, verify=False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
 
 
 def test_plans_are_quiet() -> None:

@@ -494,6 +494,140 @@ def test_rows_beyond_the_rung(backend: str) -> None:
     run(_beyond_the_rung, backend)
 
 
+# ---- sparse heads
+
+
+def topical(shape: Shape, dtype: Any = F32, noise: float = 0.1) -> list[Array]:
+    """Runs of 64 keys on one of four topics, and queries that look at their own."""
+    rng = np.random.default_rng(3)
+    topics = 4 * rng.standard_normal((4, shape.D))
+    arrays = []
+    for heads, length in ((shape.H, shape.T), (shape.G, shape.S)):
+        apart = noise * rng.standard_normal((shape.B, heads, length, shape.D))
+        arrays.append((topics[np.arange(length) // 64 % 4] + apart).astype(dtype))
+    return [*arrays, rng.standard_normal((shape.B, shape.G, shape.S, shape.E)).astype(dtype)]
+
+
+def _sparse_heads() -> None:
+    shape = Shape(1, 2, 1, 300, 768, 32, 24)
+    for dtype in (F32, BF16, np.dtype(np.float16), F64):
+        arrays = topical(shape, dtype)
+        for options in ({}, {"causal": True}, {"sinks": [0.5, 1.0], "kv_lengths": [700]}):
+            exact, exact_lse = reference.attention(*arrays, return_lse=True, **options)
+            asked = {"structure": "sparse", "tolerance": 1e-2, "return_lse": True, "return_report": True}
+            out, lse, report = adaattn.attention(*fakes(arrays), **asked, **options)
+            assert (report.structure == "sparse").all() and not report.retried.any()
+            assert (report.kept_fraction < 0.6).all() and (report.verified_rows >= 16).all()
+            assert _relative(out, exact) <= 1e-2 and abs(lse.array - exact_lse).max() < 5e-3
+            assert (report.error_limit <= 1e-2).all() and report.plan.ruled_out == (None, "arrays on a GPU")
+            seen = report.kept_blocks[~np.isnan(report.kept_blocks)]
+            assert {0, 1} <= set(seen) and abs(seen.mean() - report.kept_fraction.mean()) < 0.1
+            for again in (
+                adaattn.attention(*fakes(arrays), **asked, **options)[0],
+                adaattn.attention(*fakes(arrays), plan=report.plan, **options),
+                adaattn.attention(*fakes(arrays), plan=report.plan, verify=False, **options),
+            ):
+                assert same_bits(again.array, out.array)
+            planned = adaattn.plan(*fakes(arrays), structure="sparse", tolerance=1e-2, **options)
+            assert (
+                abs(planned.kept_fraction - report.kept_fraction) < 1e-6
+            ).all()  # all tiles were looked at
+    assert value("live") == 0
+
+
+def test_sparse_heads(model: str) -> None:
+    run(_sparse_heads, model)
+
+
+def _sparse_where_it_pays() -> None:
+    """Head by head: one leaves blocks out, of a Gaussian one none can be."""
+    rates._GPU_DEFAULTS[9, 0] |= {"fp32": (1.0, 1.0, 0), "fp16": (0.0, 0.0, 0), "bf16": (0.0, 0.0, 0)}
+    rates._GPU_DEFAULTS[9, 0] |= {"int8/bf16": (0.0, 0.0, 0)}
+    arrays = topical(Shape(1, 2, 2, 2048, 2048, 16, 8))
+    rng = np.random.default_rng(1)
+    for x in arrays[:2]:
+        x[:, 1] = rng.standard_normal(x[:, 1].shape)
+    exact = reference.attention(*arrays)
+    out, report = adaattn.attention(*fakes(arrays), tolerance=1e-2, return_report=True)
+    assert report.structure.tolist() == [["sparse", "dense"]] and not report.retried.any()
+    assert report.kept_fraction[0, 0] < 0.3 and report.kept_fraction[0, 1] == 1
+    assert _relative(out, exact) < 1e-4
+    dense = adaattn.attention(*fakes(arrays), tolerance=1e-2, structure="dense", return_report=True)[1]
+    assert (dense.structure == "dense").all()
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (1e5, 1e5, 0)  # looking would cost more than it may save
+    set_value("calls", 0)
+    adaattn.plan(*fakes(arrays), tolerance=1e-2)
+    few = value("calls")
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (1.0, 1.0, 0)
+    adaattn.plan(*fakes(arrays), tolerance=1e-2)
+    assert value("calls") > 2 * few + 4
+
+
+def test_sparse_where_it_pays(model: str) -> None:
+    run(_sparse_where_it_pays, model)
+
+
+def _bounds_are_held_against_outputs() -> None:
+    """What a plan leaves out may be too much for other values, or for outputs that nearly cancel."""
+    shape = Shape(1, 1, 1, 256, 768, 16, 8)
+    arrays = topical(shape)
+    plan = adaattn.plan(*fakes(arrays), structure="sparse", tolerance=1e-2)
+    _, report = adaattn.attention(*fakes(arrays), plan=plan, return_report=True)
+    assert report.structure.item() == "sparse" and not report.retried.any()
+    small = [*arrays[:2], arrays[2] * np.float32(1e-4)]
+    cancelling = topical(shape, noise=0.001)
+    cancelling[2][:, :, 1::2] = -cancelling[2][:, :, ::2]
+    for other in (small, cancelling):
+        out, report = adaattn.attention(*fakes(other), plan=plan, return_report=True)
+        assert (
+            report.structure.item() == "dense" and report.retried.all() and report.kept_fraction.item() == 1
+        )
+        assert _relative(out, reference.attention(*other)) < 1e-2
+    _, report = adaattn.attention(*fakes(small), structure="sparse", tolerance=1e-2, return_report=True)
+    assert report.structure.item() == "sparse" and report.error_limit.item() < 1e-2
+    # By name it stays, and its limit says what may be missed.
+    _, report = adaattn.attention(*fakes(cancelling), structure="sparse", tolerance=1e-2, return_report=True)
+    assert report.structure.item() == "sparse" and report.error_limit.item() > 1e-2
+
+
+def test_bounds_are_held_against_outputs(model: str) -> None:
+    run(_bounds_are_held_against_outputs, model)
+
+
+def _not_sparse() -> None:
+    """Where no kernel leaves anything out: an error by the problem's options, else dense."""
+    arrays = topical(Shape(1, 1, 1, 70, 130, 16, 16))
+    wide = topical(Shape(1, 1, 1, 70, 130, 160, 16))
+    mask = Fake(np.ones((70, 130), bool))
+    for inputs_, options, what in (
+        (arrays, {"attn_mask": mask}, "attn_mask on a GPU"),
+        (arrays, {"softcap": 3.0}, "softcap"),
+        (wide, {}, "head sizes above 128 on a GPU"),
+    ):
+        with pytest.raises(
+            adaattn.ArgumentError, match=f"^structure: expected .* beside {what}, got 'sparse'"
+        ):
+            adaattn.attention(*fakes(inputs_), structure="sparse", tolerance=1e-2, **options)
+    for query in (arrays[0][:, :, :60], arrays[0][:, :, :5]):
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True}
+        _, report = adaattn.attention(*fakes([query, *arrays[1:]]), **asked)
+        assert report.structure.item() == "dense" and report.retried.item()
+
+
+def test_not_sparse(backend: str) -> None:
+    run(_not_sparse, backend)
+
+
+def _no_kernel() -> None:
+    asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True}
+    _, report = adaattn.attention(*fakes(topical(Shape(1, 1, 1, 70, 130, 16, 16))), **asked)
+    assert report.structure.item() == "dense" and report.retried.item()
+
+
+def test_sparse_by_name_without_a_kernel(mock: str) -> None:
+    run(_no_kernel, mock)
+
+
 def _quiet_plan() -> None:
     """A plan that is trusted puts work on the stream and waits for nothing but the library's own want."""
     arrays = fakes(arguments(F32, Shape(1, 2, 1, 2000, 2000, 64, 64)))
@@ -540,7 +674,13 @@ def _each_failure(options: dict[str, Any], staged: bool) -> int:
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"return_lse": True, "return_report": True}, {"tolerance": 2e-2}, {"tolerance": 1e-9}],
+    [
+        {},
+        {"return_lse": True, "return_report": True},
+        {"tolerance": 2e-2},
+        {"tolerance": 1e-9},
+        {"tolerance": 2e-2, "structure": "sparse", "return_report": True},
+    ],
     ids=str,
 )
 def test_every_failure_surfaces_once_and_nothing_leaks(
