@@ -11,7 +11,7 @@
 #include "../csrc/adaattn.h"
 
 /* Goes up with every change of this file or of ada_problem. */
-#define ADA_CUDA_ABI 1
+#define ADA_CUDA_ABI 2
 #define ADA_CUDA_SYMBOL "ada_cuda_plugin"
 
 typedef struct {
@@ -101,6 +101,12 @@ typedef struct {
                 double *out_o, double *out_lse, ada_cuda_failure *failure);
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+
+    /* Gradients of the call, which was opened for backward->p, in order; the mask's result is broadcast like
+     * the mask. Choices: fp64, fp32, or fp16 or bf16 twice for arrays of that dtype. again: [B * G], NULL if
+     * not wanted: whether float64 computed a key head. */
+    int (*gradients)(ada_cuda_call *call, const ada_backward_problem *backward, ada_choice choice,
+                     uint32_t *again, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

@@ -96,6 +96,8 @@ int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_ro
 int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
                  double *out_o, double *out_lse, ada_cuda_failure *failure);
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
+int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
+              ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

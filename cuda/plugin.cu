@@ -215,7 +215,7 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               check_mask,   watch,
                               watched,      execute,
                               probe,        compute_rows,
-                              row_norms};
+                              row_norms,    gradients};
 
 } // namespace
 } // namespace ada_cuda

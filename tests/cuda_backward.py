@@ -79,7 +79,14 @@ def attention_backward(
     x.grad_out, x.lse, x.p.out = array(grad_out), array(lse), array(out)
     mask = options.get("attn_mask")
     (B, H, T, _), S = query.shape, key.shape[2]
-    shapes = [query.shape, key.shape, value.shape, np.shape(mask), (H,), np.shape(options.get("alibi_slopes"))]
+    shapes = [
+        query.shape,
+        key.shape,
+        value.shape,
+        np.shape(mask),
+        (H,),
+        np.shape(options.get("alibi_slopes")),
+    ]
     results: list[Array | None] = []
     for i, (name, shape) in enumerate(zip(Gradients._fields, shapes, strict=True)):
         result = np.full(shape, 77, query.dtype if i < 3 else lse.dtype) if name in needs else None

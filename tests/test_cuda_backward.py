@@ -15,7 +15,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_model import CUDA
-from support import BF16, CASES, F16, F32, F64, Array, Options, Shape, finite, inputs, largest, same_bits, score_size
+from support import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    F64,
+    Array,
+    Options,
+    Shape,
+    finite,
+    inputs,
+    largest,
+    same_bits,
+    score_size,
+)
 
 from adaattn import Gradients, reference
 
@@ -35,7 +49,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cuda_backward.build(tmp_path_factory.mktemp("cuda_backward"))
 
 
-def problem(rng: np.random.Generator, shape: Shape, dtype: Any, options: Options, spread: float = 1.0) -> list[Array]:
+def problem(
+    rng: np.random.Generator, shape: Shape, dtype: Any, options: Options, spread: float = 1.0
+) -> list[Array]:
     """grad_out, query, key, value, out and lse, the last two the oracle's."""
     arrays = inputs(rng, shape, dtype, spread)
     grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
@@ -55,7 +71,13 @@ def row_norms(x: Array) -> Array:
 
 
 def check(
-    kernels: ctypes.CDLL, rung: str, arrays: list[Array], options: Options, *, unfit: int | None = 0, **more: Any
+    kernels: ctypes.CDLL,
+    rung: str,
+    arrays: list[Array],
+    options: Options,
+    *,
+    unfit: int | None = 0,
+    **more: Any,
 ) -> Gradients:
     """Compare with the oracle; unfit: of how many key heads float64 may have to compute (None: any number), as
     it would mend what a fault makes NaN.
@@ -64,7 +86,9 @@ def check(
     """
     grad_out, query, key, value, *_ = arrays
     needs = more.pop("needs", everything(options))
-    actual, again = cuda_backward.attention_backward(kernels, *arrays, rung=rung, needs=needs, **options, **more)
+    actual, again = cuda_backward.attention_backward(
+        kernels, *arrays, rung=rung, needs=needs, **options, **more
+    )
     exact = reference.attention_backward(*arrays, needs=needs, **options)
     unit = UNITS[rung]
     error = min(unit, 2.0**-24) * (16 + 8 * score_size(query, key, options))
