@@ -14,9 +14,10 @@ static ada_status check_budget(const ada_gradient_budget *budget, ada_error *err
                         "tolerance: expected None on a GPU, where gradients are not verified, got %g",
                         budget->tolerance);
     if (c.qk == ADA_RUNG_INT16)
-        return ada_fail(error, ADA_ERR_ARGUMENT,
-                        "precision: expected 'auto', 'fp32' or 'fp64' for gradients on a GPU, got ('%s', '%s')",
-                        ada_rung_name(c.qk), ada_rung_name(c.pv));
+        return ada_fail(
+            error, ADA_ERR_ARGUMENT,
+            "precision: expected 'auto', 'fp32' or 'fp64' for gradients on a GPU, got ('%s', '%s')",
+            ada_rung_name(c.qk), ada_rung_name(c.pv));
     return ADA_OK;
 }
 
@@ -61,12 +62,15 @@ ada_status ada_gpu_backward(const ada_backward_problem *given, ada_gradient_budg
     ada_backward_problem x = *given;
     if (check_budget(budget, error)) return error->status;
     if (!ada_gpu_table()->gradients)
-        return ada_fail(error, ADA_ERR_DEVICE, "query: expected memory of the CPU, as this backend has no gradients");
+        return ada_fail(error, ADA_ERR_DEVICE,
+                        "query: expected memory of the CPU, as this backend has no gradients");
     if (p->B * p->H * p->T > INT32_MAX || p->B * p->G * p->S > INT32_MAX)
-        return ada_fail(error, ADA_ERR_SHAPE, "query, key: expected fewer than 2**31 rows on a GPU, got %lld and %lld",
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "query, key: expected fewer than 2**31 rows on a GPU, got %lld and %lld",
                         (long long)(p->B * p->H * p->T), (long long)(p->B * p->G * p->S));
     if (p->D > 256 || p->E > 256)
-        return ada_fail(error, ADA_ERR_SHAPE, "query, value: expected head sizes of at most 256 on a GPU, got %lld and %lld",
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "query, value: expected head sizes of at most 256 on a GPU, got %lld and %lld",
                         (long long)p->D, (long long)p->E);
     if (x.needs[ADA_OF_MASK]) ada_broadcast(p, &x.results[ADA_OF_MASK]);
     const int64_t bytes = p->B * p->G * (int64_t)sizeof(uint32_t);

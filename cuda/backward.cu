@@ -13,9 +13,7 @@ struct Layout {
     bool packs[4]; /* query, key, value, grad_out */
 };
 
-bool is_tiled(const ada_cu_gradients *x) {
-    return x->p.rung == ADA_CU_FP16 || x->p.rung == ADA_CU_BFLOAT16;
-}
+bool is_tiled(const ada_cu_gradients *x) { return x->p.rung == ADA_CU_FP16 || x->p.rung == ADA_CU_BFLOAT16; }
 
 const ada_cu_array *operand(const ada_cu_gradients *x, int i) {
     const ada_cu_array *const all[4] = {&x->p.query, &x->p.key, &x->p.value, &x->grad_out};
@@ -94,9 +92,9 @@ ADA_KERNEL(THREADS, 1) know_rows(ADA_ARGS(ada_back_args) a) {
     ada_back_row known = {0, (double)ADA_INF, 0};
     if (there) {
         const ada_cu_array &l = a.x.lse;
-        const char *const from =
-            (const char *)l.data + b * l.stride[0] + h * l.stride[1] + i * l.stride[2];
-        known.lse = (p.dtype == ADA_CU_F64 ? *(const double *)from : (double)*(const float *)from) * ADA_LOG2E;
+        const char *const from = (const char *)l.data + b * l.stride[0] + h * l.stride[1] + i * l.stride[2];
+        known.lse =
+            (p.dtype == ADA_CU_F64 ? *(const double *)from : (double)*(const float *)from) * ADA_LOG2E;
         known.delta = sum;
         const bool good = (fabs(known.lse) <= ADA_MOST_BIAS || known.lse == (double)-ADA_INF) &&
                           fabs(sum) < 3.4028234663852886e38;
@@ -201,8 +199,7 @@ cudaError_t run_rung(const ada_back_args *all, const Layout *at, cudaStream_t st
     rest.x.results[ADA_CU_OF_KEY].data = rest.x.results[ADA_CU_OF_VALUE].data = nullptr;
     ada_operand *const operands[4] = {&a.q, &a.k, &a.v, &a.go};
     for (int i = 0; i < 4 && !error; i++) error = pack(x, at, i, operands[i], stream);
-    if (!error)
-        error = x->p.rung == ADA_CU_FP16 ? ada_back_run_f16(a, stream) : ada_back_run_bf16(a, stream);
+    if (!error) error = x->p.rung == ADA_CU_FP16 ? ada_back_run_f16(a, stream) : ada_back_run_bf16(a, stream);
     return error ? error : ada_back_run_simt(rest, false, stream);
 }
 
@@ -236,7 +233,7 @@ cudaError_t ada_cu_backward(const ada_cu_gradients *x, cudaStream_t stream) {
     if (!error) error = ada_back_run_simt(a, true, stream);
     const bool vectors = x->results[ADA_CU_OF_SINKS].data || x->results[ADA_CU_OF_SLOPES].data;
     if (!error && vectors)
-        error = ada_launch(add_vectors, 2 * (int64_t)p->B * p->H, ADA_SIMT_THREADS,
-                           ada_simt<double>::SHARED, stream, a);
+        error = ada_launch(add_vectors, 2 * (int64_t)p->B * p->H, ADA_SIMT_THREADS, ada_simt<double>::SHARED,
+                           stream, a);
     return error;
 }

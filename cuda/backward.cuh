@@ -43,9 +43,7 @@ typedef struct {
     int lowest, highest, keys;
 } ada_reach;
 
-ADA_DEVICE int ada_clamp(int64_t x) {
-    return x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : (int)x;
-}
+ADA_DEVICE int ada_clamp(int64_t x) { return x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : (int)x; }
 
 ADA_DEVICE ada_reach ada_reach_of(const ada_cu_params &p, int b) {
     const ada_sequence s = ada_sequence_of(p, b);

@@ -19,16 +19,16 @@ enum {
     ADA_CU_GRADIENTS
 };
 
-/* The call p, of all heads: its out is what the forward pass left; its lse and raised are not used. Rung: FP16
- * and BFLOAT16 for arrays of these dtypes, SIMT_F32, SIMT_F64. */
+/* The call p, of all heads: its out is what the forward pass left; its lse and raised are not used. Rung:
+ * FP16 and BFLOAT16 for arrays of these dtypes, SIMT_F32, SIMT_F64. */
 typedef struct {
     ada_cu_params p;
     ada_cu_array grad_out, lse; /* (B, H, T, E) like out; (B, H, T), double for F64 arrays, else float */
     ada_cu_array results[ADA_CU_GRADIENTS]; /* data NULL: not wanted. The first three of p's dtype, the others
                                                of lse's; C-contiguous, the mask's with stride 0 where it
                                                broadcasts; slopes [b * stride[0] + h], in elements */
-    uint32_t *unfit; /* [B * G] becomes 1 where a key head was computed in float64
-                        because its rung did not hold it, or because the rung is SIMT_F64; NULL: not wanted */
+    uint32_t *unfit;                        /* [B * G] becomes 1 where a key head was computed in float64
+                                               because its rung did not hold it, or because the rung is SIMT_F64; NULL: not wanted */
 } ada_cu_gradients;
 
 /* Bytes of the workspace that p's is to have, aligned to 256. */

@@ -1,6 +1,11 @@
 /* The tilings of the gradients in half formats; the including file defines ADA_BF16 and ADA_RUN. */
 #include "backward_tiled.cuh"
 
+/* Widths that there are instances of. */
+#ifndef ADA_BACK_WIDTHS
+#    define ADA_BACK_WIDTHS(X) X(64) X(128) X(256)
+#endif
+
 template <typename X> static cudaError_t run(ada_back_args a, cudaStream_t stream) {
     const ada_cu_params &p = a.x.p;
     const bool ragged = p.window_right != ADA_CU_UNBOUNDED || p.window_left != ADA_CU_UNBOUNDED;
@@ -17,7 +22,8 @@ template <int W> static cudaError_t run_width(const ada_back_args &a, cudaStream
     if constexpr (W > 128) {
         /* Registers suffice for the sums of one of them. */
         if (key) error = run<ada_back_tiling<ADA_BF16, W, true, true, false, 4, 1, 16>>(a, stream);
-        if (value && !error) error = run<ada_back_tiling<ADA_BF16, W, true, false, true, 4, 1, 16>>(a, stream);
+        if (value && !error)
+            error = run<ada_back_tiling<ADA_BF16, W, true, false, true, 4, 1, 16>>(a, stream);
         if (to[ADA_CU_OF_QUERY].data && !error)
             error = run<ada_back_tiling<ADA_BF16, W, false, true, false, 4, 1, 16>>(a, stream);
     } else {
@@ -30,7 +36,9 @@ template <int W> static cudaError_t run_width(const ada_back_args &a, cudaStream
 
 cudaError_t ADA_RUN(const ada_back_args &a, cudaStream_t stream) {
     const int most = a.x.p.D > a.x.p.E ? a.x.p.D : a.x.p.E;
-    if (most <= 64) return run_width<64>(a, stream);
-    if (most <= 128) return run_width<128>(a, stream);
-    return run_width<256>(a, stream);
+#define ADA_FITS(W)                                                                                          \
+    if (most <= W) return run_width<W>(a, stream);
+    ADA_BACK_WIDTHS(ADA_FITS)
+#undef ADA_FITS
+    return cudaErrorNotSupported;
 }

@@ -1,5 +1,5 @@
-/* Gradients on plain arithmetic of REAL: any chip, any dtype, any layout. In double it computes from the inputs
- * alone, and leaves hidden pairs out one by one, so that what they hold reaches nobody.
+/* Gradients on plain arithmetic of REAL: any chip, any dtype, any layout. In double it computes from the
+ * inputs alone, and leaves hidden pairs out one by one, so that what they hold reaches nobody.
  *
  * A block has 16 x 16 threads, of which each owns PER x PER pairs of a tile of queries and keys: rows y + 16
  * n of columns x + 16 n. Operands come to shared memory in squares of the tile's size.
@@ -86,7 +86,7 @@ ADA_DEVICE void ada_dot_rows(typename X::REAL (&sums)[X::PER][X::PER], const ada
     ADA_UNROLL_NOT for (int d = 0; d < width; d += X::TILE) {
         ada_sync(); /* what stood there has been read */
         ada_stage<X>(ada_left<X>(), left, p.dtype, at.b, at.h, i, p.T, d, width);
-        ada_stage<X>(ada_right<X>(), right, p.dtype, at.b, at.g, j, p.S, d, width);
+        ada_stage<X>(ada_right<X>(), right, p.dtype, at.b, at.g, j, at.reach.keys, d, width);
         ada_sync();
         ADA_UNROLL_BY(4) for (int c = 0; c < X::TILE; c++) {
             typename X::REAL l[X::PER], r[X::PER];
@@ -243,7 +243,8 @@ template <typename X, int CHUNKS> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_keys(
                     }
                     ADA_UNROLL for (int y = 0; y < X::PER; y++) {
                         const int key = y0 + 16 * y;
-                        const REAL w = ada_weights<X>()[n * X::LD + key], s = ada_slopes<X>()[n * X::LD + key];
+                        const REAL w = ada_weights<X>()[n * X::LD + key],
+                                   s = ada_slopes<X>()[n * X::LD + key];
                         if (X::CAREFUL && !ada_seen<X>()[n * X::TILE + key]) continue;
                         ADA_UNROLL for (int x = 0; x < X::PER; x++) {
                             dv[c][y][x] += w * go[x];
@@ -275,7 +276,8 @@ template <typename X> ADA_DEVICE double ada_sum_of_block(double own) {
 
 /* dQ and sums for the gradients of slopes: a block for a tile of queries. */
 template <typename X, int CHUNKS>
-ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_queries(ADA_ARGS(ada_back_args) a) {
+ADA_KERNEL(ADA_SIMT_THREADS, 1)
+ada_back_queries(ADA_ARGS(ada_back_args) a) {
     typedef typename X::REAL REAL;
     const ada_cu_params &p = a.x.p;
     const int tiles = (p.T + X::TILE - 1) / X::TILE, head = ada_block() / tiles, tile = ada_block() % tiles;
@@ -303,7 +305,7 @@ ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_queries(ADA_ARGS(ada_back_args) a) {
         ADA_UNROLL for (int c = 0; c < CHUNKS; c++) {
             if (c * X::TILE >= p.D) continue;
             ada_sync();
-            ada_stage<X>(ada_left<X>(), p.key, p.dtype, at.b, at.g, j, p.S, c * X::TILE, p.D);
+            ada_stage<X>(ada_left<X>(), p.key, p.dtype, at.b, at.g, j, at.reach.keys, c * X::TILE, p.D);
             ada_sync();
             ADA_UNROLL_BY(2) for (int key = 0; key < X::TILE; key++) {
                 REAL k[X::PER];
@@ -318,8 +320,8 @@ ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_queries(ADA_ARGS(ada_back_args) a) {
         }
     }
     if (a.x.results[ADA_CU_OF_QUERY].data)
-        ada_store_sums<X, CHUNKS>(a, a.x.results[ADA_CU_OF_QUERY], at.b, at.h, i, p.T, p.D, dq,
-                                  (REAL)p.scale, group);
+        ada_store_sums<X, CHUNKS>(a, a.x.results[ADA_CU_OF_QUERY], at.b, at.h, i, p.T, p.D, dq, (REAL)p.scale,
+                                  group);
     if (!a.x.results[ADA_CU_OF_SLOPES].data) return;
     const double sum = ada_sum_of_block<X>(slope);
     if (ada_thread() != 0) return;
@@ -401,7 +403,8 @@ template <typename X> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_rows_again(ADA_AR
         ada_simt_scores<X>(a, at, i, n * X::TILE, pairs);
         ADA_UNROLL for (int y = 0; y < X::PER; y++) ADA_UNROLL for (int x = 0; x < X::PER; x++) {
             const int of = ada_thread() / 16 + 16 * y, key = ada_thread() % 16 + 16 * x;
-            ada_weights<X>()[of * X::LD + key] = pairs.s[y][x], ada_slopes<X>()[of * X::LD + key] = pairs.g[y][x];
+            ada_weights<X>()[of * X::LD + key] = pairs.s[y][x],
+                                          ada_slopes<X>()[of * X::LD + key] = pairs.g[y][x];
             ada_seen<X>()[of * X::TILE + key] = (uint8_t)(pairs.seen >> (X::PER * y + x) & 1);
         }
         ada_sync();

@@ -1,7 +1,7 @@
 /* Gradients of half arrays on mma.sync. One kernel, two roles: a block keeps a tile of keys and values and
- * lets queries and rows of grad_out come by (dK, dV), or the other way round (dQ). Scores are products of what
- * stays with what comes, so weights and dS, packed, are the left operands of the sums over what comes, as in
- * K1. What comes is copied one tile ahead.
+ * lets queries and rows of grad_out come by (dK, dV), or the other way round (dQ). Scores are products of
+ * what stays with what comes, so weights and dS, packed, are the left operands of the sums over what comes,
+ * as in K1. What comes is copied one tile ahead.
  *
  * dS in fp16 is worth a power of two per key head, from the norms of grad_out and of values, so that it
  * neither overflows nor loses its digits, however a loss is scaled.
@@ -70,9 +70,10 @@ ADA_DEVICE void ada_back_copy_rows(uint32_t to, const ada_back_args &a, int head
     for (int i = ada_thread(); i < N / 2; i += X::THREADS) ada_copy(to + 16 * (uint32_t)i, from + 2 * i, 16);
 }
 
-/* The n-th tile that comes, into its stage. */
+/* The n-th tile that comes, into its stage. Keys that nobody may see are zeros: they may hold anything. */
 template <typename X>
-ADA_DEVICE void ada_back_copy_tile(const ada_back_args &a, const ada_back_where &w, ada_span span, int n) {
+ADA_DEVICE void ada_back_copy_tile(const ada_back_args &a, const ada_back_where &w, ada_span span, int keys,
+                                   int n) {
     const ada_cu_params &p = a.x.p;
     const uint32_t to = ada_shared() + X::COMING_AT + (uint32_t)(n % 2 * X::STAGE);
     const int each = span.end - span.first, first = (span.first + n % each) * X::KEYS;
@@ -83,8 +84,8 @@ ADA_DEVICE void ada_back_copy_tile(const ada_back_args &a, const ada_back_where 
         ada_back_copy_rows<X, X::ROWS>(ada_shared() + X::ROWS_AT + (uint32_t)(n % 2 * X::ROWS_STAGE), a,
                                        w.b * p.H + h, first);
     } else {
-        ada_back_copy<X, X::KEYS>(to, a.k, w.b, w.g, first, p.S, 2 * p.D);
-        if (X::SCORES) ada_back_copy<X, X::KEYS>(to + X::OPERAND, a.v, w.b, w.g, first, p.S, 2 * p.E);
+        ada_back_copy<X, X::KEYS>(to, a.k, w.b, w.g, first, keys, 2 * p.D);
+        ada_back_copy<X, X::KEYS>(to + X::OPERAND, a.v, w.b, w.g, first, keys, 2 * p.E);
     }
 }
 
@@ -108,12 +109,12 @@ ADA_DEVICE uint32_t ada_back_options(const ada_back_args &a, const ada_back_wher
                                      float (&s)[X::MR][X::KEYS / 8][4], float (&dp)[X::MR][X::KEYS / 8][4]) {
     const ada_cu_params &p = a.x.p;
     const float octaves = (float)(p.scale * ADA_LOG2E), cap = (float)(p.softcap * ADA_LOG2E);
-    const float kept = (float)(1 / (1 - p.dropout_p)), inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
+    const float kept = (float)(1 / (1 - p.dropout_p)),
+                inverse = p.softcap != 0 ? 2 * (float)ADA_LOG2E / cap : 0;
     const int64_t offset = p.alibi_slopes ? ada_sequence_of(p, w.b).offset : 0;
     const float slope =
-        p.alibi_slopes
-            ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
-            : 0;
+        p.alibi_slopes ? (float)(p.alibi_slopes[w.b * p.alibi_stride[0] + h * p.alibi_stride[1]] * ADA_LOG2E)
+                       : 0;
     uint32_t keep = ~0u;
     ADA_EACH_PAIR {
         const int row = ada_back_line<X>(w, mr, half), column = ada_back_column<X>(first, n, c);
@@ -206,7 +207,7 @@ template <typename X> ADA_DEVICE void ada_back_block(const ada_back_args &a) {
         ada_back_copy<X, X::STAYING>(shared + X::SECOND_AT, a.go, w.b, w.h, w.first, p.T, 2 * p.E);
         ada_back_copy_rows<X, X::ROWS>(shared + X::ROWS_AT, a, w.b * p.H + w.h, w.first);
     }
-    if (count) ada_back_copy_tile<X>(a, w, span, 0);
+    if (count) ada_back_copy_tile<X>(a, w, span, reach.keys, 0);
     ada_copy_commit();
 
     ada_rows<X> of_scores, of_weights; /* the sums; references are not used */
@@ -226,7 +227,7 @@ template <typename X> ADA_DEVICE void ada_back_block(const ada_back_args &a) {
         ada_sync();         /* all have this tile, and have read the one before */
         float s[X::MR][X::KEYS / 8][4], g[X::MR][X::KEYS / 8][4];
         ada_scores<X>(s, left, at);
-        if (n + 1 < count) ada_back_copy_tile<X>(a, w, span, n + 1);
+        if (n + 1 < count) ada_back_copy_tile<X>(a, w, span, reach.keys, n + 1);
         ada_copy_commit();
         if (X::SCORES)
             ada_scores<X>(g, left + X::SECOND_AT, at + X::OPERAND);
@@ -236,8 +237,7 @@ template <typename X> ADA_DEVICE void ada_back_block(const ada_back_args &a) {
         if (a.options) {
             const uint32_t keep = ada_back_options<X>(a, w, h, first, reach, rows, s, g);
             const float kept = (float)(1 / (1 - p.dropout_p));
-            if (X::WEIGHTS && p.drop_below)
-                ADA_EACH_PAIR {
+            if (X::WEIGHTS && p.drop_below) ADA_EACH_PAIR {
                     const int bit = 4 * (mr * X::KEYS / 8 + n) + 2 * half + c;
                     s[mr][n][2 * half + c] *= keep >> bit & 1 ? kept : 0;
                 }
@@ -251,8 +251,7 @@ template <typename X> ADA_DEVICE void ada_back_block(const ada_back_args &a) {
                 x = ada_exp2(x * octaves - of.lse);
                 y = x * (y - of.delta);
             }
-            if (!plain)
-                ADA_EACH_PAIR {
+            if (!plain) ADA_EACH_PAIR {
                     const int row = ada_back_line<X>(w, mr, half), column = ada_back_column<X>(first, n, c);
                     const bool visible = X::OF_KEYS ? ada_reaches(reach, column, row) && column < p.T
                                                     : ada_reaches(reach, row, column) && row < p.T;

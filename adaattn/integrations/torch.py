@@ -123,7 +123,8 @@ def scaled_dot_product_attention(
     )
     if needs_grad and tolerance is not None and device == "cuda":
         raise ArgumentError(
-            f"tolerance: expected None beside gradients on a GPU, where they are not verified, got {tolerance!r}"
+            "tolerance: expected None beside gradients on a GPU, where they are not verified, got "
+            f"{tolerance!r}"
         )
     if needs_grad or is_traced(query):
         left, right = window or (None, None)

@@ -193,7 +193,9 @@ def _backward(
         options["num_threads"] = torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
     gradients = attention_backward(*arrays, needs=wanted, **options)
-    return [_as_tensor(getattr(gradients, name)).to(inputs[name].device, inputs[name].dtype) for name in wanted]
+    return [
+        _as_tensor(getattr(gradients, name)).to(inputs[name].device, inputs[name].dtype) for name in wanted
+    ]
 
 
 def _fake_backward(grad_out: Any, out: Any, lse: Any, needs: Any, *inputs: Any) -> Any:
