@@ -3,6 +3,9 @@
 
 namespace {
 
+static_assert(ada_simt_f64::TILE == ADA_BACK_SLOPE_ROWS && ada_simt_wide::TILE == ADA_BACK_SLOPE_ROWS,
+              "slopes");
+
 enum { THREADS = 128, WARPS = THREADS / 32 };
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -143,7 +146,7 @@ cudaError_t pack(const ada_cu_gradients *x, const Layout *at, int i, ada_operand
 
 /* Gradients of sinks and slopes: a block for each of a head, of all sequences where they share one. */
 ADA_KERNEL(ADA_SIMT_THREADS, 1) add_vectors(ADA_ARGS(ada_back_args) a) {
-    typedef ada_simt<double> X;
+    typedef ada_simt_f64 X;
     const ada_cu_params &p = a.x.p;
     const bool of_slopes = ada_block() % 2;
     const ada_cu_array &to = a.x.results[of_slopes ? ADA_CU_OF_SLOPES : ADA_CU_OF_SINKS];
@@ -157,7 +160,7 @@ ADA_KERNEL(ADA_SIMT_THREADS, 1) add_vectors(ADA_ARGS(ada_back_args) a) {
         if (of_slopes) {
             /* As many partial sums as the kernel that computed the head has tiles. */
             const bool unfit = a.unfit[b * p.G + h / (p.H / p.G)];
-            const int tile = unfit ? ada_simt<double>::TILE : ada_simt<float>::TILE;
+            const int tile = unfit || p.D > 128 || p.E > 128 ? ADA_BACK_SLOPE_ROWS : ada_simt_f32::TILE;
             for (int n = ada_thread(); n < (p.T + tile - 1) / tile; n += ADA_SIMT_THREADS)
                 sum += a.slopes[head * a.slope_tiles + n];
         } else {
@@ -233,7 +236,7 @@ cudaError_t ada_cu_backward(const ada_cu_gradients *x, cudaStream_t stream) {
     if (!error) error = ada_back_run_simt(a, true, stream);
     const bool vectors = x->results[ADA_CU_OF_SINKS].data || x->results[ADA_CU_OF_SLOPES].data;
     if (!error && vectors)
-        error = ada_launch(add_vectors, 2 * (int64_t)p->B * p->H, ADA_SIMT_THREADS, ada_simt<double>::SHARED,
+        error = ada_launch(add_vectors, 2 * (int64_t)p->B * p->H, ADA_SIMT_THREADS, ada_simt_f64::SHARED,
                            stream, a);
     return error;
 }

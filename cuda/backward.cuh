@@ -96,7 +96,7 @@ cudaError_t ada_back_run_f16(const ada_back_args &a, cudaStream_t stream);
 cudaError_t ada_back_run_bf16(const ada_back_args &a, cudaStream_t stream);
 /* Rows of key heads that are unfit, from the inputs alone. */
 cudaError_t ada_back_run_rows(const ada_back_args &a, cudaStream_t stream);
-/* Rows of the tiles by which a SIMT kernel adds up slopes; the largest of them. */
+/* Rows of the tiles by which a kernel adds up slopes; the fewest. */
 enum { ADA_BACK_SLOPE_ROWS = 32 };
 
 #endif

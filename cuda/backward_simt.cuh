@@ -11,10 +11,10 @@
 
 enum { ADA_SIMT_THREADS = 256 };
 
-template <typename REAL_> struct ada_simt {
+template <typename REAL_, int PER_> struct ada_simt {
     typedef REAL_ REAL;
     static constexpr bool CAREFUL = sizeof(REAL) == 8;
-    static constexpr int PER = CAREFUL ? 2 : 4, TILE = 16 * PER, LD = TILE + 1;
+    static constexpr int PER = PER_, TILE = 16 * PER, LD = TILE + 1;
     static constexpr int SQUARE = TILE * LD;
     static constexpr int ROWS_AT = 4 * SQUARE * (int)sizeof(REAL);
     static constexpr int SEEN_AT = ROWS_AT + TILE * (int)sizeof(ada_back_row);
@@ -34,6 +34,12 @@ template <typename X> ADA_DEVICE ada_back_row *ada_tile_rows() {
     return ada_shared_at<ada_back_row>(X::ROWS_AT);
 }
 template <typename X> ADA_DEVICE uint8_t *ada_seen() { return ada_shared_at<uint8_t>(X::SEEN_AT); }
+
+/* Of gradients in float64; in float32, for heads of at most 128 and for wider ones, whose sums would not fit
+ * into registers. */
+typedef ada_simt<double, 2> ada_simt_f64;
+typedef ada_simt<float, 4> ada_simt_f32;
+typedef ada_simt<float, 2> ada_simt_wide;
 
 /* A thread's pairs of a tile. */
 template <typename X> struct ada_pairs_of_thread {
