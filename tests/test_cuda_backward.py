@@ -397,8 +397,17 @@ def find_faults(kernels: ctypes.CDLL) -> None:
             if "kv_lengths" in options:
                 arrays[2][:, :, 145:], arrays[3][:, :, 145:] = np.nan, np.nan
             check(kernels, "fp16", arrays, options, order=order)
-    edge = {"causal": True, "query_offset": 126}  # the last key of a tile is hidden from one query of another
-    check(kernels, "fp16", problem(rng, Shape(1, 1, 1, 70, 160, 32, 32), F16, edge), edge)
+    edge = {
+        "causal": True,
+        "query_offset": 126,
+    }  # hides the last key of a tile from one query, which is like it
+    arrays = problem(rng, Shape(1, 1, 1, 70, 160, 32, 32), F16, edge)
+    arrays[1][0, 0, 0] = arrays[2][0, 0, 127]
+    arrays[4:] = (
+        x.astype(y.dtype)
+        for x, y in zip(reference.attention(*arrays[1:4], return_lse=True, **edge), arrays[4:], strict=True)
+    )
+    check(kernels, "fp16", arrays, edge)
     nothing = {"kv_lengths": np.array([0])}
     check(kernels, "fp16", problem(rng, Shape(1, 2, 1, 5, 9, 32, 32), F16, nothing), nothing)
     check(kernels, "fp32", problem(rng, Shape(1, 1, 1, 9, 20, 32, 32), F32, {}), {})
