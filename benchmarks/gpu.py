@@ -189,6 +189,43 @@ def decode(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def training(quick: bool) -> list[dict[str, Any]]:
+    """The backward pass alone, and forward and backward, 16k tokens and 2048 channels; 5 products are counted
+    for the first and 7 for both, whatever is computed."""
+    from adaattn.integrations.torch import scaled_dot_product_attention as ours
+
+    rows = []
+    for name, dtype in DTYPES.items():
+        for D in (128,) if quick else (64, 128):
+            for causal in (False, True):
+                S = 4096
+                B, H = 16384 // S, 2048 // D // (4 if name == "fp32" else 1)
+                leaves = [torch.randn(B, H, S, D, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
+                grad = torch.randn(B, H, S, D, device="cuda").to(dtype)
+                functions: dict[str, Any] = {"ours": lambda a=leaves, c=causal: ours(*a, is_causal=c)}
+                functions |= {
+                    label: torch_run(backend, leaves, is_causal=causal)
+                    for label, backend in BACKENDS.items()
+                    if name != "fp32" or label == "efficient"
+                }
+                contenders: dict[str, Run] = {}
+                for label, f in functions.items():
+                    try:
+                        out = f()
+                    except (RuntimeError, adaattn.Error):
+                        continue  # it will be told of below
+                    contenders[f"{label} backward"] = lambda o=out, a=leaves, g=grad: torch.autograd.grad(
+                        o, a, g, retain_graph=True
+                    )
+                    contenders[f"{label} both"] = lambda f=f, a=leaves, g=grad: torch.autograd.grad(f(), a, g)
+                times = race(contenders, 0.15)
+                work = 2e-9 * B * H * S * S * D / (2 if causal else 1)
+                row: dict[str, Any] = {"dtype": name, "B": B, "H": H, "S": S, "D": D, "causal": causal}
+                counts = {label: 5 if label.endswith("backward") else 7 for label in times}
+                rows.append(row | {"tflops": {x: counts[x] * work / ms for x, ms in times.items()}})
+    return rows
+
+
 def budget(quick: bool) -> list[dict[str, Any]]:
     """Calls within a tolerance: the error that is promised and kept, and the time beside the plain call's."""
     rows = []
@@ -360,6 +397,7 @@ def main() -> None:
     step("prefill", lambda: prefill(arguments.quick))
     step("decode", lambda: decode(arguments.quick))
     step("linear", lambda: linear(arguments.quick))
+    step("training", lambda: training(arguments.quick))
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
     step("sparse", lambda: sparse(arguments.quick))
@@ -403,6 +441,17 @@ def print_tables(result: dict[str, Any]) -> None:
             for label, x in r["tflops"].items()
         )
         print(f"{r['dtype']:5} M = {r['M']:5}: " + ", ".join(cells))
+    print(
+        "\ntraining, TFLOP/s (backward / both)\n"
+        "dtype     S    D causal       ours      flash      cudnn  efficient"
+    )
+    for r in result["training"] or []:
+        t = r["tflops"]
+        cells = "".join(
+            f"{t.get(f'{x} backward', 0):6.0f}/{t.get(f'{x} both', 0):4.0f}"
+            for x in ("ours", "flash", "cudnn", "efficient")
+        )
+        print(f"{r['dtype']:5} {r['S']:6} {r['D']:4} {r['causal']!s:6}{cells}")
     print("\nbudget, ms\ndtype  tolerance     error  measured   plain  within planned   probe verify   rungs")
     for r in result["budget"] or []:
         times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))

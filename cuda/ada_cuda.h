@@ -147,6 +147,12 @@ typedef struct {
      * picture, where there is one, is added to. */
     int (*execute_thin)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
                         ada_picture *picture, ada_cuda_failure *failure);
+
+    /* Gradients of the call, which was opened for backward->p, in order; the mask's result is broadcast like
+     * the mask. Choices: fp64, fp32, or fp16 or bf16 twice for arrays of that dtype. again: [B * G], NULL if
+     * not wanted: whether float64 computed a key head. */
+    int (*gradients)(ada_cuda_call *call, const ada_backward_problem *backward, ada_choice choice,
+                     uint32_t *again, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

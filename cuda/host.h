@@ -113,6 +113,8 @@ int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads,
                    ada_cuda_failure *failure);
 int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
                  ada_picture *picture, ada_cuda_failure *failure);
+int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
+              ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

@@ -209,6 +209,11 @@ ADA_DEVICE bool ada_any(bool x) {
     return x;
 }
 ADA_DEVICE int ada_count_up(int32_t *counter) { return (*counter)++; }
+ADA_DEVICE void ada_raise(uint32_t *to, float x) {
+    float most;
+    memcpy(&most, to, sizeof most);
+    if (x > most) memcpy(to, &x, sizeof x);
+}
 ADA_DEVICE float ada_reciprocal(float x) { return 1 / x; }
 ADA_DEVICE float ada_exp2(float x) { return x < -126 ? 0 : exp2f(x); }
 

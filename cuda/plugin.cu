@@ -219,7 +219,7 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               row_norms,    open_blas,
                               multiply,     product_error,
                               leaves_out,   look_at_blocks,
-                              execute_thin};
+                              execute_thin, gradients};
 
 } // namespace
 } // namespace ada_cuda

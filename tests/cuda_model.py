@@ -109,20 +109,13 @@ def build(
     return library
 
 
-def attention(
-    library: ctypes.CDLL,
+def parameters(
     query: Array,
     key: Array,
     value: Array,
+    alive: list[Array],
     *,
     rung: str,
-    order: int = 1,
-    heads: Array | None = None,
-    pairs: Array | None = None,
-    lists: list[list[list[int]]] | None = None,
-    thin: tuple[float, float, float] | None = None,
-    looked: int | None = None,
-    capability: int = 90,
     attn_mask: Array | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -134,17 +127,10 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
-) -> tuple[Array, Array, int]:
-    """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
-
-    order draws the order of the threads and the delays of copies. lists: of each head and tile of queries,
-    the blocks of keys; thin: they are made, by what may be left out (absolute, relative, most of a sum), and
-    take the place of lse, for as many tiles as are looked at.
-    """
+) -> Any:
+    """What both directions take; what it points to is kept in `alive`."""
     (B, H, T, D), (_, G, S, E) = query.shape, value.shape
-    wide = query.dtype == np.float64
     p = _Params(B=B, H=H, G=G, T=T, S=S, D=D, E=E, dtype=DTYPES.index(query.dtype), rung=RUNGS.index(rung))
-    alive: list[Array] = []
 
     def at(x: Any) -> int:
         alive.append(x)
@@ -153,9 +139,7 @@ def attention(
     def array(x: Array) -> _Array:
         return _Array(at(x), (ctypes.c_int64 * 4)(*x.strides))
 
-    out = np.full((B, H, T, E), 77, query.dtype)
-    lse = np.full((B, H, T), 77, np.float64 if wide else np.float32)
-    p.query, p.key, p.value, p.out, p.lse = array(query), array(key), array(value), array(out), at(lse)
+    p.query, p.key, p.value = array(query), array(key), array(value)
     if attn_mask is not None:
         p.mask = array(np.broadcast_to(attn_mask, (B, H, T, S)))
         p.mask_dtype = DTYPES.index(attn_mask.dtype)
@@ -179,6 +163,42 @@ def attention(
         p.seed = at(np.array([int(x) % 2**64 for x in (seed if many else [seed])], np.uint64))
         p.seed_stride, p.one_seed = int(many), int(not many)
         p.dropout_p, p.drop_below = dropout_p, int(dropout_p * 2**32)
+    return p
+
+
+def attention(
+    library: ctypes.CDLL,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    rung: str,
+    order: int = 1,
+    heads: Array | None = None,
+    pairs: Array | None = None,
+    lists: list[list[list[int]]] | None = None,
+    thin: tuple[float, float, float] | None = None,
+    looked: int | None = None,
+    capability: int = 90,
+    **options: Any,
+) -> tuple[Array, Array, int]:
+    """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
+
+    order draws the order of the threads and the delays of copies. lists: of each head and tile of queries,
+    the blocks of keys; thin: they are made, by what may be left out (absolute, relative, most of a sum), and
+    take the place of lse, for as many tiles as are looked at.
+    """
+    (B, H, T, D), (_, G, S, E) = query.shape, value.shape
+    alive: list[Array] = []
+
+    def at(x: Any) -> int:
+        alive.append(x)
+        return int(x.ctypes.data)
+
+    p = parameters(query, key, value, alive, rung=rung, **options)
+    out = np.full((B, H, T, E), 77, query.dtype)
+    lse = np.full((B, H, T), 77, np.float64 if query.dtype == np.float64 else np.float32)
+    p.out, p.lse = _Array(at(out), (ctypes.c_int64 * 4)(*out.strides)), at(lse)
     if heads is not None:
         p.heads, p.n_heads = at(np.asarray(heads, np.int32).copy()), len(heads)
     raised = np.zeros((B, H), np.uint32)

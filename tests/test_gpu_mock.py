@@ -17,7 +17,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
-from support import BF16, CASES, DTYPES, F32, F64, Array, Shape, in_new_process, inputs, same_bits
+from support import (
+    BF16,
+    CASES,
+    DTYPES,
+    F32,
+    F64,
+    Array,
+    Shape,
+    backward_problem,
+    in_new_process,
+    inputs,
+    same_bits,
+)
 
 import adaattn
 from adaattn import rates, reference
@@ -321,6 +333,131 @@ def _places() -> None:
 
 def test_places(backend: str) -> None:
     run(_places, backend)
+
+
+# ---- gradients
+
+
+def _gradients() -> None:
+    shape = Shape(2, 4, 2, 30, 70, 24, 16)
+    for dtype in DTYPES:
+        unit = {F64: 1e-12, F32: 1e-5, BF16: 0.06}.get(dtype, 0.01)
+        for case in (
+            "plain",
+            "causal",
+            "bias (B, H, T, S)",
+            "bias (1, H, T, 1)",
+            "alibi (B, H)",
+            "sinks",
+            "all",
+        ):
+            options = CASES[case](np.random.default_rng(1), shape)
+            arrays = backward_problem(np.random.default_rng(2), shape, dtype, **options)
+            needs = ["query", "key", "value", *(x for x in ("sinks", "alibi_slopes") if x in options)]
+            needs += ["attn_mask"] if "attn_mask" in options else []
+            there = {name: Fake(x) if name == "attn_mask" else x for name, x in options.items()}
+            got = adaattn.attention_backward(*fakes(arrays), needs=needs, **there)
+            exact = reference.attention_backward(*arrays, needs=needs, **options)
+            on_cpu = adaattn.attention_backward(*arrays, needs=needs, **options)
+            for name, x, right, like in zip(got._fields, got, exact, on_cpu, strict=True):
+                assert (x is None) == (name not in needs)
+                if x is None:
+                    continue
+                assert isinstance(x, Fake) and x.array.dtype == like.dtype and x.array.shape == like.shape
+                error = np.linalg.norm(x.array.astype(F64) - right)
+                size = np.linalg.norm(right) + np.linalg.norm(exact.value)  # some gradients are zeros
+                assert error <= unit * size, (dtype, case, name, error)
+    assert value("live") == 0
+
+
+def test_gradients(backend: str) -> None:
+    run(_gradients, backend)
+
+
+def _gradient_reports() -> None:
+    """They name the rungs and the key heads that theirs does not hold; without one, nothing is waited for."""
+    for dtype, rung in {F32: "fp32", F64: "fp64", BF16: "bf16", np.dtype(np.float16): "fp16"}.items():
+        arrays = backward_problem(np.random.default_rng(2), Shape(1, 4, 2, 20, 30, 8, 8), dtype)
+        there = fakes(arrays)
+        found, report = adaattn.attention_backward(*there, return_report=True)
+        assert (report.precision_scores == rung).all() and not report.retried.any()
+        set_value("waits", 0)
+        again = adaattn.attention_backward(*there)
+        assert value("waits") == 1  # for a library that orders nothing
+        assert all(same_bits(x.array, y.array) for x, y in zip(found[:3], again[:3], strict=True))
+    arrays = [x.astype(F32) for x in arrays]
+    for precision in ("fp32", "fp64"):
+        report = adaattn.attention_backward(*fakes(arrays), precision=precision, return_report=True)[1]
+        assert (report.precision_scores == precision).all()
+
+
+def test_gradient_reports(backend: str) -> None:
+    run(_gradient_reports, backend)
+
+
+def _unfit_gradients() -> None:
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 4, 2, 20, 30, 8, 8))
+    arrays[0][0, 3, 5, 2] = np.nan
+    found, report = adaattn.attention_backward(*fakes(arrays), return_report=True)
+    assert report.retried.tolist() == [[False, True]] and report.precision_sums.tolist() == [["fp32", "fp64"]]
+    exact = reference.attention_backward(*arrays)
+    for x, right in zip(found[:3], exact[:3], strict=True):
+        np.testing.assert_array_equal(np.isnan(x.array), np.isnan(right))
+
+
+def test_key_heads_that_the_rung_does_not_hold(model: str) -> None:
+    run(_unfit_gradients, model)
+
+
+def _gradient_errors() -> None:
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 5, 9, 8, 8))
+    with pytest.raises(adaattn.ArgumentError, match=r"^tolerance: expected None on a GPU, .*, got 0\.01"):
+        adaattn.attention_backward(*fakes(arrays), tolerance=1e-2)
+    with pytest.raises(adaattn.ArgumentError, match=r"^precision: .* on a GPU, got \('int16', 'bf16'\)"):
+        adaattn.attention_backward(*fakes(arrays), precision=("int16", "bf16"))
+    with pytest.raises(
+        adaattn.DeviceError, match=r"^grad_out: expected memory of CUDA device 0 like query's"
+    ):
+        adaattn.attention_backward(arrays[0], *fakes(arrays[1:]))
+    with pytest.raises(adaattn.DeviceError, match=r"^lse: expected memory of CUDA device 0 like query's"):
+        adaattn.attention_backward(*fakes(arrays[:5]), arrays[5])
+    wide = backward_problem(np.random.default_rng(2), Shape(1, 1, 1, 2, 3, 260, 4))
+    with pytest.raises(adaattn.ShapeError, match=r"^query, value: expected head sizes of at most 256"):
+        adaattn.attention_backward(*fakes(wide))
+    assert value("live") == 0
+
+
+def test_gradient_errors(backend: str) -> None:
+    run(_gradient_errors, backend)
+
+
+def _each_gradient_failure(report: bool) -> int:
+    options = {"sinks": [0.5, 1.0], "attn_mask": np.zeros((70, 66), F32)}
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 70, 66, 16, 16), **options)
+    options |= {"attn_mask": Fake(options["attn_mask"]), "needs": ["query", "sinks", "attn_mask"]}
+    for _ in range(2):
+        adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+    set_value("calls", 0)
+    adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+    total = value("calls")
+    for n in range(total):
+        for code, kind in ((700, adaattn.DeviceError), (2, MemoryError)):
+            set_value("code", code)
+            set_value("fail_after", n)
+            try:
+                adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+            except kind as error:
+                assert f"error {code} of the CUDA runtime: injected" in str(error)
+            else:
+                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
+                assert failed in (b"release", b"cudaGetDevice"), failed
+            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
+    return total
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_every_failure_of_gradients_surfaces_once(report: bool, backend: str) -> None:
+    assert run(_each_gradient_failure, backend, report) > 4
 
 
 # ---- budgets
