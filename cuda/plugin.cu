@@ -215,7 +215,11 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               check_mask,   watch,
                               watched,      execute,
                               probe,        compute_rows,
-                              row_norms};
+                              row_norms,    merge,
+                              convert,      use_store,
+                              store_set,    store_copy,
+                              store_append, store_reopen,
+                              store_read};
 
 } // namespace
 } // namespace ada_cuda

@@ -21,6 +21,7 @@ SOURCES = [
     "k1_split.cu",
     "k1_bytes.cu",
     "combine.cu",
+    "few.cu",
 ]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
 RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8"]
@@ -59,6 +60,10 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
         *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
         ("raised", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("kept_dtype", ctypes.c_int32),
+        ("places", ctypes.c_int64 * 12),
     ]
 
 

@@ -238,6 +238,13 @@ static int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failur
     return 0;
 }
 
+static int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure) {
+    ada_error error;
+    (void)device, (void)stream;
+    return fails("merge", failure) || ada_merge(m, NULL, NULL, &error);
+}
+
+/* It keeps no caches: these functions are missing. */
 static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .problem_bytes = sizeof(ada_problem),
                                      .version = "mock",
@@ -258,7 +265,8 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .execute = execute,
                                      .probe = probe,
                                      .rows = rows,
-                                     .row_norms = row_norms};
+                                     .row_norms = row_norms,
+                                     .merge = merge};
 
 #ifndef MOCK_WITHOUT_SYMBOL
 const ada_cuda_table *ada_cuda_plugin(void) { return &table; }
