@@ -120,6 +120,7 @@ ADA_KERNEL(THREADS, 1) close_pages(ADA_ARGS(Tokens) a) {
     uint16_t *const means = (uint16_t *)(to.at + ADA_CU_PAGE * to.row + 16);
     const float most_bf16 = 3.3895313892515355e38f;
     double largest = 0;
+    bool finite = true;
     for (int d = ada_thread(); d < width; d += THREADS) {
         double sum = 0;
         for (int r = 0; r < ADA_CU_PAGE; r++) sum += (double)row_of_full(a, w, open, page, r, d);
@@ -128,11 +129,11 @@ ADA_KERNEL(THREADS, 1) close_pages(ADA_ARGS(Tokens) a) {
         const double centre = (double)ada_from_bf16(means[d]);
         for (int r = 0; r < ADA_CU_PAGE; r++) {
             const double distance = fabs((double)row_of_full(a, w, open, page, r, d) - centre);
-            largest = distance <= largest ? largest : distance;
-            if (!(distance < (double)ADA_INF)) largest = (double)ADA_NAN;
+            largest = distance > largest ? distance : largest;
+            finite &= distance < (double)ADA_INF;
         }
-        if (largest != largest) break; /* it stays */
     }
+    if (!finite) largest = (double)ADA_NAN;
     double *const each = ada_shared_at<double>(0);
     each[ada_thread()] = largest;
     ada_sync();
