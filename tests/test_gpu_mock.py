@@ -937,12 +937,7 @@ STORE_FAULTS = {
     "another page is opened again": ("store.cu", "a.length[w.at], INT32_MAX", "0, INT32_MAX", "store.cu"),
     "half of a page is copied": ("store.cu", "a.words = bytes / 16", "a.words = bytes / 32", "store.cu"),
     "shares are not shares": ("store.cu", "weight[i] /= mass;", ";", "store.cu"),
-    "rows again by the page before": (
-        "pages.cuh",
-        "(open ? 0 : 1 + page)",
-        "(open ? 0 : page)",
-        "combine.cu",
-    ),
+    "keys for values": ("k0.cuh", "kept(v, p, sequence, g, 1,", "kept(v, p, sequence, g, 0,", "combine.cu"),
 }
 
 
