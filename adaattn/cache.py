@@ -123,8 +123,8 @@ class KVCache:
     so no number is looked at: what the dtype cannot hold becomes infinite, and what is not finite makes NaN
     of all tokens of its int8 page. Pages are made as on the CPU, to the bit, and up to 16 queries of the
     heads that share keys are computed from them in fp32, as they are. More queries, float64 ones, a tolerance
-    and a precision by name take arrays of the tokens, which each call makes. Nothing is read in part. Head
-    sizes go up to 256.
+    and a precision by name take arrays of the tokens, which each call makes: of query's dtype, or of float32
+    for half queries on a cache of another dtype. Nothing is read in part. Head sizes go up to 256.
 
     Examples
     --------
