@@ -448,7 +448,8 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
     Parameters
     ----------
     out_a, out_b : arrays of shape (B, H, T, E)
-        Outputs of `attention` for the same queries, of one dtype.
+        Outputs of `attention` for the same queries, of one dtype, on the CPU or on one GPU, where nothing is
+        waited for.
     lse_a, lse_b : arrays of shape (B, H, T)
         Their ``lse``: float32, or float64 for float64 outputs. At most one side may carry the sink.
 
@@ -458,7 +459,7 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
 
     Raises
     ------
-    ShapeError, DTypeError
+    ShapeError, DTypeError, DeviceError
         Naming the argument, what was expected and what came.
     """
     result = _adaattn.merge(out_a, lse_a, out_b, lse_b, _allocate)

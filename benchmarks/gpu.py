@@ -226,6 +226,31 @@ def training(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def generation(quick: bool) -> list[dict[str, Any]]:
+    """One query per sequence on fp32 arrays, and on caches: the bandwidth of what is kept beside a copy's."""
+    rows = []
+    for B, H, G, S in [(8, 8, 8, 8192), (8, 32, 8, 8192)][: 1 if quick else 2]:
+        D = 128
+        query = torch.randn(B, H, 1, D, device="cuda")
+        key, value = (torch.randn(B, G, S, D, device="cuda") for _ in range(2))
+        to = torch.empty_like(key)
+        contenders: dict[str, Run] = {
+            "arrays": lambda q=query, k=key, v=value: adaattn.attention(q, k, v, verify=False),
+            "copy": lambda t=to, k=key: t.copy_(k),
+        }
+        for dtype in ("fp32", "bf16", "int8"):
+            cache = adaattn.KVCache(B, G, D, dtype=dtype, capacity=S, device="cuda")
+            cache.append(key, value)
+            contenders[dtype] = lambda c=cache, q=query: c.attention(q, verify=False)
+        bytes_of = {"bf16": 2, "int8": 1}
+        row: dict[str, Any] = {"B": B, "H": H, "G": G, "S": S, "D": D}
+        rates = {
+            label: bytes_of.get(label, 4) * 2e-6 * key.numel() / ms for label, ms in race(contenders).items()
+        }
+        rows.append(row | {"gb_per_s": rates})
+    return rows
+
+
 def budget(quick: bool) -> list[dict[str, Any]]:
     """Calls within a tolerance: the error that is promised and kept, and the time beside the plain call's."""
     rows = []
@@ -398,6 +423,7 @@ def main() -> None:
     step("decode", lambda: decode(arguments.quick))
     step("linear", lambda: linear(arguments.quick))
     step("training", lambda: training(arguments.quick))
+    step("generation", lambda: generation(arguments.quick))
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
     step("sparse", lambda: sparse(arguments.quick))
@@ -452,6 +478,12 @@ def print_tables(result: dict[str, Any]) -> None:
             for x in ("ours", "flash", "cudnn", "efficient")
         )
         print(f"{r['dtype']:5} {r['S']:6} {r['D']:4} {r['causal']!s:6}{cells}")
+    print(
+        "\nfp32 arrays and caches, one query, GB/s\n  B   H  G     S  arrays    fp32    bf16    int8    copy"
+    )
+    for r in result["generation"] or []:
+        cells = "".join(f"{r['gb_per_s'].get(x, 0):8.0f}" for x in ("arrays", "fp32", "bf16", "int8", "copy"))
+        print(f"{r['B']:3} {r['H']:3} {r['G']:2} {r['S']:6}{cells}")
     print("\nbudget, ms\ndtype  tolerance     error  measured   plain  within planned   probe verify   rungs")
     for r in result["budget"] or []:
         times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))

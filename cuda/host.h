@@ -116,6 +116,23 @@ int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, i
 int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
               ada_cuda_failure *failure);
 
+/* store.cu */
+int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure);
+int convert(int device, uintptr_t stream, const ada_array *to, const ada_array *from,
+            ada_cuda_failure *failure);
+void use_store(ada_cuda_call *call, const ada_cuda_store *store);
+int store_set(int device, uintptr_t stream, void *table, const int64_t *at, const uint64_t *address,
+              int64_t n, ada_cuda_failure *failure);
+int store_copy(int device, uintptr_t stream, const uint64_t *to, const uint64_t *from, int64_t n,
+               int64_t bytes, ada_cuda_failure *failure);
+int store_append(int device, uintptr_t stream, const ada_cuda_store *store, const ada_array *key,
+                 const ada_array *value, const int64_t *lengths, const int64_t *counts,
+                 ada_cuda_failure *failure);
+int store_reopen(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *sequences,
+                 const int64_t *pages, int64_t n, ada_cuda_failure *failure);
+int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
+               const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
+
 } // namespace ada_cuda
 
 #endif

@@ -82,7 +82,9 @@ static layout layout_of(const ada_cu_params *p) {
     return at;
 }
 
-size_t ada_cu_workspace(const ada_cu_params *p) { return layout_of(p).bytes; }
+size_t ada_cu_workspace(const ada_cu_params *p) {
+    return ada_reads_floats(p) ? ada_few_workspace(p) : layout_of(p).bytes;
+}
 
 static bool in_fours(const ada_cu_params *p) {
     const ada_cu_array *arrays[3] = {&p->query, &p->key, &p->value};
@@ -247,6 +249,7 @@ int ada_cu_computes(const ada_cu_params *p) {
 cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream) {
     if (!ada_cu_computes(p)) return cudaErrorNotSupported;
     if (p->heads && p->n_heads == 0) return cudaSuccess;
+    if (ada_reads_floats(p)) return ada_few_attend(p, k0_args(p), stream);
     ada_k0_args simt = k0_args(p);
     if (p->rung == ADA_CU_SIMT_F64) return ada_k0_run(simt, true, simt.rows, stream);
     const layout at = layout_of(p);

@@ -44,6 +44,11 @@ typedef struct {
     int32_t splits;
 } ada_combine_args;
 
+/* few.cu: few queries on keys in float32 or in a cache's pages, which are read as they are. */
+bool ada_reads_floats(const ada_cu_params *p);
+size_t ada_few_workspace(const ada_cu_params *p);
+cudaError_t ada_few_attend(const ada_cu_params *p, const ada_k0_args &again, cudaStream_t stream);
+
 cudaError_t ada_combine_run(const ada_combine_args &a, int64_t rows, cudaStream_t stream);
 cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStream_t stream);
 cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);

@@ -219,7 +219,11 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               row_norms,    open_blas,
                               multiply,     product_error,
                               leaves_out,   look_at_blocks,
-                              execute_thin, gradients};
+                              execute_thin, gradients,
+                              merge,        convert,
+                              use_store,    store_set,
+                              store_copy,   store_append,
+                              store_reopen, store_read};
 
 } // namespace
 } // namespace ada_cuda

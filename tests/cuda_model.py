@@ -24,6 +24,7 @@ SOURCES = [
     "k1_listed.cu",
     "lists.cu",
     "combine.cu",
+    "few.cu",
 ]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
 RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "int8/fp8", "fp8"]
@@ -63,6 +64,10 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
         ("raised", ctypes.c_void_p),
         ("lists", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("kept_dtype", ctypes.c_int32),
+        ("places", ctypes.c_int64 * 12),
     ]
 
 

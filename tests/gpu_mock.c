@@ -257,6 +257,13 @@ static int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_cho
     return ada_backward(&y, &budget, NULL, NULL, &error) != ADA_OK;
 }
 
+static int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure) {
+    ada_error error;
+    (void)device, (void)stream;
+    return fails("merge", failure) || ada_merge(m, NULL, NULL, &error);
+}
+
+/* It keeps no caches: these functions are missing. */
 static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .problem_bytes = sizeof(ada_problem),
                                      .version = "mock",
@@ -279,7 +286,9 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .rows = rows,
                                      .row_norms = row_norms,
                                      .leaves_out = leaves_out,
-                                     .gradients = gradients};
+                                     .gradients = gradients,
+
+                                     .merge = merge};
 
 #ifndef MOCK_WITHOUT_SYMBOL
 const ada_cuda_table *ada_cuda_plugin(void) { return &table; }

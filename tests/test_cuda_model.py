@@ -158,6 +158,17 @@ def test_splits_of_the_keys(rung: str, kernels: ctypes.CDLL, rng: np.random.Gene
             check(kernels, rung, *arrays, order=order, **options)
 
 
+def test_few_queries_on_floats(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Read as they are, whatever the size: of one to sixteen rows that share keys, and where they are not
+    aligned the other way."""
+    for order, (D, E) in enumerate(((1, 3), (31, 64), (64, 65), (100, 128), (130, 256))):
+        for H, G, T in ((1, 1, 1), (2, 2, 1), (6, 2, 5), (4, 1, 4)):
+            arrays = inputs(rng, Shape(2, H, G, T, 270 + 2 * D, D, E), F32)
+            lengths = np.array([arrays[1].shape[2], 100])
+            for x in (arrays, [guarded(x) for x in arrays]):
+                check(kernels, "split", *x, order=order, causal=True, kv_lengths=lengths)
+
+
 @pytest.mark.parametrize(("rung", "dtype"), RUNGS, ids=str)
 def test_a_head_depends_on_itself_alone(
     rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator
@@ -598,6 +609,17 @@ FAULTS = {
         "combine.cu",
     ),
     "half of a score": ("k0.cuh", "lanes < LANES;", "lanes < LANES / 2;", "k0.cu"),
+    "half of a score of few": ("few.cu", "lanes < LANES; lanes", "lanes < LANES / 4; lanes", "few.cu"),
+    "one key too many of few": ("few.cu", "j < spans[r].end;", "j <= spans[r].end;", "few.cu"),
+    "outputs of few keep their old reference": ("few.cu", "o[r][c] *= by[r];", ";", "few.cu"),
+    "sums of few keep their old reference": ("few.cu", "fmaf(l[r], by[r], sum)", "l[r] + sum", "few.cu"),
+    "parts overlap": ("few.cu", "all.end < part_end ? all.end : part_end", "all.end", "few.cu"),
+    "groups of few merge at different references": (
+        "few.cu",
+        "end_of[0] == most ? 1 : ada_exp2(end_of[0] - most)",
+        "1",
+        "few.cu",
+    ),
     "groups merge without a barrier": ("k0.cuh", "= own; } ada_sync();", "= own; }", "k0.cu"),
     "the block before that on the list": (
         "k1.cuh",
@@ -803,6 +825,10 @@ def find_faults_of_lists(kernels: ctypes.CDLL, order: int) -> None:
         assert (counts[..., 0] < 8).any()
         if arrays is none:
             assert all(4 in own[1 : 1 + own[0]] for own in listed[0])
+
+        floats = inputs(rng, Shape(1, 4, 1, 3, 600, 32, 32), F32, 2.0)
+        check(kernels, "split", *floats, order=order, causal=True)
+        check(kernels, "split", *floats, order=order, kv_lengths=np.array([9]))
 
 
 @pytest.mark.parametrize("fault", ["", *FAULTS])

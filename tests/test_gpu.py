@@ -722,3 +722,100 @@ def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
         for product, error in (("fp32", 1e-5), ("tf32", 1e-2), ("fp16", 1e-2), ("fp64", 1e-6)):
             y = adaattn.linear(x, weight, bias, precision=product)
             assert y.shape == (2, 15, 41) and float((y.double() - right).norm() / right.norm()) < error
+
+
+# ---- few queries, caches, merging
+
+
+def test_few_queries_read_floats(rng: np.random.Generator) -> None:
+    for H, G, T, S, D in (
+        (8, 8, 1, 5000, 128),
+        (8, 2, 1, 9000, 64),
+        (4, 1, 4, 700, 256),
+        (2, 2, 16, 300, 40),
+    ):
+        arrays = inputs(rng, Shape(2, H, G, T, S, D, D), F32)
+        exact = reference.attention(*arrays, causal=True, kv_lengths=[S, S // 2])
+        out = adaattn.attention(*map(to_gpu, arrays), causal=True, kv_lengths=[S, S // 2])
+        assert relative(out, exact) < 1e-6
+
+
+@pytest.mark.parametrize("given", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
+def test_caches(dtype: str, given: Any, rng: np.random.Generator) -> None:
+    """Like the CPU's, through everything that a cache does."""
+    sizes = (3, 2, 128, 96)
+    cpu = adaattn.KVCache(*sizes, dtype=dtype)
+    gpu = adaattn.KVCache(*sizes, dtype=dtype, device="cuda")
+
+    def append(n: int, lengths: Any = None) -> None:
+        batch = len(cpu.lengths)
+        tokens = [rng.standard_normal((batch, 2, n, width)).astype(given) for width in sizes[2:]]
+        cpu.append(*tokens, lengths)
+        gpu.append(*map(to_gpu, tokens), lengths)
+
+    def agree() -> None:
+        for T, H in ((1, 2), (1, 8), (5, 4), (40, 4)):
+            query = rng.standard_normal((len(cpu.lengths), H, T, 128)).astype(given)
+            expected, expected_lse = cpu.attention(query, return_lse=True)
+            out, lse = gpu.attention(to_gpu(query), return_lse=True)
+            assert out.is_cuda and out.dtype == TORCH[given]
+            assert relative(out, expected.astype(F64)) < 5e-6 + 2 * ROUNDING[given] * (given != F32)
+            np.testing.assert_allclose(to_cpu(lse), expected_lse, rtol=1e-5, atol=1e-4)
+
+    append(200, [200, 64, 7])
+    agree()
+    for _ in range(3):
+        append(1)
+    agree()
+    append(300)
+    for cache in (cpu, gpu):
+        cache.truncate([450, 130, 3])
+    agree()
+    for cache in (cpu, gpu):
+        cache.reorder([0, 0, 1, 2])
+    append(90, [90, 1, 64, 20])
+    agree()
+    query = rng.standard_normal((4, 4, 70, 128)).astype(given)
+    out, report = gpu.attention(to_gpu(query), tolerance=2e-2, return_report=True)
+    exact, on_cpu = cpu.attention(query, return_report=True)
+    assert relative(out, exact.astype(F64)) < 2e-2 + 2 * ROUNDING[given]
+    np.testing.assert_allclose(report.stored_error, on_cpu.stored_error, rtol=1e-4)
+
+
+def test_steps_of_generation_are_quiet() -> None:
+    """They wait for nothing, and their memory is torch's."""
+    cache = adaattn.KVCache(2, 2, 64, dtype="int8", device="cuda", capacity=512)
+    tokens = [torch.randn(2, 2, 63, 64, device="cuda") for _ in range(2)]
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    before = torch.cuda.memory_allocated()
+    cache.append(*tokens)
+    assert torch.cuda.memory_allocated() - before >= cache.nbytes
+    expected = cache.attention(query)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for i in range(3):
+            cache.append(*(x[:, :, i : i + 1] for x in tokens))
+            cache.attention(query)
+        cache.truncate(63)
+        out = cache.attention(query)
+        assert not stream.query()
+    stream.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)  # the first 63 are now in int8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merging(dtype: Any, rng: np.random.Generator) -> None:
+    query, key, value = inputs(rng, Shape(2, 4, 2, 33, 300, 64, 48), dtype)
+    parts = [
+        adaattn.attention(
+            *map(to_gpu, (query, key[:, :, at], value[:, :, at])), return_lse=True, precision="fp64"
+        )
+        for at in (slice(0, 120), slice(120, 300))
+    ]
+    out, lse = adaattn.merge(*parts[0], *parts[1])
+    exact, exact_lse = reference.attention(query, key, value, return_lse=True)
+    assert out.is_cuda and relative(out, exact) < 3 * ROUNDING[dtype]
+    np.testing.assert_allclose(to_cpu(lse), exact_lse, rtol=1e-6)
