@@ -2,7 +2,8 @@
 #include "launch.h"
 
 template <int PER, int LANES, bool PAGES>
-ADA_KERNEL(ADA_K0_THREADS, 1) ada_combine(ADA_ARGS(ada_combine_args) a) {
+ADA_KERNEL(ADA_K0_THREADS, 1)
+ada_combine(ADA_ARGS(ada_combine_args) a) {
     const ada_cu_params &p = a.k0.p;
     const int thread = ada_thread(), head = p.heads ? p.heads[ada_block() / p.T] : ada_block() / p.T;
     const int t = ada_block() % p.T, b = head / p.H, h = head % p.H;
