@@ -108,7 +108,7 @@ ADA_DEVICE few_rows few_rows_of(const ada_cu_params &p, const ada_sequence &s, i
     return rows;
 }
 
-/* Caps, biases and hides the score of one key, in octaves; *saw: whether the mask shows it. */
+/* Caps, biases and hides the score of one key, in octaves; visible: also whether the mask shows it. */
 ADA_DEVICE float few_score(const few_args &a, const ada_sequence &s, int h, int t, int j, float x,
                            bool &visible) {
     const ada_cu_params &p = a.p;
