@@ -16,6 +16,7 @@
 template <bool BF16_, int WIDTH_, bool OF_KEYS_, bool SCORES_, bool WEIGHTS_, int WARPS_, int MR_, int KEYS_>
 struct ada_back_tiling {
     static constexpr bool BF16 = BF16_, OF_KEYS = OF_KEYS_, SCORES = SCORES_, WEIGHTS = WEIGHTS_;
+    static constexpr bool FP8 = false;
     static constexpr int WIDTH = WIDTH_, WARPS = WARPS_, MR = MR_, KEYS = KEYS_, BN = KEYS_, PARTS = 1;
     static constexpr int THREADS = 32 * WARPS, STAYING = 16 * MR * WARPS;
     typedef ada_rows_of<2 * WIDTH> QK;

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuda_model import CUDA, Array, _Array, _Params, parameters
+from cuda_model import Array, _Array, _Params, parameters
 
 from adaattn import Gradients
 
@@ -29,27 +27,8 @@ class _Gradients(ctypes.Structure):
     )
 
 
-def build(
-    folder: Path,
-    *flags: str,
-    cuda: Path = CUDA,
-    sources: list[str] = SOURCES,
-    objects: Path | None = None,
-) -> ctypes.CDLL:
-    """Compiles sources into a library in the folder; other objects are those of a folder built before."""
-    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", *flags]
-
-    def object_of(name: str) -> str:
-        if name not in sources:
-            return str(objects / f"{name}.o") if objects else ""
-        to = str(folder / f"{name}.o")
-        subprocess.run([*compiler, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
-        return to
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(object_of, SOURCES))
-    subprocess.run(["g++", "-shared", *made, "-o", str(folder / "backward.so")], check=True)
-    library = ctypes.CDLL(str(folder / "backward.so"))
+def load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     library.ada_cu_backward_workspace.restype = ctypes.c_size_t
     return library
 

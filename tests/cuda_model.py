@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-CUDA = Path(__file__).parent.parent / "cuda"
 SOURCES = [
     "model.cc",
     "launch.cu",
@@ -84,32 +81,8 @@ class _Lists(ctypes.Structure):
     ]
 
 
-def build(
-    folder: Path,
-    *flags: str,
-    cuda: Path = CUDA,
-    sources: list[str] = SOURCES,
-    objects: Path | None = None,
-    empty: tuple[str, ...] = (),
-) -> ctypes.CDLL:
-    """Compiles sources into a library in the folder; other objects are those of a folder built before.
-
-    Sources that are empty have no kernels.
-    """
-    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", *flags]
-
-    def object_of(name: str) -> str:
-        if name not in sources:
-            return str(objects / f"{name}.o") if objects else ""
-        to = str(folder / f"{name}.o")
-        none = ["-UADA_K1_WIDTHS", "-DADA_K1_WIDTHS(X)="] if name in empty else []
-        subprocess.run([*compiler, *none, "-x", "c++", "-c", str(cuda / name), "-o", to], check=True)
-        return to
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(object_of, SOURCES))
-    subprocess.run(["g++", "-shared", *made, "-o", str(folder / "model.so")], check=True)
-    library = ctypes.CDLL(str(folder / "model.so"))
+def load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     library.ada_cu_workspace.restype = ctypes.c_size_t
     return library
 

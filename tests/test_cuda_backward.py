@@ -3,18 +3,17 @@ see."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import os
-import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import cuda_backward
+import cuda_build
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_model import CUDA
 from support import (
     BF16,
     CASES,
@@ -46,7 +45,7 @@ FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return cuda_backward.build(tmp_path_factory.mktemp("cuda_backward"))
+    return cuda_backward.load(cuda_build.whole(tmp_path_factory))
 
 
 def problem(
@@ -362,27 +361,16 @@ FAULTS = {
 }
 
 
+# Of one width, without optimisation: they compile sooner.
+FLAGS = ("-DADA_BACK_WIDTHS(X)=X(64)", "-O0")
+
+
 @pytest.fixture(scope="session")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
-    """The kernels with each fault; "": with none. Of one width, without optimisation: they compile sooner."""
-    flags = ["-DADA_BACK_WIDTHS(X)=X(64)", "-O0"]
-    base = tmp_path_factory.mktemp("faultless_backward")
-    libraries = {"": cuda_backward.build(base, *flags)}
-
-    def build(fault: str) -> ctypes.CDLL:
-        (file, source), old, new = FAULTS[fault]
-        folder = tmp_path_factory.mktemp("faulty_backward")
-        shutil.copytree(CUDA, folder / "cuda")
-        (folder / "csrc").symlink_to(CUDA.parent / "csrc")
-        text = (folder / "cuda" / file).read_text()
-        text, count = re.subn(r"\s+".join(map(re.escape, old.split(" "))), new, text)
-        assert count == 1, fault
-        (folder / "cuda" / file).write_text(text)
-        return cuda_backward.build(folder, *flags, cuda=folder / "cuda", sources=[source], objects=base)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        libraries.update(zip(FAULTS, pool.map(build, FAULTS), strict=True))
-    return libraries
+def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of objects."""
+    folder = tmp_path_factory.mktemp("faultless")
+    cuda_build.compile_sources(cuda_backward.SOURCES, folder, *FLAGS)
+    return folder
 
 
 def find_faults(kernels: ctypes.CDLL) -> None:
@@ -416,10 +404,13 @@ def find_faults(kernels: ctypes.CDLL) -> None:
     check(kernels, "fp64", arrays, {"causal": True})
 
 
-@pytest.mark.parametrize("fault", ["", *FAULTS])
-def test_faults_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
-    if not fault:
-        find_faults(faulty[fault])
-        return
+def test_nothing_is_found_without_a_fault(faultless: Path) -> None:
+    find_faults(cuda_backward.load(cuda_build.link(faultless.glob("*.o"), faultless)))
+
+
+@pytest.mark.parametrize("fault", cuda_build.some(FAULTS, 3))
+def test_faults_are_found(fault: str, faultless: Path, tmp_path: Path) -> None:
+    (file, source), old, new = FAULTS[fault]
+    library = cuda_build.with_mistake(tmp_path, faultless, file, old, new, source, *FLAGS)
     with pytest.raises(AssertionError):
-        find_faults(faulty[fault])
+        find_faults(cuda_backward.load(library))

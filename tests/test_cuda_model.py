@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import os
-import re
 import shutil
+from pathlib import Path
 from typing import Any
 
+import cuda_build
 import cuda_model
 import ml_dtypes
 import numpy as np
@@ -65,7 +65,7 @@ FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return cuda_model.build(tmp_path_factory.mktemp("cuda"))
+    return cuda_model.load(cuda_build.whole(tmp_path_factory))
 
 
 def check(
@@ -752,30 +752,17 @@ FP8_FAULTS = {
 }
 
 
+# Of one width, without optimisation: they compile sooner.
+FLAGS = ("-DADA_K1_WIDTHS(X)=X(32)", "-O0")
+
+
 @pytest.fixture(scope="session")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
-    """The kernels with each fault; "": with none. Of one width, without optimisation: they compile sooner."""
-    flags = ["-DADA_K1_WIDTHS(X)=X(32)", "-O0"]
-    base = tmp_path_factory.mktemp("faultless")
+def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of objects."""
+    folder = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
-    faults = FAULTS | FP8_FAULTS
-    libraries = {"": cuda_model.build(base, *flags, empty=others)}
-
-    def build(fault: str) -> ctypes.CDLL:
-        file, old, new, source = faults[fault]
-        folder = tmp_path_factory.mktemp("faulty")
-        shutil.copytree(cuda_model.CUDA, folder / "cuda")
-        (folder / "csrc").symlink_to(cuda_model.CUDA.parent / "csrc")
-        text = (folder / "cuda" / file).read_text()
-        pattern = r"\s+".join(map(re.escape, old.split(" ")))
-        text, count = re.subn(pattern, new.replace("\\", "\\\\"), text)
-        assert count == 1, fault
-        (folder / "cuda" / file).write_text(text)
-        return cuda_model.build(folder, *flags, cuda=folder / "cuda", sources=[source], objects=base)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        libraries.update(zip(faults, pool.map(build, faults), strict=True))
-    return libraries
+    cuda_build.compile_sources(cuda_model.SOURCES, folder, *FLAGS, empty=others)
+    return folder
 
 
 def find_faults(kernels: ctypes.CDLL) -> None:
@@ -831,15 +818,6 @@ def find_faults_of_lists(kernels: ctypes.CDLL, order: int) -> None:
         check(kernels, "split", *floats, order=order, kv_lengths=np.array([9]))
 
 
-@pytest.mark.parametrize("fault", ["", *FAULTS])
-def test_faults_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
-    if not fault:
-        find_faults(faulty[fault])
-        return
-    with pytest.raises(AssertionError):
-        find_faults(faulty[fault])
-
-
 def find_fp8_faults(kernels: ctypes.CDLL) -> None:
     """The same of fp8."""
     for order in range(1, 3):
@@ -862,10 +840,15 @@ def find_fp8_faults(kernels: ctypes.CDLL) -> None:
     test_one_value_is_exact_in_fp8(kernels, rng)
 
 
-@pytest.mark.parametrize("fault", ["", *FP8_FAULTS])
-def test_faults_of_fp8_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
-    if not fault:
-        find_fp8_faults(faulty[fault])
-        return
+def test_nothing_is_found_without_a_fault(faultless: Path) -> None:
+    kernels = cuda_model.load(cuda_build.link(faultless.glob("*.o"), faultless))
+    find_faults(kernels)
+    find_fp8_faults(kernels)
+
+
+@pytest.mark.parametrize("fault", cuda_build.some(FAULTS | FP8_FAULTS, 3))
+def test_faults_are_found(fault: str, faultless: Path, tmp_path: Path) -> None:
+    find = find_fp8_faults if fault in FP8_FAULTS else find_faults
+    library = cuda_build.with_mistake(tmp_path, faultless, *(FAULTS | FP8_FAULTS)[fault], *FLAGS)
     with pytest.raises(AssertionError):
-        find_fp8_faults(faulty[fault])
+        find(cuda_model.load(library))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_build
 import ml_dtypes
 import numpy as np
 import pytest
@@ -367,18 +368,10 @@ def _wrong() -> None:
             assert report.measured_error < UNITS[product]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", cuda_build.some(FAULTS, 3))
 def test_faults_are_found(fault: str, model: str, blas: str, tmp_path: Path) -> None:
     old, new = FAULTS[fault]
-    text, objects = (ROOT / "cuda/linear.cu").read_text(), Path(model).parent
-    text, count = re.subn(r"\s+".join(map(re.escape, old.split())), new, text)
-    assert count == 1
-    (tmp_path / "linear.cu").write_text(text)
-    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-w", "-DADA_CUDA_MODEL", f"-I{ROOT / 'cuda'}"]
-    command += ["-include", str(ROOT / "tests/gpu_runtime.h"), "-x", "c++", "-c", str(tmp_path / "linear.cu")]
-    subprocess.run([*command, "-o", str(tmp_path / "linear.o")], check=True)
-    others = [str(path) for path in objects.glob("*.o") if path.stem != "linear"]
-    link = ["g++", "-shared", "-Wl,-Bsymbolic", *others, str(tmp_path / "linear.o")]
-    subprocess.run([*link, "-o", str(tmp_path / "model.so")], check=True)
-    with pytest.raises(Exception, match=r"AssertionError|Error:|exit"):
-        run(_wrong, str(tmp_path / "model.so"), blas)
+    objects = Path(model).parent
+    library = cuda_build.with_mistake(tmp_path, objects, "linear.cu", old, new, "linear.cu", "-O0")
+    with pytest.raises(AssertionError):
+        run(_wrong, str(library), blas)
