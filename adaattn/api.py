@@ -105,7 +105,8 @@ def attention(
         it makes little difference. Heads of low rank: few landmarks stand for all keys. "dense" leaves
         nothing out. "sparse" and "low_rank" by name win over the planner, at any length: they are verified,
         and replaced (``retried``) only where the head's numbers do not allow them, or where there are fewer
-        than 64 queries or keys for "sparse". See the notes.
+        than 64 queries or keys for "sparse". On a GPU there is no low rank, and what sparse heads leave out
+        is not computed at all. See the notes.
     min_rank, max_rank : int, optional
         Least and most landmarks of a head of low rank; the least rank that keeps the tolerance is taken. By
         default from 1 to 512, as many as keys at most.
@@ -181,6 +182,7 @@ def attention(
     "fp16"              inputs rounded to float16                                           4e-4
     "bf16"              inputs and weights rounded to bfloat16                              3.5e-3
     "int8"              8-bit integers, scaled likewise; with "bf16" values: 1.1e-2         1.4e-2
+    "fp8"               8-bit floats (e4m3), on GPUs only; with scores in "int8": 3.8e-2    5.3e-2
     ==================  ==================================================================  =======
 
     Sums are in fp32, or exact integers that become fp32 every 256 keys. Keys lose their mean before they are
@@ -233,13 +235,17 @@ def attention(
     On a GPU all arrays lie on query's device; vectors (slopes, sinks, lengths, offsets, seeds) may lie
     anywhere and are read by the host. Work goes to the stream that query's library works on, and the result
     is that library's. The rungs are "fp64", "fp32", "fp16", "bf16" and, for scores, "int8" with "bf16" values
-    ("fp16" for float16 arrays); head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
+    ("fp16" for float16 arrays), and on chips of capability 8.9, 9.0 and 10 "fp8" for values or both, which
+    has not run on a GPU yet; head sizes go up to 256. Without a tolerance float16 and bfloat16 arrays are
     multiplied as they are, with weights rounded to their format, as is usual on GPUs; "fp32" by name does not
     round weights. Rows that a rung cannot hold are done again in fp64 (``retried`` in the report). Budgets
     are planned from a part of the keys and a few queries, or for half arrays without looking, and no rows are
-    profiled. A call with a tolerance, a float mask or a report waits for the GPU; `verify=False`, with a
-    plan if there is a tolerance, does not, and can be captured in a CUDA graph: a float mask is not checked
-    then. Ctrl-C does not end work on a GPU.
+    profiled. Sparse heads there (up to head sizes of 128, without masks) leave out blocks of keys for 128
+    queries, 64 in fp32, where centres and radii bound all scores so far that the blocks cannot matter; what
+    that may move outputs by in all is held against the outputs, and a head where it is too much becomes dense
+    (not run on a GPU yet). A call with a tolerance, a float mask or a report waits for the GPU;
+    `verify=False`, with a plan if there is a tolerance, does not, and can be captured in a CUDA graph: a
+    float mask is not checked then. Ctrl-C does not end work on a GPU.
 
     Examples
     --------
@@ -442,7 +448,8 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
     Parameters
     ----------
     out_a, out_b : arrays of shape (B, H, T, E)
-        Outputs of `attention` for the same queries, of one dtype.
+        Outputs of `attention` for the same queries, of one dtype, on the CPU or on one GPU, where nothing is
+        waited for.
     lse_a, lse_b : arrays of shape (B, H, T)
         Their ``lse``: float32, or float64 for float64 outputs. At most one side may carry the sink.
 
@@ -452,7 +459,7 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> Any:
 
     Raises
     ------
-    ShapeError, DTypeError
+    ShapeError, DTypeError, DeviceError
         Naming the argument, what was expected and what came.
     """
     result = _adaattn.merge(out_a, lse_a, out_b, lse_b, _allocate)

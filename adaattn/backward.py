@@ -71,7 +71,7 @@ def attention_backward(
     grad_out : array of shape (B, H, T, E), query's dtype
         Gradient of the loss with respect to ``out``. Any strides; read in place, like all arrays here.
     query, key, value : arrays as in `attention`
-        On the CPU.
+        On the CPU or, all of a call, on one CUDA GPU.
     out, lse : arrays of shapes (B, H, T, E) and (B, H, T)
         What ``attention(query, key, value, ..., return_lse=True)`` returned for the same arguments, exact or
         within a tolerance: query's dtype, and float32 (float64 for float64 arrays). Their errors pass into
@@ -109,7 +109,7 @@ def attention_backward(
     ShapeError, DTypeError, ArgumentError
         Naming the argument, what was expected and what came.
     DeviceError
-        Arrays on a GPU.
+        Arrays on several devices, or on a GPU that cannot be used.
     NumericalError
         A precision by name misses the tolerance beyond doubt.
     MemoryError
@@ -134,6 +134,10 @@ def attention_backward(
     tolerance, the key head is computed again in float32, from an lse and an output of its own, and then in
     float64. Gradients of masks and sinks are computed exactly, from the lse and output that are given; a
     gradient of slopes keeps the whole call exact. The gradient is dense, whatever the forward pass left out.
+
+    On a GPU half arrays are multiplied in their own format, others as without a tolerance on the CPU; the
+    call returns before the work is done, unless there is a report, and does not look for NaN in a mask.
+    Gradients are not verified there: a tolerance and 16-bit integers are refused. Not run on a GPU yet.
 
     Five products of a tile of 64 queries and 64 keys (FlashAttention-2, arXiv 2307.08691); tiles that share a
     sum are computed one after the other in an order that the sizes of one head fix.

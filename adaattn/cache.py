@@ -16,6 +16,7 @@ from . import _adaattn
 from .api import _given, attention
 from .codes import code_places
 from .errors import ArgumentError, DTypeError, ShapeError
+from .pages import Pages
 from .stats import POLICIES, Plan
 
 _Array = NDArray[Any]
@@ -84,10 +85,12 @@ class KVCache:
         Every so many calls of `attention` within a tolerance one is verified whatever its number of queries,
         as ``verify=True`` does; default none. The others, of fewer than 64 queries, are predicted only. A
         call that says ``verify`` itself is as it says, and counts.
+    device : "cuda" or "cuda:N", optional
+        Keep the tokens on that GPU, where keys, values and queries then lie. Default: the CPU.
 
     Raises
     ------
-    ArgumentError, DTypeError
+    ArgumentError, DTypeError, DeviceError
         Naming the argument, what was expected and what came.
 
     Notes
@@ -114,6 +117,15 @@ class KVCache:
     Numbers that the dtype cannot hold are refused when they are appended. NaN and infinities are kept, but
     refused by int8, where they would spoil the other tokens of their page.
 
+    On a GPU tokens lie in pages of 64 that a table finds, so that nothing is copied as the cache grows; the
+    library of the first key makes their memory, by half as much again when it runs out. `reorder` copies no
+    page before one of its owners writes to it, and `truncate` gives pages back. Nothing waits for the GPU,
+    so no number is looked at: what the dtype cannot hold becomes infinite, and what is not finite makes NaN
+    of all tokens of its int8 page. Pages are made as on the CPU, to the bit, and up to 16 queries of the
+    heads that share keys are computed from them in fp32, as they are. More queries, float64 ones, a tolerance
+    and a precision by name take arrays of the tokens, which each call makes: of query's dtype, or of float32
+    for half queries on a cache of another dtype. Nothing is read in part. Head sizes go up to 256.
+
     Examples
     --------
     >>> import numpy as np, adaattn
@@ -136,6 +148,7 @@ class KVCache:
         dtype: str = "fp32",
         tolerance: float | None = None,
         verify_every: int | None = None,
+        device: str | None = None,
     ) -> None:
         self._batch = _size("batch", batch)
         self._heads = _size("kv_heads", kv_heads)
@@ -146,7 +159,15 @@ class KVCache:
         self._verify_every = None if verify_every is None else _size("verify_every", verify_every)
         self._calls = 0  # within a tolerance
         self._lengths = np.zeros(self._batch, np.int64)
-        self._key, self._value = (self._allocate(side, self._capacity) for side in range(2))
+        self._pages: Pages | None = None
+        if device is not None:
+            for name, width in zip(("head_size", "value_size"), self._widths, strict=True):
+                if width > 256:
+                    raise ArgumentError(f"{name}: expected at most 256 on a GPU, got {width}")
+            sizes = (self._batch, self._heads, self._widths, self._capacity)
+            self._pages = Pages(device, self._dtype, *sizes)
+        else:
+            self._key, self._value = (self._allocate(side, self._capacity) for side in range(2))
         self._codes: list[Codes] | None = None
 
     def append(self, key: Any, value: Any, lengths: ArrayLike | None = None) -> None:
@@ -155,7 +176,8 @@ class KVCache:
         Parameters
         ----------
         key, value : arrays of shape (B, G, N, D) and (B, G, N, E)
-            float32, float16, bfloat16 or float64; NumPy arrays or anything on the CPU that speaks DLPack.
+            float32, float16, bfloat16 or float64; NumPy arrays or anything on the CPU, or on the cache's GPU,
+            that speaks DLPack.
         lengths : (B,) ints, optional
             How many of the N tokens count for each sequence (the first ones); default all.
 
@@ -164,8 +186,13 @@ class KVCache:
         ShapeError, DTypeError, ArgumentError, DeviceError
             Naming the argument, what was expected and what came.
         """
-        n = _adaattn._cache_count(self._key, self._value, key, value)
+        pages = self._pages
+        n = pages.count(key, value) if pages else _adaattn._cache_count(self._key, self._value, key, value)
         counts = self._per_sequence(n if lengths is None else lengths, np.full(self._batch, n))
+        if pages:
+            pages.append(key, value, self._lengths, counts)
+            self._lengths = self._lengths + counts
+            return
         needed = int((self._lengths + counts).max())
         capacity = self._capacity
         while capacity < needed:
@@ -214,10 +241,13 @@ class KVCache:
             wanted = f"({self._batch}, a multiple of {self._heads}, T, {self._widths[0]})"
             raise ShapeError(f"query: expected shape {wanted}, got {shape}")
         S = max(1, int(self._lengths.max()))
-        key, value = (Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value))
-        if self._may_be_certified(shape, S, options):
-            codes = self._code_pages()
-            key, value = (Stored((*side, of)) for side, of in zip((key, value), codes, strict=True))
+        key: Any
+        value: Any
+        if self._pages:
+            self._pages.check("query", query)
+            key = value = self._pages.paged(query, S)
+        else:
+            key, value = self._sides(S, shape, options)
         if self._verify_every and any(options.get(x) is not None for x in ("tolerance", "policy", "plan")):
             self._calls += 1
             if self._calls % self._verify_every == 0:
@@ -235,6 +265,13 @@ class KVCache:
         stored = self._stored_error(query, options.get("scale"))
         return (*result[:-1], replace(result[-1], stored_error=stored))
 
+    def _sides(self, S: int, shape: tuple[int, ...], options: Mapping[str, Any]) -> list[Stored]:
+        """The CPU's first S tokens, with codes for a call that they may serve."""
+        sides = [Stored((side[0], side[1][:, :, :S], *side[2:])) for side in (self._key, self._value)]
+        if self._may_be_certified(shape, S, options):
+            sides = [Stored((*side, of)) for side, of in zip(sides, self._code_pages(), strict=True)]
+        return sides
+
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the tokens behind the first `lengths` of each sequence: an int, or (B,) ints, not above
         `lengths` now. int8: see the class's notes.
@@ -245,6 +282,10 @@ class KVCache:
             Naming the argument, what was expected and what came.
         """
         kept = self._per_sequence(lengths, self._lengths)
+        if self._pages:
+            self._pages.truncate(self._lengths, kept)
+            self._lengths = kept
+            return
         if self._dtype == "int8":
             for b in np.flatnonzero((kept // PAGE < self._lengths // PAGE) & (kept % PAGE > 0)):
                 for side in (self._key, self._value):
@@ -271,6 +312,10 @@ class KVCache:
             raise ShapeError(f"indices: expected one dimension of at least 1, got shape {chosen.shape}")
         if chosen.min() < 0 or chosen.max() >= self._batch:
             raise ArgumentError(f"indices: expected ints from 0 to {self._batch - 1}, got {chosen.tolist()}")
+        if self._pages:
+            self._pages.reorder(chosen.astype(np.intp))
+            self._batch, self._lengths = len(chosen), self._lengths[chosen]
+            return
         sides = [
             Stored((side[0], _chosen(side[1], chosen), *(x if x is None else x[chosen] for x in side[2:])))
             for side in (self._key, self._value)
@@ -292,7 +337,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens per sequence that there is room for now."""
-        return self._capacity
+        return self._pages.capacity if self._pages else self._capacity
 
     @property
     def dtype(self) -> str:
@@ -312,6 +357,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that keys, values and what is known of them take, unused capacity among them."""
+        if self._pages:
+            return self._pages.nbytes
         arrays: list[Any] = [*self._key[1:], *self._value[1:]]
         for codes in self._codes or ():
             arrays += codes[:-1]
@@ -319,19 +366,28 @@ class KVCache:
 
     def __repr__(self) -> str:
         sizes = f"{self._batch}, {self._heads}, {self._widths[0]}, {self._widths[1]}"
-        return f"KVCache({sizes}, capacity={self._capacity}, dtype={self._dtype!r})"
+        device = f", device='cuda:{self._pages.device}'" if self._pages else ""
+        return f"KVCache({sizes}, capacity={self.capacity}, dtype={self._dtype!r}{device})"
 
     def _stored_error(self, query: Any, scale: float | None) -> NDArray[np.float64]:
         """What storing is predicted to have cost a head, (B, H):
         scores count as normal, values as independent of their keys."""
-        q = np.asarray(query.float() if hasattr(query, "float") else query).astype(np.float64)
+        if self._pages:
+            q = _adaattn._gpu_numbers(query).astype(np.float64)
+            kept = self._pages.read(query, self._lengths)
+        else:
+            q = np.asarray(query.float() if hasattr(query, "float") else query).astype(np.float64)
         q2 = (q * (scale or self._widths[0] ** -0.5)) ** 2
         B, H, T, D = q2.shape
         error = np.zeros((B, H))
         for b, length in enumerate(self._lengths):
             if self._dtype == "fp32" or length == 0:
                 continue
-            (k, k_noise), (v, v_noise) = (self._decode(side, b) for side in (self._key, self._value))
+            if self._pages:
+                both = [(kept[side][b, :, :length], kept[2][side, b]) for side in range(2)]
+                (k, k_noise), (v, v_noise) = ((x, self._noise(x, steps)) for x, steps in both)
+            else:
+                (k, k_noise), (v, v_noise) = (self._decode(side, b) for side in (self._key, self._value))
             rows = q2[b].reshape(self._heads, -1, D)
             noise = np.einsum("gtd,gd->gt", rows, k_noise)
             spread = np.einsum("gtd,gd->gt", rows, k.var(axis=1, dtype=np.float64))
@@ -355,11 +411,20 @@ class KVCache:
             codes = codes[..., _code_places(name == "int8 values", width)].astype(np.float32)
             pages = ((codes - 128) * steps[..., None] + centres[:, :, None]).reshape(self._heads, -1, width)
             x = np.concatenate([pages, open_page[b, :, : length % PAGE]], axis=1)
-            noise = PAGE / length / 12 * np.square(steps, dtype=np.float64).sum(axis=1)
-            return x, np.broadcast_to(noise, (len(x), x.shape[2]))
+            return x, self._noise(x, steps[..., 0])
         x = data[b, :, :length]
         x = _from_bf16(x) if self._dtype == "bf16" else x.astype(np.float32)
-        return x, ROUNDING[self._dtype] ** 2 * np.mean(np.square(x, dtype=np.float64), axis=1)
+        return x, self._noise(x, None)
+
+    def _noise(self, x: NDArray[np.float32], scales: Any) -> Any:
+        """The variance of what rounding took from tokens (G, length, width): (G, width). scales: of pages of
+        int8, of which the closed ones count."""
+        if self._dtype == "int8":
+            length = x.shape[1]
+            steps = np.square(scales[:, : length // PAGE], dtype=np.float64)
+            noise = PAGE / length / 12 * steps.sum(axis=1, keepdims=True)
+            return np.broadcast_to(noise, (len(x), x.shape[2]))
+        return ROUNDING[self._dtype] ** 2 * np.mean(np.square(x, dtype=np.float64), axis=1)
 
     def _may_be_certified(self, shape: tuple[int, ...], tokens: int, options: Mapping[str, Any]) -> bool:
         """Whether codes may serve a call; the engine has the last word."""

@@ -15,8 +15,8 @@ from .gpu import capability_for, open_blas
 #: What a product may be computed from, cheap to dear.
 LADDER = _adaattn.GPU_PRODUCTS
 
-# Relative errors of products whose terms have no preference, from rounding both operands; of tf32 as if digits
-# were cut off. Each is verified.
+# Relative errors of products whose terms have no preference, from rounding both operands; of tf32 as if its
+# digits were cut off. Each is verified.
 _ERRORS = {"fp8": 3.5e-2, "bf16": 2.1e-3, "fp16": 2.7e-4, "tf32": 7.9e-4, "fp32": 1e-6, "fp64": 1e-14}
 _MARGIN = 1.25
 

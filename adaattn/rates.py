@@ -56,9 +56,9 @@ _DEFAULTS: dict[str, dict[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 # The same of whole GPUs, by compute capability; a later chip goes by the newest one that is older. 9.0 was
-# measured on an H100, but for fp64 and fp8; the others are what kernels of the kind reach elsewhere. Arrays in
-# the rung's own format are not packed. fp8 is predicted (cuda/NOTES.md): tensor cores of 8.9 multiply it as fast
-# as int8, and on 9.0 this instruction becomes conversions and two products of fp16, which is slower than bf16.
+# measured on an H100, but for fp64 and fp8; the others are what kernels of the kind reach elsewhere. Arrays
+# in the rung's own format are not packed. fp8 is predicted (cuda/NOTES.md): tensor cores of 8.9 multiply it
+# as fast as int8; on 9.0 the instruction becomes conversions and two products of fp16, slower than bf16.
 _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
     (8, 0): {
         "fp64": (2e3, 2e3, 0), "fp32": (3.5e4, 4.5e4, 0.012), "fp16": (1.4e5, 1.6e5, 0.012),
@@ -75,6 +75,10 @@ _GPU_DEFAULTS: dict[tuple[int, int], dict[str, tuple[float, float, float]]] = {
         "int8/fp8": (1.8e5, 2e5, 0.012), "fp8": (1.4e5, 1.5e5, 0.012),
     },
 }  # fmt: skip
+
+# Share of a dense head's time on a GPU that finding and walking the lists of its blocks takes where all of
+# them are left out: predicted (cuda/NOTES.md), not measured.
+_GPU_SPARSE = {"fp32": 0.03, "fp16": 0.06, "bf16": 0.06}
 
 # Share of the products' time that is left of a head where all blocks of keys stand in for their values, as
 # measured on machines of the kind; elsewhere heads are dense unless `calibrate` has measured.
@@ -154,7 +158,8 @@ def gpu_table(capability: tuple[int, int]) -> NDArray[np.float64]:
     """Rates of a GPU as the engine's planner takes them; 0: there is no kernel."""
     known = max((chip for chip in _GPU_DEFAULTS if chip <= capability), default=min(_GPU_DEFAULTS))
     rates = _GPU_DEFAULTS[known]
-    return np.array([rates.get(rung, (0, 0, 0)) for rung in _adaattn.CANDIDATES], np.float64)
+    rows = [(*rates.get(rung, (0, 0, 0)), _GPU_SPARSE.get(rung, 1)) for rung in _adaattn.CANDIDATES]
+    return np.array(rows, np.float64)
 
 
 def rates() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from . import _adaattn
 from .errors import ArgumentError, DTypeError
+from .rates import RUNGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,8 @@ class Plan:
         Share of the visible blocks that are computed; predicted.
     sparse_budget, sparse_joint : (B, H) arrays
         Mean square that a row's estimated error may have by what is left out, 0 where dense; and how far the
-        errors of blocks add up in the estimate: 0 as independent ones do, 1 in full.
+        errors of blocks add up in the estimate: 0 as independent ones do, 1 in full. On a GPU the former is
+        the square of what any row may be off by.
     retried : (B, H) array of bool
         A first choice had failed when this was made by a call.
     finite : (B, H) array of bool
@@ -168,7 +170,11 @@ class Plan:
     ) -> Plan:
         """From the engine's table of heads and sizes."""
         column = _columns(table)
-        error = column["candidate_error"]
+        # Those of GPUs come last.
+        n = _N if np.isfinite(column["candidate_seconds"][..., len(RUNGS) :]).any() else len(RUNGS)
+        error, lse_error, seconds = (
+            column[f"candidate_{name}"][..., :n].copy() for name in ("error", "lse_error", "seconds")
+        )
         return cls(
             sizes=dict(zip((*_SIZES, "dtype"), sizes, strict=True)),
             tolerance=float(tolerance),
@@ -180,10 +186,10 @@ class Plan:
             **_chosen(column),
             finite=column["finite"].astype(bool),
             profiled_rows=column["profiled_rows"].astype(np.int64),
-            candidates=_adaattn.CANDIDATES,
+            candidates=_adaattn.CANDIDATES[:n],
             candidate_error=error,
-            candidate_lse_error=np.where(np.isnan(error), np.nan, column["candidate_lse_error"]),
-            candidate_seconds=column["candidate_seconds"],
+            candidate_lse_error=np.where(np.isnan(error), np.nan, lse_error),
+            candidate_seconds=seconds,
         )
 
     def choices(self) -> tuple[tuple[Any, ...], NDArray[np.float64]]:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import adaattn
+from adaattn.bench.heads import many, topics
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,7 +34,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PREFILL = ("ours", "flash", "cudnn", "efficient", "fp16", "bf16", "int8")
+PREFILL = ("ours", "flash", "cudnn", "efficient", "fp16", "bf16", "int8", "int8/fp8", "fp8")
 Run = Callable[[], Any]
 
 
@@ -146,7 +147,7 @@ def prefill(quick: bool) -> list[dict[str, Any]]:
                     rungs: dict[str, Any] = {"ours": "auto"}
                     rungs |= {"fp16": "fp16", "bf16": "bf16"} if name == "fp32" else {}
                     rungs |= {"int8": ("int8", "fp16" if name == "fp16" else "bf16")}
-                    if "fp8" in INFO["rungs"]:
+                    if "fp8" in adaattn.gpu_info()["devices"][0]["rungs"]:
                         rungs |= {"int8/fp8": ("int8", "fp8"), "fp8": "fp8"}
                     contenders: dict[str, Run] = {
                         label: lambda a=arrays, o=out, c=causal, r=rung: adaattn.attention(
@@ -185,6 +186,68 @@ def decode(quick: bool) -> list[dict[str, Any]]:
         times = race(contenders)
         row: dict[str, Any] = {"dtype": "bf16", "B": B, "H": H, "G": G, "S": S, "D": D}
         rows.append(row | {"gb_per_s": {label: 1e3 * gigabytes / ms for label, ms in times.items()}})
+    return rows
+
+
+def training(quick: bool) -> list[dict[str, Any]]:
+    """The backward pass alone, and forward and backward, 16k tokens and 2048 channels; 5 products are counted
+    for the first and 7 for both, whatever is computed."""
+    from adaattn.integrations.torch import scaled_dot_product_attention as ours
+
+    rows = []
+    for name, dtype in DTYPES.items():
+        for D in (128,) if quick else (64, 128):
+            for causal in (False, True):
+                S = 4096
+                B, H = 16384 // S, 2048 // D // (4 if name == "fp32" else 1)
+                leaves = [torch.randn(B, H, S, D, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
+                grad = torch.randn(B, H, S, D, device="cuda").to(dtype)
+                functions: dict[str, Any] = {"ours": lambda a=leaves, c=causal: ours(*a, is_causal=c)}
+                functions |= {
+                    label: torch_run(backend, leaves, is_causal=causal)
+                    for label, backend in BACKENDS.items()
+                    if name != "fp32" or label == "efficient"
+                }
+                contenders: dict[str, Run] = {}
+                for label, f in functions.items():
+                    try:
+                        out = f()
+                    except (RuntimeError, adaattn.Error):
+                        continue  # it will be told of below
+                    contenders[f"{label} backward"] = lambda o=out, a=leaves, g=grad: torch.autograd.grad(
+                        o, a, g, retain_graph=True
+                    )
+                    contenders[f"{label} both"] = lambda f=f, a=leaves, g=grad: torch.autograd.grad(f(), a, g)
+                times = race(contenders, 0.15)
+                work = 2e-9 * B * H * S * S * D / (2 if causal else 1)
+                row: dict[str, Any] = {"dtype": name, "B": B, "H": H, "S": S, "D": D, "causal": causal}
+                counts = {label: 5 if label.endswith("backward") else 7 for label in times}
+                rows.append(row | {"tflops": {x: counts[x] * work / ms for x, ms in times.items()}})
+    return rows
+
+
+def generation(quick: bool) -> list[dict[str, Any]]:
+    """One query per sequence on fp32 arrays, and on caches: the bandwidth of what is kept beside a copy's."""
+    rows = []
+    for B, H, G, S in [(8, 8, 8, 8192), (8, 32, 8, 8192)][: 1 if quick else 2]:
+        D = 128
+        query = torch.randn(B, H, 1, D, device="cuda")
+        key, value = (torch.randn(B, G, S, D, device="cuda") for _ in range(2))
+        to = torch.empty_like(key)
+        contenders: dict[str, Run] = {
+            "arrays": lambda q=query, k=key, v=value: adaattn.attention(q, k, v, verify=False),
+            "copy": lambda t=to, k=key: t.copy_(k),
+        }
+        for dtype in ("fp32", "bf16", "int8"):
+            cache = adaattn.KVCache(B, G, D, dtype=dtype, capacity=S, device="cuda")
+            cache.append(key, value)
+            contenders[dtype] = lambda c=cache, q=query: c.attention(q, verify=False)
+        bytes_of = {"bf16": 2, "int8": 1}
+        row: dict[str, Any] = {"B": B, "H": H, "G": G, "S": S, "D": D}
+        rates = {
+            label: bytes_of.get(label, 4) * 2e-6 * key.numel() / ms for label, ms in race(contenders).items()
+        }
+        rows.append(row | {"gb_per_s": rates})
     return rows
 
 
@@ -246,6 +309,36 @@ def linear(quick: bool) -> list[dict[str, Any]]:
             times = race(contenders, 0.1)
             work = 2e-9 * M * 4096 * 4096
             rows.append(row | {"tflops": {label: work / ms for label, ms in times.items()}})
+    return rows
+
+
+def sparse(quick: bool) -> list[dict[str, Any]]:
+    """Heads that are built sparse, causal: all blocks of keys against those that count."""
+    rows = []
+    asked = {"causal": True, "tolerance": 1e-2}
+    heads = many(lambda seed: topics(4096 if quick else 16384, seed=seed), 1, 16)
+    for name in ("bf16", "fp32"):
+        arrays = [torch.from_numpy(x).cuda().to(DTYPES[name]) for x in (heads.query, heads.key, heads.value)]
+        plans = {kind: adaattn.plan(*arrays, structure=kind, **asked) for kind in ("dense", "sparse", "auto")}
+        out, report = adaattn.attention(*arrays, plan=plans["sparse"], causal=True, return_report=True)
+        contenders: dict[str, Run] = {
+            kind: lambda a=arrays, p=plan: adaattn.attention(*a, causal=True, plan=p, verify=False)
+            for kind, plan in plans.items()
+            if kind != "auto"
+        }
+        contenders["within"] = lambda a=arrays: adaattn.attention(*a, **asked)
+        contenders["within, dense"] = lambda a=arrays: adaattn.attention(*a, structure="dense", **asked)
+        rows.append(
+            {
+                "dtype": name,
+                "S": arrays[0].shape[2],
+                "kept": float(report.kept_fraction.mean()),
+                "dense": int((report.structure == "dense").sum()),
+                "chosen": int((plans["auto"].structure == "sparse").sum()),
+                "error": relative(out[:, :2], exact(*(x[:, :2] for x in arrays), True)),
+                "ms": race(contenders, 0.1),
+            }
+        )
     return rows
 
 
@@ -329,8 +422,11 @@ def main() -> None:
     step("prefill", lambda: prefill(arguments.quick))
     step("decode", lambda: decode(arguments.quick))
     step("linear", lambda: linear(arguments.quick))
+    step("training", lambda: training(arguments.quick))
+    step("generation", lambda: generation(arguments.quick))
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
+    step("sparse", lambda: sparse(arguments.quick))
     if not (arguments.quick or arguments.no_tests):
         step("tests", lambda: run_tests(folder, False))
     if arguments.sanitize:
@@ -348,7 +444,8 @@ def print_tables(result: dict[str, Any]) -> None:
         cells = "".join(f"{short(r.get(rung)):>10}" for rung in (*RUNGS, "torch"))
         print(f"{r['dtype']:5} {r['T']:5} {r['S']:5} {r['D']:4} {r['causal']!s:6} {cells}")
     print(
-        "\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16  int8  ours/flash ours/cudnn"
+        "\nTFLOP/s\ndtype     S    D causal  ours flash cudnn effic.  fp16  bf16  int8 i8/f8   fp8"
+        "  ours/flash ours/cudnn"
     )
     for r in result["prefill"] or []:
         t = r["tflops"]
@@ -370,6 +467,23 @@ def print_tables(result: dict[str, Any]) -> None:
             for label, x in r["tflops"].items()
         )
         print(f"{r['dtype']:5} M = {r['M']:5}: " + ", ".join(cells))
+    print(
+        "\ntraining, TFLOP/s (backward / both)\n"
+        "dtype     S    D causal       ours      flash      cudnn  efficient"
+    )
+    for r in result["training"] or []:
+        t = r["tflops"]
+        cells = "".join(
+            f"{t.get(f'{x} backward', 0):6.0f}/{t.get(f'{x} both', 0):4.0f}"
+            for x in ("ours", "flash", "cudnn", "efficient")
+        )
+        print(f"{r['dtype']:5} {r['S']:6} {r['D']:4} {r['causal']!s:6}{cells}")
+    print(
+        "\nfp32 arrays and caches, one query, GB/s\n  B   H  G     S  arrays    fp32    bf16    int8    copy"
+    )
+    for r in result["generation"] or []:
+        cells = "".join(f"{r['gb_per_s'].get(x, 0):8.0f}" for x in ("arrays", "fp32", "bf16", "int8", "copy"))
+        print(f"{r['B']:3} {r['H']:3} {r['G']:2} {r['S']:6}{cells}")
     print("\nbudget, ms\ndtype  tolerance     error  measured   plain  within planned   probe verify   rungs")
     for r in result["budget"] or []:
         times = " ".join(f"{r['ms'].get(x, 0):7.2f}" for x in ("plain", "within", "planned"))
@@ -377,6 +491,10 @@ def print_tables(result: dict[str, Any]) -> None:
         rungs = ", ".join(sorted("/".join(pair) for pair in r["rungs"]))
         print(f"{r['dtype']:5} {r['tolerance']:10.0e} {r['error']:9.1e} {r['measured']:9.1e}", end="")
         print(f" {times}      {rungs}")
+    print("\nbuilt sparse, ms\ndtype      S  kept  chosen     error    dense   sparse   within  (dense)")
+    for r in result["sparse"] or []:
+        times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "sparse", "within", "within, dense"))
+        print(f"{r['dtype']:5} {r['S']:6} {r['kept']:5.2f} {r['chosen']:7} {r['error']:9.1e}{times}")
     print(f"\nhost, µs per call: {result['overhead']}")
     print(f"seconds: { {name: round(x, 1) for name, x in result['seconds'].items()} }")
     print(f"tests: {result.get('tests')}; sanitizer: {result.get('sanitizer')}")

@@ -142,8 +142,10 @@ typedef struct {
     bool stored;        /* key and value come from a cache, each of a dtype of its own */
     bool on_gpu;        /* it is computed on this device; its vectors are memory of the CPU all the same */
     int device;
-    uintptr_t stream; /* a cudaStream_t, on which the arrays are there and wanted */
-    bool staged;      /* the arrays are memory of the CPU, to be copied there and back */
+    uintptr_t stream;                   /* a cudaStream_t, on which the arrays are there and wanted */
+    bool staged;                        /* the arrays are memory of the CPU, to be copied there and back */
+    const struct ada_cuda_store *paged; /* where key and value lie instead, of a cache on that device, whose
+                                           tokens kv_lengths says; NULL: in their arrays */
 
     int64_t B, H, G, T, S, D, E;
     bool compute_f64;    /* else fp32 accumulation */

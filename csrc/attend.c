@@ -87,6 +87,10 @@ double ada_unseen_error(const ada_problem *p, int candidate) {
     return candidate > 1 ? INFINITY : candidate == 0 ? 1e-14 : ada_is_fixed(p) ? FIXED_ERROR : PLAIN_ERROR;
 }
 
+double ada_error_on(const ada_attending *a, int64_t head, int c) {
+    return a->states[head].look ? a->budget->heads[head].forecast.error[c] : ada_unseen_error(a->p, c);
+}
+
 /* ---- probe ---- */
 
 static void look_at_keys(ada_attending *a, int64_t key_head, char *scratch) {
@@ -341,14 +345,18 @@ static void bound_outliers(ada_attending *a, int64_t head) {
     }
 }
 
-/* Candidates of which blocks may stand in. Short heads win too little; by name a tile and a block suffice. */
-static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
+bool ada_may_be_sparse(const ada_problem *p, const ada_budget *b) {
     const bool by_name = b->structure == ADA_STRUCTURE_SPARSE;
     const int64_t queries = by_name ? ADA_LANES : ADA_SPARSE_LEAST, keys = by_name ? ADA_BLOCK : queries;
+    return (by_name || b->structure == ADA_STRUCTURE_AUTO) && !b->given && !ada_is_forced(b) &&
+           !ada_rules_out(p, ADA_STRUCTURE_SPARSE) && p->T >= queries && p->S >= keys;
+}
+
+/* Candidates of which blocks may stand in. */
+static unsigned sparse_candidates(const ada_problem *p, const ada_kernels *k, const ada_budget *b) {
+    const bool by_name = b->structure == ADA_STRUCTURE_SPARSE;
     unsigned candidates = 0;
-    if (!(by_name || b->structure == ADA_STRUCTURE_AUTO) || b->given || ada_is_forced(b) ||
-        ada_rules_out(p, ADA_STRUCTURE_SPARSE) || p->T < queries || p->S < keys)
-        return 0;
+    if (p->on_gpu || !ada_may_be_sparse(p, b)) return 0;
     for (int c = 0; c < ADA_CANDIDATES; c++)
         if ((by_name || b->rates[c].sparse < 1) && ada_may_stand_in(k, ada_candidates[c]))
             candidates |= 1u << c;
@@ -401,8 +409,7 @@ static int choose(const ada_attending *a, int64_t i, const ada_task *task) {
     return ada_plan_head(&known, task, b->rates);
 }
 
-/* Between a head's prediction and the tolerance. */
-static double margin_of(const ada_attending *a, int64_t head) {
+double ada_margin_of(const ada_attending *a, int64_t head) {
     const int64_t T = a->p->T;
     const ada_head_state *s = &a->states[head];
     /* An lse is verified for few of its rows. */
@@ -438,7 +445,7 @@ static void plan_heads(ada_attending *a) {
             head->forecast.finite &= guess.finite;
         }
         if (s->look) bound_outliers(a, i);
-        const ada_task task = ada_task_of(a, i, margin_of(a, i));
+        const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
         for (int c = 0; timed && c < ADA_CANDIDATES; c++)
             head->seconds[c] = ada_predicted_seconds(&task, &a->budget->rates[c]);
         if (a->budget->given && !p->only_f64)
@@ -458,7 +465,7 @@ static void plan_heads(ada_attending *a) {
             head->predicted_error = ada_unseen_error(p, c);
         if (a->budget->given)
             take_given(p, &a->budget->given[i], i / p->H, head);
-        else if (a->sparse || a->budget->structure == ADA_STRUCTURE_SPARSE)
+        else if (!a->backend->thin && (a->sparse || a->budget->structure == ADA_STRUCTURE_SPARSE))
             choose_structure(a, i, &task);
     }
 }
@@ -492,7 +499,7 @@ static int ranks_to_look_at(const ada_attending *a, int64_t i) {
     if (b->structure == ADA_STRUCTURE_LOW_RANK) return sizes.most;
     /* A sample of keys does not tell what the few with far larger values lose. */
     if (!s->n || a->keys[i / a->per_head].heavies) return 0;
-    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
     return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &b->rates[1], s->seconds);
 }
 
@@ -512,7 +519,7 @@ static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
     ada_rank_choice choice;
     if (ada_job_cancelled(job, worker)) return;
     ada_far_keys_of(p, i / p->H, &keys);
-    const ada_task task = ada_task_of(a, i, margin_of(a, i));
+    const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
     const ada_rank_task sizes = rank_task_of(a, &keys);
     const ada_rank_wish wish =
         ada_rank_wish_of(&task, &sizes, a->rank[index], s->n ? head->forecast.out2 : 0);
@@ -602,7 +609,8 @@ static ada_status execute_dense(ada_attending *a, const int64_t *list, int64_t n
         problem.ran = a->ran, problem.mass = a->mass;
         if (ada_may_glance(a, choice)) problem.head_done = ada_glance_at, problem.done_context = a;
         const ada_sparse sparse = {a->budget2, a->joint, a->shift2, a->kept, a->budget->picture};
-        const bool may = !all && !a->p->on_gpu && ada_may_stand_in(a->k, choice);
+        const bool may = !all && (a->backend->leaves_out ? a->backend->leaves_out(a, choice)
+                                                         : ada_may_stand_in(a->k, choice));
         for (int64_t i = 0; i < count; i++) {
             ada_head *head = &heads[launch[i]];
             if (!may) head->budget2 = 0; /* a plan from another machine */
@@ -732,6 +740,7 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
     if (a->ranks && plan_ranks(a, error)) return error->status;
+    if (a->backend->thin && a->backend->thin(a, error)) return error->status;
     now = ada_seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;
@@ -759,7 +768,7 @@ static void record_exact(const ada_problem *p, ada_budget *budget, double second
 static ada_status check_structure(const ada_problem *p, const ada_budget *budget, ada_error *error) {
     const bool sparse = budget->structure == ADA_STRUCTURE_SPARSE;
     const char *what = ada_rules_out(p, budget->structure);
-    bool computed = !sparse;
+    bool computed = !sparse || p->on_gpu;
     for (int c = 0; c < ADA_CANDIDATES; c++)
         computed = computed || ada_may_stand_in(ada_kernels_get(), ada_candidates[c]);
     if (what)

@@ -69,6 +69,10 @@ typedef struct {
     /* Numbers of the output's row rows[i] of a head from e on, at most ADA_PIECE; returns how many. */
     int (*output)(const ada_attending *a, int64_t head, int i, int e, double *x);
     double (*output_lse)(const ada_attending *a, int64_t head, int i);
+    /* Chooses heads that leave something out, behind the plan of dense ones; NULL: attend.c does. */
+    ada_status (*thin)(ada_attending *a, ada_error *error);
+    /* Whether such a head is computed by this choice; NULL: attend.c knows. */
+    bool (*leaves_out)(const ada_attending *a, ada_choice choice);
     double look_operations; /* to look at an element of a head, in operations of the plain rung, */
     double look_seconds;    /* and at any head */
 } ada_backend;
@@ -170,6 +174,13 @@ static inline bool ada_is_fixed(const ada_problem *p) { return p->stored || p->T
 
 /* Of a candidate that is chosen for a head which nobody looked at. */
 double ada_unseen_error(const ada_problem *p, int candidate);
+/* Of a candidate of a head, by what is known of that. */
+double ada_error_on(const ada_attending *a, int64_t head, int candidate);
+/* Between a head's prediction and the tolerance. */
+double ada_margin_of(const ada_attending *a, int64_t head);
+/* Whether heads may be sparse, by what was asked for and their options. Short ones win too little; by name a
+ * tile and a block suffice. */
+bool ada_may_be_sparse(const ada_problem *p, const ada_budget *budget);
 bool ada_run_tasks(ada_attending *a, ada_task_fn *task, int64_t tasks, double multiply_adds);
 /* Rows that a task of ADA_ROW_GROUPS per head has to do with. */
 int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first);

@@ -16,6 +16,7 @@
 
 #include "attending.h"
 #include "execute.h"
+#include "gpu_backward.h"
 #include "operands.h"
 #include "verify.h"
 
@@ -450,6 +451,7 @@ static ada_status run_all(back_run *r, const back_caller *c, ada_gradient_budget
 ada_status ada_backward(const ada_backward_problem *x, ada_gradient_budget *budget, bool (*interrupt)(void *),
                         void *context, ada_error *error) {
     const ada_problem *p = &x->p;
+    if (p->on_gpu) return ada_gpu_backward(x, budget, error);
     if (ada_check_mask(p, interrupt, context, error)) return error->status;
     back_run r = {.x = x,
                   .p = p,

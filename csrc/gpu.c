@@ -12,6 +12,7 @@
 
 #include "execute.h"
 #include "gpu_budget.h"
+#include "gpu_store.h"
 #include "memory.h"
 
 /* Beside a GPU fresh pages of what a budget's call works with cost as much as the rest of it does on the
@@ -85,7 +86,7 @@ static ada_choice plain_choice(const ada_problem *p, const ada_cuda_table *t, co
     const ada_rung own = p->query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
     const ada_choice half = {own, own};
     const bool is_half = p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16;
-    return !p->only_f64 && is_half && t->computes(call, half) ? half : p->precision;
+    return !p->only_f64 && !p->paged && is_half && t->computes(call, half) ? half : p->precision;
 }
 
 ada_status ada_gpu_check_choice(const ada_cuda_table *t, const ada_cuda_call *call, ada_choice choice,
@@ -140,6 +141,7 @@ static ada_status attend(const ada_problem *p, ada_budget *budget, const caller 
                         "query: expected fewer than 2**31 rows and keys on a GPU, got %lld",
                         (long long)(p->S > INT32_MAX ? p->S : p->B * p->H * p->T));
     if (t->open(p, &call, &failure)) return ada_gpu_fail(&failure, error);
+    if (p->paged) t->use_store(call, p->paged);
     ada_status status = ADA_OK;
     if (budget->verify && t->check_mask(call, &good, &failure))
         status = ada_gpu_fail(&failure, error);
@@ -250,6 +252,8 @@ ada_status ada_gpu_attend(const ada_problem *p, ada_budget *budget, bool (*inter
     staged_range ranges[RANGES] = {{0}};
     ada_cuda_failure failure;
     error->status = ADA_OK;
+    if (p->paged && !ada_gpu_reads_pages(p, budget))
+        return ada_gpu_attend_gathered(p, budget, interrupt, context, error);
     if (!p->staged) return attend(p, budget, &from, error);
     const ada_status status = attend_staged(p, budget, &from, ranges, error);
     for (int i = 0; i < RANGES; i++)

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "gpu_sparse.h"
 #include "memory.h"
 #include "visible.h"
 
@@ -25,6 +26,8 @@ typedef struct {
     ada_cuda_figures *figures;
     double *o, *lse, *out_o, *out_lse; /* of rows, [rows][E] and [rows]: exact ones, and the output's */
     int64_t *at;                       /* [B * H] where a head's rows begin */
+    ada_cuda_thin *thin;               /* [B * H] */
+    int64_t *dense;                    /* [B * H] */
 } on_device;
 
 static void carve(ada_attending *a, ada_carver *c) {
@@ -40,6 +43,8 @@ static void carve(ada_attending *a, ada_carver *c) {
     d->out_o = ada_carve(c, rows * p->E * (int64_t)sizeof *d->out_o);
     d->out_lse = ada_carve(c, rows * (int64_t)sizeof *d->out_lse);
     d->at = ada_carve(c, heads * (int64_t)sizeof *d->at);
+    d->thin = ada_carve(c, heads * (int64_t)sizeof *d->thin);
+    d->dense = ada_carve(c, heads * (int64_t)sizeof *d->dense);
 }
 
 /* ---- probe ---- */
@@ -135,13 +140,35 @@ static ada_status execute(ada_attending *a, const ada_problem *problem, const in
     const on_device *d = a->device;
     ada_cuda_failure failure;
     if (ada_gpu_check_choice(t, d->call, problem->precision, error)) return error->status;
-    if (t->execute(d->call, problem->precision, heads, n, &failure)) return ada_gpu_fail(&failure, error);
-    for (int64_t i = 0; i < (heads ? n : ada_head_count(a)); i++)
-        a->ran[heads ? heads[i] : i] = problem->precision;
+    int64_t thin = 0, dense = 0;
+    for (int64_t i = 0; i < n; i++) {
+        a->ran[heads[i]] = problem->precision;
+        if (a->budget2[heads[i]] > 0)
+            d->thin[thin++] = ada_gpu_thin_of(a, heads[i]);
+        else
+            d->dense[dense++] = heads[i];
+    }
+    if (dense && t->execute(d->call, problem->precision, d->dense, dense, &failure))
+        return ada_gpu_fail(&failure, error);
+    const bool tell = a->budget->verify || a->budget->report;
+    if (thin &&
+        t->execute_thin(d->call, problem->precision, d->thin, thin, tell, a->budget->picture, &failure))
+        return ada_gpu_fail(&failure, error);
+    for (int64_t i = 0; i < thin && tell; i++) a->kept[d->thin[i].head] = d->thin[i].kept;
     /* Verification waits for it anyway: its time is to be counted here. */
     return a->budget->verify && t->synchronize(problem->device, problem->stream, &failure)
                ? ada_gpu_fail(&failure, error)
                : ADA_OK;
+}
+
+static ada_status thin(ada_attending *a, ada_error *error) {
+    const on_device *d = a->device;
+    return ada_gpu_plan_sparse(a, d->call, d->thin, error);
+}
+
+static bool leaves_out(const ada_attending *a, ada_choice choice) {
+    const on_device *d = a->device;
+    return ada_gpu_table()->leaves_out(d->call, choice);
 }
 
 static ada_status fetch_norms(ada_attending *a, ada_error *error) {
@@ -213,6 +240,8 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
                                         .exact = exact,
                                         .output = output,
                                         .output_lse = output_lse,
+                                        .thin = thin,
+                                        .leaves_out = leaves_out,
                                         .look_operations = 0,
                                         .look_seconds = LOOK_SECONDS};
     on_device d = {.call = call};

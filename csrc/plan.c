@@ -289,6 +289,8 @@ static bool has_dropout(const ada_problem *p) { return p->drop_below != 0; }
 static bool has_left_window(const ada_problem *p) { return p->window_left != ADA_UNBOUNDED; }
 static bool is_stored(const ada_problem *p) { return p->stored; }
 static bool is_on_gpu(const ada_problem *p) { return p->on_gpu; }
+static bool has_mask_on_gpu(const ada_problem *p) { return p->on_gpu && has_mask(p); }
+static bool is_wide_on_gpu(const ada_problem *p) { return p->on_gpu && (p->D > 128 || p->E > 128); }
 static bool is_double(const ada_problem *p) { return p->query.dtype == ADA_F64; }
 static bool has_odd_scale(const ada_problem *p) { return p->only_f64; }
 
@@ -303,7 +305,9 @@ static const struct {
              {"a floating attn_mask", has_float_mask, false, false},
              {"dropout_p", has_dropout, false, false},
              {"a KVCache", is_stored, false, false},
-             {"arrays on a GPU", is_on_gpu, false, false},
+             {"attn_mask on a GPU", has_mask_on_gpu, false, false},
+             {"head sizes above 128 on a GPU", is_wide_on_gpu, false, false},
+             {"arrays on a GPU", is_on_gpu, true, false},
              {"a scale beyond fp32", has_odd_scale, false, false},
              {"attn_mask", has_mask, true, false},
              {"window[0]", has_left_window, true, false},
@@ -329,21 +333,27 @@ const char *ada_rules_out(const ada_problem *p, ada_structure structure) {
 /* The share of blocks that 64 rows keep together, from what each keeps where it is alone. */
 static double kept_by_tile(double alone) { return pow(alone, 0.6); }
 
+double ada_listed_seconds(const ada_task *t, const ada_rate *rate, double kept) {
+    ada_task part = *t;
+    part.operations *= rate->sparse + kept * (1 + LISTED - rate->sparse);
+    return ada_predicted_seconds(&part, rate);
+}
+
 /* A head on a candidate, with so much room for what stands in, as a share of its output. */
 static ada_sparse_choice sparse_on(const ada_forecast *f, const ada_task *t, const ada_rate *rate, int c,
                                    double room) {
     int level = ADA_LEVELS - 1;
     while (level > 0 && f->level[level - 1].error <= room) level--;
     const double kept = kept_by_tile(f->level[level].kept);
-    ada_task part = *t;
-    part.operations *= rate->sparse + kept * (1 + LISTED - rate->sparse);
     return (ada_sparse_choice){.candidate = c,
                                .budget2 = room * room * f->out2 / f->level[level].own,
                                .joint = f->level[level].joint,
                                .kept = kept,
                                .error = hypot(f->error[c], room),
-                               .seconds = ada_predicted_seconds(&part, rate)};
+                               .seconds = ada_listed_seconds(t, rate, kept)};
 }
+
+bool ada_is_faster(double seconds, double than) { return seconds < PAYS * than; }
 
 bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate rates[ADA_CANDIDATES],
                      int dense, bool forced, ada_sparse_choice *choice) {

@@ -18,7 +18,8 @@ int ada_candidate_of(ada_choice choice);
 typedef struct {
     double gflops[2]; /* of 2 T S (D + E) operations, at D = 64 and 128, without packing */
     double pack_ns;   /* to pack one element of the keys or values */
-    double sparse;    /* share of the products' time that is left where all blocks stand in; 1: not offered */
+    double sparse;    /* share of the products' time that is left where all blocks stand in, or on a GPU are
+                         left out; 1: not offered */
 } ada_rate;
 
 /* Predicted for one head: relative Frobenius error of the output per candidate, largest error of its lse. */
@@ -106,6 +107,11 @@ typedef struct {
  * the one that comes nearest where none is. */
 bool ada_plan_sparse(const ada_forecast *forecast, const ada_task *task, const ada_rate rates[ADA_CANDIDATES],
                      int dense, bool forced, ada_sparse_choice *choice);
+
+/* Of a head on a GPU of whose blocks of keys that share is computed, the others being left out. */
+double ada_listed_seconds(const ada_task *task, const ada_rate *rate, double kept);
+/* By more than rates scatter. */
+bool ada_is_faster(double seconds, double than);
 
 /* What a head of landmarks computes. */
 typedef struct {

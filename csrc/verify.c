@@ -275,6 +275,21 @@ static void measure_norms(ada_attending *a, int64_t head, char *scratch) {
     a->states[head].out2 = a->backend->output_norm(a, head, a->norms + head * a->p->T, scratch);
 }
 
+/* By what a head on a GPU is off at most because blocks were left out. */
+static double left_out(const ada_attending *a, int64_t head) {
+    const double budget2 = a->p->on_gpu ? a->budget->heads[head].budget2 : 0;
+    return budget2 > 0 ? sqrt(budget2 * (double)a->p->T / a->states[head].out2) : 0;
+}
+
+/* That was predicted for an output of unknown size. */
+static void tell_left_out(ada_attending *a, int64_t i) {
+    const ada_planned *given = a->budget->given;
+    ada_head *head = &a->budget->heads[i];
+    if (!a->p->on_gpu || head->budget2 == 0) return;
+    const double rung = given ? given[i].predicted_error : ada_error_on(a, i, ada_candidate_of(head->choice));
+    head->predicted_error = hypot(rung, left_out(a, i));
+}
+
 /* Which rows of a head whose norms are measured are compared, and how they are computed. */
 static void draw_rows_to_verify(ada_attending *a, int64_t head, char *scratch) {
     const ada_problem *p = a->p;
@@ -287,9 +302,10 @@ static void draw_rows_to_verify(ada_attending *a, int64_t head, char *scratch) {
         if (s->uneven) size_by_queries(a, head, (float *)scratch);
     }
     if (a->mass && ada_is_fp32(&a->budget->heads[head])) forecast_again(a, head, norms);
+    tell_left_out(a, head);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
-                      ada_is_thinned(&a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
+                      ada_is_thinned(&a->budget->heads[head]) && !p->on_gpu ? a->shift2 + head * p->T : NULL,
                       s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];
@@ -463,6 +479,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     /* Few rows without much of an error say little of the others. What was chosen keeps the budget so. */
     if (s->look || (a->mass && ada_is_fp32(head)))
         head->error_limit = fmax(head->error_limit, ADA_MARGIN * head->predicted_error);
+    head->error_limit = fmax(head->error_limit, left_out(a, index));
     *misses = error.misses;
     return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
            !((refuted(a, head, s) || surprises(a, head)) && doubts(a, index));
@@ -537,6 +554,8 @@ static bool go_up(ada_attending *a, int64_t index) {
     s->was_sparse = ada_is_thinned(head);
     if (s->was_sparse) {
         ada_make_dense(head);
+        const int c = ada_candidate_of(head->choice);
+        if (a->p->on_gpu) head->predicted_error = c < 0 ? NAN : ada_error_on(a, index, c);
         return true;
     }
     const int now = ada_candidate_of(head->choice);

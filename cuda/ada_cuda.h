@@ -69,6 +69,39 @@ typedef struct {
     ada_array x, weight, bias, out; /* (M, K), (N, K), (1, N) or not given, (M, N) contiguous */
 } ada_cuda_linear;
 
+/* A head that leaves out blocks of ADA_CUDA_BLOCK keys which weigh next to nothing: an output moves by no
+ * more than absolute plus relative times the root mean square norm of the values, and a row's sum by no more
+ * than the share `most`. That is certain, by bounds of all scores. */
+typedef struct {
+    int64_t head; /* b * H + h */
+    double absolute, relative, most;
+    double kept;      /* out: share of the visible blocks that is computed */
+    double value_rms; /* out */
+} ada_cuda_thin;
+
+/* The pages of a cache on a device, each with keys and then values of all heads. A table of 64-bit addresses
+ * has a row of so many columns for each sequence: where its open page lies (int8 alone has one, in floats:
+ * the tokens behind its full pages), then its pages. Rows are padded to 16 bytes. */
+typedef struct ada_cuda_store {
+    void *table;
+    int64_t columns;
+    ada_dtype dtype; /* ADA_F32, ADA_F16, ADA_BF16 or ADA_I8 */
+    int64_t B, G, widths[2];
+} ada_cuda_store;
+
+static inline int64_t ada_cuda_row_bytes(ada_dtype dtype, int64_t width) {
+    const int64_t size = dtype == ADA_F32 ? 4 : dtype == ADA_I8 ? 1 : 2;
+    return (width * size + 15) / 16 * 16;
+}
+/* Of one head of one side; bytes have a scale and means behind them. */
+static inline int64_t ada_cuda_head_bytes(ada_dtype dtype, int64_t width) {
+    const int64_t more = dtype == ADA_I8 ? (16 + 2 * width + 15) / 16 * 16 : 0;
+    return ADA_PAGE * ada_cuda_row_bytes(dtype, width) + more;
+}
+static inline int64_t ada_cuda_page_bytes(const ada_cuda_store *s, ada_dtype dtype) {
+    return s->G * (ada_cuda_head_bytes(dtype, s->widths[0]) + ada_cuda_head_bytes(dtype, s->widths[1]));
+}
+
 /* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
 
@@ -127,6 +160,47 @@ typedef struct {
     /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */
     int (*product_error)(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                          ada_cuda_failure *failure);
+
+    /* Whether a kernel of the device computes this choice for this problem with blocks left out. */
+    bool (*leaves_out)(const ada_cuda_call *call, ada_choice choice);
+    /* Fills in what so many tiles of queries of each of these heads (ascending) say. */
+    int (*look_at_blocks)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n,
+                          int32_t tiles, ada_cuda_failure *failure);
+    /* execute for heads that leave out blocks. tell: kept and value_rms are filled in, which waits, and the
+     * picture, where there is one, is added to. */
+    int (*execute_thin)(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                        ada_picture *picture, ada_cuda_failure *failure);
+
+    /* Gradients of the call, which was opened for backward->p, in order; the mask's result is broadcast like
+     * the mask. Choices: fp64, fp32, or fp16 or bf16 twice for arrays of that dtype. again: [B * G], NULL if
+     * not wanted: whether float64 computed a key head. */
+    int (*gradients)(ada_cuda_call *call, const ada_backward_problem *backward, ada_choice choice,
+                     uint32_t *again, ada_cuda_failure *failure);
+
+    /* All of these in order. */
+    int (*merge)(int device, uintptr_t stream, const ada_merge_problem *merge, ada_cuda_failure *failure);
+    /* Elements of one array (B, G, N, width) to another of the same shape. */
+    int (*convert)(int device, uintptr_t stream, const ada_array *to, const ada_array *from,
+                   ada_cuda_failure *failure);
+    /* The call's keys and values lie in a cache: execute takes ADA_RUNG_FP32 alone. */
+    void (*use_store)(ada_cuda_call *call, const ada_cuda_store *store);
+    /* Addresses into a table: to[at[i]] = address[i]. */
+    int (*store_set)(int device, uintptr_t stream, void *table, const int64_t *at, const uint64_t *address,
+                     int64_t n, ada_cuda_failure *failure);
+    /* Pages from addresses to others, none of them twice. */
+    int (*store_copy)(int device, uintptr_t stream, const uint64_t *to, const uint64_t *from, int64_t n,
+                      int64_t bytes, ada_cuda_failure *failure);
+    /* The first counts[b] tokens of key and value (B, G, N, width) behind the first lengths[b] ones. */
+    int (*store_append)(int device, uintptr_t stream, const ada_cuda_store *store, const ada_array *key,
+                        const ada_array *value, const int64_t *lengths, const int64_t *counts,
+                        ada_cuda_failure *failure);
+    /* Turns page pages[i] of sequence sequences[i] into its open page. */
+    int (*store_reopen)(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *sequences,
+                        const int64_t *pages, int64_t n, ada_cuda_failure *failure);
+    /* The first lengths[b] tokens into contiguous arrays (B, G, S, width) of a floating dtype, zeros behind
+     * them; scales, unless NULL: of int8 pages of keys, then of values, [2][B][G][columns - 1]. */
+    int (*store_read)(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
+                      const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

@@ -53,7 +53,8 @@ void fill_params(const ada_problem *p, ada_cu_params *c) {
     c->lse = p->lse;
 }
 
-/* How a choice is computed on this chip, in *rung; false: by no kernel. */
+} // namespace
+
 bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
     const ada_rung half = call->problem.query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
     ada_cu_params c = call->params;
@@ -79,8 +80,6 @@ bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung) {
     *rung = c.rung;
     return ada_cu_computes(&c);
 }
-
-} // namespace
 
 bool computes(const ada_cuda_call *call, ada_choice choice) {
     int32_t rung;
@@ -147,30 +146,38 @@ int watched(ada_cuda_call *call, uint32_t *again, ada_cuda_failure *failure) {
     return fetch(call->stream, again, call->again, watched_bytes(call), failure);
 }
 
+int send_heads(const ada_cuda_call *call, const int64_t *heads, int64_t n, Memory *list, ada_cu_params *c,
+               ada_cuda_failure *failure) {
+    c->n_heads = (int32_t)n;
+    if (!heads || n == call->problem.B * call->problem.H) return 0;
+    const size_t bytes = ((size_t)n * sizeof(int32_t) + 7) / 8 * 8;
+    TRY(list->allocate(bytes));
+    int32_t *narrow = (int32_t *)calloc(1, bytes);
+    if (!narrow) return failed(cudaErrorMemoryAllocation, "calloc", failure);
+    for (int64_t i = 0; i < n; i++) narrow[i] = (int32_t)heads[i];
+    const cudaError_t status = send_words(list->data, narrow, (int64_t)bytes, call->stream);
+    free(narrow);
+    TRY(status);
+    c->heads = (const int32_t *)list->data;
+    return 0;
+}
+
+int attend_here(const ada_cuda_call *call, ada_cu_params *c, ada_cuda_failure *failure) {
+    Memory workspace(call->stream);
+    TRY(workspace.allocate(ada_cu_workspace(c)));
+    c->workspace = workspace.data;
+    TRY(ada_cu_attend(c, call->stream));
+    return 0;
+}
+
 int execute(ada_cuda_call *call, ada_choice choice, const int64_t *heads, int64_t n,
             ada_cuda_failure *failure) {
     ON_DEVICE(call->problem.device);
     ada_cu_params c = call->params;
     if (!rung_of(call, choice, &c.rung)) return failed(cudaErrorNotSupported, "execute", failure);
-    Memory list(call->stream), workspace(call->stream);
-    if (heads && n < call->problem.B * call->problem.H) {
-        const size_t bytes = ((size_t)n * sizeof(int32_t) + 7) / 8 * 8;
-        TRY(list.allocate(bytes));
-        int32_t *narrow = (int32_t *)calloc(1, bytes);
-        if (!narrow) return failed(cudaErrorMemoryAllocation, "calloc", failure);
-        for (int64_t i = 0; i < n; i++) narrow[i] = (int32_t)heads[i];
-        const cudaError_t status = send_words(list.data, narrow, (int64_t)bytes, call->stream);
-        free(narrow);
-        TRY(status);
-        c.heads = (const int32_t *)list.data;
-        c.n_heads = (int32_t)n;
-    } else {
-        c.n_heads = (int32_t)(call->problem.B * call->problem.H);
-    }
-    TRY(workspace.allocate(ada_cu_workspace(&c)));
-    c.workspace = workspace.data;
-    TRY(ada_cu_attend(&c, call->stream));
-    return 0;
+    Memory list(call->stream);
+    if (send_heads(call, heads, n, &list, &c, failure)) return failure->code;
+    return attend_here(call, &c, failure);
 }
 
 /* ---- masks ---- */

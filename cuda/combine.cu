@@ -1,7 +1,9 @@
 /* The end of few queries: rows from the sums of their splits, a block for each. */
 #include "launch.h"
 
-template <int PER, int LANES> ADA_KERNEL(ADA_K0_THREADS, 1) ada_combine(ADA_ARGS(ada_combine_args) a) {
+template <int PER, int LANES, bool PAGES>
+ADA_KERNEL(ADA_K0_THREADS, 1)
+ada_combine(ADA_ARGS(ada_combine_args) a) {
     const ada_cu_params &p = a.k0.p;
     const int thread = ada_thread(), head = p.heads ? p.heads[ada_block() / p.T] : ada_block() / p.T;
     const int t = ada_block() % p.T, b = head / p.H, h = head % p.H;
@@ -53,13 +55,14 @@ template <int PER, int LANES> ADA_KERNEL(ADA_K0_THREADS, 1) ada_combine(ADA_ARGS
     for (int i = 0; i < WARPS; i++) again += of_warps[3 * WARPS + i];
     if (again == 0) return;
     if (thread == 0 && p.raised) p.raised[head] = 1;
-    ada_k0_row<double, PER, LANES>(a.k0, head, t, NULL, NULL);
+    ada_k0_row<double, PER, LANES, PAGES>(a.k0, head, t, NULL, NULL);
 }
 
 template <int PER, int LANES>
 static cudaError_t run(const ada_combine_args &a, int64_t rows, cudaStream_t stream) {
     const int sums = (4 * ADA_K0_THREADS / 32 + a.splits) * 4, again = ada_k0_shared<double, PER, LANES>();
-    return ada_launch(ada_combine<PER, LANES>, rows, ADA_K0_THREADS, sums > again ? sums : again, stream, a);
+    const auto kernel = a.k0.p.pages.table ? ada_combine<PER, LANES, true> : ada_combine<PER, LANES, false>;
+    return ada_launch(kernel, rows, ADA_K0_THREADS, sums > again ? sums : again, stream, a);
 }
 
 cudaError_t ada_combine_run(const ada_combine_args &a, int64_t rows, cudaStream_t stream) {

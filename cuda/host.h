@@ -81,6 +81,14 @@ inline ada_cu_array array_of(const ada_array *a) {
     return x;
 }
 
+/* How a choice is computed on this chip, in *rung; false: by no kernel. */
+bool rung_of(const ada_cuda_call *call, ada_choice choice, int32_t *rung);
+/* Tells a launch which heads it computes, in memory that list takes. */
+int send_heads(const ada_cuda_call *call, const int64_t *heads, int64_t n, Memory *list, ada_cu_params *c,
+               ada_cuda_failure *failure);
+/* Launches, with a workspace of its own. */
+int attend_here(const ada_cuda_call *call, ada_cu_params *c, ada_cuda_failure *failure);
+
 /* ---- entries of the table ---- */
 
 int open_call(const ada_problem *problem, ada_cuda_call **call, ada_cuda_failure *failure);
@@ -100,6 +108,30 @@ int open_blas(const char *path, ada_cuda_failure *failure);
 int multiply(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
 int product_error(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                   ada_cuda_failure *failure);
+bool leaves_out(const ada_cuda_call *call, ada_choice choice);
+int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
+                   ada_cuda_failure *failure);
+int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                 ada_picture *picture, ada_cuda_failure *failure);
+int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
+              ada_cuda_failure *failure);
+
+/* store.cu */
+int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure);
+int convert(int device, uintptr_t stream, const ada_array *to, const ada_array *from,
+            ada_cuda_failure *failure);
+void use_store(ada_cuda_call *call, const ada_cuda_store *store);
+int store_set(int device, uintptr_t stream, void *table, const int64_t *at, const uint64_t *address,
+              int64_t n, ada_cuda_failure *failure);
+int store_copy(int device, uintptr_t stream, const uint64_t *to, const uint64_t *from, int64_t n,
+               int64_t bytes, ada_cuda_failure *failure);
+int store_append(int device, uintptr_t stream, const ada_cuda_store *store, const ada_array *key,
+                 const ada_array *value, const int64_t *lengths, const int64_t *counts,
+                 ada_cuda_failure *failure);
+int store_reopen(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *sequences,
+                 const int64_t *pages, int64_t n, ada_cuda_failure *failure);
+int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
+               const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

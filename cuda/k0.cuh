@@ -7,7 +7,7 @@
 #ifndef ADA_CUDA_K0_CUH
 #define ADA_CUDA_K0_CUH
 
-#include "common.cuh"
+#include "pages.cuh"
 
 enum { ADA_K0_THREADS = 128 };
 
@@ -64,7 +64,8 @@ template <typename REAL, int PER, int LANES> ADA_DEVICE constexpr int ada_k0_sha
 
 enum { ADA_SPECIAL_NAN = 1, ADA_SPECIAL_UP = 2, ADA_SPECIAL_DOWN = 4 };
 
-template <typename REAL, int PER, int LANES>
+/* PAGES: keys and values are those of a cache. */
+template <typename REAL, int PER, int LANES, bool PAGES = false>
 ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, double *lse_to) {
     constexpr int GROUPS = ADA_K0_THREADS / LANES, WIDTH = LANES * PER;
     const ada_cu_params &p = a.p;
@@ -105,7 +106,10 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
             const char *row = key + j * p.key.stride[2];
             ADA_UNROLL for (int i = 0; i < PER / 4; i++) {
                 REAL k[4];
-                ada_load_four(k, row, p.key.stride[3], p.dtype, (LANES * i + c) * 4, p.D, a.fours);
+                if (PAGES)
+                    ada_load_kept(k, p, sequence, g, 0, j, (LANES * i + c) * 4, p.D);
+                else
+                    ada_load_four(k, row, p.key.stride[3], p.dtype, (LANES * i + c) * 4, p.D, a.fours);
                 ADA_UNROLL for (int x = 0; x < 4; x++) s += q[i][x] * k[x];
             }
         }
@@ -135,7 +139,10 @@ ADA_DEVICE void ada_k0_row(const ada_k0_args &a, int head, int t, double *o_to, 
         const char *row = value + j * p.value.stride[2];
         ADA_UNROLL for (int i = 0; i < PER / 4; i++) {
             REAL v[4];
-            ada_load_four(v, row, p.value.stride[3], p.dtype, (LANES * i + c) * 4, p.E, a.fours);
+            if (PAGES)
+                ada_load_kept(v, p, sequence, g, 1, j, (LANES * i + c) * 4, p.E);
+            else
+                ada_load_four(v, row, p.value.stride[3], p.dtype, (LANES * i + c) * 4, p.E, a.fours);
             ADA_UNROLL for (int x = 0; x < 4; x++) {
                 if (ada_is_finite(v[x])) {
                     o[i][x] += w * v[x];

@@ -45,6 +45,11 @@ typedef struct {
     float one, more;
 } ada_unit;
 
+/* The list of a tile of queries. */
+ADA_DEVICE const int32_t *ada_list_of(const ada_cu_params &p, int64_t tile) {
+    return p.lists + tile * (1 + (p.S + ADA_LIST_BLOCK - 1) / ADA_LIST_BLOCK);
+}
+
 enum { ADA_LAZY_OCTAVES = 8 }; /* the reference rises when a score exceeds it by more */
 /* Weights in e4m3: up to 2^8.75, below its largest, 448; the small ones keep their digits so. */
 enum { ADA_FP8_OCTAVES = 8 };
@@ -67,8 +72,10 @@ template <typename L> ADA_DEVICE uint32_t ada_along(uint32_t place, int bytes) {
 }
 
 template <bool BF16_, int WIDTH_, int MW_, int MR_, int NW_, int BN_, bool OPTIONS_, bool FEW_, int RESIDENT_,
-          int LEAST_CHIP_ = 80, int PARTS_ = 1, bool BYTES_ = false, bool E4M3_ = false, bool FP8_ = false>
+          int LEAST_CHIP_ = 80, int PARTS_ = 1, bool BYTES_ = false, bool E4M3_ = false, bool FP8_ = false,
+          bool LISTED_ = false>
 struct ada_tiling {
+    static constexpr bool LISTED = LISTED_; /* of the keys' tiles those of the blocks on params.h's lists */
     static constexpr bool BF16 = BF16_, OPTIONS = OPTIONS_, FEW = FEW_;
     static constexpr bool BYTES = BYTES_; /* queries and keys are signed bytes or, E4M3, such floats */
     static constexpr bool E4M3 = E4M3_;
@@ -161,12 +168,12 @@ template <typename X> ADA_DEVICE void ada_copy_columns(uint32_t to, const char *
     }
 }
 
-/* A tile of keys and of values into a stage. */
+/* A tile of keys and of values into the stage of a turn. */
 template <typename X>
 ADA_DEVICE void ada_copy_tile(const ada_k1_args &a, uint32_t shared, const char *keys, const char *values,
-                              int tile, ada_span span) {
-    const uint32_t k_to = shared + (uint32_t)(X::K_AT + tile % 2 * X::K_STAGE);
-    const uint32_t v_to = shared + (uint32_t)(X::V_AT + tile % 2 * X::V_STAGE);
+                              int tile, int turn, ada_span span) {
+    const uint32_t k_to = shared + (uint32_t)(X::K_AT + turn % 2 * X::K_STAGE);
+    const uint32_t v_to = shared + (uint32_t)(X::V_AT + turn % 2 * X::V_STAGE);
     ADA_UNROLL for (int part = 0; part < X::PARTS; part++)
         ada_copy_part<X, typename X::QK>(k_to + (uint32_t)(part * X::K_PART), keys + part * a.k.part,
                                          a.k.stride[2], tile * X::BN, span, X::BYTES ? a.p.D : 2 * a.p.D);
@@ -197,6 +204,7 @@ typedef struct {
     int tile, split;
     int row0; /* this lane's first row */
     int rows; /* of the unit */
+    int unit;
 } ada_where;
 
 template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
@@ -210,6 +218,7 @@ template <typename X> ADA_DEVICE ada_where ada_where_of(const ada_k1_args &a) {
     const int of_group = a.group * a.tiles, group = index / of_group * a.group, within = index % of_group;
     const int here = a.group < a.units - group ? a.group : a.units - group, unit = group + within % here;
     const int head = ada_pack_of<X>(a) > 1 ? unit * ada_pack_of<X>(a) : p.heads ? p.heads[unit] : unit;
+    w.unit = unit;
     w.tile = a.tiles - 1 - within / here; /* the longest causal ones first */
     w.b = head / p.H, w.h0 = head % p.H;
     w.g = w.h0 / (p.H / p.G);
@@ -606,6 +615,13 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
         end = end < (w.split + 1) * each ? end : (w.split + 1) * each;
     }
 
+    const int32_t *const list = X::LISTED ? ada_list_of(p, (int64_t)w.unit * a.tiles + w.tile) : nullptr;
+    if (X::LISTED) begin = 0, end = list[0] * (ADA_LIST_BLOCK / X::BN);
+    const auto tile_of = [&](int turn) {
+        constexpr int PER = X::LISTED ? ADA_LIST_BLOCK / X::BN : 1;
+        return X::LISTED ? list[1 + turn / PER] * PER + turn % PER : turn;
+    };
+
     const int plain_first = (high.first + X::BN - 1) / X::BN, plain_end = low.end / X::BN;
 
     const char *const keys = a.k.data + w.b * a.k.stride[0] + w.g * a.k.stride[1];
@@ -621,7 +637,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
             ada_copy_chunk(shared + (uint32_t)(part * X::Q_PART) + ada_place<typename X::QK>(row, chunk),
                            from + part * a.q.part, there, chunk, X::BYTES ? p.D : 2 * p.D);
     }
-    if (begin < end) ada_copy_tile<X>(a, shared, keys, values, begin, span);
+    if (begin < end) ada_copy_tile<X>(a, shared, keys, values, tile_of(begin), begin, span);
     ada_copy_commit();
 
     ada_rows<X> rows;
@@ -641,11 +657,13 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
     const int64_t unit_tiles = (p.S + ADA_UNIT_ROWS - 1) / ADA_UNIT_ROWS;
     const int64_t units = X::UNITS ? ((int64_t)w.b * p.G + w.g) * unit_tiles : 0;
 
-    ADA_UNROLL_NOT for (int n = begin; n < end; n++) {
-        const uint32_t stage = (uint32_t)(n % 2 * X::K_STAGE);
+    ADA_UNROLL_NOT for (int turn = begin; turn < end; turn++) {
+        const int n = tile_of(turn);
+        const uint32_t stage = (uint32_t)(turn % 2 * X::K_STAGE);
         ada_copy_wait<0>(); /* this thread's part of the tile */
         ada_sync();         /* all have this tile's keys and values, and have read those before */
-        if (n + 1 < end && X::EARLY) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
+        if (turn + 1 < end && X::EARLY)
+            ada_copy_tile<X>(a, shared, keys, values, tile_of(turn + 1), turn + 1, span);
 
         float s[X::MR][X::KEYS / 8][4];
         if constexpr (X::E4M3)
@@ -666,7 +684,8 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
             }
         }
 
-        if (n + 1 < end && !X::EARLY) ada_copy_tile<X>(a, shared, keys, values, n + 1, span);
+        if (turn + 1 < end && !X::EARLY)
+            ada_copy_tile<X>(a, shared, keys, values, tile_of(turn + 1), turn + 1, span);
         ada_copy_commit();
 
         const int first = n * X::BN + wn * X::KEYS + lane % 4 * 2; /* this lane's first key */
@@ -680,7 +699,7 @@ template <typename X> ADA_DEVICE void ada_k1_block(const ada_k1_args &a) {
 
         uint32_t v_at = k_at + stage + (X::V_AT - X::K_AT);
         if (X::BYTES)
-            v_at = shared + (uint32_t)(X::V_AT + n % 2 * X::V_STAGE) +
+            v_at = shared + (uint32_t)(X::V_AT + turn % 2 * X::V_STAGE) +
                    (X::FP8 ? ada_place<typename X::V>(lane % 16, wn * (X::KEYS / 16) + lane / 16)
                            : ada_place<typename X::V>(wn * X::KEYS + lane % 16, lane / 16));
         const float v_unit = X::PARTS == 2 || X::FP8 ? a.v.units[units + n * X::BN / ADA_UNIT_ROWS] : 1;

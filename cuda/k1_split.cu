@@ -14,7 +14,7 @@ template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cuda
     } else {
         if (a.splits) return run<ada_tiling<false, W, 1, 1, 2, 32, true, true, 2, 80, 2>>(a, stream);
         if constexpr (W == 128)
-            if (a.p.capability % 10 == 0)
+            if (a.p.capability % 10 == 0 && a.p.capability < 120)
                 return run_tiles<W, 8>(a, options, stream); /* 128 KiB of shared memory */
         return run_tiles<W, 4>(a, options, stream);
     }

@@ -82,7 +82,9 @@ static layout layout_of(const ada_cu_params *p) {
     return at;
 }
 
-size_t ada_cu_workspace(const ada_cu_params *p) { return layout_of(p).bytes; }
+size_t ada_cu_workspace(const ada_cu_params *p) {
+    return ada_reads_floats(p) ? ada_few_workspace(p) : layout_of(p).bytes;
+}
 
 static bool in_fours(const ada_cu_params *p) {
     const ada_cu_array *arrays[3] = {&p->query, &p->key, &p->value};
@@ -223,7 +225,8 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     if (!error && !ada_is_fp8(p))
         error = pack(p, &p->value, p->G, p->S, p->E, at->packs_v, at->v, v_units, &a.v, stream);
     if (!error)
-        error = ada_is_fp8(p)            ? ada_k1_run_fp8(a, stream)
+        error = p->lists                 ? ada_k1_run_listed(a, stream)
+                : ada_is_fp8(p)          ? ada_k1_run_fp8(a, stream)
                 : is_bytes(p)            ? ada_k1_run_bytes(a, stream)
                 : is_pairs(p)            ? ada_k1_run_split(a, stream)
                 : p->rung == ADA_CU_FP16 ? ada_k1_run_f16(a, stream)
@@ -235,8 +238,7 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     return ada_combine_run(combine, combine.k0.rows, stream);
 }
 
-/* What runs PTX of sm_80 has none, later chips than cuda/build.py names code for. */
-int ada_cu_has_fp8(int32_t capability) { return capability >= 89 && capability < 110; }
+int ada_cu_has_fp8(int32_t capability) { return ada_code_of(capability) >= 89; }
 
 int ada_cu_computes(const ada_cu_params *p) {
     if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD) return 0;
@@ -247,6 +249,7 @@ int ada_cu_computes(const ada_cu_params *p) {
 cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream) {
     if (!ada_cu_computes(p)) return cudaErrorNotSupported;
     if (p->heads && p->n_heads == 0) return cudaSuccess;
+    if (ada_reads_floats(p)) return ada_few_attend(p, k0_args(p), stream);
     ada_k0_args simt = k0_args(p);
     if (p->rung == ADA_CU_SIMT_F64) return ada_k0_run(simt, true, simt.rows, stream);
     const layout at = layout_of(p);

@@ -19,6 +19,9 @@ static inline int ada_k1_width(const ada_cu_params *p) {
     return 0;
 }
 
+/* The chip whose code one of this capability runs: for those that cuda/build.py does not know that is PTX. */
+static inline int ada_code_of(int capability) { return capability < 110 ? capability : 80; }
+
 /* Weights and values in e4m3. */
 static inline bool ada_is_fp8(const ada_cu_params *p) {
     return p->rung == ADA_CU_INT8_FP8 || p->rung == ADA_CU_FP8;
@@ -41,6 +44,11 @@ typedef struct {
     int32_t splits;
 } ada_combine_args;
 
+/* few.cu: few queries on keys in float32 or in a cache's pages, which are read as they are. */
+bool ada_reads_floats(const ada_cu_params *p);
+size_t ada_few_workspace(const ada_cu_params *p);
+cudaError_t ada_few_attend(const ada_cu_params *p, const ada_k0_args &again, cudaStream_t stream);
+
 cudaError_t ada_combine_run(const ada_combine_args &a, int64_t rows, cudaStream_t stream);
 cudaError_t ada_k0_run(const ada_k0_args &a, bool f64, int64_t blocks, cudaStream_t stream);
 cudaError_t ada_k1_run_f16(ada_k1_args a, cudaStream_t stream);
@@ -48,5 +56,6 @@ cudaError_t ada_k1_run_bf16(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_split(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_bytes(ada_k1_args a, cudaStream_t stream);
 cudaError_t ada_k1_run_fp8(ada_k1_args a, cudaStream_t stream);
+cudaError_t ada_k1_run_listed(ada_k1_args a, cudaStream_t stream);
 
 #endif

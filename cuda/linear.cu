@@ -186,7 +186,7 @@ struct Convert {
 
 ADA_DEVICE float float_for_e4m3(float x) { return fabsf(x) < ADA_INF ? x : ADA_NAN; } /* it has no infinity */
 
-ADA_KERNEL(Convert::THREADS, 1) convert(ADA_ARGS(Convert) a) {
+ADA_KERNEL(Convert::THREADS, 1) convert_rows(ADA_ARGS(Convert) a) {
     const int64_t i = ada_block() * (int64_t)Convert::THREADS + ada_thread();
     if (i >= a.items) return;
     const int64_t row = i / a.chunks, first = i % a.chunks * Convert::CHUNK;
@@ -387,7 +387,7 @@ int take_operand(const ada_array *a, int type, int64_t rows, int aligned, const 
     c.items = c.chunks * rows;
     TRY(made->allocate((size_t)(c.items * Convert::CHUNK * size)));
     c.to = made->data;
-    TRY(ada_launch(convert, divide_up(c.items, Convert::THREADS), Convert::THREADS, 0, stream, c));
+    TRY(ada_launch(convert_rows, divide_up(c.items, Convert::THREADS), Convert::THREADS, 0, stream, c));
     *to = {made->data, c.chunks * Convert::CHUNK};
     return 0;
 }

@@ -209,6 +209,11 @@ ADA_DEVICE bool ada_any(bool x) {
     return x;
 }
 ADA_DEVICE int ada_count_up(int32_t *counter) { return (*counter)++; }
+ADA_DEVICE void ada_raise(uint32_t *to, float x) {
+    float most;
+    memcpy(&most, to, sizeof most);
+    if (x > most) memcpy(to, &x, sizeof x);
+}
 ADA_DEVICE float ada_reciprocal(float x) { return 1 / x; }
 ADA_DEVICE float ada_exp2(float x) { return x < -126 ? 0 : exp2f(x); }
 
@@ -276,13 +281,18 @@ template <int PER, typename C, typename F> inline void multiply(product<C> **all
 }
 /* All terms in units of the largest one's exponent, 13 bits behind its point. */
 inline float cut_sum(float c, const float *x, const float *y, int K) {
-    float most = fabsf(c), all = c;
-    for (int k = 0; k < K; k++) most = fmaxf(most, fabsf(x[k] * y[k])), all += x[k] * y[k];
-    if (!(fabsf(all) < INFINITY) || most == 0) return all;
-    const double unit = ldexp(1, ilogbf(most) - 13);
-    double sum = trunc(c / unit);
-    for (int k = 0; k < K; k++) sum += trunc((double)x[k] * y[k] / unit);
-    return (float)(sum * unit);
+    float term[33], most = fabsf(c), all = c;
+    for (int k = 0; k < K; k++) {
+        term[k] = x[k] * y[k], all += term[k];
+        most = fabsf(term[k]) > most ? fabsf(term[k]) : most;
+    }
+    if (!(fabsf(all) < INFINITY) || most < 0x1p-100f) return all;
+    int exponent;
+    frexpf(most, &exponent);
+    const float units = ldexpf(1, 14 - exponent), unit = ldexpf(1, exponent - 14);
+    int32_t sum = (int32_t)(c * units);
+    for (int k = 0; k < K; k++) sum += (int32_t)(term[k] * units);
+    return (float)sum * unit;
 }
 } // namespace ada_model
 

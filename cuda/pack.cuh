@@ -237,7 +237,7 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_columns_of_values(ADA_ARGS(ada_pack_a
     for (int i = 0; i < ADA_PACK_THREADS / 32; i++) most = fmaxf(most, each[i]);
     int exponent = 0; /* of a power of two above most */
     frexpf(most, &exponent);
-    exponent = exponent < -80 ? -80 : exponent;
+    exponent = exponent < -118 ? -118 : exponent;
     const float factor = ldexpf(1, 8 - exponent);
     if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - 8);
     ada_sync(); /* all have read what now becomes columns */

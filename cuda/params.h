@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* As ada_dtype in csrc/adaattn.h. */
-enum { ADA_CU_F32, ADA_CU_F64, ADA_CU_F16, ADA_CU_BF16, ADA_CU_BOOL };
+enum { ADA_CU_F32, ADA_CU_F64, ADA_CU_F16, ADA_CU_BF16, ADA_CU_BOOL, ADA_CU_I8 = 7 };
 
 /* What the products of a launch are computed from. */
 typedef enum {
@@ -40,6 +40,20 @@ typedef struct {
     void *data;
     int64_t stride[4]; /* batch, head, row, element */
 } ada_cu_array;
+
+/* Keys and values of a cache, in pages of ADA_CU_PAGE tokens (ada_cuda_store): head g of side s (keys,
+ * values) begins at[s] + g * head[s] bytes behind the page's address, its rows lie row[s] bytes apart; behind
+ * rows of bytes come their scale (float), in 16 bytes, and their means (bfloat16). open: the same of pages of
+ * floats. */
+#define ADA_CU_PAGE 64
+typedef struct {
+    const uint64_t *table; /* addresses: of each sequence its open page, then its pages; NULL: no cache */
+    int64_t columns;       /* of the table */
+    int32_t dtype;         /* ADA_CU_F32, F16, BF16 or I8: bytes, counted from 128 */
+    struct {
+        int64_t at[2], head[2], row[2];
+    } closed, open;
+} ada_cu_pages;
 
 typedef struct {
     ada_cu_array query, key, value, out;      /* (B, H, T, D), (B, G, S, D), (B, G, S, E), (B, H, T, E) */
@@ -68,7 +82,14 @@ typedef struct {
     void *workspace;      /* of ada_cu_workspace bytes, aligned to 256 */
     int32_t multiprocessors, capability; /* of the device: 132 and 90 for an H100 */
     uint32_t *raised; /* [B * H] becomes 1 where rows were computed again in float64; NULL: not wanted */
+    /* [n_heads][tiles of ada_cu_list_rows queries][1 + blocks of keys]: how many blocks of ADA_LIST_BLOCK
+     * keys are computed, then which, ascending; NULL: all are. */
+    const int32_t *lists;
+    ada_cu_pages pages; /* where key and value lie instead, of a cache that kv_lengths says the tokens of */
 } ada_cu_params;
+
+#define ADA_LIST_BLOCK 64
+#define ADA_LIST_MOST_KEYS (1 << 21) /* of a list */
 
 /* Whether ada_cu_attend has kernels for this rung, dtype, head sizes and capability. */
 int ada_cu_computes(const ada_cu_params *p);
@@ -78,6 +99,9 @@ int ada_cu_has_fp8(int32_t capability);
 
 /* Bytes of workspace that ada_cu_attend needs for these arrays and this rung. */
 size_t ada_cu_workspace(const ada_cu_params *p);
+
+/* Queries of a tile that has a list; 0: no kernel walks lists for this rung, chip and problem. */
+int ada_cu_list_rows(const ada_cu_params *p);
 
 /* out and lse of the heads, asynchronously on the stream, whatever the number of queries. Rows that the rung
  * cannot hold (overflow, NaN, infinities) are computed again in float64 within the same call.

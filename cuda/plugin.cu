@@ -217,7 +217,13 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               watched,      execute,
                               probe,        compute_rows,
                               row_norms,    open_blas,
-                              multiply,     product_error};
+                              multiply,     product_error,
+                              leaves_out,   look_at_blocks,
+                              execute_thin, gradients,
+                              merge,        convert,
+                              use_store,    store_set,
+                              store_copy,   store_append,
+                              store_reopen, store_read};
 
 } // namespace
 } // namespace ada_cuda

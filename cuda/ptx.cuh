@@ -65,6 +65,8 @@ template <typename T> ADA_DEVICE T ada_shuffle_xor(T x, int mask) {
 }
 ADA_DEVICE bool ada_any(bool x) { return __any_sync(0xffffffffu, x); }
 ADA_DEVICE int ada_count_up(int32_t *counter) { return atomicAdd(counter, 1); }
+/* The largest of all x, none negative, as a float's bits. */
+ADA_DEVICE void ada_raise(uint32_t *to, float x) { atomicMax(to, __float_as_uint(x)); }
 
 /* 2^x, to 2 ulp; subnormal results are 0. */
 ADA_DEVICE float ada_exp2(float x) {

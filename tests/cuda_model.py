@@ -21,7 +21,10 @@ SOURCES = [
     "k1_split.cu",
     "k1_bytes.cu",
     "k1_fp8.cu",
+    "k1_listed.cu",
+    "lists.cu",
     "combine.cu",
+    "few.cu",
 ]
 DTYPES = [np.dtype(x) for x in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.bool_)]
 RUNGS = ["fp64", "fp32", "split", "fp16", "bf16", "int8", "int8/fp8", "fp8"]
@@ -60,6 +63,24 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
         *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
         ("raised", ctypes.c_void_p),
+        ("lists", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("kept_dtype", ctypes.c_int32),
+        ("places", ctypes.c_int64 * 12),
+    ]
+
+
+class _Lists(ctypes.Structure):
+    """ada_lists_args of cuda/lists.h."""
+
+    _fields_ = [
+        ("p", _Params),
+        ("heads", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("n", "rows", "tiles", "looked", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("lists", "counts", "centres")),
+        ("chunks", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("figures", "values")),
     ]
 
 
@@ -93,17 +114,13 @@ def build(
     return library
 
 
-def attention(
-    library: ctypes.CDLL,
+def parameters(
     query: Array,
     key: Array,
     value: Array,
+    alive: list[Array],
     *,
     rung: str,
-    order: int = 1,
-    heads: Array | None = None,
-    pairs: Array | None = None,
-    capability: int = 90,
     attn_mask: Array | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -115,15 +132,10 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
-) -> tuple[Array, Array, int]:
-    """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
-
-    order draws the order of the threads and the delays of copies.
-    """
+) -> Any:
+    """What both directions take; what it points to is kept in `alive`."""
     (B, H, T, D), (_, G, S, E) = query.shape, value.shape
-    wide = query.dtype == np.float64
     p = _Params(B=B, H=H, G=G, T=T, S=S, D=D, E=E, dtype=DTYPES.index(query.dtype), rung=RUNGS.index(rung))
-    alive: list[Array] = []
 
     def at(x: Any) -> int:
         alive.append(x)
@@ -132,9 +144,7 @@ def attention(
     def array(x: Array) -> _Array:
         return _Array(at(x), (ctypes.c_int64 * 4)(*x.strides))
 
-    out = np.full((B, H, T, E), 77, query.dtype)
-    lse = np.full((B, H, T), 77, np.float64 if wide else np.float32)
-    p.query, p.key, p.value, p.out, p.lse = array(query), array(key), array(value), array(out), at(lse)
+    p.query, p.key, p.value = array(query), array(key), array(value)
     if attn_mask is not None:
         p.mask = array(np.broadcast_to(attn_mask, (B, H, T, S)))
         p.mask_dtype = DTYPES.index(attn_mask.dtype)
@@ -158,6 +168,42 @@ def attention(
         p.seed = at(np.array([int(x) % 2**64 for x in (seed if many else [seed])], np.uint64))
         p.seed_stride, p.one_seed = int(many), int(not many)
         p.dropout_p, p.drop_below = dropout_p, int(dropout_p * 2**32)
+    return p
+
+
+def attention(
+    library: ctypes.CDLL,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    rung: str,
+    order: int = 1,
+    heads: Array | None = None,
+    pairs: Array | None = None,
+    lists: list[list[list[int]]] | None = None,
+    thin: tuple[float, float, float] | None = None,
+    looked: int | None = None,
+    capability: int = 90,
+    **options: Any,
+) -> tuple[Array, Array, int]:
+    """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
+
+    order draws the order of the threads and the delays of copies. lists: of each head and tile of queries,
+    the blocks of keys; thin: they are made, by what may be left out (absolute, relative, most of a sum), and
+    take the place of lse, for as many tiles as are looked at.
+    """
+    (B, H, T, D), (_, G, S, E) = query.shape, value.shape
+    alive: list[Array] = []
+
+    def at(x: Any) -> int:
+        alive.append(x)
+        return int(x.ctypes.data)
+
+    p = parameters(query, key, value, alive, rung=rung, **options)
+    out = np.full((B, H, T, E), 77, query.dtype)
+    lse = np.full((B, H, T), 77, np.float64 if query.dtype == np.float64 else np.float32)
+    p.out, p.lse = _Array(at(out), (ctypes.c_int64 * 4)(*out.strides)), at(lse)
     if heads is not None:
         p.heads, p.n_heads = at(np.asarray(heads, np.int32).copy()), len(heads)
     raised = np.zeros((B, H), np.uint32)
@@ -176,6 +222,30 @@ def attention(
         )
         assert error == 0, error
         return o, exact_lse, 0
+    rows, blocks = library.ada_cu_list_rows(ctypes.byref(p)), -(-S // 64)
+    n_heads = B * H if heads is None else len(heads)
+    if lists is not None or thin is not None:
+        tiles = -(-T // rows)
+        listed = np.full((n_heads, tiles, 1 + blocks), 77, np.int32)
+        if lists is not None:
+            for n, tile in np.ndindex(n_heads, tiles):
+                own = lists[n][tile]
+                listed[n, tile, : 1 + len(own)] = [len(own), *own]
+        p.lists = at(listed)
+    if thin is not None:
+        own = np.zeros(n_heads, [("head", np.int32), ("thin", np.float32, 3)])
+        own["head"], own["thin"] = np.arange(B * H) if heads is None else heads, thin
+        args = _Lists(p, at(own), n_heads, rows, tiles, looked or tiles, blocks)
+        counts = np.full((n_heads, args.looked, 3), 77, np.int32)
+        args.counts, args.lists = at(counts), None if looked else at(listed)
+        args.chunks = -(-D // 8)
+        space = np.full(B * G * blocks * args.chunks * 16 + 16, 255, np.uint8)
+        args.centres = at(space) + -space.ctypes.data % 16
+        values = np.full((B * G, 2), np.nan, np.float32)
+        args.figures, args.values = at(np.full((B * G, blocks, 5), np.nan, np.float32)), at(values)
+        error = library.ada_lists_run(ctypes.byref(args), None)
+        assert error == 0, error
+        return listed, counts, 0
     workspace = np.full(library.ada_cu_workspace(ctypes.byref(p)) + 256, 255, np.uint8)
     p.workspace = at(workspace) + -workspace.ctypes.data % 256
     error = library.ada_cu_attend(ctypes.byref(p), None)

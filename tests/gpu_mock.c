@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../csrc/backward.h"
 #include "../csrc/exact.h"
 #include "../csrc/execute.h"
 
@@ -238,6 +239,31 @@ static int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failur
     return 0;
 }
 
+static bool leaves_out(const ada_cuda_call *call, ada_choice choice) {
+    (void)call, (void)choice;
+    return false;
+}
+
+static int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
+                     ada_cuda_failure *failure) {
+    ada_error error;
+    if (fails("gradients", failure)) return 1;
+    ada_backward_problem y = *x;
+    y.p.on_gpu = false;
+    mock_stream = y.p.stream;
+    const ada_rung rung = choice.qk == ADA_RUNG_FP64 ? ADA_RUNG_FP64 : ADA_RUNG_AUTO;
+    ada_gradient_budget budget = {.asked = {rung, rung}};
+    if (again) memset(again, 0, (size_t)(call->problem.B * call->problem.G) * sizeof *again);
+    return ada_backward(&y, &budget, NULL, NULL, &error) != ADA_OK;
+}
+
+static int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure) {
+    ada_error error;
+    (void)device, (void)stream;
+    return fails("merge", failure) || ada_merge(m, NULL, NULL, &error);
+}
+
+/* It keeps no caches: these functions are missing. */
 static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .problem_bytes = sizeof(ada_problem),
                                      .version = "mock",
@@ -258,7 +284,11 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .execute = execute,
                                      .probe = probe,
                                      .rows = rows,
-                                     .row_norms = row_norms};
+                                     .row_norms = row_norms,
+                                     .leaves_out = leaves_out,
+                                     .gradients = gradients,
+
+                                     .merge = merge};
 
 #ifndef MOCK_WITHOUT_SYMBOL
 const ada_cuda_table *ada_cuda_plugin(void) { return &table; }

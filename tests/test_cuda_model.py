@@ -143,7 +143,7 @@ def test_tiles_of_many_heads(kernels: ctypes.CDLL, rng: np.random.Generator) -> 
         check(kernels, "fp16", *arrays, **options)
 
 
-@pytest.mark.parametrize("rung", TILED)
+@pytest.mark.parametrize("rung", [rung for rung in TILED if rung != "fp8"])  # which has tests below
 def test_splits_of_the_keys(rung: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
     shapes = (
         Shape(1, 8, 2, 1, 1100, 64, 64),
@@ -156,6 +156,17 @@ def test_splits_of_the_keys(rung: str, kernels: ctypes.CDLL, rng: np.random.Gene
         lengths = rng.integers(0, shape.S, shape.B)
         for options in ({"causal": True}, {"kv_lengths": lengths}, {"window": (20, 5)}, {"softcap": 9.0}):
             check(kernels, rung, *arrays, order=order, **options)
+
+
+def test_few_queries_on_floats(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Read as they are, whatever the size: of one to sixteen rows that share keys, and where they are not
+    aligned the other way."""
+    for order, (D, E) in enumerate(((1, 3), (31, 64), (64, 65), (100, 128), (130, 256))):
+        for H, G, T in ((1, 1, 1), (2, 2, 1), (6, 2, 5), (4, 1, 4)):
+            arrays = inputs(rng, Shape(2, H, G, T, 270 + 2 * D, D, E), F32)
+            lengths = np.array([arrays[1].shape[2], 100])
+            for x in (arrays, [guarded(x) for x in arrays]):
+                check(kernels, "split", *x, order=order, causal=True, kv_lengths=lengths)
 
 
 @pytest.mark.parametrize(("rung", "dtype"), RUNGS, ids=str)
@@ -328,18 +339,17 @@ def test_errors_of_fp8(rung: str, most: float, kernels: ctypes.CDLL, rng: np.ran
             assert np.abs(lse - exact_lse).max() < 2 * most
 
 
-def test_one_weight_is_exact_in_fp8(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
-    """Where one key is all of a row, the rounding of its weight cancels, with dropout of others as well."""
+def test_one_value_is_exact_in_fp8(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Where keys that share a value are all of a row, the rounding of their weights cancels."""
     for T in (40, 3):
         query, key = np.zeros((1, 1, T, 32), F32), np.zeros((1, 1, 300, 32), F32)
-        # Its weight is one of 25 / 16 beside an earlier reference, which e4m3 does not have.
-        query[..., 0], key[..., 0] = 1, -40
-        key[0, 0, [5, 200], 0] = 0, np.log(25 / 16) / np.log2(np.e) * np.sqrt(32) / np.log(2)
+        query[..., 0], key[..., 0] = 1, -16
+        key[0, 0, [5, 200], 0] = 0, np.log(25 / 16)  # a weight that e4m3 does not have
         value = 2.0 ** rng.integers(-3, 3, (1, 1, 300, 32)).astype(F32)
         value[:, :, 5] = value[:, :, 200]
-        out, _, again = cuda_model.attention(kernels, query, key, value, rung="fp8")
+        out, _, again = cuda_model.attention(kernels, query, key, value, rung="int8/fp8", scale=1.0)
         assert again == 0
-        np.testing.assert_allclose(out, np.broadcast_to(value[:, :, 200], out.shape), rtol=2e-3)
+        np.testing.assert_allclose(out, np.broadcast_to(value[:, :, 200:201], out.shape), rtol=2e-3)
 
 
 def test_tiles_of_fp8_are_added_in_float(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
@@ -367,6 +377,181 @@ def test_chips_that_compute_fp8(capability: int, kernels: ctypes.CDLL) -> None:
             cuda_model.attention(kernels, x, x, x, rung="fp8", capability=capability)
 
 
+# ---- lists of blocks of keys
+
+LISTED = [("split", F32), ("fp16", F16), ("bf16", BF16)]
+
+
+def shown_by(lists: list[list[list[int]]], shape: Shape, rows: int) -> Array:
+    """What tiles of so many queries see of the blocks on their lists, as a mask."""
+    mask = np.zeros((shape.B * shape.H, shape.T, shape.S), bool)
+    for n, of_head in enumerate(lists):
+        for tile, blocks in enumerate(of_head):
+            for block in blocks:
+                mask[n, tile * rows : (tile + 1) * rows, 64 * block : 64 * block + 64] = True
+    return mask.reshape(shape.B, shape.H, shape.T, shape.S)
+
+
+def listed_rows(rung: str) -> int:
+    return 64 if rung == "split" else 128
+
+
+@pytest.mark.parametrize(("rung", "dtype"), LISTED, ids=str)
+def test_lists_are_walked(rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Any lists, in any order of the threads: what is not on them is not there."""
+    rows = listed_rows(rung)
+    for order, shape in enumerate((Shape(1, 2, 1, 150, 330, 24, 40), Shape(2, 2, 2, 70, 200, 96, 72))):
+        tiles, blocks = -(-shape.T // rows), -(-shape.S // 64)
+        for options in ({"causal": True}, {"kv_lengths": np.array([shape.S - 70] * shape.B)}):
+            # What no row of a tile sees is not listed; the first block is, for all others.
+            lists = [
+                [
+                    [j for j in range(blocks) if j * 64 <= (shape.S - 71, tile * rows + shape.S - shape.T)[
+                        "causal" in options] and (rng.random() < 0.5 or j == 0)]
+                    for tile in range(tiles)
+                ]
+                for _ in range(shape.B * shape.H)
+            ]  # fmt: skip
+            arrays = [guarded(x) for x in inputs(rng, shape, dtype)]
+            mask = shown_by(lists, shape, rows)
+            out, lse, again = cuda_model.attention(
+                kernels, *arrays, rung=rung, lists=lists, order=order, **options
+            )
+            exact, exact_lse = reference.attention(*arrays, attn_mask=mask, return_lse=True, **options)
+            unit = UNITS[rung]
+            score = 2.0**-24 * (16 + 4 * score_size(*arrays[:2], options))
+            weight = 2 * unit if rung in FORMATS else 0
+            assert again == 0
+            assert_near(
+                out, exact, (score + weight) * largest(arrays[2]), float(ml_dtypes.finfo(dtype).eps) / 2
+            )
+            assert_near(lse, exact_lse, score, 2.0**-22)
+    whole = [[list(range(blocks))] * tiles] * (shape.B * shape.H)
+    plain = cuda_model.attention(kernels, *arrays, rung=rung, capability=80)[:2]
+    if rung != "split":  # the same tiles of keys
+        assert same_bits(cuda_model.attention(kernels, *arrays, rung=rung, lists=whole)[:2], plain)
+    one = cuda_model.attention(kernels, *arrays, rung=rung, lists=whole[1:2], heads=np.array([1]))
+    np.testing.assert_allclose(one[0][0, 1].astype(F64), plain[0][0, 1].astype(F64), atol=8 * UNITS[rung])
+    assert (one[0][0, 0] == 77).all() and (one[0][1] == 77).all()
+
+
+@pytest.mark.parametrize(("rung", "dtype"), LISTED, ids=str)
+def test_rows_whose_lists_are_empty(
+    rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    """They have no key by their spans, or else are computed in float64 as if there were no lists."""
+    shape = Shape(1, 1, 1, 70, 130, 16, 16)
+    arrays = inputs(rng, shape, dtype)
+    none = [[[]] * -(-shape.T // listed_rows(rung))]
+    out, lse, again = cuda_model.attention(kernels, *arrays, rung=rung, lists=none, kv_lengths=np.array([0]))
+    assert not out.any() and (lse == -np.inf).all() and again == 0
+    out, _, again = cuda_model.attention(kernels, *arrays, rung=rung, lists=none)
+    exact = reference.attention(*arrays)
+    assert again == 1 and abs(out.astype(F64) - exact).max() < 2 * float(ml_dtypes.finfo(dtype).eps)
+
+
+def topical(rng: np.random.Generator, shape: Shape, dtype: Any) -> list[Array]:
+    """Blocks of keys on one of four topics; tiles of 128 queries look at two, 16 queries at a time."""
+    topics = 4 * rng.standard_normal((4, shape.D))
+    t = np.arange(shape.T)
+    of_queries = 2 * (t // 128 % 2) + t // 16 % 2
+    of_keys = rng.permutation(-(-shape.S // 64)).repeat(64)[: shape.S] % 4
+    query = topics[of_queries] + 0.1 * rng.standard_normal((shape.B, shape.H, shape.T, shape.D))
+    key = topics[of_keys] + 0.1 * rng.standard_normal((shape.B, shape.G, shape.S, shape.D))
+    value = rng.standard_normal((shape.B, shape.G, shape.S, shape.E))
+    return [x.astype(dtype) for x in (query, key, value)]
+
+
+def left_out(arrays: list[Array], listed: Array, rows: int, options: dict[str, Any]) -> Array:
+    """The weight of what is not on the lists, of every row."""
+    B, H, T, S = (*arrays[0].shape[:3], arrays[1].shape[2])
+    lists = [[list(x[1 : 1 + x[0]]) for x in of_head] for of_head in listed]
+    shown = shown_by(lists, Shape(B, H, 1, T, S, 1, 1), rows)
+    one = np.ones((*arrays[1].shape[:3], 1))
+    lse = reference.attention(*arrays[:2], one, return_lse=True, **options)[1]
+    part = reference.attention(*arrays[:2], one, return_lse=True, attn_mask=shown, **options)[1]
+    return 1 - np.exp(np.where(lse > -np.inf, part - lse, 0))
+
+
+MAKE = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (450, None)},
+    "lengths": {"kv_lengths": np.array([433]), "query_offset": 200, "causal": True},
+    "negative": {"scale": -0.3},
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(("rung", "dtype"), [*LISTED, ("split", F64)], ids=str)
+def test_lists_leave_out_what_may_be(
+    rung: str, dtype: Any, name: str, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    shape, options = Shape(1, 2, 1, 200, 700, 40, 16), MAKE[name]
+    arrays = topical(rng, shape, dtype)
+    listed, counts, _ = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), **options)
+    assert (listed[..., 0] == counts[..., 0]).all() and (
+        counts[..., 0] < counts[..., 2] - counts[..., 1]
+    ).any()
+    for own in listed.reshape(-1, listed.shape[-1]):
+        assert (np.diff(own[1 : 1 + own[0]]) > 0).all() and (own[1 + own[0] :] == 77).all()
+    for order in (1, 2):
+        again = cuda_model.attention(
+            kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), order=order, **options
+        )
+        assert same_bits(again[:2], (listed, counts))
+    lost = left_out(arrays, listed, listed_rows(rung), options)
+    assert (lost <= 1e-3 * np.sqrt(shape.E) / 2).all()
+    looked = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 1e-3, 1e-3), looked=1, **options)
+    tile = 2 % counts.shape[1]
+    assert (looked[1][:, 0] == counts[:, tile]).all() and (looked[0] == 77).all()
+    none = cuda_model.attention(kernels, *arrays, rung=rung, thin=(0.0, 0.0, 1e-3), **options)
+    assert (none[1][..., 0] == none[1][..., 2] - none[1][..., 1]).all()
+
+
+def test_what_no_bound_holds_for_stays(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """One key that some row sees, and numbers that are none."""
+    shape = Shape(1, 1, 1, 128, 512, 32, 32)
+    arrays = topical(rng, shape, F32)
+    thin = {"rung": "bf16", "thin": (0.0, 1e-3, 1e-3)}
+    listed = cuda_model.attention(kernels, *arrays, **thin)[0][0, 0]
+    without = next(j for j in range(8) if j not in listed[1 : 1 + listed[0]])
+    for which, x in ((1, np.nan), (2, np.nan), (2, np.inf), (1, None)):
+        other = [a.copy() for a in arrays]
+        other[which][0, 0, 64 * without + 5] = arrays[0][0, 0, 3] if x is None else x
+        kept = cuda_model.attention(kernels, *other, **thin)[0][0, 0]
+        assert without in kept[1 : 1 + kept[0]]
+    for x in (np.nan, np.inf):
+        other = [a.copy() for a in arrays]
+        other[0][0, 0, 7, 3] = x
+        kept = cuda_model.attention(kernels, *other, **thin)[0][0, 0]
+        assert kept[0] == 8
+
+
+def check_what_may_be_left_out(kernels: ctypes.CDLL, order: int = 1) -> None:
+    """Blocks without radius, each 1.44 octaves below the one before it: bounds are what weights are."""
+    query, key = np.zeros((1, 1, 64, 16)), np.zeros((1, 1, 1900, 16))
+    query[..., 0] = 4
+    key[..., 0] = 8 - 0.25 * (np.arange(1900) // 64)
+    value = np.ones((1, 1, 1900, 4))
+    value[:, :, :950] *= 3
+    arrays = [x.astype(BF16) for x in (query, key, value)]
+    rms = np.sqrt((value**2).sum(-1).mean())
+    for thin, share in (((0.5, 0, 1), 0.5 / 12), ((0, 0.1, 1), 0.1 * rms / 12), ((1, 1, 1e-4), 1e-4)):
+        listed, counts, _ = cuda_model.attention(
+            kernels, *arrays, rung="bf16", thin=thin, order=order, scale=1.0
+        )
+        kept = -np.log2(share / 30) / np.log2(np.e)  # the rows see 30 blocks
+        assert abs(kept % 1 - 0.5) < 0.4
+        # The last block is not whole, and always there.
+        assert list(listed[0, 0, 1 : 1 + listed[0, 0, 0]]) == [*range(int(kept) + 1), 29]
+        assert counts[0, 0].tolist() == [int(kept) + 2, 0, 30]
+
+
+def test_what_may_be_left_out(kernels: ctypes.CDLL) -> None:
+    check_what_may_be_left_out(kernels)
+
+
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 FAULTS = {
@@ -380,8 +565,8 @@ FAULTS = {
     "no barrier behind the wait": ("k1.cuh", "ada_sync(); /* all have", "/* all have", "k1_bf16.cu"),
     "values go to the other stage": (
         "k1.cuh",
-        "X::V_AT + tile % 2 * X::V_STAGE",
-        "X::V_AT + (tile + 1) % 2 * X::V_STAGE",
+        "v_to = shared + (uint32_t)(X::V_AT + turn %",
+        "v_to = shared + (uint32_t)(X::V_AT + (turn + 1) %",
         "k1_bf16.cu",
     ),
     "swizzle by addition": ("k1.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
@@ -424,7 +609,81 @@ FAULTS = {
         "combine.cu",
     ),
     "half of a score": ("k0.cuh", "lanes < LANES;", "lanes < LANES / 2;", "k0.cu"),
+    "half of a score of few": ("few.cu", "lanes < LANES; lanes", "lanes < LANES / 4; lanes", "few.cu"),
+    "one key too many of few": ("few.cu", "j < spans[r].end;", "j <= spans[r].end;", "few.cu"),
+    "outputs of few keep their old reference": ("few.cu", "o[r][c] *= by[r];", ";", "few.cu"),
+    "sums of few keep their old reference": ("few.cu", "fmaf(l[r], by[r], sum)", "l[r] + sum", "few.cu"),
+    "parts overlap": ("few.cu", "all.end < part_end ? all.end : part_end", "all.end", "few.cu"),
+    "groups of few merge at different references": (
+        "few.cu",
+        "end_of[0] == most ? 1 : ada_exp2(end_of[0] - most)",
+        "1",
+        "few.cu",
+    ),
     "groups merge without a barrier": ("k0.cuh", "= own; } ada_sync();", "= own; }", "k0.cu"),
+    "the block before that on the list": (
+        "k1.cuh",
+        "list[1 + turn / PER]",
+        "list[turn / PER]",
+        "k1_listed.cu",
+    ),
+    "half of a block twice": ("k1.cuh", "* PER + turn % PER", "* PER", "k1_listed.cu"),
+    "the list of another tile": (
+        "k1.cuh",
+        "w.unit * a.tiles + w.tile)",
+        "w.unit * a.tiles + a.tiles - 1 - w.tile)",
+        "k1_listed.cu",
+    ),
+    "a list without its end": (
+        "k1.cuh",
+        "end = list[0] * (ADA_LIST_BLOCK / X::BN)",
+        "end = list[0] * (ADA_LIST_BLOCK / X::BN) - 1",
+        "k1_listed.cu",
+    ),
+    "stages by the tile's number": (
+        "k1.cuh",
+        "stage = (uint32_t)(turn % 2",
+        "stage = (uint32_t)(n / 2 % 2",
+        "k1_listed.cu",
+    ),
+    "bounds without radius": ("lists.cu", "score + r.norm * f.reach + slack", "score + slack", "lists.cu"),
+    "blocks seen in part are left out": (
+        "lists.cu",
+        "high <= r.span.end && f.reach",
+        "f.reach",
+        "lists.cu",
+    ),
+    "values that are none are left out": (
+        "lists.cu",
+        "larger(finite ? apart2 : ADA_INF, reach2)",
+        "larger(apart2, reach2)",
+        "lists.cu",
+    ),
+    "each thread lists from its own end": (
+        "lists.cu",
+        "before += i < thread ?",
+        "before += i <= thread ?",
+        "lists.cu",
+    ),
+    "rows of one warp alone": (
+        "lists.cu",
+        "ada_place<typename X::QK>(16 * warp +",
+        "ada_place<typename X::QK>(",
+        "lists.cu",
+    ),
+    "each block has the whole share": ("lists.cu", "/ (float)(end - begin)", "", "lists.cu"),
+    "outputs lie half as far apart": (
+        "lists.cu",
+        "moves / (2 * values.most)",
+        "moves / values.most",
+        "lists.cu",
+    ),
+    "floors in natural units": (
+        "lists.cu",
+        "const float octaves = (float)(p.scale * ADA_LOG2E);",
+        "const float octaves = 3 * (float)(p.scale * ADA_LOG2E);",
+        "lists.cu",
+    ),
 }
 FP8_FAULTS = {
     "keys of columns in their own order": (
@@ -446,7 +705,12 @@ FP8_FAULTS = {
         "x * factor",
         "launch.cu",
     ),
-    "columns beside the values are not zeros": ("k1.cuh", "e + i < E ? 16 : 0", "16", "k1_fp8.cu"),
+    "columns of another tile": (
+        "k1.cuh",
+        "(first / ADA_UNIT_ROWS) * E *",
+        "(first / ADA_UNIT_ROWS) * X::WIDTH *",
+        "k1_fp8.cu",
+    ),
     "the wrong half of a column": (
         "k1_fp8.cuh",
         "weights[mr][j], v[0], v[2]",
@@ -527,6 +791,44 @@ def find_faults(kernels: ctypes.CDLL) -> None:
         check(kernels, "bf16", *few, order=order, causal=True)
         check(kernels, "bf16", *few, order=order, kv_lengths=np.array([9]))
         check(kernels, "fp64", *arrays, order=order, **lengths)
+        find_faults_of_lists(kernels, order)
+
+
+def find_faults_of_lists(kernels: ctypes.CDLL, order: int) -> None:
+    """The same of lists: walked, and made where something must not be left out."""
+    check_what_may_be_left_out(kernels, order)
+    rng = np.random.default_rng(order)
+    shape = Shape(1, 1, 1, 140, 520, 32, 16)
+    arrays = [guarded(x) for x in inputs(rng, shape, BF16, 2.0)]
+    lists = [[[1, 2, 4, 7], [0, 3, 6]]]
+    out = cuda_model.attention(kernels, *arrays, rung="bf16", lists=lists, order=order)[0].astype(F64)
+    exact = reference.attention(*arrays, attn_mask=shown_by(lists, shape, 128))
+    np.testing.assert_allclose(out, exact, atol=0.06)
+
+    looked_at = topical(rng, shape, BF16)
+    looked_at[1][0, 0, 325] = looked_at[0][0, 0, 3]  # by one row
+    none = [x.copy() for x in looked_at]
+    none[2][0, 0, 260, 3] = np.nan
+    later = [looked_at[0][:, :, :60], looked_at[1].copy(), looked_at[2]]
+    later[1][0, 0, 508:512] = 40 * looked_at[0][0, 0, 20]  # in a block that all rows see in part: not these
+    causal = {"causal": True}
+    for arrays, options in (
+        (looked_at, {}),
+        (looked_at, causal),
+        (none, {}),
+        (later, causal | {"query_offset": 448}),
+    ):
+        listed, counts, _ = cuda_model.attention(
+            kernels, *arrays, rung="bf16", thin=(0.0, 1e-3, 1e-3), order=order, **options
+        )
+        assert (left_out(arrays, listed, 128, options) < 1e-3).all()
+        assert (counts[..., 0] < 8).any()
+        if arrays is none:
+            assert all(4 in own[1 : 1 + own[0]] for own in listed[0])
+
+        floats = inputs(rng, Shape(1, 4, 1, 3, 600, 32, 32), F32, 2.0)
+        check(kernels, "split", *floats, order=order, causal=True)
+        check(kernels, "split", *floats, order=order, kv_lengths=np.array([9]))
 
 
 @pytest.mark.parametrize("fault", ["", *FAULTS])
@@ -550,14 +852,14 @@ def find_fp8_faults(kernels: ctypes.CDLL) -> None:
             out, lse, again = cuda_model.attention(kernels, *arrays, rung="int8/fp8", order=order, **options)
             exact, exact_lse = reference.attention(*arrays, return_lse=True, **options)
             assert again == 0 and frobenius(out, exact) < 4.4e-2
-            assert np.abs(lse - exact_lse).max() < 4e-2
+            assert np.abs(lse - exact_lse).max() < 0.3
         few = query[:, :, :3]
         out, _, again = cuda_model.attention(kernels, few, key, value, rung="fp8", order=order)
-        assert again == 0 and frobenius(out, reference.attention(few, key, value)) < 0.1
+        assert again == 0 and frobenius(out, reference.attention(few, key, value)) < 0.2
         value[0, 0, 70, 3] = np.inf
         assert cuda_model.attention(kernels, query, key, value, rung="int8/fp8", order=order)[2] == 2
     add_many_tiles(kernels, rng)
-    test_one_weight_is_exact_in_fp8(kernels, rng)
+    test_one_value_is_exact_in_fp8(kernels, rng)
 
 
 @pytest.mark.parametrize("fault", ["", *FP8_FAULTS])

@@ -166,7 +166,8 @@ def names() -> Iterator[Case]:
     yield dtype_error("precision", expected + "tuple", (("int8", "bf16"), "fp32"))
     for value in ((), ("int8",), ("int8",) * 3):
         yield value_error("precision", expected + repr(value), value)
-    on_cpu = "expected a rung that CPUs compute, got 'fp8', which takes a GPU of compute capability 8.9 or more"
+    on_cpu = "expected a rung that CPUs compute, got 'fp8', which takes a GPU of compute capability 8.9 "
+    on_cpu += "or more"
     for value in ("fp8", ("fp8", "bf16"), ("int8", "fp8")):
         yield value_error("precision", on_cpu, value)
     for name in ("min_precision", "max_precision"):
@@ -303,7 +304,8 @@ def budgets() -> Iterator[Case]:
         yield value_error("verify", f"expected True, False or 'auto', got {value!r}", value)
     for value in (None, 1, 0, 1.0, [], np.True_):
         yield dtype_error("verify", f"expected True, False or 'auto', got {type(value).__name__}", value)
-    rungs = "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or 'fp8', got "
+    rungs = "expected 'auto', 'fp64', 'fp32', 'bf16x6', 'bf16x3', 'fp16', 'int16', 'bf16', 'int8' or 'fp8'"
+    rungs += ", got "
     for name, other in (("min_precision", "max_precision"), ("max_precision", "min_precision")):
         for value in ("float32", "", "INT8", "int8/bf16"):
             yield value_error(name, rungs + repr(value), value, tolerance=0.1)

@@ -10,6 +10,7 @@ from support import BF16, CASES, DTYPES, F16, F32, F64, SHAPES, Array, Shape, in
 
 import adaattn
 from adaattn import reference
+from adaattn.bench.heads import topics
 
 INFO = adaattn.gpu_info()
 if not INFO["available"]:
@@ -212,6 +213,73 @@ def test_guesses_are_the_cpus(rng: np.random.Generator) -> None:
                 np.testing.assert_allclose(x, y, rtol=1e-3 if error == "candidate_error" else 1)
 
 
+# ---- sparse heads
+
+
+def topical(S: int, D: int, heads: int = 2) -> list[Array]:
+    """Runs of 512 keys on one of a few topics, float32."""
+    made = [topics(S, D, count=8, seed=seed) for seed in range(heads)]
+    return [np.concatenate([getattr(x, name) for x in made], 1) for name in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_heads(dtype: Any, D: int) -> None:
+    arrays = [to_gpu(x.astype(dtype)) for x in topical(4096, D)]
+    for options in ({"causal": True}, {}, {"window": (3000, 0), "causal": True}, {"kv_lengths": [4000]}):
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True, "return_lse": True}
+        out, lse, report = adaattn.attention(*arrays, **asked, **options)
+        assert (report.structure == "sparse").all() and not report.retried.any()
+        assert (report.kept_fraction < 0.6).all() and (report.verified_rows > 0).all()
+        assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all()
+        exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
+        assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
+        assert float((lse - exact_lse).abs().max()) <= 1e-2
+        for verify in (True, False):
+            again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
+            assert torch.equal(again, out)
+
+
+def test_sparse_heads_are_chosen() -> None:
+    """Head by head, where they pay."""
+    arrays = [to_gpu(x) for x in topical(32768, 64, 8)]
+    arrays[0][:, 3], arrays[1][:, 3] = torch.randn_like(arrays[0][:, :2]).unbind(1)
+    report = adaattn.attention(*arrays, causal=True, tolerance=1e-2, return_report=True)[1]
+    expected = np.where(np.arange(8) == 3, "dense", "sparse")
+    assert (report.structure[0] == expected).all() and not report.retried.any()
+    assert report.kept_fraction[0, 3] == 1 and np.delete(report.kept_fraction[0], 3).max() < 0.3
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_what_sparse_heads_must_not_leave_out(dtype: Any) -> None:
+    """One key that one row looks at, and NaN that no row looks at."""
+    query, key, value = (to_gpu(x.astype(dtype)) for x in topical(2048, 64, 1))
+    key[0, 0, 700] = 2 * query[0, 0, 5]
+    value[0, 0, 700] *= 1000
+    asked = {"structure": "sparse", "tolerance": 1e-2}
+    exact = to_cpu(adaattn.attention(query, key, value, precision="fp64"))
+    assert relative(adaattn.attention(query, key, value, **asked), exact) <= 1e-2 + ROUNDING[dtype]
+    value[0, 0, 1500, 3] = torch.nan
+    out = adaattn.attention(query, key, value, structure="sparse", tolerance=1e-2, verify=False)
+    assert out[..., 3].isnan().all() and not out[..., 4:].isnan().any()
+
+
+def test_sparse_plans_are_captured() -> None:
+    arrays = [to_gpu(x.astype(F32)).to(torch.bfloat16) for x in topical(2048, 64)]
+    plan = adaattn.plan(*arrays, causal=True, structure="sparse", tolerance=1e-2)
+    assert (plan.structure == "sparse").all()
+    out = torch.empty_like(arrays[0])
+    adaattn.attention(*arrays, causal=True, plan=plan, verify=False, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        adaattn.attention(*arrays, causal=True, plan=plan, verify=False, out=out)
+    arrays[0].copy_(arrays[0].flip(1))  # other queries, for which other blocks count
+    expected = adaattn.attention(*arrays, causal=True, plan=plan, verify=False)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
 def test_plans_are_quiet() -> None:
     """A plan that is trusted waits for nothing."""
     torch.manual_seed(1)
@@ -265,6 +333,183 @@ def test_scores_beyond_fp32(dtype: Any, rng: np.random.Generator) -> None:
     exact = reference.attention(*arrays)
     assert np.isfinite(exact).all()
     assert relative(adaattn.attention(*map(to_gpu, arrays)), exact) < 1e-6 + ROUNDING[dtype]
+
+
+# ---- gradients
+
+
+def everything(options: dict[str, Any]) -> list[str]:
+    """All that these options have gradients for."""
+    names = ["query", "key", "value", *(x for x in ("sinks", "alibi_slopes") if options.get(x) is not None)]
+    mask = options.get("attn_mask")
+    return names if mask is None or mask.dtype == bool else [*names, "attn_mask"]
+
+
+def check_gradients(arrays: list[Array], grad_out: Array, **options: Any) -> Any:
+    """Against the oracle, in Frobenius norms; what is nothing but rounding is compared with what cancels."""
+    dtype = arrays[0].dtype
+    needs = everything(options)
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = reference.attention_backward(grad_out, *arrays, needs=needs, **options)
+    there = {name: to_gpu(x) for name, x in options.items()}
+    out, lse = adaattn.attention(*map(to_gpu, arrays), return_lse=True, **there)
+    found = adaattn.attention_backward(*map(to_gpu, [grad_out, *arrays]), out, lse, needs=needs, **there)
+    unit = 2.0**-50 if dtype == F64 else 2.0**-21 if dtype == F32 else 2 * ROUNDING[dtype]
+    unit *= 1 + (0.1 if dtype in (F16, BF16) else 0.5) * score_size(arrays[0], arrays[1], options)
+    norms = [np.sqrt((x.astype(F64) ** 2).sum(axis=-1)) for x in (*arrays, grad_out)]
+    scale = options.get("scale") or arrays[0].shape[-1] ** -0.5
+    rows = norms[3] / (1 - options.get("dropout_p", 0.0))
+    by_score, whole = 2 * norms[2].max(), np.linalg.norm(rows)
+    offset = np.abs(np.asarray(options.get("query_offset", 0))).max()
+    for name, x, e in zip(found._fields, found, exact, strict=True):
+        assert (x is None) == (name not in needs)
+        if x is None:
+            continue
+        own = name in ("query", "key", "value")
+        assert x.is_cuda and x.dtype == (TORCH[dtype] if own else TORCH[F64 if dtype == F64 else F32])
+        size = {
+            "query": scale * by_score * norms[1].max() * whole,
+            "key": scale * by_score * norms[0].max() * whole,
+            "value": whole,
+            "attn_mask": by_score * whole * (rows.size * arrays[1].shape[2] / e.size) ** 0.5,
+            "sinks": by_score * rows.sum(),
+            "alibi_slopes": by_score * rows.sum() * (arrays[0].shape[2] + arrays[1].shape[2] + offset),
+        }[name]
+        assert (
+            np.linalg.norm(to_cpu(x) - e) <= unit * size + 2 * ROUNDING[dtype] * np.linalg.norm(e) + 1e-30
+        ), name
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.startswith(("precision", "two threads"))]
+)
+def test_gradients(case: str, dtype: Any, rng: np.random.Generator) -> None:
+    for shape in (*SMALL, Shape(1, 4, 2, 140, 210, 64, 64)):
+        arrays = inputs(rng, shape, dtype)
+        grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
+        check_gradients(arrays, grad_out, **CASES[case](rng, shape))
+
+
+@pytest.mark.parametrize("D", [1, 7, 16, 33, 64, 72, 100, 128, 160, 200, 256])
+def test_gradients_of_head_sizes(D: int, rng: np.random.Generator) -> None:
+    for dtype in DTYPES:
+        shape = Shape(1, 2, 1, 150, 170, D, 257 - D if D > 1 else 3)
+        arrays = inputs(rng, shape, dtype)
+        grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
+        check_gradients(arrays, grad_out, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_long_gradients(dtype: Any, D: int, causal: bool) -> None:
+    """At most twice torch's own error in that dtype, both against its float64; twice with the same bits."""
+    torch.manual_seed(0)
+    arrays = [torch.randn(1, h, 1500, D, device="cuda").to(TORCH[dtype]) for h in (4, 2, 2)]
+    grad_out = torch.randn(1, 4, 1500, D, device="cuda").to(TORCH[dtype])
+
+    def by_torch(kind: Any) -> Any:
+        leaves = [x.to(kind).requires_grad_() for x in arrays]
+        wide = [leaves[0], *(x.repeat_interleave(2, 1) for x in leaves[1:])]
+        out = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=causal)
+        return torch.autograd.grad(out, leaves, grad_out.to(kind))
+
+    out, lse = adaattn.attention(*arrays, causal=causal, return_lse=True)
+    ours, again = (
+        adaattn.attention_backward(grad_out, *arrays, out, lse, causal=causal)[:3] for _ in range(2)
+    )
+    for x, y, own, right in zip(ours, again, by_torch(TORCH[dtype]), by_torch(torch.float64), strict=True):
+        assert torch.equal(x, y)
+        limit = max(2 * float((own.double() - right).norm()), 1e-6 * float(right.norm()))
+        assert float((x.double() - right).norm()) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_what_is_no_number(dtype: Any, rng: np.random.Generator) -> None:
+    """A key head with a NaN is computed in float64, pair by pair; others keep their bits."""
+    shape = Shape(2, 2, 1, 40, 50, 32, 32)
+    arrays = inputs(rng, shape, dtype)
+    grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
+    for which in range(4):
+        spoilt = [x.copy() for x in (grad_out, *arrays)]
+        spoilt[which][0, 0, 20, 3] = np.nan
+        with np.errstate(invalid="ignore"):
+            exact = reference.attention_backward(*spoilt, causal=True)
+        there = [to_gpu(x) for x in spoilt]
+        out, lse = adaattn.attention(*there[1:], causal=True, return_lse=True)
+        found, report = adaattn.attention_backward(*there, out, lse, causal=True, return_report=True)
+        assert report.retried.tolist() == ([[False], [False]] if dtype == F64 else [[True], [False]])
+        for x, right in zip(found[:3], exact[:3], strict=True):
+            assert (np.isnan(to_cpu(x)) == np.isnan(right)).all()
+
+
+def test_gradients_within_a_tolerance_are_refused(rng: np.random.Generator) -> None:
+    from adaattn.integrations.torch import scaled_dot_product_attention
+
+    arrays = [to_gpu(x) for x in inputs(rng, SMALL[1])]
+    out, lse = adaattn.attention(*arrays, return_lse=True)
+    with pytest.raises(adaattn.ArgumentError, match=r"^tolerance: expected None on a GPU"):
+        adaattn.attention_backward(out, *arrays, out, lse, tolerance=1e-2)
+    with pytest.raises(adaattn.ArgumentError, match=r"^tolerance: expected None beside gradients on a GPU"):
+        scaled_dot_product_attention(arrays[0].requires_grad_(), *arrays[1:], enable_gqa=True, policy="speed")
+
+
+def test_autograd_against_torch() -> None:
+    """In float64 the gradients of torch's own function, with masks and biases that want one too."""
+    from adaattn.integrations.torch import scaled_dot_product_attention
+
+    torch.manual_seed(0)
+    kind = {"device": "cuda", "dtype": torch.float64}
+    leaves = [torch.randn(2, 3, n, 24, **kind, requires_grad=True) for n in (50, 70, 70)]
+    bias = torch.randn(3, 50, 70, **kind, requires_grad=True)
+    for options in ({}, {"is_causal": True}, {"attn_mask": bias}):
+        wanted = [*leaves, bias] if "attn_mask" in options else leaves
+        ours, theirs = (
+            torch.autograd.grad(f(*leaves, **options).square().sum(), wanted)
+            for f in (scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+        )
+        for x, right in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, right, rtol=1e-9, atol=1e-10)
+    sinks = torch.zeros(3, device="cuda", requires_grad=True)
+    scaled_dot_product_attention(*leaves, sinks=sinks).square().sum().backward()
+    assert sinks.grad is not None and sinks.grad.is_cuda and bool(sinks.grad.abs().min() > 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled: bool) -> None:
+    from adaattn.integrations.torch import scaled_dot_product_attention
+
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, 4, 256, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    function: Any = scaled_dot_product_attention
+    if compiled:
+        pytest.importorskip("triton")
+        function = torch.compile(function, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = function(*leaves, is_causal=True)
+    assert out.dtype == torch.bfloat16
+    ours = torch.autograd.grad(out.float().square().sum(), leaves)
+    wide = [x.double() for x in leaves]
+    right = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    for x, y in zip(ours, torch.autograd.grad(right.square().sum(), leaves), strict=True):
+        assert x.dtype == torch.float32 and (x - y).norm() < 2e-2 * y.norm()
+
+
+def test_graph_capture_of_gradients() -> None:
+    torch.manual_seed(0)
+    arrays = [torch.randn(1, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    out, lse = adaattn.attention(*arrays[1:], return_lse=True)
+    adaattn.attention_backward(*arrays, out, lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = adaattn.attention_backward(*arrays, out, lse)
+    arrays[0].copy_(torch.randn_like(arrays[0]))
+    expected = adaattn.attention_backward(*arrays, out, lse)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(captured[:3], expected[:3], strict=True))
 
 
 # ---- the same bits
@@ -402,7 +647,8 @@ def test_arrays_on_other_devices(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value", "attn_mask", "out"])
-def test_gradients_are_refused(which: str, rng: np.random.Generator) -> None:
+def test_what_wants_a_gradient_is_refused(which: str, rng: np.random.Generator) -> None:
+    """`adaattn.integrations.torch` is what autograd knows of."""
     query, key, value = (to_gpu(x) for x in inputs(rng, SMALL[1]))
     arguments = {"query": query, "key": key, "value": value}
     arguments |= {
@@ -479,3 +725,100 @@ def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
                 y = adaattn.linear(x, weight, b, precision=product)
                 assert y.shape == (2, 15, 41)
                 assert float((y.double() - b.double() - right).norm() / right.norm()) < error
+
+
+# ---- few queries, caches, merging
+
+
+def test_few_queries_read_floats(rng: np.random.Generator) -> None:
+    for H, G, T, S, D in (
+        (8, 8, 1, 5000, 128),
+        (8, 2, 1, 9000, 64),
+        (4, 1, 4, 700, 256),
+        (2, 2, 16, 300, 40),
+    ):
+        arrays = inputs(rng, Shape(2, H, G, T, S, D, D), F32)
+        exact = reference.attention(*arrays, causal=True, kv_lengths=[S, S // 2])
+        out = adaattn.attention(*map(to_gpu, arrays), causal=True, kv_lengths=[S, S // 2])
+        assert relative(out, exact) < 1e-6
+
+
+@pytest.mark.parametrize("given", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
+def test_caches(dtype: str, given: Any, rng: np.random.Generator) -> None:
+    """Like the CPU's, through everything that a cache does."""
+    sizes = (3, 2, 128, 96)
+    cpu = adaattn.KVCache(*sizes, dtype=dtype)
+    gpu = adaattn.KVCache(*sizes, dtype=dtype, device="cuda")
+
+    def append(n: int, lengths: Any = None) -> None:
+        batch = len(cpu.lengths)
+        tokens = [rng.standard_normal((batch, 2, n, width)).astype(given) for width in sizes[2:]]
+        cpu.append(*tokens, lengths)
+        gpu.append(*map(to_gpu, tokens), lengths)
+
+    def agree() -> None:
+        for T, H in ((1, 2), (1, 8), (5, 4), (40, 4)):
+            query = rng.standard_normal((len(cpu.lengths), H, T, 128)).astype(given)
+            expected, expected_lse = cpu.attention(query, return_lse=True)
+            out, lse = gpu.attention(to_gpu(query), return_lse=True)
+            assert out.is_cuda and out.dtype == TORCH[given]
+            assert relative(out, expected.astype(F64)) < 5e-6 + 2 * ROUNDING[given] * (given != F32)
+            np.testing.assert_allclose(to_cpu(lse), expected_lse, rtol=1e-5, atol=1e-4)
+
+    append(200, [200, 64, 7])
+    agree()
+    for _ in range(3):
+        append(1)
+    agree()
+    append(300)
+    for cache in (cpu, gpu):
+        cache.truncate([450, 130, 3])
+    agree()
+    for cache in (cpu, gpu):
+        cache.reorder([0, 0, 1, 2])
+    append(90, [90, 1, 64, 20])
+    agree()
+    query = rng.standard_normal((4, 4, 70, 128)).astype(given)
+    out, report = gpu.attention(to_gpu(query), tolerance=2e-2, return_report=True)
+    exact, on_cpu = cpu.attention(query, return_report=True)
+    assert relative(out, exact.astype(F64)) < 2e-2 + 2 * ROUNDING[given]
+    np.testing.assert_allclose(report.stored_error, on_cpu.stored_error, rtol=1e-4)
+
+
+def test_steps_of_generation_are_quiet() -> None:
+    """They wait for nothing, and their memory is torch's."""
+    cache = adaattn.KVCache(2, 2, 64, dtype="int8", device="cuda", capacity=512)
+    tokens = [torch.randn(2, 2, 63, 64, device="cuda") for _ in range(2)]
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    before = torch.cuda.memory_allocated()
+    cache.append(*tokens)
+    assert torch.cuda.memory_allocated() - before >= cache.nbytes
+    expected = cache.attention(query)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for i in range(3):
+            cache.append(*(x[:, :, i : i + 1] for x in tokens))
+            cache.attention(query)
+        cache.truncate(63)
+        out = cache.attention(query)
+        assert not stream.query()
+    stream.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)  # the first 63 are now in int8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merging(dtype: Any, rng: np.random.Generator) -> None:
+    query, key, value = inputs(rng, Shape(2, 4, 2, 33, 300, 64, 48), dtype)
+    parts = [
+        adaattn.attention(
+            *map(to_gpu, (query, key[:, :, at], value[:, :, at])), return_lse=True, precision="fp64"
+        )
+        for at in (slice(0, 120), slice(120, 300))
+    ]
+    out, lse = adaattn.merge(*parts[0], *parts[1])
+    exact, exact_lse = reference.attention(query, key, value, return_lse=True)
+    assert out.is_cuda and relative(out, exact) < 3 * ROUNDING[dtype]
+    np.testing.assert_allclose(to_cpu(lse), exact_lse, rtol=1e-6)

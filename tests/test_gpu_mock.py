@@ -17,7 +17,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
-from support import BF16, CASES, DTYPES, F32, F64, Array, Shape, in_new_process, inputs, same_bits
+from support import (
+    BF16,
+    CASES,
+    DTYPES,
+    F32,
+    F64,
+    Array,
+    Shape,
+    backward_problem,
+    in_new_process,
+    inputs,
+    same_bits,
+)
 
 import adaattn
 from adaattn import rates, reference
@@ -46,13 +58,20 @@ def build_mock(cc: str, to: Path, *flags: str) -> Path:
     return to
 
 
-def build_model(folder: Path) -> Path:
-    """The backend itself: kernels on the model of cuda/model.h, calls of the runtime on gpu_runtime.h."""
-    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", f"-I{ROOT / 'cuda'}"]
+def build_model(
+    folder: Path, cuda: Path = ROOT / "cuda", only: tuple[str, ...] = (), objects: Path | None = None
+) -> Path:
+    """The backend itself: kernels on the model of cuda/model.h, calls of the runtime on gpu_runtime.h.
+
+    only: sources to compile, the others having been compiled into objects.
+    """
+    compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-w", "-DADA_CUDA_MODEL", f"-I{cuda}"]
     compiler += ["-include", str(ROOT / "tests/gpu_runtime.h")]
-    sources = [ROOT / "cuda/model.cc", *sorted((ROOT / "cuda").glob("*.cu"))]
+    sources = [cuda / "model.cc", *sorted(cuda.glob("*.cu"))]
 
     def compile_one(source: Path) -> str:
+        if objects and source.name not in only:
+            return str(objects / f"{source.stem}.o")
         made = str(folder / f"{source.stem}.o")
         subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", made], check=True)
         return made
@@ -323,6 +342,131 @@ def test_places(backend: str) -> None:
     run(_places, backend)
 
 
+# ---- gradients
+
+
+def _gradients() -> None:
+    shape = Shape(2, 4, 2, 30, 70, 24, 16)
+    for dtype in DTYPES:
+        unit = {F64: 1e-12, F32: 1e-5, BF16: 0.06}.get(dtype, 0.01)
+        for case in (
+            "plain",
+            "causal",
+            "bias (B, H, T, S)",
+            "bias (1, H, T, 1)",
+            "alibi (B, H)",
+            "sinks",
+            "all",
+        ):
+            options = CASES[case](np.random.default_rng(1), shape)
+            arrays = backward_problem(np.random.default_rng(2), shape, dtype, **options)
+            needs = ["query", "key", "value", *(x for x in ("sinks", "alibi_slopes") if x in options)]
+            needs += ["attn_mask"] if "attn_mask" in options else []
+            there = {name: Fake(x) if name == "attn_mask" else x for name, x in options.items()}
+            got = adaattn.attention_backward(*fakes(arrays), needs=needs, **there)
+            exact = reference.attention_backward(*arrays, needs=needs, **options)
+            on_cpu = adaattn.attention_backward(*arrays, needs=needs, **options)
+            for name, x, right, like in zip(got._fields, got, exact, on_cpu, strict=True):
+                assert (x is None) == (name not in needs)
+                if x is None:
+                    continue
+                assert isinstance(x, Fake) and x.array.dtype == like.dtype and x.array.shape == like.shape
+                error = np.linalg.norm(x.array.astype(F64) - right)
+                size = np.linalg.norm(right) + np.linalg.norm(exact.value)  # some gradients are zeros
+                assert error <= unit * size, (dtype, case, name, error)
+    assert value("live") == 0
+
+
+def test_gradients(backend: str) -> None:
+    run(_gradients, backend)
+
+
+def _gradient_reports() -> None:
+    """They name the rungs and the key heads that theirs does not hold; without one, nothing is waited for."""
+    for dtype, rung in {F32: "fp32", F64: "fp64", BF16: "bf16", np.dtype(np.float16): "fp16"}.items():
+        arrays = backward_problem(np.random.default_rng(2), Shape(1, 4, 2, 20, 30, 8, 8), dtype)
+        there = fakes(arrays)
+        found, report = adaattn.attention_backward(*there, return_report=True)
+        assert (report.precision_scores == rung).all() and not report.retried.any()
+        set_value("waits", 0)
+        again = adaattn.attention_backward(*there)
+        assert value("waits") == 1  # for a library that orders nothing
+        assert all(same_bits(x.array, y.array) for x, y in zip(found[:3], again[:3], strict=True))
+    arrays = [x.astype(F32) for x in arrays]
+    for precision in ("fp32", "fp64"):
+        report = adaattn.attention_backward(*fakes(arrays), precision=precision, return_report=True)[1]
+        assert (report.precision_scores == precision).all()
+
+
+def test_gradient_reports(backend: str) -> None:
+    run(_gradient_reports, backend)
+
+
+def _unfit_gradients() -> None:
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 4, 2, 20, 30, 8, 8))
+    arrays[0][0, 3, 5, 2] = np.nan
+    found, report = adaattn.attention_backward(*fakes(arrays), return_report=True)
+    assert report.retried.tolist() == [[False, True]] and report.precision_sums.tolist() == [["fp32", "fp64"]]
+    exact = reference.attention_backward(*arrays)
+    for x, right in zip(found[:3], exact[:3], strict=True):
+        np.testing.assert_array_equal(np.isnan(x.array), np.isnan(right))
+
+
+def test_key_heads_that_the_rung_does_not_hold(model: str) -> None:
+    run(_unfit_gradients, model)
+
+
+def _gradient_errors() -> None:
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 5, 9, 8, 8))
+    with pytest.raises(adaattn.ArgumentError, match=r"^tolerance: expected None on a GPU, .*, got 0\.01"):
+        adaattn.attention_backward(*fakes(arrays), tolerance=1e-2)
+    with pytest.raises(adaattn.ArgumentError, match=r"^precision: .* on a GPU, got \('int16', 'bf16'\)"):
+        adaattn.attention_backward(*fakes(arrays), precision=("int16", "bf16"))
+    with pytest.raises(
+        adaattn.DeviceError, match=r"^grad_out: expected memory of CUDA device 0 like query's"
+    ):
+        adaattn.attention_backward(arrays[0], *fakes(arrays[1:]))
+    with pytest.raises(adaattn.DeviceError, match=r"^lse: expected memory of CUDA device 0 like query's"):
+        adaattn.attention_backward(*fakes(arrays[:5]), arrays[5])
+    wide = backward_problem(np.random.default_rng(2), Shape(1, 1, 1, 2, 3, 260, 4))
+    with pytest.raises(adaattn.ShapeError, match=r"^query, value: expected head sizes of at most 256"):
+        adaattn.attention_backward(*fakes(wide))
+    assert value("live") == 0
+
+
+def test_gradient_errors(backend: str) -> None:
+    run(_gradient_errors, backend)
+
+
+def _each_gradient_failure(report: bool) -> int:
+    options = {"sinks": [0.5, 1.0], "attn_mask": np.zeros((70, 66), F32)}
+    arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 70, 66, 16, 16), **options)
+    options |= {"attn_mask": Fake(options["attn_mask"]), "needs": ["query", "sinks", "attn_mask"]}
+    for _ in range(2):
+        adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+    set_value("calls", 0)
+    adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+    total = value("calls")
+    for n in range(total):
+        for code, kind in ((700, adaattn.DeviceError), (2, MemoryError)):
+            set_value("code", code)
+            set_value("fail_after", n)
+            try:
+                adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
+            except kind as error:
+                assert f"error {code} of the CUDA runtime: injected" in str(error)
+            else:
+                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
+                assert failed in (b"release", b"cudaGetDevice"), failed
+            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
+    return total
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_every_failure_of_gradients_surfaces_once(report: bool, backend: str) -> None:
+    assert run(_each_gradient_failure, backend, report) > 4
+
+
 # ---- budgets
 
 
@@ -395,6 +539,45 @@ def test_budgets_of_kernels(model: str) -> None:
     run(_budgets_of_kernels, model)
 
 
+def _fp8() -> None:
+    """By name, and as a loose tolerance chooses it where it is fast; a head that it does not do goes up."""
+    rng = np.random.default_rng(3)
+    assert all("fp8" in device["rungs"] for device in adaattn.gpu_info()["devices"])
+    for dtype in DTYPES:
+        for shape in (Shape(1, 2, 1, 70, 200, 40, 24), Shape(1, 2, 1, 3, 200, 40, 24)):
+            arrays = inputs(rng, shape, dtype)
+            exact = reference.attention(*arrays, causal=True)
+            for precision, most in (("fp8", 7e-2), (("int8", "fp8"), 5e-2)):
+                out, report = adaattn.attention(
+                    *fakes(arrays), causal=True, precision=precision, return_report=True
+                )
+                assert _relative(out, exact) < most
+                assert set(report.rungs.flat) == {"fp8" if precision == "fp8" else "int8/fp8"}
+    rates._GPU_DEFAULTS[9, 0] |= {"int8/fp8": (1e6, 1e6, 0), "fp8": (1e6, 1e6, 0)}
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (500, 500, 0)
+    query, key, values = inputs(rng, Shape(1, 3, 3, 200, 1000, 64, 64), F32)
+    key[0, 2, 1::2], values[0, 2, 1::2] = key[0, 2, ::2], -1.03 * values[0, 2, ::2]  # which nearly cancels
+    exact = reference.attention(query, key, values)
+    options = {"tolerance": 0.13, "return_report": True}
+    out, report = adaattn.attention(*fakes([query, key, values]), **options)
+    assert _relative(out, exact) <= 0.13 and (report.verified_rows > 0).all()
+    assert report.rungs[0, :2].tolist() == ["int8/fp8"] * 2 and "fp8" not in report.rungs[0, 2]
+    assert report.retried.tolist() == [[False, False, True]]
+    assert "int8/fp8" in report.plan.explain()
+    assert ((report.measured_error[0, :2] > 2e-2) & (report.measured_error[0, :2] < 5e-2)).all()
+    again = adaattn.attention(*fakes([query, key, values]), plan=report.plan, verify=False)
+    assert same_bits(again.array, out.array)
+    strict = adaattn.attention(*fakes([query, key, values]), **options | {"tolerance": 2e-2})[1]
+    assert not np.isin(strict.precision_pv, ["fp8"]).any()
+    limited = adaattn.plan(*fakes([query, key, values]), max_precision="fp8", tolerance=0.13)
+    assert (limited.rungs == "fp8").all()
+    assert value("live") == 0
+
+
+def test_fp8(model: str) -> None:
+    run(_fp8, model)
+
+
 def _figures() -> None:
     """What the device says of keys and queries becomes the guess that the CPU makes of arrays."""
     arrays = arguments(F32, Shape(1, 2, 1, 60, 500, 64, 40))
@@ -455,6 +638,140 @@ def test_rows_beyond_the_rung(backend: str) -> None:
     run(_beyond_the_rung, backend)
 
 
+# ---- sparse heads
+
+
+def topical(shape: Shape, dtype: Any = F32, noise: float = 0.1) -> list[Array]:
+    """Runs of 64 keys on one of four topics, and queries that look at their own."""
+    rng = np.random.default_rng(3)
+    topics = 4 * rng.standard_normal((4, shape.D))
+    arrays = []
+    for heads, length in ((shape.H, shape.T), (shape.G, shape.S)):
+        apart = noise * rng.standard_normal((shape.B, heads, length, shape.D))
+        arrays.append((topics[np.arange(length) // 64 % 4] + apart).astype(dtype))
+    return [*arrays, rng.standard_normal((shape.B, shape.G, shape.S, shape.E)).astype(dtype)]
+
+
+def _sparse_heads() -> None:
+    shape = Shape(1, 2, 1, 300, 768, 32, 24)
+    for dtype in (F32, BF16, np.dtype(np.float16), F64):
+        arrays = topical(shape, dtype)
+        for options in ({}, {"causal": True}, {"sinks": [0.5, 1.0], "kv_lengths": [700]}):
+            exact, exact_lse = reference.attention(*arrays, return_lse=True, **options)
+            asked = {"structure": "sparse", "tolerance": 1e-2, "return_lse": True, "return_report": True}
+            out, lse, report = adaattn.attention(*fakes(arrays), **asked, **options)
+            assert (report.structure == "sparse").all() and not report.retried.any()
+            assert (report.kept_fraction < 0.6).all() and (report.verified_rows >= 16).all()
+            assert _relative(out, exact) <= 1e-2 and abs(lse.array - exact_lse).max() < 5e-3
+            assert (report.error_limit <= 1e-2).all() and report.plan.ruled_out == (None, "arrays on a GPU")
+            seen = report.kept_blocks[~np.isnan(report.kept_blocks)]
+            assert {0, 1} <= set(seen) and abs(seen.mean() - report.kept_fraction.mean()) < 0.1
+            for again in (
+                adaattn.attention(*fakes(arrays), **asked, **options)[0],
+                adaattn.attention(*fakes(arrays), plan=report.plan, **options),
+                adaattn.attention(*fakes(arrays), plan=report.plan, verify=False, **options),
+            ):
+                assert same_bits(again.array, out.array)
+            planned = adaattn.plan(*fakes(arrays), structure="sparse", tolerance=1e-2, **options)
+            assert (
+                abs(planned.kept_fraction - report.kept_fraction) < 1e-6
+            ).all()  # all tiles were looked at
+    assert value("live") == 0
+
+
+def test_sparse_heads(model: str) -> None:
+    run(_sparse_heads, model)
+
+
+def _sparse_where_it_pays() -> None:
+    """Head by head: one leaves blocks out, of a Gaussian one none can be."""
+    rates._GPU_DEFAULTS[9, 0] |= {"fp32": (1.0, 1.0, 0), "fp16": (0.0, 0.0, 0), "bf16": (0.0, 0.0, 0)}
+    rates._GPU_DEFAULTS[9, 0] |= {"int8/bf16": (0.0, 0.0, 0)}
+    arrays = topical(Shape(1, 2, 2, 2048, 2048, 16, 8))
+    rng = np.random.default_rng(1)
+    for x in arrays[:2]:
+        x[:, 1] = rng.standard_normal(x[:, 1].shape)
+    exact = reference.attention(*arrays)
+    out, report = adaattn.attention(*fakes(arrays), tolerance=1e-2, return_report=True)
+    assert report.structure.tolist() == [["sparse", "dense"]] and not report.retried.any()
+    assert report.kept_fraction[0, 0] < 0.3 and report.kept_fraction[0, 1] == 1
+    assert _relative(out, exact) < 1e-4
+    dense = adaattn.attention(*fakes(arrays), tolerance=1e-2, structure="dense", return_report=True)[1]
+    assert (dense.structure == "dense").all()
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (1e5, 1e5, 0)  # looking would cost more than it may save
+    set_value("calls", 0)
+    adaattn.plan(*fakes(arrays), tolerance=1e-2)
+    few = value("calls")
+    rates._GPU_DEFAULTS[9, 0]["fp32"] = (1.0, 1.0, 0)
+    adaattn.plan(*fakes(arrays), tolerance=1e-2)
+    assert value("calls") > 2 * few + 4
+
+
+def test_sparse_where_it_pays(model: str) -> None:
+    run(_sparse_where_it_pays, model)
+
+
+def _bounds_are_held_against_outputs() -> None:
+    """What a plan leaves out may be too much for other values, or for outputs that nearly cancel."""
+    shape = Shape(1, 1, 1, 256, 768, 16, 8)
+    arrays = topical(shape)
+    plan = adaattn.plan(*fakes(arrays), structure="sparse", tolerance=1e-2)
+    _, report = adaattn.attention(*fakes(arrays), plan=plan, return_report=True)
+    assert report.structure.item() == "sparse" and not report.retried.any()
+    small = [*arrays[:2], arrays[2] * np.float32(1e-4)]
+    cancelling = topical(shape, noise=0.001)
+    cancelling[2][:, :, 1::2] = -cancelling[2][:, :, ::2]
+    for other in (small, cancelling):
+        out, report = adaattn.attention(*fakes(other), plan=plan, return_report=True)
+        assert (
+            report.structure.item() == "dense" and report.retried.all() and report.kept_fraction.item() == 1
+        )
+        assert _relative(out, reference.attention(*other)) < 1e-2
+    _, report = adaattn.attention(*fakes(small), structure="sparse", tolerance=1e-2, return_report=True)
+    assert report.structure.item() == "sparse" and report.error_limit.item() < 1e-2
+    # By name it stays, and its limit says what may be missed.
+    _, report = adaattn.attention(*fakes(cancelling), structure="sparse", tolerance=1e-2, return_report=True)
+    assert report.structure.item() == "sparse" and report.error_limit.item() > 1e-2
+
+
+def test_bounds_are_held_against_outputs(model: str) -> None:
+    run(_bounds_are_held_against_outputs, model)
+
+
+def _not_sparse() -> None:
+    """Where no kernel leaves anything out: an error by the problem's options, else dense."""
+    arrays = topical(Shape(1, 1, 1, 70, 130, 16, 16))
+    wide = topical(Shape(1, 1, 1, 70, 130, 160, 16))
+    mask = Fake(np.ones((70, 130), bool))
+    for inputs_, options, what in (
+        (arrays, {"attn_mask": mask}, "attn_mask on a GPU"),
+        (arrays, {"softcap": 3.0}, "softcap"),
+        (wide, {}, "head sizes above 128 on a GPU"),
+    ):
+        with pytest.raises(
+            adaattn.ArgumentError, match=f"^structure: expected .* beside {what}, got 'sparse'"
+        ):
+            adaattn.attention(*fakes(inputs_), structure="sparse", tolerance=1e-2, **options)
+    for query in (arrays[0][:, :, :60], arrays[0][:, :, :5]):
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True}
+        _, report = adaattn.attention(*fakes([query, *arrays[1:]]), **asked)
+        assert report.structure.item() == "dense" and report.retried.item()
+
+
+def test_not_sparse(backend: str) -> None:
+    run(_not_sparse, backend)
+
+
+def _no_kernel() -> None:
+    asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True}
+    _, report = adaattn.attention(*fakes(topical(Shape(1, 1, 1, 70, 130, 16, 16))), **asked)
+    assert report.structure.item() == "dense" and report.retried.item()
+
+
+def test_sparse_by_name_without_a_kernel(mock: str) -> None:
+    run(_no_kernel, mock)
+
+
 def _quiet_plan() -> None:
     """A plan that is trusted puts work on the stream and waits for nothing but the library's own want."""
     arrays = fakes(arguments(F32, Shape(1, 2, 1, 2000, 2000, 64, 64)))
@@ -501,13 +818,23 @@ def _each_failure(options: dict[str, Any], staged: bool) -> int:
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"return_lse": True, "return_report": True}, {"tolerance": 2e-2}, {"tolerance": 1e-9}],
+    [
+        {},
+        {"return_lse": True, "return_report": True},
+        {"tolerance": 2e-2},
+        {"tolerance": 1e-9},
+        {"tolerance": 2e-2, "structure": "sparse", "return_report": True},
+    ],
     ids=str,
 )
 def test_every_failure_surfaces_once_and_nothing_leaks(
     options: dict[str, Any], staged: bool, backend: str
 ) -> None:
     assert run(_each_failure, backend, options, staged) > 4
+
+
+def test_every_failure_of_fp8_surfaces_once(model: str) -> None:
+    assert run(_each_failure, model, {"precision": "fp8", "return_report": True}, False) > 4
 
 
 # ---- backends that cannot be used
@@ -579,3 +906,401 @@ def _cpu_only() -> None:
     adaattn.attention(*arguments())
     with open("/proc/self/maps", encoding="ascii") as maps:
         assert "libcuda" not in maps.read()
+
+
+# ---- caches and merging
+
+
+class Sized(Fake):
+    """A tensor that says its shape, as a cache wants it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+
+CACHES = ["fp32", "fp16", "bf16", "int8"]
+
+
+def _twins(dtype: str, B: int = 2, D: int = 24, E: int = 40, **options: Any) -> tuple[Any, Any]:
+    """A cache of the CPU and one of the GPU."""
+    return tuple(
+        adaattn.KVCache(B, 2, D, E, dtype=dtype, **options, **there) for there in ({}, {"device": "cuda"})
+    )
+
+
+def _appended(twins: tuple[Any, Any], rng: Any, n: int, lengths: Any = None, given: Any = F32) -> None:
+    sizes = [(len(twins[0].lengths), 2, n, width) for width in twins[0]._widths]
+    arrays = [(rng.standard_normal(size) + 0.5).astype(given) for size in sizes]
+    twins[0].append(*arrays, lengths)
+    twins[1].append(*(Sized(x) for x in arrays), lengths)
+
+
+def _held(cache: Any) -> list[Array]:
+    """What a cache of the CPU holds, padded with zeros."""
+    sides = []
+    for side in (cache._key, cache._value):
+        x = np.zeros((len(cache.lengths), 2, max(1, cache.lengths.max()), side[6].shape[3] // 2), F32)
+        for b, length in enumerate(cache.lengths):
+            if length:
+                exact = cache.dtype == "fp32"
+                x[b, :, :length] = side[1][b, :, :length] if exact else cache._decode(side, b)[0]
+        sides.append(x)
+    return sides
+
+
+def _agree(twins: tuple[Any, Any], rng: Any, T: int, H: int = 4, given: Any = F32, **options: Any) -> None:
+    """Both hold the same and answer alike, each as well as its dtype allows."""
+    cpu, gpu = twins
+    assert (cpu.lengths == gpu.lengths).all()
+    query = (rng.standard_normal((len(cpu.lengths), H, T, cpu._widths[0])) * 1.5).astype(given)
+    there = {name: Fake(x) if name == "attn_mask" else x for name, x in options.items()}
+    held = _held(cpu)
+    for x, y in zip(held, gpu._pages.read(Sized(query), gpu.lengths), strict=False):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 if cpu.dtype == "int8" else 0)
+    out, lse = gpu.attention(Sized(query), return_lse=True, **there)
+    assert isinstance(out, Fake) and out.array.dtype == given
+    places = {"kv_lengths": cpu.lengths, "query_offset": cpu.lengths - T}
+    exact, exact_lse = reference.attention(
+        query, *held, return_lse=True, **{"causal": True} | options, **places
+    )
+    rounding = 2 * float(ml_dtypes.finfo(given).eps)
+    few = T * H // 2 <= 16 and given != F64
+    coarse = 3e-5 if given in (F32, F64) or few else 4 * rounding
+    np.testing.assert_allclose(out.array.astype(F64), exact, rtol=rounding, atol=coarse, equal_nan=True)
+    np.testing.assert_allclose(lse.array, exact_lse, rtol=1e-6, atol=3e-5)
+
+
+def _caches(dtype: str) -> None:
+    rng = np.random.default_rng(5)
+    twins = _twins(dtype)
+    _agree(twins, rng, 2)
+    for n, lengths in ((70, None), (1, None), (60, [60, 3]), (64, [0, 64]), (1, [1, 0]), (150, None)):
+        _appended(twins, rng, n, lengths)
+        _agree(twins, rng, 1)
+    _agree(twins, rng, 3, H=8)
+    _agree(twins, rng, 20)
+    for given in DTYPES:
+        _agree(twins, rng, 1, H=2, given=given)
+    _agree(twins, rng, 4, given=BF16)
+    S = int(twins[0].lengths.max())
+    for options in (
+        {"softcap": 4.0, "sinks": [0.3, -1.0, 2.0, 0.0]},
+        {"window": (70, 0), "alibi_slopes": [0.1, 0.2, 0.0, 0.4]},
+        {"attn_mask": rng.random((2, 1, 3, S)) < 0.7, "dropout_p": 0.2, "seed": 4},
+        {"attn_mask": rng.standard_normal((3, S)).astype(F32), "causal": False, "scale": 0.3},
+    ):
+        _agree(twins, rng, 3, **options)
+    assert twins[1].capacity >= S and twins[1].nbytes > 0
+    # What is cut off comes back to the pool, and what comes instead is read.
+    size = twins[1].nbytes
+    for kept in ([256, 100], [256, 64], [64, 63], [3, 0]):
+        for cache in twins:
+            cache.truncate(kept)
+        _agree(twins, rng, 2)
+        _appended(twins, rng, 5)
+        _agree(twins, rng, 1)
+    assert twins[1].nbytes == size
+    # Copies share pages until one of them is written to.
+    _appended(twins, rng, 100, [100, 90])
+    for chosen in ([0, 0, 1], [2, 1, 0, 2], [3, 3]):
+        for cache in twins:
+            cache.reorder(chosen)
+        _agree(twins, rng, 1)
+        _appended(twins, rng, 40, [40 - 9 * b for b in range(len(chosen))])
+        _agree(twins, rng, 2)
+        for cache in twins:
+            cache.truncate(cache.lengths - [70 - b for b in range(len(chosen))])
+        _agree(twins, rng, 1)
+        _appended(twins, rng, 66)
+        _agree(twins, rng, 1)
+    del twins, cache
+    assert value("live") == 0
+
+
+@pytest.mark.parametrize("dtype", CACHES)
+def test_caches(dtype: str, model: str) -> None:
+    run(_caches, model, dtype)
+
+
+def _cache_sizes() -> None:
+    rng = np.random.default_rng(2)
+    for D, E in ((1, 7), (64, 64), (65, 128), (130, 256)):
+        for dtype in CACHES:
+            twins = _twins(dtype, 1, D, E, capacity=200)
+            _appended(twins, rng, 131)
+            _agree(twins, rng, 1)
+            _agree(twins, rng, 1, H=2)
+
+
+def test_cache_sizes(model: str) -> None:
+    run(_cache_sizes, model)
+
+
+def _cache_reports() -> None:
+    rng = np.random.default_rng(3)
+    for dtype in CACHES:
+        twins = _twins(dtype, 2, 32, 32)
+        _appended(twins, rng, 200, [200, 150])
+        for T, options in ((2, {}), (70, {"tolerance": 2e-2}), (3, {"tolerance": 1e-4})):
+            query = rng.standard_normal((2, 4, T, 32)).astype(F32)
+            on_cpu, there = (
+                c.attention(q, return_report=True, **options)
+                for c, q in zip(twins, (query, Sized(query)), strict=True)
+            )
+            np.testing.assert_allclose(on_cpu[1].stored_error, there[1].stored_error, rtol=1e-5)
+            assert vars(on_cpu[1]).keys() == vars(there[1]).keys()
+            assert ((there[1].verified_rows > 0).all()) == (T == 70)
+            assert _relative(there[0], on_cpu[0].astype(F64)) <= options.get("tolerance", 1e-6) * 1.5
+            assert options or (there[1].precision_qk == "fp32").all()
+        with pytest.raises(adaattn.ArgumentError, match=r"^precision: expected rungs that the GPU"):
+            twins[1].attention(Sized(query), precision="int16")
+
+
+def test_cache_reports(model: str) -> None:
+    run(_cache_reports, model)
+
+
+def _cache_specials() -> None:
+    """Numbers that are none reach whom they should, and what a page has lost or not got yet nobody."""
+    rng = np.random.default_rng(4)
+    for dtype in CACHES:
+        twins = _twins(dtype, 1, 16, 16)
+        arrays = [rng.standard_normal((1, 2, 130, 16)).astype(F32) for _ in range(2)]
+        query = rng.standard_normal((1, 4, 1, 16)).astype(F32)
+        gpu = twins[1]
+        arrays[1][0, 1, 129] = np.inf  # in the open page
+        gpu.append(*map(Sized, arrays))
+        out = gpu.attention(Sized(query)).array
+        assert np.isfinite(out[0, :2]).all() and (out[0, 2:] == np.inf).all()
+        gpu.truncate(129)
+        assert np.isfinite(gpu.attention(Sized(query)).array).all()
+        gpu.append(*(Sized(x[:, :, :1]) for x in arrays))
+        assert np.isfinite(gpu.attention(Sized(query)).array).all()
+        arrays[0][0, 0, 5, 3] = np.nan
+        gpu.append(*(Sized(x[:, :, :70]) for x in arrays))
+        out = gpu.attention(Sized(query)).array
+        assert np.isnan(out[0, :2]).all() and np.isfinite(out[0, 2:]).all()
+        hidden = np.ones((1, 200), bool)
+        hidden[:, 128:192] = False
+        assert np.isfinite(gpu.attention(Sized(query), attn_mask=Fake(hidden)).array).all()
+        if dtype == "fp16":
+            gpu.append(*(Sized(np.full((1, 2, 1, 16), x, F32)) for x in (0.0, 7e4)))
+            assert (gpu.attention(Sized(query)).array[0, 2:] == np.inf).all()
+
+
+def test_cache_specials(model: str) -> None:
+    run(_cache_specials, model)
+
+
+def _cache_refusals() -> None:
+    rng = np.random.default_rng(4)
+    cpu, gpu = _twins("fp32", 1, 16, 16)
+    key = rng.standard_normal((1, 2, 3, 16)).astype(F32)
+    for name, arrays in {"key": (key, Sized(key)), "value": (Sized(key), key)}.items():
+        with pytest.raises(adaattn.DeviceError, match=rf"^{name}: expected an array on CUDA device 0, wh"):
+            gpu.append(*arrays)
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected .*, got Fake on device 1$"):
+        gpu.append(Fake(key, 1), Fake(key, 1))
+    with pytest.raises(adaattn.DeviceError, match=r"^query: expected an array on CUDA device 0, wh"):
+        gpu.attention(key)
+    with pytest.raises(adaattn.ShapeError, match=r"^value: expected shape \(1, 2, 3, 16\), got \(1, 2, 2"):
+        gpu.append(Sized(key), Sized(key[:, :, :2]))
+    with pytest.raises(adaattn.DTypeError, match=r"^key: expected float32, .*, got bool"):
+        gpu.append(Sized(key > 0), Sized(key))
+    with pytest.raises(adaattn.ArgumentError, match=r"^lengths: expected an int from 0 to 3, got 4"):
+        gpu.append(Sized(key), Sized(key), 4)
+    assert gpu.lengths[0] == 0
+    with pytest.raises(adaattn.DeviceError, match=r"^key: expected memory of the CPU"):
+        cpu.append(Sized(key), Sized(key))
+    with pytest.raises(adaattn.ArgumentError, match=r"^value_size: expected at most 256 on a GPU, got 257"):
+        adaattn.KVCache(1, 1, 8, 257, device="cuda")
+    with pytest.raises(adaattn.ArgumentError, match=r"^device: expected None, 'cuda' or 'cuda:N', got 'cpu'"):
+        adaattn.KVCache(1, 1, 8, device="cpu")
+    with pytest.raises(adaattn.DeviceError, match=r"^device: expected one of 2 .*, got 'cuda:2'"):
+        adaattn.KVCache(1, 1, 8, device="cuda:2")
+    assert repr(gpu) == "KVCache(1, 2, 16, 16, capacity=64, dtype='fp32', device='cuda:0')"
+
+
+def test_cache_refusals(model: str) -> None:
+    run(_cache_refusals, model)
+
+
+def _no_caches() -> None:
+    with pytest.raises(adaattn.DeviceError, match=r"^device: .* backend mock keeps no caches"):
+        adaattn.KVCache(1, 1, 8, device="cuda")
+
+
+def test_backends_without_caches(mock: str) -> None:
+    run(_no_caches, mock)
+
+
+def _cache_failures(dtype: str) -> int:
+    """Each call of the runtime fails once, and then the same step works as if nothing had been."""
+    rng = np.random.default_rng(6)
+    tokens = [Sized(rng.standard_normal((2, 2, 70, 16)).astype(F32)) for _ in range(2)]
+    query, many = (Sized(rng.standard_normal((2, 4, n, 16)).astype(BF16)) for n in (2, 20))
+
+    def steps(cache: Any) -> list[Callable[[], Any]]:
+        return [
+            lambda: cache.append(*tokens),
+            lambda: cache.reorder([0, 0]),
+            lambda: cache.append(*tokens, [9, 60]),
+            lambda: cache.truncate([75, 62]),
+            lambda: cache.attention(query).array,
+            lambda: cache.attention(many).array,
+            lambda: cache.append(*tokens),
+            lambda: cache.attention(query).array,
+        ]
+
+    def results(fail_after: int = -1, code: int = 700) -> tuple[list[Any], bool]:
+        cache, found, failed = adaattn.KVCache(2, 2, 16, dtype=dtype, device="cuda"), [], False
+        set_value("calls", 0)
+        set_value("code", code)
+        set_value("fail_after", fail_after)
+        for step in steps(cache):
+            try:
+                result = step()
+            except (adaattn.DeviceError, MemoryError) as error:
+                assert not failed and f"error {code} of the CUDA runtime: injected" in str(error)
+                assert isinstance(error, MemoryError) == (code == 2)
+                failed = True
+                result = step()
+            if result is not None:
+                found.append(result)
+        return found, failed
+
+    results()
+    expected = results()[0]
+    total, surfaced = value("calls"), 0
+    for n in range(0, total, 5):
+        found, failed = results(n, (700, 2)[n % 2])
+        surfaced += failed
+        assert value("fail_after") == -1 and same_bits(tuple(found), tuple(expected)), n
+    assert surfaced > total / 12 and value("live") == 0
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_failures_leave_a_cache_as_it_was(dtype: str, model: str) -> None:
+    assert run(_cache_failures, model, dtype) > 30
+
+
+def _quiet_steps() -> None:
+    """A step of generation puts a few launches on the stream."""
+    cache = adaattn.KVCache(2, 2, 16, dtype="int8", device="cuda")
+    token = Sized(arguments(F32, Shape(2, 4, 2, 1, 1, 16, 16))[1])
+    query = Sized(arguments(F32, Shape(2, 4, 2, 1, 1, 16, 16))[0])
+    for _ in range(3):
+        cache.append(token, token)
+        cache.attention(query)
+    chunks = len(cache._pages._pool)
+    set_value("waits", 0)
+    cache.append(token, token)
+    cache.attention(query)
+    # The library of these tensors knows no stream, so that each call waits at its end.
+    assert value("waits") == 2 and len(cache._pages._pool) == chunks
+
+
+def test_steps_wait_for_nothing(model: str) -> None:
+    run(_quiet_steps, model)
+
+
+def _merging() -> None:
+    rng = np.random.default_rng(7)
+    for dtype in DTYPES:
+        query, key, values = arguments(dtype, Shape(2, 4, 2, 7, 90, 24, 40))
+        parts = [
+            adaattn.attention(query, key[:, :, at], values[:, :, at], return_lse=True)
+            for at in (slice(0, 50), slice(50, 90))
+        ]
+        parts[1][1][0, 1, 2] = -np.inf
+        parts[1][0][0, 1, 2] = np.nan
+        for part in parts:
+            part[1][1, 2, 3] = -np.inf
+        parts[0][0][1, 0, 0, :2] = np.nan
+        parts[0][1][1, 3] += rng.standard_normal(7).astype(parts[0][1].dtype) * 30
+        expected = adaattn.merge(*parts[0], *parts[1])
+        got = adaattn.merge(*fakes([*parts[0], *parts[1]]))
+        for x, y in zip(expected, got, strict=True):
+            assert isinstance(y, Fake) and x.dtype == y.array.dtype
+            eps = float(ml_dtypes.finfo(x.dtype).eps)
+            np.testing.assert_allclose(
+                x.astype(F64), y.array.astype(F64), rtol=2 * eps, atol=1e-30, equal_nan=True
+            )
+        turned = [x[:, ::-1].copy()[:, ::-1] for x in parts[0]]
+        assert same_bits(adaattn.merge(*fakes([*turned, *parts[1]]))[0].array, got[0].array)
+    with pytest.raises(adaattn.DeviceError, match=r"^out_b: expected memory of CUDA device 0"):
+        adaattn.merge(*fakes(list(parts[0])), *parts[1])
+    for n in range(3):
+        set_value("fail_after", n)
+        try:
+            adaattn.merge(*fakes([*parts[0], *parts[1]]))
+        except adaattn.DeviceError as error:
+            assert "injected" in str(error)
+        set_value("fail_after", -1)
+    assert value("live") == 0
+
+
+def test_merging(backend: str) -> None:
+    run(_merging, backend)
+
+
+# What one mistake looks like, as in test_cuda_model.py; several sources are compiled again.
+STORE_FAULTS = {
+    "the page before": ("pages.cuh", "(open ? 0 : 1 + page)", "(open ? 0 : page)", "few.cu"),
+    "a full page is open": ("pages.cuh", "page < s.keys /", "page + 1 < s.keys /", "few.cu"),
+    "a scale of one": ("few.cu", "rows.scale = ada_page_scale(page)", "rows.scale = 1", "few.cu"),
+    "a stale open page": ("store.cu", "ADA_CU_PAGE < all /", "ADA_CU_PAGE <= all /", "store.cu"),
+    "rows of the wrong tokens": ("store.cu", "+ row - a.length[w.at];", "+ row;", "store.cu"),
+    "NaN is forgotten": ("store.cu", "if (!finite) largest", "if (false) largest", "store.cu"),
+    "another page is opened again": ("store.cu", "a.length[w.at], INT32_MAX", "0, INT32_MAX", "store.cu"),
+    "half of a page is copied": ("store.cu", "a.words = bytes / 16", "a.words = bytes / 32", "store.cu"),
+    "shares are not shares": ("store.cu", "weight[i] /= mass;", ";", "store.cu"),
+    "keys for values": ("k0.cuh", "kept(v, p, sequence, g, 1,", "kept(v, p, sequence, g, 0,", "combine.cu"),
+}
+
+
+def _find_store_faults() -> None:
+    _merging()
+    rng = np.random.default_rng(8)
+    for dtype in ("int8", "bf16"):
+        twins = _twins(dtype, 2, 16, 16)
+        for step in (200, 50, 33):
+            _appended(twins, rng, step, [step, step - 20])
+            _agree(twins, rng, 2)
+        for cache in twins:
+            cache.truncate([140, 70])
+        _agree(twins, rng, 1)
+        for cache in twins:
+            cache.reorder([0, 0])
+        _appended(twins, rng, 10, [10, 3])
+        _agree(twins, rng, 1)
+    _cache_specials()
+
+
+@pytest.fixture(scope="session")
+def faulty_models(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The backend with each fault; "": with none."""
+
+    def build(fault: str) -> str:
+        file, old, new, source = STORE_FAULTS[fault]
+        folder = tmp_path_factory.mktemp("faulty")
+        shutil.copytree(ROOT / "cuda", folder / "cuda")
+        (folder / "csrc").symlink_to(ROOT / "csrc")
+        text = (folder / "cuda" / file).read_text()
+        assert text.count(old) == 1, fault
+        (folder / "cuda" / file).write_text(text.replace(old, new))
+        return str(build_model(folder, folder / "cuda", (source,), Path(model).parent))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return {"": model} | dict(zip(STORE_FAULTS, pool.map(build, STORE_FAULTS), strict=True))
+
+
+@pytest.mark.parametrize("fault", ["", *STORE_FAULTS])
+def test_store_faults_are_found(fault: str, faulty_models: dict[str, str]) -> None:
+    if not fault:
+        run(_find_store_faults, faulty_models[fault])
+        return
+    with pytest.raises(AssertionError, match="AssertionError"):
+        run(_find_store_faults, faulty_models[fault])

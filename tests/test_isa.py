@@ -38,7 +38,7 @@ def machine_isas_fixture() -> list[str]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_choice_of_kernels(isa: str, machine_isas: list[str]) -> None:
     kernels = in_new_process(_kernels, ADAATTN_ISA=isa)
-    assert kernels.keys() <= adaattn.cpu_info()["kernels"].keys()
+    assert kernels.keys() <= in_new_process(_kernels, ADAATTN_ISA=ISAS[-1]).keys()
     assert ISAS[_best(kernels)] == (isa if isa in machine_isas else machine_isas[-1])
     assert kernels["scores_f32"] == min(ISAS[_best(kernels)], "avx512", key=ISAS.index)
 

@@ -610,3 +610,28 @@ def test_everything_dropped() -> None:
     assert torch.equal(ours, theirs) and not ours.any()
     ours.sum().backward()
     assert not x.grad.any()
+
+
+def test_gradients_on_a_gpu_without_one() -> None:
+    """What is traced lies where its input does, and a tolerance is refused before anything is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query, key = (torch.empty(1, h, 5, 8, device="cuda", dtype=torch.bfloat16) for h in (2, 1))
+        sinks = torch.empty(2)
+        rest = (None, None, sinks, None, None, None, "", None, None, None, None, 0.0, None)
+        rest += ("auto", "auto", "auto", "auto", "auto", None, None)
+        out, lse = torch.ops.adaattn.attention_lse(query, key, key, *rest)
+        needs = [True, True, False, False, False, True]
+        found = torch.ops.adaattn.attention_backward(out, out, lse, needs, query, key, key, *rest)
+        assert [(x.device.type, x.dtype, x.shape) for x in found] == [
+            ("cuda", torch.bfloat16, query.shape),
+            ("cuda", torch.bfloat16, key.shape),
+            ("cpu", torch.float32, sinks.shape),
+        ]
+        with pytest.raises(
+            adaattn.ArgumentError, match=r"^tolerance: expected None beside gradients on a GPU"
+        ):
+            scaled_dot_product_attention(query.requires_grad_(), key, key, policy="speed")
+        with torch.no_grad():
+            assert scaled_dot_product_attention(query, key, key, policy="speed").shape == query.shape

@@ -184,7 +184,7 @@ def _backward(
     inputs = {"query": query, "key": key, "value": value} | options
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
-        return [torch.zeros(inputs[name].shape, dtype=inputs[name].dtype) for name in wanted]
+        return [torch.zeros_like(inputs[name], memory_format=torch.contiguous_format) for name in wanted]
     options |= budget_of(*(options.pop(name) for name in ("tolerance", "min_precision", "verify")))
     for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
         options.pop(name)
@@ -193,7 +193,9 @@ def _backward(
         options["num_threads"] = torch.get_num_threads()
     arrays = (_array(x) for x in (grad_out, query, key, value, out, lse))
     gradients = attention_backward(*arrays, needs=wanted, **options)
-    return [_as_tensor(getattr(gradients, name)).to(inputs[name].dtype) for name in wanted]
+    return [
+        _as_tensor(getattr(gradients, name)).to(inputs[name].device, inputs[name].dtype) for name in wanted
+    ]
 
 
 def _fake_backward(grad_out: Any, out: Any, lse: Any, needs: Any, *inputs: Any) -> Any:

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../backward.h"
+#include "../gpu.h"
 
 /* Which gradients an iterable of names asks for. */
 static int needs_of(const ada_module_state *state, PyObject *object, bool needs[ADA_GRADIENTS]) {
@@ -74,12 +75,15 @@ PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_
     ada_gradient_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
     PyObject *results[ADA_GRADIENTS] = {0}, *tuple = NULL, *report = NULL;
+    ada_place place = ada_on_cpu;
     if (nargs != N_ARGS)
         return PyErr_Format(PyExc_TypeError, "attention_backward: expected %d positional arguments, got %zd",
                             N_ARGS, nargs);
+    if (!ada_is_numpy(args[QUERY]) && ada_place_of(args[QUERY], Py_None, &place)) return NULL;
+    x.p.on_gpu = place.on_gpu, x.p.device = place.device, x.p.stream = place.stream;
     for (int i = 0; i <= MASK; i++, view++) {
         if (i == MASK && args[MASK] == Py_None) continue;
-        if (ada_view_of(state, args[i], names[i], false, &ada_on_cpu, view)) goto done;
+        if (ada_view_of(state, args[i], names[i], false, &place, view)) goto done;
         *arrays[i] = view->array;
     }
     x.p.has_tolerance = args[TOLERANCE] != Py_None;
@@ -112,12 +116,13 @@ PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_
         const ada_array *a = &x.results[i];
         if (!x.needs[i]) continue;
         results[i] = ada_new_output(args[QUERY], args[ALLOCATE], a->dtype, a->ndim, a->shape);
-        if (!results[i] || ada_view_of(state, results[i], ada_gradient_name(i), true, &ada_on_cpu, view))
+        if (!results[i] || ada_view_of(state, results[i], ada_gradient_name(i), true, &place, view))
             goto done;
         x.results[i] = view->array;
     }
     ada_released_gil gil = {PyEval_SaveThread()};
-    const ada_status status = ada_backward(&x, &budget, ada_interrupted, &gil, &error);
+    ada_status status = ada_backward(&x, &budget, ada_interrupted, &gil, &error);
+    if (!status && place.wait) status = ada_gpu_wait(&x.p, &error);
     PyEval_RestoreThread(gil.thread);
     if (status) {
         ada_raise(state, &error);

@@ -109,6 +109,26 @@ PyObject *ada_py_cache_count(PyObject *module, PyObject *const *args, Py_ssize_t
 PyObject *ada_py_cache_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *ada_py_cache_reopen(PyObject *module, PyObject *args);
 PyObject *ada_py_cache_code(PyObject *module, PyObject *args);
+/* Whether tokens (B, G, N, width) fit; count: N, 0 where it is free. 0, or -1 with an exception. */
+int ada_check_tokens(const ada_module_state *state, const char *name, const ada_array *tokens, int64_t B,
+                     int64_t G, int64_t width, int64_t count);
+
+/* store.c: caches on a GPU. adaattn.pages alone makes what tells of one, a tuple Paged (dtype name, address of
+ * the table, its columns, B, G, D, E, tokens of the longest sequence, device). */
+struct ada_cuda_store;
+bool ada_is_paged(PyObject *object);
+/* Key and value of a problem that is at this place. */
+int ada_use_paged(const ada_module_state *state, PyObject *object, const ada_place *place,
+                  struct ada_cuda_store *store, ada_problem *p);
+PyObject *ada_py_store_bytes(PyObject *module, PyObject *args);
+PyObject *ada_py_store_address(PyObject *module, PyObject *array);
+PyObject *ada_py_store_set(PyObject *module, PyObject *args);
+PyObject *ada_py_store_copy(PyObject *module, PyObject *args);
+PyObject *ada_py_store_count(PyObject *module, PyObject *args);
+PyObject *ada_py_store_append(PyObject *module, PyObject *args);
+PyObject *ada_py_store_reopen(PyObject *module, PyObject *args);
+PyObject *ada_py_store_read(PyObject *module, PyObject *args);
+PyObject *ada_py_gpu_numbers(PyObject *module, PyObject *array);
 
 /* linear.c */
 PyObject *ada_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs);

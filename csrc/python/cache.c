@@ -7,6 +7,28 @@
 #include "../cache.h"
 #include "../codes.h"
 
+int ada_check_tokens(const ada_module_state *state, const char *name, const ada_array *tokens, int64_t B,
+                     int64_t G, int64_t width, int64_t count) {
+    if (tokens->dtype == ADA_BOOL) {
+        PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16, got bool",
+                     name);
+        return -1;
+    }
+    const int64_t n = tokens->ndim == 4 ? tokens->shape[2] : 0;
+    if (tokens->ndim == 4 && tokens->shape[0] == B && tokens->shape[1] == G && tokens->shape[3] == width &&
+        n > 0 && (count == 0 || n == count))
+        return 0;
+    char got[96] = "(";
+    for (int d = 0; d < tokens->ndim; d++)
+        snprintf(got + strlen(got), sizeof got - strlen(got), d ? ", %lld" : "%lld",
+                 (long long)tokens->shape[d]);
+    char wanted[32] = "N";
+    if (count) snprintf(wanted, sizeof wanted, "%lld", (long long)count);
+    PyErr_Format(state->shape_error, "%s: expected shape (%lld, %lld, %s, %lld), got %s)", name, (long long)B,
+                 (long long)G, wanted, (long long)width, got);
+    return -1;
+}
+
 /* key and value of a cache and what is to be appended to them, in this order. */
 static int views_of_tokens(const ada_module_state *state, PyObject *const *args, ada_pages pages[2],
                            ada_view views[4]) {
@@ -16,26 +38,10 @@ static int views_of_tokens(const ada_module_state *state, PyObject *const *args,
             ada_view_of(state, args[i + 2], names[i], false, &ada_on_cpu, &views[i + 2]))
             return -1;
     for (int i = 0; i < 2; i++) {
-        const ada_array *store = &views[i].array, *tokens = &views[i + 2].array;
-        if (tokens->dtype == ADA_BOOL) {
-            PyErr_Format(state->dtype_error, "%s: expected float32, float64, float16 or bfloat16, got bool",
-                         names[i]);
+        const int64_t *shape = views[i].array.shape;
+        if (ada_check_tokens(state, names[i], &views[i + 2].array, shape[0], shape[1], shape[3],
+                             i ? views[2].array.shape[2] : 0))
             return -1;
-        }
-        const int64_t count = i ? views[2].array.shape[2] : tokens->ndim == 4 ? tokens->shape[2] : 0;
-        if (tokens->ndim == 4 && tokens->shape[0] == store->shape[0] && tokens->shape[1] == store->shape[1] &&
-            tokens->shape[3] == store->shape[3] && count > 0 && tokens->shape[2] == count)
-            continue;
-        char got[96] = "(";
-        for (int d = 0; d < tokens->ndim; d++)
-            snprintf(got + strlen(got), sizeof got - strlen(got), d ? ", %lld" : "%lld",
-                     (long long)tokens->shape[d]);
-        char wanted[32] = "N";
-        if (i) snprintf(wanted, sizeof wanted, "%lld", (long long)count);
-        PyErr_Format(state->shape_error, "%s: expected shape (%lld, %lld, %s, %lld), got %s)", names[i],
-                     (long long)store->shape[0], (long long)store->shape[1], wanted,
-                     (long long)store->shape[3], got);
-        return -1;
     }
     return 0;
 }

@@ -8,6 +8,7 @@
 #include "../codes.h"
 #include "../cpu.h"
 #include "../gpu.h"
+#include "../gpu_store.h"
 #include "../kernels.h"
 #include "../parallel.h"
 
@@ -303,6 +304,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
     ada_view views[N_VIEWS] = {0};
     ada_pages pages[2];
     ada_codes codes[2];
+    ada_cuda_store store;
     ada_view lse_view = {0};
     ada_budget budget = {0};
     ada_rate rates[ADA_CANDIDATES];
@@ -320,6 +322,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
         return NULL;
     p.on_gpu = place.on_gpu || place.staged, p.staged = place.staged;
     p.device = place.device, p.stream = place.stream;
+    if (ada_is_paged(args[KEY]) && ada_use_paged(state, args[KEY], &place, &store, &p)) goto done;
     ada_view *view = views;
     const struct {
         int arg;
@@ -330,7 +333,7 @@ static PyObject *attention(PyObject *module, PyObject *const *args, Py_ssize_t n
                   {VALUE, "value", &p.value},
                   {MASK, "attn_mask", &p.attn_mask}};
     for (int i = 0; i < 4; i++, view++) {
-        if (i == 3 && args[MASK] == Py_None) continue;
+        if ((i == 3 && args[MASK] == Py_None) || (p.paged && (i == 1 || i == 2))) continue;
         PyObject *array = args[arrays[i].arg];
         const bool stored = (i == 1 || i == 2) && ada_is_stored(array);
         if (stored ? ada_view_of_stored(array, &pages[i - 1], &codes[i - 1], view)
@@ -455,8 +458,10 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
         PyErr_Format(PyExc_TypeError, "merge: expected 5 positional arguments, got %zd", nargs);
         return NULL;
     }
+    ada_place place = ada_on_cpu;
+    if (!ada_is_numpy(args[0]) && ada_place_of(args[0], Py_None, &place)) return NULL;
     for (int i = 0; i < 4; i++) {
-        if (ada_view_of(state, args[i], names[i], false, &ada_on_cpu, &views[i])) goto done;
+        if (ada_view_of(state, args[i], names[i], false, &place, &views[i])) goto done;
         *arrays[i] = views[i].array;
     }
     if (ada_merge_init(&m, &error)) {
@@ -465,12 +470,13 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     }
     out = ada_new_output(args[0], args[4], m.out_a.dtype, 4, m.out_a.shape);
     lse = out ? ada_new_output(args[0], args[4], m.lse_a.dtype, 3, m.out_a.shape) : NULL;
-    if (!lse || ada_view_of(state, out, "out", true, &ada_on_cpu, &views[4]) ||
-        ada_view_of(state, lse, "lse", true, &ada_on_cpu, &views[5]))
+    if (!lse || ada_view_of(state, out, "out", true, &place, &views[4]) ||
+        ada_view_of(state, lse, "lse", true, &place, &views[5]))
         goto done;
     m.out = views[4].array, m.lse = views[5].array;
     ada_released_gil gil = {PyEval_SaveThread()};
-    ada_status status = ada_merge(&m, ada_interrupted, &gil, &error);
+    ada_status status = place.on_gpu ? ada_gpu_merge(&m, place.device, place.stream, place.wait, &error)
+                                     : ada_merge(&m, ada_interrupted, &gil, &error);
     PyEval_RestoreThread(gil.thread);
     result = status ? ada_raise(state, &error) : PyTuple_Pack(2, out, lse);
 done:
@@ -617,6 +623,7 @@ PyDoc_STRVAR(
     "(NaN: on none); None where there is no such product. bias has shape (1, N).");
 PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, /)\n--\n\n"
                                 "Opens cuBLAS: the process's own (None), or at a path, or by a name.");
+PyDoc_STRVAR(store_doc, "Of caches on a GPU: what adaattn.pages asks for.");
 
 static PyMethodDef methods[] = {
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, attention_doc},
@@ -636,6 +643,15 @@ static PyMethodDef methods[] = {
     {"_gpu_linear", (PyCFunction)(void (*)(void))ada_py_gpu_linear, METH_FASTCALL, gpu_linear_doc},
     {"_gpu_open_blas", ada_py_gpu_open_blas, METH_O, gpu_open_blas_doc},
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
+    {"_store_bytes", ada_py_store_bytes, METH_VARARGS, store_doc},
+    {"_store_address", ada_py_store_address, METH_O, store_doc},
+    {"_store_set", ada_py_store_set, METH_VARARGS, store_doc},
+    {"_store_copy", ada_py_store_copy, METH_VARARGS, store_doc},
+    {"_store_count", ada_py_store_count, METH_VARARGS, store_doc},
+    {"_store_append", ada_py_store_append, METH_VARARGS, store_doc},
+    {"_store_reopen", ada_py_store_reopen, METH_VARARGS, store_doc},
+    {"_store_read", ada_py_store_read, METH_VARARGS, store_doc},
+    {"_gpu_numbers", ada_py_gpu_numbers, METH_O, store_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"_lend_team", lend_team, METH_VARARGS, lend_team_doc},

@@ -1,0 +1,84 @@
+/* Gradients on a GPU: of the arrays' own format where tensor cores multiply it, else of floats. A mask is not
+ * looked at, as the call whose output is given did: what is NaN there is NaN in the gradients. */
+#include "gpu_backward.h"
+
+#include <math.h>
+
+#include "gpu.h"
+#include "memory.h"
+
+static ada_status check_budget(const ada_gradient_budget *budget, ada_error *error) {
+    const ada_choice c = budget->asked;
+    if (budget->tolerance > 0)
+        return ada_fail(error, ADA_ERR_ARGUMENT,
+                        "tolerance: expected None on a GPU, where gradients are not verified, got %g",
+                        budget->tolerance);
+    if (c.qk == ADA_RUNG_INT16)
+        return ada_fail(
+            error, ADA_ERR_ARGUMENT,
+            "precision: expected 'auto', 'fp32' or 'fp64' for gradients on a GPU, got ('%s', '%s')",
+            ada_rung_name(c.qk), ada_rung_name(c.pv));
+    return ADA_OK;
+}
+
+static ada_choice choose(const ada_problem *p, const ada_gradient_budget *budget, const ada_cuda_table *t,
+                         const ada_cuda_call *call) {
+    const ada_rung own = p->query.dtype == ADA_F16 ? ADA_RUNG_FP16 : ADA_RUNG_BF16;
+    const ada_choice half = {own, own}, f32 = {ADA_RUNG_FP32, ADA_RUNG_FP32},
+                     f64 = {ADA_RUNG_FP64, ADA_RUNG_FP64};
+    const bool is_half = p->query.dtype == ADA_F16 || p->query.dtype == ADA_BF16;
+    if (p->only_f64 || p->query.dtype == ADA_F64) return f64;
+    if (budget->asked.qk != ADA_RUNG_AUTO) return budget->asked;
+    return is_half && t->computes(call, half) ? half : f32;
+}
+
+static ada_status run(const ada_backward_problem *x, ada_gradient_budget *budget, uint32_t *again,
+                      ada_error *error) {
+    const ada_cuda_table *t = ada_gpu_table();
+    const ada_problem *p = &x->p;
+    ada_cuda_failure failure;
+    ada_cuda_call *call;
+    if (t->open(p, &call, &failure)) return ada_gpu_fail(&failure, error);
+    const ada_choice choice = choose(p, budget, t, call);
+    const int failed = t->gradients(call, x, choice, again, &failure);
+    t->close(call);
+    if (failed) return ada_gpu_fail(&failure, error);
+    const ada_choice in_f64 = {ADA_RUNG_FP64, ADA_RUNG_FP64};
+    for (int64_t i = 0; again && i < p->B * p->G; i++) {
+        const bool retried = again[i] && choice.qk != ADA_RUNG_FP64;
+        budget->heads[i] = (ada_gradient_head){.choice = retried ? in_f64 : choice,
+                                               .predicted_error = NAN,
+                                               .retried = retried,
+                                               .key = {NAN, NAN, 0},
+                                               .value = {NAN, NAN, 0}};
+    }
+    for (int64_t i = 0; again && i < p->B * p->H; i++) budget->queries[i] = (ada_measured){NAN, NAN, 0};
+    return ADA_OK;
+}
+
+ada_status ada_gpu_backward(const ada_backward_problem *given, ada_gradient_budget *budget,
+                            ada_error *error) {
+    const ada_problem *p = &given->p;
+    ada_backward_problem x = *given;
+    if (check_budget(budget, error)) return error->status;
+    if (!ada_gpu_table()->gradients)
+        return ada_fail(error, ADA_ERR_DEVICE,
+                        "query: expected memory of the CPU, as this backend has no gradients");
+    if (p->B * p->H * p->T > INT32_MAX || p->B * p->G * p->S > INT32_MAX)
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "query, key: expected fewer than 2**31 rows on a GPU, got %lld and %lld",
+                        (long long)(p->B * p->H * p->T), (long long)(p->B * p->G * p->S));
+    if (p->D > 256 || p->E > 256)
+        return ada_fail(error, ADA_ERR_SHAPE,
+                        "query, value: expected head sizes of at most 256 on a GPU, got %lld and %lld",
+                        (long long)p->D, (long long)p->E);
+    if (x.needs[ADA_OF_MASK]) ada_broadcast(p, &x.results[ADA_OF_MASK]);
+    const int64_t bytes = p->B * p->G * (int64_t)sizeof(uint32_t);
+    uint32_t *again = budget->heads ? ada_scratch_take(bytes) : NULL;
+    if (budget->heads && !again)
+        return ada_fail(error, ADA_ERR_MEMORY, "attention_backward: no memory for %lld bytes of scratch",
+                        (long long)bytes);
+    const ada_status status = run(&x, budget, again, error);
+    if (again) ada_scratch_give_back(again);
+    return status;
+}

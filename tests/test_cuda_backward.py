@@ -1,0 +1,425 @@
+"""The CUDA kernels of the gradients on the model of cuda/model.h, against the oracle; and faults that it must
+see."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import os
+import re
+import shutil
+from typing import Any
+
+import cuda_backward
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_model import CUDA
+from support import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    F64,
+    Array,
+    Options,
+    Shape,
+    finite,
+    inputs,
+    largest,
+    same_bits,
+    score_size,
+)
+
+from adaattn import Gradients, reference
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+UNITS = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+RUNGS = [("fp64", F64), ("fp32", F32), ("fp16", F16), ("bf16", BF16)]
+SMALL = Shape(2, 2, 1, 21, 50, 24, 16)
+FIRST_SEED = int(os.environ.get("ADAATTN_MODEL_SEED", "1"))
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return cuda_backward.build(tmp_path_factory.mktemp("cuda_backward"))
+
+
+def problem(
+    rng: np.random.Generator, shape: Shape, dtype: Any, options: Options, spread: float = 1.0
+) -> list[Array]:
+    """grad_out, query, key, value, out and lse, the last two the oracle's."""
+    arrays = inputs(rng, shape, dtype, spread)
+    grad_out = rng.standard_normal((*arrays[0].shape[:3], shape.E)).astype(dtype)
+    out, lse = reference.attention(*arrays, return_lse=True, **options)
+    return [grad_out, *arrays, out.astype(dtype), lse.astype(F64 if dtype == F64 else F32)]
+
+
+def everything(options: Options) -> list[str]:
+    """All that these options have gradients for."""
+    names = ["query", "key", "value", *(x for x in ("sinks", "alibi_slopes") if options.get(x) is not None)]
+    mask = options.get("attn_mask")
+    return names if mask is None or mask.dtype == bool else [*names, "attn_mask"]
+
+
+def row_norms(x: Array) -> Array:
+    return np.sqrt(np.sum(finite(x) ** 2, axis=-1))
+
+
+def check(
+    kernels: ctypes.CDLL,
+    rung: str,
+    arrays: list[Array],
+    options: Options,
+    *,
+    unfit: int | None = 0,
+    **more: Any,
+) -> Gradients:
+    """Compare with the oracle; unfit: how many key heads float64 may have to compute (None: any number).
+
+    It would mend what a fault makes NaN. Errors are bounded in Frobenius norms, by the rounding of a weight
+    times the norm of what it is multiplied with; those of sums over rows one by one.
+    """
+    grad_out, query, key, value, *_ = arrays
+    needs = more.pop("needs", everything(options))
+    actual, again = cuda_backward.attention_backward(
+        kernels, *arrays, rung=rung, needs=needs, **options, **more
+    )
+    exact = reference.attention_backward(*arrays, needs=needs, **options)
+    unit = UNITS[rung]
+    error = min(unit, 2.0**-24) * (16 + 8 * score_size(query, key, options))
+    error += unit if rung in ("fp16", "bf16") else 0
+    error += (
+        UNITS["fp16" if query.dtype == F16 else "bf16"] / 2 if query.dtype in (F16, BF16) else 0
+    )  # of out
+    scale = options.get("scale") or query.shape[-1] ** -0.5
+    rows = row_norms(grad_out) / (1 - options.get("dropout_p", 0.0))
+    reach = query.shape[2] + key.shape[2] + largest(np.asarray(options.get("query_offset", 0)))
+    for name, a, e in zip(Gradients._fields, actual, exact, strict=True):
+        if a is None:
+            continue
+        by_score = 2 * float(np.max(row_norms(value)))
+        whole = float(np.linalg.norm(rows))
+        size = {
+            "query": scale * by_score * np.max(row_norms(key)) * whole,
+            "key": scale * by_score * np.max(row_norms(query)) * whole,
+            "value": whole,
+            "attn_mask": by_score * whole * (rows.size * key.shape[2] / e.size) ** 0.5,
+            "sinks": by_score * rows.sum(),
+            "alibi_slopes": by_score * rows.sum() * reach,
+        }[name]
+        epsilon = float(ml_dtypes.finfo(a.dtype).eps)
+        tiny = float(ml_dtypes.finfo(a.dtype).smallest_subnormal) * e.size**0.5
+        good, a = np.isfinite(e), a.astype(F64)
+        np.testing.assert_array_equal(a[~good], e[~good], err_msg=name)
+        found = float(np.linalg.norm((a - e)[good]))
+        allowed = error * size + epsilon * np.linalg.norm(e[good]) + tiny
+        assert found <= allowed, (name, found, allowed)
+    assert unfit is None or rung == "fp64" or int(again.sum()) == unfit
+    return actual
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.startswith(("precision", "two threads"))]
+)
+def test_options(case: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    for rung, dtype in RUNGS:
+        options = CASES[case](rng, SMALL)
+        unfit = None if "lowest" in case else 0
+        check(kernels, rung, problem(rng, SMALL, dtype, options), options, unfit=unfit)
+
+
+@pytest.mark.parametrize("rung", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_rungs_of_other_dtypes(rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Any dtype on plain arithmetic; tiles are for arrays of their own."""
+    if rung in ("fp32", {F16: "fp16", BF16: "bf16"}.get(dtype)):
+        check(kernels, rung, problem(rng, SMALL, dtype, {"causal": True}), {"causal": True})
+        check(kernels, "fp64", problem(rng, SMALL, dtype, {"causal": True}), {"causal": True})
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_ragged_tiles_in_any_order(D: int, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Several tiles of queries and keys under other orders of the threads."""
+    for seed in range(3):
+        T, S = (int(x) for x in rng.integers(130, 300, 2)) if D < 256 else (int(rng.integers(20, 90)), 70)
+        options = [{"causal": True}, {"window": (70, 30)}, {}][seed]
+        arrays = problem(rng, Shape(1, 2, 1, T, S, D, D), BF16, options)
+        check(kernels, "bf16", arrays, options, order=FIRST_SEED + seed)
+    arrays = problem(rng, Shape(1, 1, 1, 130, 100, D, D), F32, {"causal": True})
+    check(kernels, "fp32", arrays, {"causal": True}, order=FIRST_SEED)
+
+
+def test_every_eighth_head_size(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    for n, D in enumerate([1, 2, 3, 7, 8, 16, 31, 33, 63, 65, 72, 100, 127, 129, 160, 192, 255, 256]):
+        E = D * 89 % 256 + 1
+        shape = Shape(1, 1, 1, 17 if n % 2 else 3, 20, D, E)
+        for rung, dtype in (RUNGS[1 + n % 3], ("fp64", F32) if n % 4 == 0 else RUNGS[3]):
+            check(kernels, rung, problem(rng, shape, dtype, {}, 0.5), {}, order=n + 1)
+
+
+@pytest.mark.parametrize(
+    "needs", [["query"], ["key"], ["value"], ["sinks"], ["attn_mask", "alibi_slopes"]], ids=str
+)
+def test_only_what_is_wanted(needs: list[str], kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    for shape in (SMALL, Shape(1, 2, 1, 9, 20, 200, 8)):
+        options = CASES["all"](rng, shape)
+        for rung, dtype in RUNGS:
+            got = check(kernels, rung, problem(rng, shape, dtype, options), options, needs=needs)
+            assert [name for name, x in got._asdict().items() if x is not None] == sorted(
+                needs, key=Gradients._fields.index
+            )
+
+
+def test_bits(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """A key head's depend neither on the order of threads nor on the batch."""
+    options = {"causal": True, "softcap": 4.0}
+    for rung, dtype in RUNGS[1:]:
+        arrays = problem(rng, Shape(2, 4, 2, 40, 90, 24, 16), dtype, options)
+        whole, _ = cuda_backward.attention_backward(kernels, *arrays, rung=rung, **options)
+        for order in range(2, 5):
+            other, _ = cuda_backward.attention_backward(kernels, *arrays, rung=rung, order=order, **options)
+            assert same_bits(other[:3], whole[:3])
+        one = [x[1:, -1:] if x.shape[1] == 2 else x[1:, 2:] for x in arrays]
+        alone, _ = cuda_backward.attention_backward(kernels, *one, rung=rung, **options)
+        assert same_bits(alone.query, whole.query[1:, 2:]) and same_bits(alone.key, whole.key[1:, 1:])
+        assert same_bits(alone.value, whole.value[1:, 1:])
+
+
+def turned(x: Array) -> Array:
+    return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def test_layouts(kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Strides of any kind; NaN stands beside the arrays, and nothing of it is read."""
+    for rung, dtype in RUNGS:
+        arrays = problem(rng, SMALL, dtype, {})
+        plain, _ = cuda_backward.attention_backward(kernels, *arrays, rung=rung)
+        for layout in (
+            guarded,
+            turned,
+            lambda x: np.ascontiguousarray(x[:, :, ::-1])[:, :, ::-1],
+            np.asfortranarray,
+        ):
+            other, unfit = cuda_backward.attention_backward(kernels, *map(layout, arrays), rung=rung)
+            assert same_bits(other[:3], plain[:3]) and (rung == "fp64" or not unfit.any())
+        wide = [np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, dtype)[..., ::2] for x in arrays[:5]]
+        for to, x in zip(wide, arrays, strict=False):
+            to[...] = x
+        other, _ = cuda_backward.attention_backward(kernels, *wide, arrays[5], rung=rung)
+        assert same_bits(other[:3], plain[:3])
+
+
+def guarded(x: Array) -> Array:
+    """The same values with NaN in front of, between and behind all rows, these aligned to 16 bytes."""
+    if x.ndim == 3:
+        wide = np.full((*x.shape[:2], x.shape[2] + 2), np.nan, x.dtype)
+        wide[..., 1:-1] = x
+        return wide[..., 1:-1]
+    per = 16 // x.itemsize
+    wide = np.full((*x.shape[:2], x.shape[2] + 2, -(-x.shape[3] // per) * per + per), np.nan, x.dtype)
+    space = np.full(wide.nbytes + 16, 255, np.uint8)
+    to = space[-space.ctypes.data % 16 :][: wide.nbytes].view(x.dtype).reshape(wide.shape)
+    to[...] = wide
+    view = to[:, :, 1:-1, : x.shape[3]]
+    view[...] = x
+    return view
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["grad_out", "query", "key", "value"])
+@pytest.mark.parametrize(("rung", "dtype"), RUNGS, ids=str)
+def test_special_values(
+    rung: str, dtype: Any, which: int, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    """They are seen by whom they should be, and by nobody else; their key head is computed in float64."""
+    for special in (np.nan, np.inf):
+        for options in ({"causal": True}, {"softcap": 3.0, "dropout_p": 0.5, "seed": 1}):
+            arrays = problem(rng, SMALL, dtype, options)
+            arrays[which][0, -1, -2, 3] = special
+            arrays[4:] = (
+                x.astype(like.dtype)
+                for x, like in zip(
+                    reference.attention(*arrays[1:4], return_lse=True, **options), arrays[4:], strict=True
+                )
+            )
+            actual, unfit = cuda_backward.attention_backward(kernels, *arrays, rung=rung, **options)
+            exact = reference.attention_backward(*arrays, **options)
+            assert rung == "fp64" or unfit.tolist() == [[1], [0]]
+            for a, e in zip(actual[:3], exact[:3], strict=True):
+                a = a.astype(F64)
+                np.testing.assert_array_equal(np.isnan(a), np.isnan(e))
+                good = np.isfinite(e)
+                np.testing.assert_allclose(
+                    a[good], e[good], atol=30 * UNITS[rung] * largest(e), rtol=30 * UNITS[rung]
+                )
+
+
+@pytest.mark.parametrize(("rung", "dtype"), RUNGS, ids=str)
+def test_what_is_hidden_may_hold_anything(
+    rung: str, dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    options: Options = {"kv_lengths": np.array([41, 13])}
+    arrays = problem(rng, SMALL, dtype, options)
+    for b, n in enumerate(options["kv_lengths"]):
+        arrays[2][b, :, n:], arrays[3][b, :, n:] = np.nan, np.inf
+    got = check(kernels, rung, arrays, options)
+    assert not got.key[0, :, 41:].any() and not got.value[1, :, 13:].any()
+    options["attn_mask"] = np.arange(50) % 7 > 0
+    arrays = problem(rng, SMALL, dtype, options)
+    arrays[2][:, :, ::7], arrays[3][:, :, ::7] = np.inf, np.nan
+    check(kernels, rung, arrays, options, unfit=None)
+    rows = {"attn_mask": np.arange(21)[:, None] % 3 > 0}
+    arrays = problem(rng, SMALL, dtype, rows)
+    arrays[0][:, :, ::3], arrays[1][:, :, ::3] = np.nan, np.inf
+    got = check(kernels, rung, arrays, rows, unfit=None)
+    assert not got.query[:, :, ::3].any()
+
+
+@pytest.mark.parametrize("rung", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("size", [100.0, 3e3])
+def test_scores_that_swallow_the_digits_of_the_lse(
+    size: float, rung: str, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    """Weights are exact there, from the inputs alone: one key has it all."""
+    dtype = {"fp32": F32, "fp16": F16, "bf16": BF16}[rung]
+    arrays = inputs(rng, Shape(1, 1, 1, 40, 40, 16, 16), dtype)
+    arrays[:2] = (x * dtype.type(size**0.5 * 4) for x in arrays[:2])
+    out, lse = reference.attention(*arrays, return_lse=True)
+    arrays = [rng.standard_normal(out.shape).astype(dtype), *arrays, out.astype(dtype), lse.astype(F32)]
+    actual, unfit = cuda_backward.attention_backward(kernels, *arrays, rung=rung)
+    exact = reference.attention_backward(*arrays)
+    assert unfit.all()
+    for a, e in zip(actual[:3], exact[:3], strict=True):
+        assert np.linalg.norm(a.astype(F64) - e) <= 2 * UNITS[rung] * np.linalg.norm(exact.value) + 2 * UNITS[
+            rung
+        ] * np.linalg.norm(e)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+def test_a_loss_of_any_scale_in_fp16(size: float, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """dS is scaled: it neither overflows nor vanishes where grad_out does not."""
+    arrays = problem(rng, Shape(1, 2, 1, 60, 200, 32, 32), F16, {})
+    arrays[0] = (arrays[0].astype(F32) * size).astype(F16)
+    actual, unfit = cuda_backward.attention_backward(kernels, *arrays, rung="fp16")
+    exact = reference.attention_backward(*arrays)
+    assert not unfit.any()
+    for a, e in zip(actual[:3], exact[:3], strict=True):
+        tiny = 2.0**-25 * e.size**0.5
+        assert np.linalg.norm(a.astype(F64) - e) <= 2.0**-9 * np.linalg.norm(e) + tiny
+
+
+# What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
+# translation unit that has to be compiled again.
+TILED, SIMT = ("backward_tiled.cuh", "backward_f16.cu"), ("backward_simt.cuh", "backward_simt.cu")
+FAULTS = {
+    "copies are not waited for": (TILED, "ada_copy_wait<0>(); /* this", "/* this"),
+    "what stays still arrives at the end": (TILED, "ada_copy_wait<0>(); /* what stays", "/* what stays"),
+    "no barrier behind the wait": (TILED, "ada_sync(); /* all have", "/* all have"),
+    "rows go to the other stage": (
+        TILED,
+        "(uint32_t)(n % 2 * X::ROWS_STAGE), a,",
+        "(uint32_t)((n + 1) % 2 * X::ROWS_STAGE), a,",
+    ),
+    "keys that nobody sees are not zeros": (
+        TILED,
+        "a.k, w.b, w.g, first, keys,",
+        "a.k, w.b, w.g, first, p.S,",
+    ),
+    "the first head's queries alone": (TILED, "h = w.h + n / each; ada_back_copy", "h = w.h; ada_back_copy"),
+    "no delta": (TILED, "y = x * (y - of.delta);", "y = x * y;"),
+    "weights instead of their gradients": (
+        TILED,
+        "ada_add_values<X>(of_scores, g,",
+        "ada_add_values<X>(of_scores, s,",
+    ),
+    "hidden weights count": (TILED, "x = visible ? x : 0, y = visible ? y : 0;", "y = visible ? y : 0;"),
+    "a key too many": (
+        ("backward.cuh", "backward_f16.cu"),
+        "j - i <= r.highest && j < r.keys;",
+        "j - i <= r.highest + 1 && j < r.keys;",
+    ),
+    "a tile too many is plain": (
+        ("backward.cuh", "backward_f16.cu"),
+        "keys - 1 - i <= r.highest &&",
+        "keys - 2 - i <= r.highest &&",
+    ),
+    "squares are multiplied before they lie there": (
+        SIMT,
+        "d, width); ada_sync(); ADA_UNROLL_BY(4)",
+        "d, width); ADA_UNROLL_BY(4)",
+    ),
+    "hidden pairs are added": (SIMT, "X::CAREFUL && !ada_seen<X>()[n * X::TILE + key]", "false"),
+    "sums of rows keep their old reference": (SIMT, "l *= by, delta *= by;", "l *= by;"),
+    "half of a row's delta": (
+        ("backward.cu", "backward.cu"),
+        "lanes < 32; lanes *= 2) { sum",
+        "lanes < 16; lanes *= 2) { sum",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """The kernels with each fault; "": with none. Of one width, without optimisation: they compile sooner."""
+    flags = ["-DADA_BACK_WIDTHS(X)=X(64)", "-O0"]
+    base = tmp_path_factory.mktemp("faultless_backward")
+    libraries = {"": cuda_backward.build(base, *flags)}
+
+    def build(fault: str) -> ctypes.CDLL:
+        (file, source), old, new = FAULTS[fault]
+        folder = tmp_path_factory.mktemp("faulty_backward")
+        shutil.copytree(CUDA, folder / "cuda")
+        (folder / "csrc").symlink_to(CUDA.parent / "csrc")
+        text = (folder / "cuda" / file).read_text()
+        text, count = re.subn(r"\s+".join(map(re.escape, old.split(" "))), new, text)
+        assert count == 1, fault
+        (folder / "cuda" / file).write_text(text)
+        return cuda_backward.build(folder, *flags, cuda=folder / "cuda", sources=[source], objects=base)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        libraries.update(zip(FAULTS, pool.map(build, FAULTS), strict=True))
+    return libraries
+
+
+def find_faults(kernels: ctypes.CDLL) -> None:
+    """Raises where the kernels are wrong: a few problems, each under several orders of the threads."""
+    for order in range(1, 4):
+        rng = np.random.default_rng(order)
+        for options in (
+            {"causal": True, "kv_lengths": np.array([145])},
+            {"window": (30, 20), "query_offset": 40},
+        ):
+            arrays = [guarded(x) for x in problem(rng, Shape(1, 2, 1, 70, 160, 32, 32), F16, options)]
+            if "kv_lengths" in options:
+                arrays[2][:, :, 145:], arrays[3][:, :, 145:] = np.nan, np.nan
+            check(kernels, "fp16", arrays, options, order=order)
+    edge = {
+        "causal": True,
+        "query_offset": 126,
+    }  # hides the last key of a tile from one query, which is like it
+    arrays = problem(rng, Shape(1, 1, 1, 70, 160, 32, 32), F16, edge)
+    arrays[1][0, 0, 0] = arrays[2][0, 0, 127]
+    arrays[4:] = (
+        x.astype(y.dtype)
+        for x, y in zip(reference.attention(*arrays[1:4], return_lse=True, **edge), arrays[4:], strict=True)
+    )
+    check(kernels, "fp16", arrays, edge)
+    nothing = {"kv_lengths": np.array([0])}
+    check(kernels, "fp16", problem(rng, Shape(1, 2, 1, 5, 9, 32, 32), F16, nothing), nothing)
+    check(kernels, "fp32", problem(rng, Shape(1, 1, 1, 9, 20, 32, 32), F32, {}), {})
+    arrays = problem(rng, Shape(1, 1, 1, 20, 40, 32, 32), F32, {"causal": True})
+    arrays[0][:, :, 0] = np.inf
+    check(kernels, "fp64", arrays, {"causal": True})
+
+
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_faults_are_found(fault: str, faulty: dict[str, ctypes.CDLL]) -> None:
+    if not fault:
+        find_faults(faulty[fault])
+        return
+    with pytest.raises(AssertionError):
+        find_faults(faulty[fault])
