@@ -370,13 +370,15 @@ int alignment_of(const void *at) {
     return alignment;
 }
 
-/* An operand as the product takes it: where it lies, or converted into `made`. */
-int take_operand(const ada_array *a, int type, int64_t rows, const float *factor, cudaStream_t stream,
-                 Memory *made, Matrix *to, ada_cuda_failure *failure) {
+/* An operand as the product takes it: where it lies, if that is a multiple of `aligned` bytes, or converted
+ * into `made`. */
+int take_operand(const ada_array *a, int type, int64_t rows, int aligned, const float *factor,
+                 cudaStream_t stream, Memory *made, Matrix *to, ada_cuda_failure *failure) {
     const int size = size_of(type);
     const int64_t row = a->stride[0], width = a->shape[1];
     const bool apart = rows == 1 || (row % size == 0 && row >= width * size);
-    if (type == type_of(a->dtype) && rows == a->shape[0] && (width == 1 || a->stride[1] == size) && apart) {
+    if ((uintptr_t)a->data % (uintptr_t)aligned == 0 && type == type_of(a->dtype) && rows == a->shape[0] &&
+        (width == 1 || a->stride[1] == size) && apart) {
         *to = {a->data, rows == 1 ? width : row / size};
         return 0;
     }
@@ -435,9 +437,9 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     Matrix x, weight, bias;
     if (scaled && scale_operands(l, fp8 ? 8 : 14, filled, stream, &scales, failure)) return failure->code;
     const Scales *const on_device = (const Scales *)scales.data;
-    if (take_operand(&l->x, type, M, scaled ? &on_device->x : nullptr, stream, &x_made, &x, failure) ||
-        take_operand(&l->weight, type, features, scaled ? &on_device->weight : nullptr, stream, &weight_made,
-                     &weight, failure))
+    if (take_operand(&l->x, type, M, 1, scaled ? &on_device->x : nullptr, stream, &x_made, &x, failure) ||
+        take_operand(&l->weight, type, features, 1, scaled ? &on_device->weight : nullptr, stream,
+                     &weight_made, &weight, failure))
         return failure->code;
     const int out_bytes = size_of(out_type);
     void *out = l->out.data;
@@ -446,7 +448,8 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
         TRY(cudaMemsetAsync(out_made.data, 0, (size_t)(M * features * out_bytes), stream));
         out = out_made.data;
     }
-    if (l->bias.data && take_operand(&l->bias, out_type, 1, nullptr, stream, &bias_made, &bias, failure))
+    /* Kernels with an epilogue read 16 bytes of a bias at once; preferences tell nothing of it. */
+    if (l->bias.data && take_operand(&l->bias, out_type, 1, 16, nullptr, stream, &bias_made, &bias, failure))
         return failure->code;
     if (filled) {
         const Place fill = {(const char *)bias.data, (char *)out, 0, features * out_bytes, M, N, out_bytes};

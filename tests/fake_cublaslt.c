@@ -209,6 +209,8 @@ int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, v
         if (!alignment[i] || (uintptr_t)pointers[i] % alignment[i] ||
             (la->type == R_E4M3 && alignment[i] < 16))
             return EXECUTION_FAILED;
+    if (x->epilogue == 4 && (uintptr_t)x->bias % 16) /* kernels read it so, whatever was asked for */
+        return EXECUTION_FAILED;
     if (handle != &fake_handles || c_layout != d_layout || c != d || !workspace ||
         workspace_bytes < WORKSPACE)
         return INVALID_VALUE;

@@ -716,12 +716,15 @@ def test_linear(sizes: tuple[int, int, int], dtype: Any, rng: np.random.Generato
 def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
     x = torch.randn(2, 30, 64, device="cuda")[:, ::2, 3:35]
     weight, bias = torch.randn(32, 41, device="cuda").T, torch.randn(82, device="cuda")[::2]
-    right = x.double() @ weight.double().T + bias.double()
+    odd = torch.randn(42, device="cuda")[1:]  # at no multiple of 16 bytes
+    right = x.double() @ weight.double().T
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
         for product, error in (("fp32", 1e-5), ("tf32", 1e-2), ("fp16", 1e-2), ("fp64", 1e-6)):
-            y = adaattn.linear(x, weight, bias, precision=product)
-            assert y.shape == (2, 15, 41) and float((y.double() - right).norm() / right.norm()) < error
+            for b in (bias, odd):
+                y = adaattn.linear(x, weight, b, precision=product)
+                assert y.shape == (2, 15, 41)
+                assert float((y.double() - b.double() - right).norm() / right.norm()) < error
 
 
 # ---- few queries, caches, merging

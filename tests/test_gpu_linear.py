@@ -138,8 +138,11 @@ def _layouts() -> None:
     flipped = np.ascontiguousarray(weight[:, ::-1])[:, ::-1]
     spread = np.full(20, np.nan, F32)
     spread[::2] = bias
+    odd = np.concatenate([bias[:1], bias])[1:]  # at no multiple of 16 bytes
     for a, b, c in itertools.product(
-        (x, wide[::2, 1:49:2], np.asfortranarray(x)), (weight, padded[:, 1:25], flipped), (bias, spread[::2])
+        (x, wide[::2, 1:49:2], np.asfortranarray(x)),
+        (weight, padded[:, 1:25], flipped),
+        (bias, spread[::2], odd),
     ):
         for product in ("fp8", "bf16", "fp16", "fp32", "fp64"):
             y, _ = linear(a, b, c, precision=product)
@@ -340,6 +343,10 @@ FAULTS = {
     "pointers are said to be aligned": (
         "(uint32_t)alignment_of(pointers[i]);",
         "256;",
+    ),
+    "a bias where it lies": (
+        "&l->bias, out_type, 1, 16,",
+        "&l->bias, out_type, 1, 1,",
     ),
     "a tile's depth is cut": (
         "for (int k = 0; k < DEPTH; k++)",
