@@ -94,7 +94,8 @@ def build(to: Path, objects: Path) -> Path:
             log.write_text(_run([str(nvcc), *flags, "-c", str(source), "-o", str(made)]))
         return made, _complaints(log.read_text())
 
-    sources = sorted(HERE.glob("*.cu"), key=lambda path: -path.stat().st_size)
+    # Short ones first: they are instances of kernels in headers, which take longest.
+    sources = sorted(HERE.glob("*.cu"), key=lambda path: path.stat().st_size)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         results = list(pool.map(compile_one, sources))
     to.mkdir(parents=True, exist_ok=True)

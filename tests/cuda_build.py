@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            sources = sorted(CUDA.glob("*.cu"), key=lambda path: -path.stat().st_size)
+            sources = sorted(CUDA.glob("*.cu"), key=lambda path: path.stat().st_size)
             compile_sources(["model.cc", *(path.name for path in sources)], folder, "-O1")
             link(sorted(folder.glob("*.o")), folder)
     return library
