@@ -60,6 +60,11 @@ def gpu_info() -> dict[str, Any]:
         backend was built with) and ``devices``: for each ``name``, ``capability`` (such as "9.0"),
         ``multiprocessors``, ``memory_bytes`` and ``rungs`` that it computes, dear to cheap. Values that are
         not known are None.
+
+    Notes
+    -----
+    Of the backend, exact attention, its rungs but fp8, and budgets have run on a GPU (an H100). Its gradients,
+    caches, matrix products, sparse heads and fp8 were tested on a model of the machine only.
     """
     info: dict[str, Any] = dict.fromkeys(("available", "reason", "backend", "version", "driver", "runtime"))
     info |= {"available": False, "devices": []}

@@ -386,6 +386,14 @@ def run_tests(folder: Path, sanitize: bool) -> str:
     return text.strip().splitlines()[-1]
 
 
+def build() -> None:
+    """The backend for this chip, beside the package, where there is none."""
+    major, minor = torch.cuda.get_device_capability()
+    chip = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+    command = [sys.executable, str(ROOT / "cuda/build.py"), str(Path(adaattn.__file__).parent)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"ADAATTN_CUDA_ARCH": chip}, check=True)
+
+
 def short(x: Any) -> str:
     return f"{x:.1e}" if isinstance(x, float) else "-" if x is None else "error"
 
@@ -401,6 +409,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
+    if adaattn.gpu_info()["backend"] is None:
+        build()
     result: dict[str, Any] = {"gpu": adaattn.gpu_info(), "torch": torch.__version__, "date": time.ctime()}
     if not result["gpu"]["available"]:
         raise SystemExit(f"no GPU: {result['gpu']['reason']}")
