@@ -63,8 +63,8 @@ def gpu_info() -> dict[str, Any]:
 
     Notes
     -----
-    Of the backend, exact attention, its rungs but fp8, and budgets have run on a GPU (an H100). Its gradients,
-    caches, matrix products, sparse heads and fp8 were tested on a model of the machine only.
+    Of the backend, exact attention, its rungs but fp8, and budgets have run on a GPU (an H100). Its
+    gradients, caches, matrix products, sparse heads and fp8 were tested on a model of the machine only.
     """
     info: dict[str, Any] = dict.fromkeys(("available", "reason", "backend", "version", "driver", "runtime"))
     info |= {"available": False, "devices": []}
