@@ -3,8 +3,8 @@
     python benchmarks/gpu.py FOLDER [--quick] [--no-tests] [--sanitize]
 
 Times are of events on one stream, contenders taking turns, medians; inputs are normal: zeros run faster.
-FOLDER gets gpu.json and the tests' log; a short table comes last. The backend is built where it is missing. Needs torch
-with CUDA.
+The backend is built where it is missing. FOLDER gets gpu.json and the tests' log; a short table comes last.
+Needs torch with CUDA.
 """
 
 from __future__ import annotations
