@@ -21,12 +21,14 @@ _ERRORS = {"fp8": 3.5e-2, "bf16": 2.1e-3, "fp16": 2.7e-4, "tf32": 7.9e-4, "fp32"
 _MARGIN = 1.25
 
 # TFLOP/s of each, and TB/s of memory, by compute capability; a later chip goes by the newest that is older.
-# None of them is measured here: they are what the makers' libraries reach elsewhere. 0: there is none.
+# None of them is measured here: they are what the makers' libraries reach elsewhere. 0: there is none; for
+# chips from 11.0 on the backend has code of sm_80 alone, which makes no e4m3.
 _RATES: dict[tuple[int, int], dict[str, float]] = {
     (0, 0): {"fp8": 0, "bf16": 0, "fp16": 0, "tf32": 0, "fp32": 10, "fp64": 0.2, "memory": 0.5},
     (8, 0): {"fp8": 0, "bf16": 240, "fp16": 240, "tf32": 120, "fp32": 18, "fp64": 2, "memory": 1.5},
     (8, 9): {"fp8": 280, "bf16": 140, "fp16": 140, "tf32": 70, "fp32": 50, "fp64": 0.5, "memory": 0.9},
     (9, 0): {"fp8": 1200, "bf16": 700, "fp16": 700, "tf32": 380, "fp32": 45, "fp64": 4, "memory": 3},
+    (11, 0): {"fp8": 0, "bf16": 300, "fp16": 300, "tf32": 150, "fp32": 60, "fp64": 1, "memory": 1.5},
 }
 # Bytes of an operand's element that are read and written before the product, by its own size.
 _CONVERTED = {"fp8": {4: 9, 2: 5}, "bf16": {4: 6, 2: 0}, "fp16": {4: 10, 2: 0}}

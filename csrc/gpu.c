@@ -136,10 +136,9 @@ static ada_status attend(const ada_problem *p, ada_budget *budget, const caller 
     ada_cuda_failure failure;
     ada_cuda_call *call;
     bool good = true;
-    if (p->B * p->H * p->T > INT32_MAX || p->S > INT32_MAX)
-        return ada_fail(error, ADA_ERR_SHAPE,
-                        "query: expected fewer than 2**31 rows and keys on a GPU, got %lld",
-                        (long long)(p->S > INT32_MAX ? p->S : p->B * p->H * p->T));
+    if (p->B * p->H * p->T > ADA_GPU_MOST || p->S > ADA_GPU_MOST)
+        return ada_fail(error, ADA_ERR_SHAPE, "query: expected at most %d rows and keys on a GPU, got %lld",
+                        ADA_GPU_MOST, (long long)(p->S > ADA_GPU_MOST ? p->S : p->B * p->H * p->T));
     if (t->open(p, &call, &failure)) return ada_gpu_fail(&failure, error);
     if (p->paged) t->use_store(call, p->paged);
     ada_status status = ADA_OK;

@@ -7,6 +7,9 @@
 
 #include "../cuda/ada_cuda.h"
 
+/* Rows and keys of a call: below 2^31 by what sizes are rounded up to. */
+#define ADA_GPU_MOST (INT32_MAX - (1 << 17))
+
 /* Opens the library at this path, once and for all: later calls find it open and look at no path. */
 ada_status ada_gpu_load(const char *path, ada_error *error);
 /* Of the open library; NULL before that. */

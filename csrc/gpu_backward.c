@@ -64,9 +64,9 @@ ada_status ada_gpu_backward(const ada_backward_problem *given, ada_gradient_budg
     if (!ada_gpu_table()->gradients)
         return ada_fail(error, ADA_ERR_DEVICE,
                         "query: expected memory of the CPU, as this backend has no gradients");
-    if (p->B * p->H * p->T > INT32_MAX || p->B * p->G * p->S > INT32_MAX)
+    if (p->B * p->H * p->T > ADA_GPU_MOST || p->B * p->G * p->S > ADA_GPU_MOST)
         return ada_fail(error, ADA_ERR_SHAPE,
-                        "query, key: expected fewer than 2**31 rows on a GPU, got %lld and %lld",
+                        "query, key: expected at most %d rows on a GPU, got %lld and %lld", ADA_GPU_MOST,
                         (long long)(p->B * p->H * p->T), (long long)(p->B * p->G * p->S));
     if (p->D > 256 || p->E > 256)
         return ada_fail(error, ADA_ERR_SHAPE,

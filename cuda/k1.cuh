@@ -368,7 +368,7 @@ ADA_DEVICE bool ada_mask_row_of_tile(const ada_cu_params &p, float (&s)[X::KEYS 
             if (DTYPE == ADA_CU_BOOL)
                 seen = *(const ada_vector<uint8_t, 2> *)(row + j);
             else
-                add = *(const ada_vector<float, 2> *)(row + 4 * j);
+                add = *(const ada_vector<float, 2> *)(row + 4 * (int64_t)j);
         }
         ADA_UNROLL for (int c = 0; c < 2; c++) {
             float &x = s[n][2 * half + c];

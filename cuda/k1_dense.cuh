@@ -9,12 +9,10 @@ template <int W> static cudaError_t run_width(ada_k1_args &a, bool options, cuda
     if (options) return run<ada_tiling<ADA_BF16, W, 4, 1, 1, keys, true, false, 2>>(a, stream);
     if constexpr (W == 128) {
         /* Registers and shared memory suffice for 64 keys at a time since sm_90. */
-        if (ada_code_of(a.p.capability) < 90)
-            return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 32, false, false, 2>>(a, stream);
+        if (a.p.code < 90) return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 32, false, false, 2>>(a, stream);
         return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2, 90>>(a, stream);
     } else if constexpr (W == 64) {
-        if (ada_code_of(a.p.capability) < 90)
-            return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2>>(a, stream);
+        if (a.p.code < 90) return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 64, false, false, 2>>(a, stream);
         return run<ada_tiling<ADA_BF16, W, 4, 2, 1, 128, false, false, 2, 90>>(a, stream);
     } else {
         return run<ada_tiling<ADA_BF16, W, 4, wide ? 1 : 2, 1, keys, false, false, 2>>(a, stream);

@@ -238,11 +238,11 @@ static cudaError_t run_tiled(const ada_cu_params *p, const layout *at, int32_t *
     return ada_combine_run(combine, combine.k0.rows, stream);
 }
 
-int ada_cu_has_fp8(int32_t capability) { return ada_code_of(capability) >= 89; }
+int ada_cu_has_fp8(int32_t code) { return code >= 89; }
 
 int ada_cu_computes(const ada_cu_params *p) {
     if (p->D > ADA_CU_MAX_HEAD || p->E > ADA_CU_MAX_HEAD) return 0;
-    if (ada_is_fp8(p) && !ada_cu_has_fp8(p->capability)) return 0;
+    if (ada_is_fp8(p) && !ada_cu_has_fp8(p->code)) return 0;
     return !is_tiled(p) || (p->capability >= 80 && ada_k1_width(p));
 }
 

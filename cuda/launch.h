@@ -19,9 +19,6 @@ static inline int ada_k1_width(const ada_cu_params *p) {
     return 0;
 }
 
-/* The chip whose code one of this capability runs: for those that cuda/build.py does not know that is PTX. */
-static inline int ada_code_of(int capability) { return capability < 110 ? capability : 80; }
-
 /* Weights and values in e4m3. */
 static inline bool ada_is_fp8(const ada_cu_params *p) {
     return p->rung == ADA_CU_INT8_FP8 || p->rung == ADA_CU_FP8;

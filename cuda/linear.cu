@@ -170,7 +170,9 @@ ADA_DEVICE int exponent_of(const float *partials, int n) {
 ADA_KERNEL(32, 1) make_scales(ADA_ARGS(Scaling) a) {
     if (ada_thread()) return;
     const int x = a.exponent - exponent_of(a.x, a.x_blocks);
-    const int weight = a.exponent - exponent_of(a.weight, a.weight_blocks);
+    /* alpha is to be a normal number, whatever outputs are then. */
+    const int wanted = a.exponent - exponent_of(a.weight, a.weight_blocks);
+    const int weight = wanted > 126 - x ? 126 - x : wanted < -126 - x ? -126 - x : wanted;
     *a.to = {ldexpf(1, x), ldexpf(1, weight), ldexpf(1, -x - weight), a.beta};
 }
 
@@ -528,8 +530,10 @@ int multiply(const ada_cuda_linear *l, ada_product product, ada_cuda_failure *fa
     ada_cu_params chip = {};
     if (M == 0) return 0;
     if (chip_of(l->device, &chip, failure)) return failure->code;
-    const int least = product == ADA_PRODUCT_FP8 ? 89 : product == ADA_PRODUCT_FP32 ? 0 : 80;
-    if (!is_product_of(product, l->x.dtype) || (product != ADA_PRODUCT_FP64 && chip.capability < least))
+    const bool fp8 = product == ADA_PRODUCT_FP8,
+               any = product == ADA_PRODUCT_FP32 || product == ADA_PRODUCT_FP64;
+    const bool has = any || (fp8 ? ada_cu_has_fp8(chip.code) : chip.capability >= 80);
+    if (!is_product_of(product, l->x.dtype) || !has)
         return failed(cudaErrorNotSupported, "multiply", failure);
     if (product != ADA_PRODUCT_FP64 || l->x.dtype == ADA_F64)
         return multiply_by_blas(l, product, stream, failure);

@@ -43,7 +43,8 @@ ADA_DEVICE ada_packed_tile ada_tile_of_block(const ada_pack_args &a) {
     if (head < 0) return {head, 0, 0, nullptr, nullptr};
     const int first = tile * ADA_UNIT_ROWS, b = (int)(head / a.heads);
     const int64_t all = a.lengths ? a.lengths[b * a.lengths_stride] : a.rows;
-    return {head, first, first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all,
+    const int end = first + ADA_UNIT_ROWS < all ? first + ADA_UNIT_ROWS : (int)all;
+    return {head, first, end > first ? end : first,
             (const char *)a.from.data + b * a.from.stride[0] + head % a.heads * a.from.stride[1],
             a.units + head * tiles + tile};
 }

@@ -81,6 +81,7 @@ typedef struct {
     void *lse;            /* (B, H, T) contiguous, double for F64 arrays, else float; NULL: not wanted */
     void *workspace;      /* of ada_cu_workspace bytes, aligned to 256 */
     int32_t multiprocessors, capability; /* of the device: 132 and 90 for an H100 */
+    int32_t code;                        /* the chip that what it runs was compiled for, at most as new */
     uint32_t *raised; /* [B * H] becomes 1 where rows were computed again in float64; NULL: not wanted */
     /* [n_heads][tiles of ada_cu_list_rows queries][1 + blocks of keys]: how many blocks of ADA_LIST_BLOCK
      * keys are computed, then which, ascending; NULL: all are. */
@@ -94,8 +95,8 @@ typedef struct {
 /* Whether ada_cu_attend has kernels for this rung, dtype, head sizes and capability. */
 int ada_cu_computes(const ada_cu_params *p);
 
-/* Whether chips of this capability compute e4m3. */
-int ada_cu_has_fp8(int32_t capability);
+/* Whether code for this chip computes e4m3. */
+int ada_cu_has_fp8(int32_t code);
 
 /* Bytes of workspace that ada_cu_attend needs for these arrays and this rung. */
 size_t ada_cu_workspace(const ada_cu_params *p);

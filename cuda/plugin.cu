@@ -33,7 +33,10 @@ uint32_t bit(ada_rung rung) { return 1u << rung; }
 
 int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     cudaDeviceProp properties;
+    ada_cu_params chip = {};
+    ON_DEVICE(device);
     TRY(cudaGetDeviceProperties(&properties, device));
+    if (chip_of(device, &chip, failure)) return failure->code;
     *about = {};
     memcpy(about->name, properties.name, sizeof about->name - 1);
     about->major = properties.major, about->minor = properties.minor;
@@ -41,7 +44,7 @@ int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     about->memory_bytes = (int64_t)properties.totalGlobalMem;
     about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
     if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
-    if (ada_cu_has_fp8(10 * properties.major + properties.minor)) about->rungs |= bit(ADA_RUNG_FP8);
+    if (ada_cu_has_fp8(chip.code)) about->rungs |= bit(ADA_RUNG_FP8);
     return 0;
 }
 
@@ -157,7 +160,7 @@ ADA_KERNEL(Words::THREADS, 1) store_words(ADA_ARGS(Words) a) {
 /* What a device is does not change. Its memory pool keeps what calls have used: 64 MB, or each call after a
  * wait of the host would take pages from the driver. */
 struct Chip {
-    std::atomic<int> capability, multiprocessors;
+    std::atomic<int> capability, multiprocessors, code;
 };
 Chip chips[64];
 
@@ -190,17 +193,22 @@ cudaError_t send_words(void *to, const void *from, int64_t bytes, cudaStream_t s
 int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure) {
     Chip *chip = &chips[device % 64];
     params->capability = chip->capability, params->multiprocessors = chip->multiprocessors;
+    params->code = chip->code;
     if (params->capability && device < 64) return 0;
     int major, minor;
     cudaMemPool_t pool;
+    cudaFuncAttributes
+        compiled; /* nvcc may not have known the chip: what it runs is PTX of an older one then */
     uint64_t kept = (uint64_t)64 << 20;
     TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     TRY(cudaDeviceGetAttribute(&params->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    TRY(cudaFuncGetAttributes(&compiled, (const void *)store_words));
     TRY(cudaDeviceGetDefaultMemPool(&pool, device));
     TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept));
-    params->capability = 10 * major + minor;
-    chip->multiprocessors = params->multiprocessors, chip->capability = params->capability;
+    params->capability = 10 * major + minor, params->code = compiled.ptxVersion;
+    chip->multiprocessors = params->multiprocessors, chip->code = params->code;
+    chip->capability = params->capability;
     return 0;
 }
 

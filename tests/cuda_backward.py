@@ -81,7 +81,7 @@ def attention_backward(
             x.results[i].stride[0] = H if result.ndim == 2 else 0
     unfit = np.full(key.shape[:2], 77, np.uint32)
     x.unfit = unfit.ctypes.data
-    x.p.multiprocessors, x.p.capability = 3, 90
+    x.p.multiprocessors, x.p.capability, x.p.code = 3, 90, 90
     workspace = np.full(library.ada_cu_backward_workspace(ctypes.byref(x)) + 256, 255, np.uint8)
     x.p.workspace = workspace.ctypes.data + -workspace.ctypes.data % 256
     ctypes.c_uint64.in_dll(library, "ada_model_seed").value = order

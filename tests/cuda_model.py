@@ -58,7 +58,7 @@ class _Params(ctypes.Structure):
         ("one_seed", ctypes.c_int32),
         ("n_heads", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("heads", "lse", "workspace")),
-        *((name, ctypes.c_int32) for name in ("multiprocessors", "capability")),
+        *((name, ctypes.c_int32) for name in ("multiprocessors", "capability", "code")),
         ("raised", ctypes.c_void_p),
         ("lists", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
@@ -158,6 +158,7 @@ def attention(
     thin: tuple[float, float, float] | None = None,
     looked: int | None = None,
     capability: int = 90,
+    code: int | None = None,
     **options: Any,
 ) -> tuple[Array, Array, int]:
     """out, lse and the number of heads with rows that the rung cannot hold; of pairs: their rows in float64.
@@ -180,7 +181,7 @@ def attention(
     if heads is not None:
         p.heads, p.n_heads = at(np.asarray(heads, np.int32).copy()), len(heads)
     raised = np.zeros((B, H), np.uint32)
-    p.multiprocessors, p.capability, p.raised = 3, capability, at(raised)
+    p.multiprocessors, p.capability, p.code, p.raised = 3, capability, code or capability, at(raised)
     ctypes.c_uint64.in_dll(library, "ada_model_seed").value = order
 
     if pairs is not None:

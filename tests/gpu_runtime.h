@@ -93,6 +93,14 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
     GPU_RUNTIME_CALL();
     return cudaSuccess;
 }
+typedef struct {
+    int ptxVersion;
+} cudaFuncAttributes;
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
+    attributes->ptxVersion = 90;
+    GPU_RUNTIME_CALL();
+    return cudaSuccess;
+}
 typedef int cudaMemPool_t;
 enum { cudaMemPoolAttrReleaseThreshold = 4 };
 static inline cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *, int) {
