@@ -484,12 +484,12 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
         TRY_BLAS(MatmulPreferenceSetAttribute, plan.preference, BLAS_PREF_ALIGNMENT_A + i, &alignment,
                  sizeof alignment);
     }
-    blas_choice choice;
+    blas_choice choice = {};
     int found = 0;
     void *const out_layout = plan.layouts[2];
     TRY_BLAS(MatmulAlgoGetHeuristic, handle, plan.desc, plan.layouts[0], plan.layouts[1], out_layout,
              out_layout, plan.preference, 1, &choice, &found);
-    if (!found) return blas_failed(BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
+    if (!found || choice.state) return blas_failed(BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
     TRY(workspace.allocate(choice.workspace));
     const double one[2] = {1, 0};
     const float one_f[2] = {1, 0};
@@ -532,11 +532,14 @@ int multiply(const ada_cuda_linear *l, ada_product product, ada_cuda_failure *fa
     if (chip_of(l->device, &chip, failure)) return failure->code;
     const bool fp8 = product == ADA_PRODUCT_FP8,
                any = product == ADA_PRODUCT_FP32 || product == ADA_PRODUCT_FP64;
-    const bool has = any || (fp8 ? ada_cu_has_fp8(chip.code) : chip.capability >= 80);
+    const int least = product == ADA_PRODUCT_FP16 ? 70 : 80;
+    const bool has = any || (fp8 ? ada_cu_has_fp8(chip.code) : chip.capability >= least);
     if (!is_product_of(product, l->x.dtype) || !has)
         return failed(cudaErrorNotSupported, "multiply", failure);
-    if (product != ADA_PRODUCT_FP64 || l->x.dtype == ADA_F64)
-        return multiply_by_blas(l, product, stream, failure);
+    if (product != ADA_PRODUCT_FP64 || l->x.dtype == ADA_F64) {
+        const int status = multiply_by_blas(l, product, stream, failure);
+        if (product != ADA_PRODUCT_FP64 || status != ADA_CUDA_NOT_SUPPORTED) return status;
+    }
     Exact a = {array_of(&l->x),
                array_of(&l->weight),
                array_of(&l->bias),

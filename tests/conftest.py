@@ -39,6 +39,7 @@ hypothesis.settings.register_profile(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tier as well")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run one test in N of those selected")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,7 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = folder.name
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("--every")]
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -50,6 +50,7 @@ def test_sample_of_the_suite(isa: str, machine_isas: list[str]) -> None:
     if ISAS[_best(_kernels())] == isa:
         pytest.skip("what the suite runs under anyhow")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "isa_sample", "-p", "no:cacheprovider"]
+    command += ["--every", "2"]  # tests/full.sh runs all of them
     folder = Path(__file__).parent
     done = subprocess.run(
         [*command, folder],

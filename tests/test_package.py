@@ -246,9 +246,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_whoever_reads_may_stop() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "adaattn", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as run:
+    command = [sys.executable, "-m", "adaattn", "info"]
+    path = {"PYTHONPATH": str(ROOT)} if PACKAGE.parent == ROOT else {}
+    here, pipe = Path(__file__).parent, subprocess.PIPE
+    with subprocess.Popen(command, cwd=here, env=os.environ | path, stdout=pipe, stderr=pipe) as run:
         assert run.stdout and run.stderr
         run.stdout.close()
         assert run.stderr.read() == b""
