@@ -270,9 +270,9 @@ def linear(
     Arrays on a GPU, all of one dtype, are multiplied by cuBLAS (cublasLt of CUDA 12 or 13: the process's own,
     of NVIDIA's wheels or the system's), on the stream of their library: exactly for their dtype (fp32 without
     tf32), or within a tolerance from e4m3 with a power of two for each array, bf16, fp16, tf32 or fp32,
-    whichever is predicted to be fastest. The host then waits for the error of the whole, measured on 16 features,
-    and goes up that ladder where it exceeds the tolerance, in the end to fp64 by a kernel of ours. That path
-    is tested without a GPU, and was not run on one yet.
+    whichever is predicted to be fastest. The host then waits for the error of the whole, measured on 16
+    features, and goes up that ladder where it exceeds the tolerance, in the end to fp64 by a kernel of ours.
+    That path is tested without a GPU, and was not run on one yet.
 
     Examples
     --------
