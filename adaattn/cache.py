@@ -123,8 +123,9 @@ class KVCache:
     so no number is looked at: what the dtype cannot hold becomes infinite, and what is not finite makes NaN
     of all tokens of its int8 page. Pages are made as on the CPU, to the bit, and up to 16 queries of the
     heads that share keys are computed from them in fp32, as they are. More queries, float64 ones, a tolerance
-    and a precision by name take arrays of the tokens, which each call makes: of query's dtype, or of float32
-    for half queries on a cache of another dtype. Nothing is read in part. Head sizes go up to 256.
+    and a precision by name other than fp32 take arrays of the tokens, which each call makes: of query's
+    dtype, or of float32 for half queries on a cache of another dtype. Nothing is read in part. Head sizes go
+    up to 256. Pages are written and freed in the order of the stream that is current: use a cache on one.
 
     Examples
     --------
@@ -372,6 +373,8 @@ class KVCache:
     def _stored_error(self, query: Any, scale: float | None) -> NDArray[np.float64]:
         """What storing is predicted to have cost a head, (B, H):
         scores count as normal, values as independent of their keys."""
+        if self._pages and self._dtype == "fp32":
+            return np.zeros(tuple(map(int, query.shape[:2])))
         if self._pages:
             q = _adaattn._gpu_numbers(query).astype(np.float64)
             kept = self._pages.read(query, self._lengths)

@@ -185,11 +185,11 @@ class Pages:
     def _send(self, like: Any) -> None:
         """Tell the device what it does not know."""
         for is_open in (False, True):
-            pairs = np.array([x[:2] for x in self._copies if x[2] == is_open], np.uint64).reshape(-1, 2)
-            if len(pairs):
-                to, source = (np.ascontiguousarray(x) for x in pairs.T)
+            while own := [copy for copy in self._copies if copy[2] == is_open]:
+                n = _independent(own)
+                to, source = (np.array(x, np.uint64) for x in list(zip(*own[:n], strict=True))[:2])
                 _adaattn._store_copy(like, to, source, self._bytes[is_open])
-        self._copies = []
+                self._copies = own[n:] + [copy for copy in self._copies if copy[2] != is_open]
         if self._table is None:
             table = _allocate(like, (self._host.size * 2,), "float32")
             self._address, self._table = _adaattn._store_address(table), table
@@ -198,6 +198,18 @@ class Pages:
             at = np.fromiter(sorted(self._unsent), np.int64)
             _adaattn._store_set(like, self._address, at, self._host.reshape(-1)[at])
             self._unsent = set()
+
+
+def _independent(copies: list[tuple[int, int, bool]]) -> int:
+    """How many of the first ones may be done at once, in any order: what one writes no other one touches."""
+    written: set[int] = set()
+    read: set[int] = set()
+    for n, (to, source, _) in enumerate(copies):
+        if {to, source} & written or to in read:
+            return n
+        written.add(to)
+        read.add(source)
+    return len(copies)
 
 
 def _place(array: Any) -> str:

@@ -479,7 +479,7 @@ static bool compare_head(ada_attending *a, int64_t index, bool *misses) {
     /* Few rows without much of an error say little of the others. What was chosen keeps the budget so. */
     if (s->look || (a->mass && ada_is_fp32(head)))
         head->error_limit = fmax(head->error_limit, ADA_MARGIN * head->predicted_error);
-    head->error_limit = fmax(head->error_limit, left_out(a, index));
+    if (p->on_gpu) head->error_limit = fmax(head->error_limit, left_out(a, index));
     *misses = error.misses;
     return head->error_limit <= largest_limit(a, index) && lse_holds(a, head) &&
            !((refuted(a, head, s) || surprises(a, head)) && doubts(a, index));

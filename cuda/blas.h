@@ -8,7 +8,12 @@
 
 typedef struct CUstream_st *cudaStream_t;
 
-enum { BLAS_SUCCESS = 0, BLAS_ALLOC_FAILED = 3, BLAS_NOT_SUPPORTED = 15 };              /* CUBLAS_STATUS_ */
+enum {
+    BLAS_SUCCESS = 0,
+    BLAS_ALLOC_FAILED = 3,
+    BLAS_INVALID_VALUE = 7,
+    BLAS_NOT_SUPPORTED = 15
+};                                                                                      /* CUBLAS_STATUS_ */
 enum { BLAS_COMPUTE_32F = 68, BLAS_COMPUTE_64F = 70, BLAS_COMPUTE_32F_FAST_TF32 = 77 }; /* CUBLAS_ */
 enum { BLAS_R_32F = 0, BLAS_R_64F = 1, BLAS_R_16F = 2, BLAS_R_16BF = 14, BLAS_R_8F_E4M3 = 28 }; /* CUDA_ */
 enum { BLAS_OP_T = 1 };                                                                         /* CUBLAS_ */

@@ -487,9 +487,14 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     blas_choice choice = {};
     int found = 0;
     void *const out_layout = plan.layouts[2];
-    TRY_BLAS(MatmulAlgoGetHeuristic, handle, plan.desc, plan.layouts[0], plan.layouts[1], out_layout,
-             out_layout, plan.preference, 1, &choice, &found);
-    if (!found || choice.state) return blas_failed(BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
+    const int looked =
+        blas.MatmulAlgoGetHeuristic(handle, plan.desc, plan.layouts[0], plan.layouts[1], out_layout,
+                                    out_layout, plan.preference, 1, &choice, &found);
+    /* It calls what it does not have invalid as well. */
+    if (looked != BLAS_SUCCESS && looked != BLAS_INVALID_VALUE)
+        return blas_failed(looked, "MatmulAlgoGetHeuristic", failure);
+    if (looked != BLAS_SUCCESS || !found || choice.state)
+        return blas_failed(BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
     TRY(workspace.allocate(choice.workspace));
     const double one[2] = {1, 0};
     const float one_f[2] = {1, 0};

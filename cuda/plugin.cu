@@ -31,12 +31,19 @@ int count(int *devices, int *driver, int *runtime, ada_cuda_failure *failure) {
 
 uint32_t bit(ada_rung rung) { return 1u << rung; }
 
+/* The chip whose code one of this capability runs: the newest of its generation that nvcc knew, or PTX of
+ * sm_80. */
+int code_of(int capability) {
+    const int compiled[] = {__CUDA_ARCH_LIST__};
+    int code = 80;
+    for (const int x : compiled)
+        if (x / 100 == capability / 10 && x / 10 <= capability && x / 10 > code) code = x / 10;
+    return code;
+}
+
 int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
-    cudaDeviceProp properties;
-    ada_cu_params chip = {};
-    ON_DEVICE(device);
+    cudaDeviceProp properties; /* without a context on the device */
     TRY(cudaGetDeviceProperties(&properties, device));
-    if (chip_of(device, &chip, failure)) return failure->code;
     *about = {};
     memcpy(about->name, properties.name, sizeof about->name - 1);
     about->major = properties.major, about->minor = properties.minor;
@@ -44,7 +51,7 @@ int describe(int device, ada_cuda_device *about, ada_cuda_failure *failure) {
     about->memory_bytes = (int64_t)properties.totalGlobalMem;
     about->rungs = bit(ADA_RUNG_FP64) | bit(ADA_RUNG_FP32);
     if (properties.major >= 8) about->rungs |= bit(ADA_RUNG_FP16) | bit(ADA_RUNG_BF16) | bit(ADA_RUNG_INT8);
-    if (ada_cu_has_fp8(chip.code)) about->rungs |= bit(ADA_RUNG_FP8);
+    if (ada_cu_has_fp8(code_of(10 * properties.major + properties.minor))) about->rungs |= bit(ADA_RUNG_FP8);
     return 0;
 }
 
@@ -197,16 +204,13 @@ int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure) {
     if (params->capability && device < 64) return 0;
     int major, minor;
     cudaMemPool_t pool;
-    cudaFuncAttributes
-        compiled; /* nvcc may not have known the chip: what it runs is PTX of an older one then */
     uint64_t kept = (uint64_t)64 << 20;
     TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     TRY(cudaDeviceGetAttribute(&params->multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    TRY(cudaFuncGetAttributes(&compiled, (const void *)store_words));
     TRY(cudaDeviceGetDefaultMemPool(&pool, device));
     TRY(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept));
-    params->capability = 10 * major + minor, params->code = compiled.ptxVersion;
+    params->capability = 10 * major + minor, params->code = code_of(params->capability);
     chip->multiprocessors = params->multiprocessors, chip->code = params->code;
     chip->capability = params->capability;
     return 0;

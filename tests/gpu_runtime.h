@@ -5,6 +5,8 @@
 
 #include "ptx.cuh"
 
+#define __CUDA_ARCH_LIST__ 800, 890, 900, 1000
+
 extern "C" {
 __attribute__((visibility("default"), weak)) int mock_fail_after = -1;
 __attribute__((visibility("default"), weak)) int mock_code = 700;
@@ -90,14 +92,6 @@ static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
              : attribute == cudaDevAttrMultiProcessorCount  ? 3
                                                             : 0;
-    GPU_RUNTIME_CALL();
-    return cudaSuccess;
-}
-typedef struct {
-    int ptxVersion;
-} cudaFuncAttributes;
-static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
-    attributes->ptxVersion = 90;
     GPU_RUNTIME_CALL();
     return cudaSuccess;
 }

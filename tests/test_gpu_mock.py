@@ -1256,6 +1256,16 @@ def _find_store_faults() -> None:
     _cache_specials()
 
 
+def test_copies_that_touch_each_others_pages_come_one_after_the_other() -> None:
+    """As when an append failed between two times that sequences were ordered anew."""
+    from adaattn.pages import _independent
+
+    assert _independent([(1, 9, False), (2, 9, False), (3, 8, False)]) == 3
+    assert _independent([(1, 9, False), (2, 1, False)]) == 1  # reads what was written
+    assert _independent([(1, 9, False), (9, 8, False)]) == 1  # writes what was read
+    assert _independent([(1, 9, False), (1, 8, False)]) == 1
+
+
 def test_nothing_is_found_without_a_fault(model: str) -> None:
     run(_find_store_faults, model)
 
