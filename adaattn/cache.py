@@ -373,7 +373,7 @@ class KVCache:
     def _stored_error(self, query: Any, scale: float | None) -> NDArray[np.float64]:
         """What storing is predicted to have cost a head, (B, H):
         scores count as normal, values as independent of their keys."""
-        if self._pages and self._dtype == "fp32":
+        if self._dtype == "fp32":
             return np.zeros(tuple(map(int, query.shape[:2])))
         if self._pages:
             q = _adaattn._gpu_numbers(query).astype(np.float64)
@@ -384,7 +384,7 @@ class KVCache:
         B, H, T, D = q2.shape
         error = np.zeros((B, H))
         for b, length in enumerate(self._lengths):
-            if self._dtype == "fp32" or length == 0:
+            if length == 0:
                 continue
             if self._pages:
                 both = [(kept[side][b, :, :length], kept[2][side, b]) for side in range(2)]

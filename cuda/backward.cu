@@ -8,8 +8,6 @@ static_assert(ada_simt_f64::TILE == ADA_BACK_SLOPE_ROWS && ada_simt_wide::TILE =
 
 enum { THREADS = 128, WARPS = THREADS / 32 };
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /* Where the parts of the workspace begin. */
 struct Layout {
     size_t flags, rows, pairs, slopes, packed[4], bytes;
@@ -36,11 +34,11 @@ bool as_tiles_read(const ada_cu_array *a) {
 
 size_t take(size_t *used, int64_t bytes) {
     const size_t at = *used;
-    *used += (size_t)divide_up(bytes, 256) * 256;
+    *used += (size_t)ada_divide_up(bytes, 256) * 256;
     return at;
 }
 
-int64_t padded_rows(const ada_cu_params *p) { return divide_up(p->T, ADA_BACK_ROWS) * ADA_BACK_ROWS; }
+int64_t padded_rows(const ada_cu_params *p) { return ada_divide_up(p->T, ADA_BACK_ROWS) * ADA_BACK_ROWS; }
 
 Layout layout_of(const ada_cu_gradients *x) {
     const ada_cu_params *const p = &x->p;
@@ -50,12 +48,13 @@ Layout layout_of(const ada_cu_gradients *x) {
     at.flags = take(&used, 4 * (1 + 3 * (int64_t)p->B * p->G)); /* whether any; norms; each */
     at.rows = take(&used, rows * (int64_t)sizeof(ada_back_row));
     at.pairs = take(&used, rows * (int64_t)sizeof(ada_back_pair));
-    at.slopes = take(&used, heads * divide_up(p->T, ADA_BACK_SLOPE_ROWS) * 8);
+    at.slopes = take(&used, heads * ada_divide_up(p->T, ADA_BACK_SLOPE_ROWS) * 8);
     for (int i = 0; i < 4 && is_tiled(x); i++) {
         int64_t size[3];
         sizes_of(p, i, size);
         at.packs[i] = !as_tiles_read(operand(x, i));
-        if (at.packs[i]) at.packed[i] = take(&used, p->B * size[0] * size[1] * divide_up(size[2], 8) * 16);
+        if (at.packs[i])
+            at.packed[i] = take(&used, p->B * size[0] * size[1] * ada_divide_up(size[2], 8) * 16);
     }
     at.bytes = used;
     return at;
@@ -136,12 +135,12 @@ cudaError_t pack(const ada_cu_gradients *x, const Layout *at, int i, ada_operand
     int64_t size[3];
     sizes_of(&x->p, i, size);
     Pack a = {*from, (int32_t)size[0], (int32_t)size[1], (int32_t)size[2], 0, 0, nullptr};
-    a.chunks = (int32_t)divide_up(size[2], 8), a.items = x->p.B * size[0] * size[1] * a.chunks;
+    a.chunks = (int32_t)ada_divide_up(size[2], 8), a.items = x->p.B * size[0] * size[1] * a.chunks;
     a.to = (uint16_t *)((char *)x->p.workspace + at->packed[i]);
     to->data = (const char *)a.to;
     to->stride[2] = 16 * a.chunks, to->stride[1] = to->stride[2] * size[1];
     to->stride[0] = to->stride[1] * size[0];
-    return ada_launch(pack_rows, divide_up(a.items, THREADS), THREADS, 0, stream, a);
+    return ada_launch(pack_rows, ada_divide_up(a.items, THREADS), THREADS, 0, stream, a);
 }
 
 /* Gradients of sinks and slopes: a block for each of a head, of all sequences where they share one. */
@@ -223,14 +222,14 @@ cudaError_t ada_cu_backward(const ada_cu_gradients *x, cudaStream_t stream) {
     a.unfit = x->unfit ? x->unfit : a.most + 2 * groups;
     a.rows = (ada_back_row *)(workspace + at.rows), a.pairs = (ada_back_pair *)(workspace + at.pairs);
     a.slopes = (double *)(workspace + at.slopes);
-    a.slope_tiles = (int32_t)divide_up(p->T, ADA_BACK_SLOPE_ROWS);
+    a.slope_tiles = (int32_t)ada_divide_up(p->T, ADA_BACK_SLOPE_ROWS);
     a.padded = (int32_t)padded_rows(p);
     a.together = is_together(x);
     a.options = p->mask.data || p->alibi_slopes || p->softcap != 0 || p->drop_below;
     cudaError_t error = cudaMemsetAsync(a.any, 0, (size_t)(4 * (1 + 2 * groups)), stream);
     if (!error) error = cudaMemsetAsync(a.unfit, 0, (size_t)(4 * groups), stream);
     const int64_t rows = (int64_t)p->B * p->H * a.padded + groups * p->S;
-    if (!error) error = ada_launch(know_rows, divide_up(rows, WARPS), THREADS, 0, stream, a);
+    if (!error) error = ada_launch(know_rows, ada_divide_up(rows, WARPS), THREADS, 0, stream, a);
     if (!error && p->rung != ADA_CU_SIMT_F64) error = run_rung(&a, &at, stream);
     if (!error) error = ada_back_run_rows(a, stream);
     if (!error) error = ada_back_run_simt(a, true, stream);

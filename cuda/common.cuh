@@ -20,6 +20,15 @@ typedef struct {
 /* So many elements read or written at once. */
 template <typename T, int N> struct alignas(sizeof(T) * N) ada_vector { T x[N]; };
 
+static inline int64_t ada_divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+/* Whether rows of an array can be read and written four elements at a time. */
+static inline bool ada_in_fours(const ada_cu_array *a, int dtype) {
+    const int64_t size = dtype == ADA_CU_F32 ? 4 : dtype == ADA_CU_F64 ? 8 : 2;
+    const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
+    return a->stride[3] == size && together % (4 * size) == 0;
+}
+
 /* What a head's rows have in common. */
 typedef struct {
     int64_t offset; /* of query 0 on the keys' axis */

@@ -286,17 +286,12 @@ int keys_of_split(const ada_cu_params *p) {
 }
 int splits_of(const ada_cu_params *p) { return (p->S + keys_of_split(p) - 1) / keys_of_split(p); }
 
-bool in_fours(const ada_cu_array *a) {
-    const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
-    return a->stride[3] == 4 && together % 16 == 0;
-}
-
 } // namespace
 
 bool ada_reads_floats(const ada_cu_params *p) {
     if (p->pages.table) return true;
     return p->rung == ADA_CU_SPLIT && p->dtype == ADA_CU_F32 && (int64_t)p->T * (p->H / p->G) <= 16 &&
-           in_fours(&p->key) && in_fours(&p->value);
+           ada_in_fours(&p->key, ADA_CU_F32) && ada_in_fours(&p->value, ADA_CU_F32);
 }
 
 size_t ada_few_workspace(const ada_cu_params *p) {

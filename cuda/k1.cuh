@@ -233,13 +233,16 @@ template <typename X> ADA_DEVICE const ada_span *ada_spans() {
     return ada_shared_at<ada_span>(X::SPANS_AT) + row;
 }
 
-/* Scores of this warp's rows and keys, raw. Bytes: exact integers, whose sums begin at the bits of a float
- * that shows them behind its point: 127^2 * 256 < 2^22. */
-template <typename X>
-ADA_DEVICE void ada_scores_of_bytes(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
-    int32_t sum[X::MR][X::KEYS / 8][4];
-    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
-        ADA_UNROLL for (int c = 0; c < 4; c++) sum[mr][i][c] = 0x4b400000; /* 3 * 2^22 */
+ADA_DEVICE void ada_multiply_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    ada_multiply_i8(c, a, b0, b1);
+}
+ADA_DEVICE void ada_multiply_bytes(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    ada_multiply_e4m3(c, a, b0, b1);
+}
+
+/* Adds products of this warp's rows and keys: of integers to integers, of e4m3 to floats. */
+template <typename X, typename SUM>
+ADA_DEVICE void ada_add_products_of_bytes(SUM (&sum)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
     constexpr int TOGETHER = X::FP8 && X::WIDTH > 128 ? 1 : X::WIDTH / 32; /* registers */
     ADA_UNROLL_BY(TOGETHER) for (int d = 0; d < X::WIDTH; d += 32) {
         uint32_t q[X::MR][4];
@@ -249,11 +252,21 @@ ADA_DEVICE void ada_scores_of_bytes(float (&s)[X::MR][X::KEYS / 8][4], uint32_t 
             uint32_t k[4];
             ada_load_matrices(k, ada_along<typename X::QK>(k_at, d) + (uint32_t)(j * X::QK::BYTES));
             ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
-                ada_multiply_i8(sum[mr][j / 8], q[mr], k[0], k[2]);
-                ada_multiply_i8(sum[mr][j / 8 + 1], q[mr], k[1], k[3]);
+                ada_multiply_bytes(sum[mr][j / 8], q[mr], k[0], k[2]);
+                ada_multiply_bytes(sum[mr][j / 8 + 1], q[mr], k[1], k[3]);
             }
         }
     }
+}
+
+/* Scores of this warp's rows and keys, raw. Bytes: exact integers, whose sums begin at the bits of a float
+ * that shows them behind its point: 127^2 * 256 < 2^22. */
+template <typename X>
+ADA_DEVICE void ada_scores_of_bytes(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
+    int32_t sum[X::MR][X::KEYS / 8][4];
+    ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
+        ADA_UNROLL for (int c = 0; c < 4; c++) sum[mr][i][c] = 0x4b400000; /* 3 * 2^22 */
+    ada_add_products_of_bytes<X>(sum, q_at, k_at);
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
         ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] =
             ada_from_bits((uint32_t)sum[mr][i][c]) - 12582912.0f;

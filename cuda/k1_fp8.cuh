@@ -14,20 +14,7 @@ template <typename X>
 ADA_DEVICE void ada_scores_of_e4m3(float (&s)[X::MR][X::KEYS / 8][4], uint32_t q_at, uint32_t k_at) {
     ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) ADA_UNROLL for (int i = 0; i < X::KEYS / 8; i++)
         ADA_UNROLL for (int c = 0; c < 4; c++) s[mr][i][c] = 0;
-    constexpr int TOGETHER = X::WIDTH > 128 ? 1 : X::WIDTH / 32; /* registers */
-    ADA_UNROLL_BY(TOGETHER) for (int d = 0; d < X::WIDTH; d += 32) {
-        uint32_t q[X::MR][4];
-        ADA_UNROLL for (int mr = 0; mr < X::MR; mr++)
-            ada_load_matrices(q[mr], ada_along<typename X::QK>(q_at, d) + (uint32_t)(16 * mr * X::QK::BYTES));
-        ADA_UNROLL for (int j = 0; j < X::KEYS; j += 16) {
-            uint32_t k[4];
-            ada_load_matrices(k, ada_along<typename X::QK>(k_at, d) + (uint32_t)(j * X::QK::BYTES));
-            ADA_UNROLL for (int mr = 0; mr < X::MR; mr++) {
-                ada_multiply_e4m3(s[mr][j / 8], q[mr], k[0], k[2]);
-                ada_multiply_e4m3(s[mr][j / 8 + 1], q[mr], k[1], k[3]);
-            }
-        }
-    }
+    ada_add_products_of_bytes<X>(s, q_at, k_at);
 }
 
 /* Weights as the left operand. */

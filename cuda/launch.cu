@@ -10,8 +10,6 @@ typedef struct {
 } layout;
 
 static int64_t head_count(const ada_cu_params *p) { return p->heads ? p->n_heads : (int64_t)p->B * p->H; }
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 static bool is_pairs(const ada_cu_params *p) {
     return p->rung == ADA_CU_SPLIT && p->D <= 128 && p->E <= 128 && p->capability >= 80;
 }
@@ -33,18 +31,18 @@ static bool as_k1_reads(const ada_cu_params *p, const ada_cu_array *a) {
 
 /* Keys of a split: by their number alone, so that a head's bits do not depend on how many there are. */
 static int keys_of_split(const ada_cu_params *p) {
-    const int64_t least = p->S > 8192 ? 512 : 256, each = divide_up(divide_up(p->S, 1024), 64) * 64;
+    const int64_t least = p->S > 8192 ? 512 : 256, each = ada_divide_up(ada_divide_up(p->S, 1024), 64) * 64;
     return (int)(each > least ? each : least);
 }
 
 static size_t take(size_t *used, int64_t bytes) {
     const size_t at = *used;
-    *used += (size_t)divide_up(bytes, 256) * 256;
+    *used += (size_t)ada_divide_up(bytes, 256) * 256;
     return at;
 }
 
 static int64_t units_of(int64_t B, int64_t heads, int64_t rows) {
-    return B * heads * divide_up(rows, ADA_UNIT_ROWS);
+    return B * heads * ada_divide_up(rows, ADA_UNIT_ROWS);
 }
 
 static layout layout_of(const ada_cu_params *p) {
@@ -55,7 +53,7 @@ static layout layout_of(const ada_cu_params *p) {
     const int64_t rows = (int64_t)p->B * p->H * p->T;
     at.again = take(&used, 4 * (ADA_AGAIN_LIST + rows));
     if (is_tiled(p)) {
-        const int64_t d = divide_up(p->D, 8) * 16, e = divide_up(p->E, 8) * 16,
+        const int64_t d = ada_divide_up(p->D, 8) * 16, e = ada_divide_up(p->E, 8) * 16,
                       keys = (int64_t)p->B * p->G * p->S;
         at.packs_q = is_bytes(p) || !as_k1_reads(p, &p->query);
         at.packs_k = is_bytes(p) || !as_k1_reads(p, &p->key);
@@ -74,7 +72,7 @@ static layout layout_of(const ada_cu_params *p) {
                 take(&used, 4 * (2 * rows + 2 * units_of(p->B, p->G, p->S) + (int64_t)p->B * p->G * p->D));
         if (ada_few_queries(p)) {
             at.pack = p->heads ? 1 : p->H / p->G;
-            at.splits = (int)divide_up(p->S, keys_of_split(p));
+            at.splits = (int)ada_divide_up(p->S, keys_of_split(p));
             at.partials = take(&used, rows * at.splits * (p->E + 3) * 4);
         }
     }
@@ -86,22 +84,12 @@ size_t ada_cu_workspace(const ada_cu_params *p) {
     return ada_reads_floats(p) ? ada_few_workspace(p) : layout_of(p).bytes;
 }
 
-static bool in_fours(const ada_cu_params *p) {
-    const ada_cu_array *arrays[3] = {&p->query, &p->key, &p->value};
-    const int64_t size = p->dtype == ADA_CU_F32 ? 4 : p->dtype == ADA_CU_F64 ? 8 : 2;
-    bool good = true;
-    for (const ada_cu_array *a : arrays) {
-        const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
-        good &= a->stride[3] == size && together % (4 * size) == 0;
-    }
-    return good;
-}
-
 static ada_k0_args k0_args(const ada_cu_params *p) {
     ada_k0_args a = {};
     a.p = *p;
     a.rows = head_count(p) * p->T;
-    a.fours = in_fours(p);
+    a.fours = ada_in_fours(&p->query, p->dtype) && ada_in_fours(&p->key, p->dtype) &&
+              ada_in_fours(&p->value, p->dtype);
     return a;
 }
 
@@ -126,7 +114,7 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
     if (!needed) return cudaSuccess;
     ada_pack_args a = {};
     a.from = *from, a.dtype = p->dtype, a.heads = heads, a.rows = rows, a.width = width;
-    a.chunks = (int)divide_up(width, 8);
+    a.chunks = (int)ada_divide_up(width, 8);
     a.bf16 = format_of(p) == ADA_CU_BF16;
     a.list = p->heads, a.per = from == &p->query ? 1 : p->H / p->G;
     const int64_t wanted = p->heads ? p->n_heads : (int64_t)p->B * heads;
@@ -136,12 +124,12 @@ static cudaError_t pack(const ada_cu_params *p, const ada_cu_array *from, int he
     to->stride[2] = 16 * a.chunks, to->stride[1] = to->stride[2] * rows,
     to->stride[0] = to->stride[1] * heads;
     if (!is_pairs(p))
-        return ada_launch(ada_pack_rows, divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0, stream,
-                          a);
+        return ada_launch(ada_pack_rows, ada_divide_up(a.items, ADA_PACK_THREADS), ADA_PACK_THREADS, 0,
+                          stream, a);
     a.part = 8 * (int64_t)p->B * heads * rows * a.chunks, to->part = 2 * a.part;
     to->units = a.units = units;
     if (from != &p->query) a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
-    return ada_launch(ada_split_rows, wanted * divide_up(rows, ADA_UNIT_ROWS), ADA_PACK_THREADS,
+    return ada_launch(ada_split_rows, wanted * ada_divide_up(rows, ADA_UNIT_ROWS), ADA_PACK_THREADS,
                       ADA_PACK_THREADS / 32 * 4, stream, a);
 }
 
@@ -162,7 +150,7 @@ static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_a
     const int warps = ADA_PACK_THREADS / 32;
     ada_pack_args a = {};
     a.from = p->key, a.dtype = p->dtype, a.heads = p->G, a.rows = p->S, a.width = p->D, a.G = p->G;
-    a.chunks = (int)divide_up(p->D, 16);
+    a.chunks = (int)ada_divide_up(p->D, 16);
     a.lengths = p->kv_lengths, a.lengths_stride = p->kv_lengths_stride;
     a.list = p->heads, a.per = p->H / p->G;
     a.to = (uint16_t *)((char *)p->workspace + at->k);
@@ -173,7 +161,7 @@ static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_a
     k1->k.stride[0] = k1->k.stride[1] * p->G;
     cudaError_t error = ada_launch(ada_mean_of_keys, wanted, ADA_PACK_THREADS, 0, stream, a);
     if (!error)
-        error = ada_launch(ada_bytes_of_keys, wanted * divide_up(p->S, ADA_UNIT_ROWS), ADA_PACK_THREADS,
+        error = ada_launch(ada_bytes_of_keys, wanted * ada_divide_up(p->S, ADA_UNIT_ROWS), ADA_PACK_THREADS,
                            4 * warps, stream, a);
     a.from = p->query, a.heads = p->H, a.rows = p->T, a.per = 1;
     a.items = head_count(p) * p->T;
@@ -182,7 +170,8 @@ static cudaError_t pack_bytes(const ada_cu_params *p, const layout *at, ada_k1_a
     k1->q.stride[2] = 16 * a.chunks, k1->q.stride[1] = k1->q.stride[2] * p->T;
     k1->q.stride[0] = k1->q.stride[1] * p->H;
     if (!error)
-        error = ada_launch(ada_bytes_of_queries, divide_up(a.items, warps), ADA_PACK_THREADS, 0, stream, a);
+        error =
+            ada_launch(ada_bytes_of_queries, ada_divide_up(a.items, warps), ADA_PACK_THREADS, 0, stream, a);
     if (error || !ada_is_fp8(p)) return error;
     a.from = p->value, a.heads = p->G, a.rows = p->S, a.width = p->E, a.per = p->H / p->G;
     a.to = (uint16_t *)((char *)p->workspace + at->v), a.units = k_units + tiles;

@@ -236,8 +236,6 @@ ADA_KERNEL(Place::THREADS, 1) place(ADA_ARGS(Place) a) {
         *(uint16_t *)to = *(const uint16_t *)from;
 }
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /* ---- in float64 ---- */
 
 struct Exact {
@@ -385,11 +383,11 @@ int take_operand(const ada_array *a, int type, int64_t rows, int aligned, const 
         return 0;
     }
     Convert c = {array_of(a), a->dtype, type, (int)a->shape[0], (int)width, 0, 0, factor, nullptr};
-    c.chunks = divide_up(width, 16) * 2; /* rows of 16 elements and more */
+    c.chunks = ada_divide_up(width, 16) * 2; /* rows of 16 elements and more */
     c.items = c.chunks * rows;
     TRY(made->allocate((size_t)(c.items * Convert::CHUNK * size)));
     c.to = made->data;
-    TRY(ada_launch(convert_rows, divide_up(c.items, Convert::THREADS), Convert::THREADS, 0, stream, c));
+    TRY(ada_launch(convert_rows, ada_divide_up(c.items, Convert::THREADS), Convert::THREADS, 0, stream, c));
     *to = {made->data, c.chunks * Convert::CHUNK};
     return 0;
 }
@@ -412,7 +410,7 @@ int scale_operands(const ada_cuda_linear *l, int exponent, bool adds, cudaStream
         const ada_array *a = arrays[i];
         Most most = {array_of(a), a->dtype, (int)a->shape[1], a->shape[0] * a->shape[1],
                      (float *)partials.data + i * Most::MOST_BLOCKS};
-        const int64_t wanted = divide_up(most.elements, 16 * Most::THREADS);
+        const int64_t wanted = ada_divide_up(most.elements, 16 * Most::THREADS);
         const int blocks = wanted < Most::MOST_BLOCKS ? (int)wanted : Most::MOST_BLOCKS;
         (i ? s.weight_blocks : s.x_blocks) = blocks;
         TRY(ada_launch(find_most, blocks, Most::THREADS, Most::THREADS / 32 * (int)sizeof(float), stream,
@@ -428,7 +426,7 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     const int type = type_of(product, l->x.dtype), out_type = type_of(l->x.dtype);
     const int64_t M = l->x.shape[0], N = l->weight.shape[0], K = l->x.shape[1];
     /* e4m3 wants sizes of 16 bytes: zeros are added, and features that nobody asked for left out. */
-    const int64_t features = fp8 ? divide_up(N, 16) * 16 : N, depth = fp8 ? divide_up(K, 16) * 16 : K;
+    const int64_t features = fp8 ? ada_divide_up(N, 16) * 16 : N, depth = fp8 ? ada_divide_up(K, 16) * 16 : K;
     const bool apart = features != N, filled = fp8 && l->bias.data;
     const bool scaled = fp8 || (product == ADA_PRODUCT_FP16 && l->x.dtype != ADA_F16);
     void *handle;
@@ -455,7 +453,7 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
         return failure->code;
     if (filled) {
         const Place fill = {(const char *)bias.data, (char *)out, 0, features * out_bytes, M, N, out_bytes};
-        TRY(ada_launch(place, divide_up(M * N, Place::THREADS), Place::THREADS, 0, stream, fill));
+        TRY(ada_launch(place, ada_divide_up(M * N, Place::THREADS), Place::THREADS, 0, stream, fill));
     }
 
     Plan plan;
@@ -506,7 +504,7 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     if (!apart) return 0;
     const Place wanted = {(const char *)out, (char *)l->out.data, features * out_bytes, N * out_bytes, M, N,
                           out_bytes};
-    TRY(ada_launch(place, divide_up(M * N, Place::THREADS), Place::THREADS, 0, stream, wanted));
+    TRY(ada_launch(place, ada_divide_up(M * N, Place::THREADS), Place::THREADS, 0, stream, wanted));
     return 0;
 }
 
@@ -553,8 +551,8 @@ int multiply(const ada_cuda_linear *l, ada_product product, ada_cuda_failure *fa
                (int)M,
                (int)N,
                (int)l->x.shape[1],
-               divide_up(N, Exact::TILE)};
-    TRY(ada_launch(multiply_exactly, a.tiles * divide_up(M, Exact::TILE), Exact::THREADS,
+               ada_divide_up(N, Exact::TILE)};
+    TRY(ada_launch(multiply_exactly, a.tiles * ada_divide_up(M, Exact::TILE), Exact::THREADS,
                    2 * Exact::DEPTH * (Exact::TILE + 1) * (int)sizeof(double), stream, a));
     return 0;
 }
@@ -580,7 +578,7 @@ int product_error(const ada_cuda_linear *l, const int32_t *features, int n, doub
                 (double *)told.data,
                 (double *)told.data + 2 * M};
     memcpy(a.features, features, (size_t)n * sizeof *features);
-    TRY(ada_launch(compare_rows, divide_up(M, Errors::WARPS), Errors::THREADS, 0, stream, a));
+    TRY(ada_launch(compare_rows, ada_divide_up(M, Errors::WARPS), Errors::THREADS, 0, stream, a));
     TRY(ada_launch(add_rows, 1, Errors::THREADS, 2 * Errors::THREADS * (int)sizeof(double), stream, a));
     double sums[2];
     if (fetch(stream, sums, a.sums, sizeof sums, failure)) return failure->code;

@@ -137,12 +137,6 @@ ADA_KERNEL(Outputs::THREADS, 1) square_rows(ADA_ARGS(Outputs) a) {
     if (ada_thread() % 32 == 0) a.norms[row] = (float)sum;
 }
 
-bool in_fours(const ada_cu_params *p, const ada_cu_array *a) {
-    const int64_t size = p->dtype == ADA_CU_F32 ? 4 : p->dtype == ADA_CU_F64 ? 8 : 2;
-    const int64_t together = a->stride[0] | a->stride[1] | a->stride[2] | (int64_t)(uintptr_t)a->data;
-    return a->stride[3] == size && together % (4 * size) == 0;
-}
-
 /* Rows of a head, few at a time; returns how many groups. */
 int group_rows(const ada_cuda_row *rows, int64_t n, ada_row_group *groups) {
     int made = 0;
@@ -170,7 +164,7 @@ int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool 
     ada_rows_args a = {};
     a.p = call->params;
     a.rows = n, a.n_groups = group_rows(rows, n, (ada_row_group *)(tell + pairs_bytes));
-    a.splits = ada_rows_splits(&a.p), a.fours = in_fours(&a.p, &a.p.key);
+    a.splits = ada_rows_splits(&a.p), a.fours = ada_in_fours(&a.p.key, a.p.dtype);
     const size_t bytes = pairs_bytes + (size_t)a.n_groups * sizeof(ada_row_group);
     cudaError_t status = told.allocate(bytes);
     if (status == cudaSuccess) status = send_words(told.data, tell, (int64_t)bytes, call->stream);
@@ -202,7 +196,7 @@ int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure) {
     Memory found(call->stream);
     TRY(found.allocate((size_t)rows * sizeof *norms));
     Outputs a = {call->params, nullptr, nullptr, nullptr, (float *)found.data, 0};
-    a.fours = in_fours(&a.p, &a.p.out);
+    a.fours = ada_in_fours(&a.p.out, a.p.dtype);
     TRY(ada_launch(square_rows, (rows + Outputs::WARPS - 1) / Outputs::WARPS, Outputs::THREADS, 0,
                    call->stream, a));
     return fetch(call->stream, norms, found.data, (size_t)rows * sizeof *norms, failure);

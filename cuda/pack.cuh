@@ -68,18 +68,12 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_pack_rows(ADA_ARGS(ada_pack_args) a) 
     *(ada_vector<uint32_t, 4> *)(a.to + 8 * ((head * a.rows + row) * a.chunks + chunk)) = packed;
 }
 
-/* Pairs: a tile of ADA_UNIT_ROWS rows by one block. A power of two brings its largest finite number to 2^14,
- * so that small ones keep their digits; the first part holds 11 bits of a number, the second one the next 11.
- */
-static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a) {
-    const ada_packed_tile tile = ada_tile_of_block(a);
-    const int64_t head = tile.head;
-    if (head < 0) return;
-    const int first = tile.first, end = tile.end;
-    const char *const from = tile.from;
+/* What a tile's elements are multiplied by, of all threads of a block: a power of two that brings the largest
+ * finite one below 2^reach; 1 over it is the tile's unit. No exponent below least counts. */
+ADA_DEVICE float ada_scale_tile(const ada_pack_args &a, const ada_packed_tile &tile, int reach, int least) {
     float most = 0;
-    for (int i = ada_thread(); i < (end - first) * a.width; i += ADA_PACK_THREADS) {
-        const char *row = from + (first + i / a.width) * a.from.stride[2];
+    for (int i = ada_thread(); i < (tile.end - tile.first) * a.width; i += ADA_PACK_THREADS) {
+        const char *row = tile.from + (tile.first + i / a.width) * a.from.stride[2];
         const float x = fabsf(ada_element<float>(row + i % a.width * a.from.stride[3], a.dtype));
         most = x < ADA_INF ? fmaxf(most, x) : most;
     }
@@ -90,9 +84,21 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a)
     for (int i = 0; i < ADA_PACK_THREADS / 32; i++) most = fmaxf(most, each[i]);
     int exponent = 0; /* of a power of two above most */
     frexpf(most, &exponent);
-    exponent = exponent < -80 ? -80 : exponent;
-    const float factor = ldexpf(1, 14 - exponent);
-    if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - 14);
+    exponent = exponent < least ? least : exponent;
+    if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - reach);
+    return ldexpf(1, reach - exponent);
+}
+
+/* Pairs: a tile of ADA_UNIT_ROWS rows by one block. A power of two brings its largest finite number to 2^14,
+ * so that small ones keep their digits; the first part holds 11 bits of a number, the second one the next 11.
+ */
+static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_split_rows(ADA_ARGS(ada_pack_args) a) {
+    const ada_packed_tile tile = ada_tile_of_block(a);
+    const int64_t head = tile.head;
+    if (head < 0) return;
+    const int first = tile.first, end = tile.end;
+    const char *const from = tile.from;
+    const float factor = ada_scale_tile(a, tile, 14, -80);
     for (int i = ada_thread(); i < (end - first) * a.chunks; i += ADA_PACK_THREADS) {
         const int row = first + i / a.chunks, chunk = i % a.chunks;
         ada_vector<uint32_t, 4> high, low;
@@ -223,24 +229,9 @@ static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_bytes_of_queries(ADA_ARGS(ada_pack_ar
 static ADA_KERNEL(ADA_PACK_THREADS, 1) ada_columns_of_values(ADA_ARGS(ada_pack_args) a) {
     const ada_packed_tile tile = ada_tile_of_block(a);
     if (tile.head < 0) return;
-    const int keys = tile.end > tile.first ? tile.end - tile.first : 0;
+    const int keys = tile.end - tile.first;
     const char *const from = tile.from + tile.first * a.from.stride[2];
-    float most = 0;
-    for (int i = ada_thread(); i < keys * a.width; i += ADA_PACK_THREADS) {
-        const char *at = from + i / a.width * a.from.stride[2] + i % a.width * a.from.stride[3];
-        const float x = fabsf(ada_element<float>(at, a.dtype));
-        most = x < ADA_INF ? fmaxf(most, x) : most;
-    }
-    ADA_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) most = fmaxf(most, ada_shuffle_xor(most, lanes));
-    float *const each = ada_shared_at<float>(0);
-    if (ada_thread() % 32 == 0) each[ada_thread() / 32] = most;
-    ada_sync();
-    for (int i = 0; i < ADA_PACK_THREADS / 32; i++) most = fmaxf(most, each[i]);
-    int exponent = 0; /* of a power of two above most */
-    frexpf(most, &exponent);
-    exponent = exponent < -118 ? -118 : exponent;
-    const float factor = ldexpf(1, 8 - exponent);
-    if (ada_thread() == 0) *tile.unit = ldexpf(1, exponent - 8);
+    const float factor = ada_scale_tile(a, tile, 8, -118);
     ada_sync(); /* all have read what now becomes columns */
     for (int i = ada_thread(); i < ADA_UNIT_ROWS * a.width; i += ADA_PACK_THREADS) {
         const int key = i / a.width, e = i % a.width, k = key % 16;

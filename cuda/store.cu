@@ -264,8 +264,6 @@ ADA_KERNEL(THREADS, 1) merge_rows(ADA_ARGS(Merged) a) {
                           lse_dtype, whole);
 }
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 /* Groups of sequences that a launch can tell of. */
 int32_t fill_group(Tokens *t, int64_t first, int64_t all, const int64_t *length, const int64_t *count) {
     t->first = (int32_t)first, t->n = (int32_t)(all - first < SEQUENCES ? all - first : (int64_t)SEQUENCES);
@@ -288,7 +286,7 @@ int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_fai
                 (int32_t)shape[2],
                 (int32_t)shape[3],
                 shape[0] * shape[1] * shape[2]};
-    TRY(ada_launch(merge_rows, divide_up(a.rows, WARPS), THREADS, 0, stream_of(stream), a));
+    TRY(ada_launch(merge_rows, ada_divide_up(a.rows, WARPS), THREADS, 0, stream_of(stream), a));
     return 0;
 }
 
@@ -297,7 +295,7 @@ int convert(int device, uintptr_t stream, const ada_array *to, const ada_array *
     ON_DEVICE(device);
     Arrays a = {array_of(to), array_of(from), {}, 1, to->dtype, from->dtype};
     for (int d = 0; d < 4; d++) a.total *= a.n[d] = from->shape[d];
-    const int64_t blocks = divide_up(a.total, 4 * THREADS);
+    const int64_t blocks = ada_divide_up(a.total, 4 * THREADS);
     TRY(ada_launch(convert_elements, blocks < 4096 ? blocks : 4096, THREADS, 0, stream_of(stream), a));
     return 0;
 }
@@ -345,7 +343,8 @@ int store_append(int device, uintptr_t stream, const ada_cuda_store *store, cons
         if (t.most)
             TRY(ada_launch(close_pages, 2 * (int64_t)t.n * t.G * t.most, THREADS, THREADS * 8,
                            stream_of(stream), t));
-        TRY(ada_launch(store_tokens, divide_up(t.n * t.G * t.rows, WARPS), THREADS, 0, stream_of(stream), t));
+        TRY(ada_launch(store_tokens, ada_divide_up(t.n * t.G * t.rows, WARPS), THREADS, 0, stream_of(stream),
+                       t));
     }
     return 0;
 }
@@ -367,7 +366,7 @@ int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const 
     ON_DEVICE(device);
     Tokens t = tokens_of(store, key, value);
     t.scales = scales;
-    t.most = (int32_t)divide_up(t.rows, ADA_PAGE);
+    t.most = (int32_t)ada_divide_up(t.rows, ADA_PAGE);
     for (int64_t first = 0; first < store->B; first += t.n) {
         fill_group(&t, first, store->B, lengths, nullptr);
         TRY(ada_launch(read_pages, 2 * (int64_t)t.n * t.G * t.most, THREADS, 0, stream_of(stream), t));
