@@ -523,7 +523,7 @@ static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
     const ada_rank_task sizes = rank_task_of(a, &keys);
     const ada_rank_wish wish =
         ada_rank_wish_of(&task, &sizes, a->rank[index], s->n ? head->forecast.out2 : 0);
-    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, &wish, &ranks,
+    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, NULL, &wish, &ranks,
                           a->rank_scratch + worker * a->rank_scratch_bytes);
     if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) {
         head->retried |= forced;

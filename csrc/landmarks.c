@@ -14,9 +14,6 @@
 #define KIND(name) name##_f32
 #include "read_tpl.h"
 
-/* Keys that landmarks are chosen from: some spread evenly, and those furthest from the mean. */
-#define SAMPLE 1024
-#define FURTHEST 32
 /* Rows whose estimate exceeds the budget of a row by so much are computed exactly; the largest share of them
  * in a sample. */
 #define MOST_OVER 16
@@ -46,7 +43,7 @@ int64_t ada_bins_seen(const ada_problem *p, const ada_far_keys *keys, int64_t b,
 }
 
 static double landmark_operations(double keys, int64_t D, int rank) {
-    const double R = rank, sample = fmin(keys, SAMPLE + FURTHEST);
+    const double R = rank, sample = fmin(keys, ADA_SAMPLE + ADA_FURTHEST);
     return sample * R * (2 * (double)D + 2 * R) + R * R * R;
 }
 
@@ -59,7 +56,7 @@ double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t
 }
 
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank) {
-    const double sample = fmin(keys, SAMPLE + FURTHEST);
+    const double sample = fmin(keys, ADA_SAMPLE + ADA_FURTHEST);
     return landmark_operations(keys, D, rank) +
            sample * ADA_LANES * 2 * (rank + (double)(ADA_RANK_LEVELS * E + D));
 }
@@ -68,7 +65,7 @@ double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank) {
 
 ada_sketch ada_sketch_of(const ada_problem *p, int most, ada_carver *c) {
     const int64_t real = sizeof(float), D = p->D, E = p->E, strip = ADA_LANES * real;
-    const int64_t width = D > E ? D : E, tiles = (SAMPLE + FURTHEST + ADA_LANES - 1) / ADA_LANES;
+    const int64_t width = D > E ? D : E, tiles = (ADA_SAMPLE + ADA_FURTHEST + ADA_LANES - 1) / ADA_LANES;
     const int64_t points = tiles * ADA_LANES, all = points + ADA_LANES;
     ada_sketch s = {.most = ada_up_to(most, ADA_PIVOTS)};
     s.key = ada_carve(c, points * (int64_t)sizeof *s.key);
@@ -87,6 +84,7 @@ ada_sketch ada_sketch_of(const ada_problem *p, int most, ada_carver *c) {
     s.l = ada_carve(c, strip);
     s.new = ada_carve(c, ADA_PIVOTS * strip);
     s.inverse = ada_carve(c, ADA_PIVOTS * ADA_PIVOTS * real);
+    s.rows_of_inverse = ada_carve(c, (int64_t)s.most * s.most * (int64_t)sizeof *s.rows_of_inverse);
     s.kernel = ada_carve(c, points * strip);
     s.value = ada_carve(c, points * (E + 1) * real);
     s.apart = ada_carve(c, points * real);
@@ -106,71 +104,99 @@ static ada_tile_f32 tile_of(const ada_sketch *s, float *q, int D) {
     return (ada_tile_f32){.q = q, .p = s->p, .o = s->sum, .m = s->m, .l = s->l, .D = D, .lanes = ADA_LANES};
 }
 
-bool ada_take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                     const ada_far_keys *all, ada_sketch *s) {
-    const int64_t g = h / (p->H / p->G), keys = all->end - all->first;
+int ada_even_keys(const ada_far_keys *all, int64_t key[ADA_SAMPLE]) {
+    const int64_t keys = all->end - all->first, n = keys < ADA_SAMPLE ? keys : ADA_SAMPLE;
+    for (int i = 0; i < (int)n; i++) {
+        const double place = keys <= ADA_SAMPLE ? 0 : ada_uniform(SAMPLE_STREAM, i);
+        key[i] = all->first + (int64_t)(((double)i + place) * (double)keys / (double)n);
+    }
+    return (int)n;
+}
+
+int ada_even_queries(int64_t T, int64_t row[ADA_LANES]) {
+    const int n = (int)(T < ADA_LANES ? T : ADA_LANES);
+    for (int i = 0; i < n; i++) {
+        const double place = T <= ADA_LANES ? 0 : ada_uniform(QUERY_STREAM, i);
+        row[i] = (int64_t)(((double)i + place) * (double)T / n);
+    }
+    return n;
+}
+
+/* Of a head's arrays; also the mean of its keys and some queries' norms. */
+static ada_extent measure(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                          const ada_far_keys *all, ada_sketch *s) {
+    const int64_t g = h / (p->H / p->G), keys = all->end - all->first, step = ada_step_of_queries(p->T);
     const int D = (int)p->D;
-    float norm2[ADA_BLOCK], far2[FURTHEST];
-    int64_t far[FURTHEST];
+    float norm2[ADA_BLOCK], far2[ADA_FURTHEST];
+    ada_extent x = {.keys = (double)keys};
     ptrdiff_t ld;
-    int found = 0;
-    double norms = 0, query_norms = 0, live = 0;
     memset(s->mean, 0, (size_t)D * sizeof(float));
     memset(s->pivots, 0, (size_t)D * sizeof(float)); /* the largest magnitudes, which nobody asks for */
     for (int64_t j = all->first; j < all->end; j += ADA_BLOCK) {
         const int n = (int)(all->end - j < ADA_BLOCK ? all->end - j : ADA_BLOCK);
-        const float *x = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
-        k->columns(s->mean, s->pivots, x, ld, n, D);
+        const float *row = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
+        k->columns(s->mean, s->pivots, row, ld, n, D);
     }
     for (int d = 0; d < D; d++) s->mean[d] /= (float)keys;
     for (int64_t j = all->first; j < all->end; j += ADA_BLOCK) {
         const int n = (int)(all->end - j < ADA_BLOCK ? all->end - j : ADA_BLOCK);
-        const float *x = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
-        k->squares(norm2, NULL, x, ld, n, D, s->mean, NULL);
+        const float *row = rows_at_f32(k, &p->key, b, g, j, n, s->rows, &ld);
+        k->squares(norm2, NULL, row, ld, n, D, s->mean, NULL);
         for (int i = 0; i < n; i++) {
-            norms += (double)norm2[i];
-            if (found == FURTHEST && norm2[i] <= far2[found - 1]) continue;
-            int at = found < FURTHEST ? found++ : FURTHEST - 1;
-            for (; at > 0 && far2[at - 1] < norm2[i]; at--) far2[at] = far2[at - 1], far[at] = far[at - 1];
-            far2[at] = norm2[i], far[at] = j + i;
+            x.spread += (double)norm2[i];
+            if (x.n_far == ADA_FURTHEST && norm2[i] <= far2[x.n_far - 1]) continue;
+            int at = x.n_far < ADA_FURTHEST ? x.n_far++ : ADA_FURTHEST - 1;
+            for (; at > 0 && far2[at - 1] < norm2[i]; at--)
+                far2[at] = far2[at - 1], x.far[at] = x.far[at - 1];
+            far2[at] = norm2[i], x.far[at] = j + i;
         }
     }
-    const int64_t step = (p->T + SAMPLE - 1) / SAMPLE;
-    for (int64_t i = 0; i < p->T; i += step, live++) {
-        const float *x = rows_at_f32(k, &p->query, b, h, i, 1, s->rows, &ld);
-        k->squares(s->kernel + (int)live, NULL, x, ld, 1, D, NULL, NULL);
-        query_norms += (double)s->kernel[(int)live];
+    x.furthest2 = (double)far2[0];
+    for (int64_t i = 0; i < p->T; i += step) {
+        const float *row = rows_at_f32(k, &p->query, b, h, i, 1, s->rows, &ld);
+        float *square_of = s->kernel + (int)x.queries++;
+        k->squares(square_of, NULL, row, ld, 1, D, NULL, NULL);
+        x.query2 += (double)*square_of;
     }
-    if (!isfinite(norms) || !isfinite(query_norms)) return false;
+    return x;
+}
+
+/* Loads the sampled keys. False where keys or queries are not finite, or keys too far apart. */
+static bool take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                        const ada_far_keys *all, const ada_sample *given, ada_sketch *s) {
+    const int64_t g = h / (p->H / p->G);
+    const int D = (int)p->D;
+    const ada_extent x = given ? given->extent : measure(p, k, b, h, all, s);
+    if (given) memcpy(s->mean, given->mean, (size_t)D * sizeof(float));
+    const float *query2 = given ? given->query2 : s->kernel;
+    if (!isfinite(x.spread) || !isfinite(x.query2)) return false;
     /* Queries and keys of one size: balance is the fourth root of the ratio of their mean squares. */
-    const double key2 = norms / (double)keys, query2 = query_norms / live;
-    const double balance = key2 > 0 && query2 > 0 ? sqrt(sqrt(key2 / query2)) : 1;
+    const double key2 = x.spread / x.keys, mean2 = x.query2 / x.queries;
+    const double balance = key2 > 0 && mean2 > 0 ? sqrt(sqrt(key2 / mean2)) : 1;
     s->key_factor = sqrt(p->scale) / balance, s->query_factor = sqrt(p->scale) * balance;
-    const double most = (double)far2[0] * square(s->key_factor);
+    const double most = x.furthest2 * square(s->key_factor);
     if (!(most <= ADA_MOST_EXPONENT) || !isfinite(s->query_factor) || !(s->key_factor > 0)) return false;
     s->beyond = 0;
-    for (int i = 0; i < (int)live; i++)
-        s->beyond += (double)s->kernel[i] * square(s->query_factor) > ADA_MOST_EXPONENT ? 1 / live : 0;
-    s->keys = (double)keys;
-    s->even = (int)(keys < SAMPLE ? keys : SAMPLE);
-    for (int i = 0; i < s->even; i++) {
-        const double place = keys <= SAMPLE ? 0 : ada_uniform(SAMPLE_STREAM, i);
-        s->key[i] = all->first + (int64_t)(((double)i + place) * (double)keys / s->even);
-    }
-    s->count = s->even;
-    for (int i = 0; keys > SAMPLE && i < found; i++) s->key[s->count++] = far[i];
+    for (int i = 0; i < (int)x.queries; i++)
+        s->beyond += (double)query2[i] * square(s->query_factor) > ADA_MOST_EXPONENT ? 1 / x.queries : 0;
+    s->keys = x.keys;
+    s->count = s->even = ada_even_keys(all, s->key);
+    for (int i = 0; x.keys > ADA_SAMPLE && i < x.n_far; i++) s->key[s->count++] = x.far[i];
     s->tiles = (s->count + ADA_LANES - 1) / ADA_LANES;
     memset(s->point, 0, (size_t)(s->tiles * ADA_LANES * D) * sizeof(float));
     for (int i = 0; i < s->count; i++) {
-        float *x = s->point + (ptrdiff_t)i * D;
-        ada_load_rows_f32(k, x, D, &p->key, b, g, s->key[i], 1, D);
-        for (int d = 0; d < D; d++) x[d] = (x[d] - s->mean[d]) * (float)s->key_factor;
+        float *to = s->point + (ptrdiff_t)i * D;
+        if (given)
+            memcpy(to, given->keys + (ptrdiff_t)i * D, (size_t)D * sizeof *to);
+        else
+            ada_load_rows_f32(k, to, D, &p->key, b, g, s->key[i], 1, D);
+        for (int d = 0; d < D; d++) to[d] = (to[d] - s->mean[d]) * (float)s->key_factor;
     }
     for (int t = 0; t < s->tiles; t++) {
-        const float *x = s->point + (ptrdiff_t)t * ADA_LANES * D;
-        k->pack_f32(s->packed + (ptrdiff_t)t * ADA_LANES * D, x, D, ADA_LANES, D, ADA_LANES,
+        const float *row = s->point + (ptrdiff_t)t * ADA_LANES * D;
+        k->pack_f32(s->packed + (ptrdiff_t)t * ADA_LANES * D, row, D, ADA_LANES, D, ADA_LANES,
                     (float)ADA_LOG2E);
-        k->squares(s->own + t * ADA_LANES, NULL, x, D, ADA_LANES, D, NULL, NULL);
+        k->squares(s->own + t * ADA_LANES, NULL, row, D, ADA_LANES, D, NULL, NULL);
     }
     for (int i = 0; i < s->tiles * ADA_LANES; i++) {
         s->own[i] = i < s->count ? expf(s->own[i]) : 0;
@@ -182,14 +208,17 @@ bool ada_take_sample(const ada_problem *p, const ada_kernels *k, int64_t b, int6
 
 /* Loads a tile of queries spread evenly. Those that are too far out count as zeros: they say nothing. */
 static void take_queries(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                         const ada_far_keys *keys, ada_sketch *s) {
-    const int D = (int)p->D, n = (int)(p->T < ADA_LANES ? p->T : ADA_LANES);
+                         const ada_far_keys *keys, const ada_sample *given, ada_sketch *s) {
+    int64_t rows[ADA_LANES];
+    const int D = (int)p->D, n = ada_even_queries(p->T, rows);
     float *own = s->own + s->tiles * ADA_LANES, *packed = s->packed + (ptrdiff_t)s->tiles * ADA_LANES * D;
     memset(s->rows, 0, (size_t)(ADA_LANES * D) * sizeof(float));
     for (int i = 0; i < n; i++) {
-        const double place = p->T <= ADA_LANES ? 0 : ada_uniform(QUERY_STREAM, i);
-        const int64_t row = (int64_t)(((double)i + place) * (double)p->T / n);
-        ada_load_rows_f32(k, s->rows + i * D, D, &p->query, b, h, row, 1, D);
+        const int64_t row = rows[i];
+        if (given)
+            memcpy(s->rows + i * D, given->queries + i * D, (size_t)D * sizeof(float));
+        else
+            ada_load_rows_f32(k, s->rows + i * D, D, &p->query, b, h, row, 1, D);
         for (int d = 0; d < D; d++) s->rows[i * D + d] *= (float)s->query_factor;
         const int64_t end = ada_visible_span(p, b, row).end;
         const int64_t far = ada_bins_seen(p, keys, b, row - row % ADA_LANES) * keys->bin;
@@ -279,7 +308,8 @@ static int factorise_pivots(ada_sketch *s, double column[ADA_PIVOTS][ADA_PIVOTS]
     return kept;
 }
 
-bool ada_add_landmarks(const ada_problem *p, const ada_kernels *k, ada_sketch *s, int *draws, int room) {
+/* Adds some landmarks, at most `room`; false where nothing is left to gain. draws: 0 at first. */
+static bool add_landmarks(const ada_problem *p, const ada_kernels *k, ada_sketch *s, int *draws, int room) {
     int pivot[ADA_PIVOTS], keep[ADA_PIVOTS];
     double column[ADA_PIVOTS][ADA_PIVOTS];
     const int n = draw_pivots(s, *draws, pivot), D = (int)p->D;
@@ -324,6 +354,55 @@ bool ada_add_landmarks(const ada_problem *p, const ada_kernels *k, ada_sketch *s
     return true;
 }
 
+/* The inverse of the factor at the landmarks, transposed: F = H(., L) basis. */
+static void take_basis(const ada_sketch *s, ada_landmarks *to) {
+    const int R = to->R;
+    for (int r = 0; r < s->rank; r++) { /* row r of the inverse */
+        const int at = s->pivot[r];
+        const float *f = s->factor + (ptrdiff_t)(at / ADA_LANES) * s->most * ADA_LANES + at % ADA_LANES;
+        double *x = s->rows_of_inverse + (ptrdiff_t)r * R;
+        memset(x, 0, (size_t)r * sizeof *x);
+        for (int c = 0; c < r; c++) {
+            const double low = (double)f[c * ADA_LANES], *y = s->rows_of_inverse + (ptrdiff_t)c * R;
+            for (int l = 0; l <= c; l++) x[l] -= low * y[l];
+        }
+        x[r] = 1;
+        for (int l = 0; l <= r; l++) {
+            x[l] /= (double)f[r * ADA_LANES];
+            to->basis[l * R + r] = (float)x[l];
+        }
+    }
+}
+
+ada_landmarks ada_landmarks_of(const ada_problem *p, int rank, ada_carver *c) {
+    const int64_t real = sizeof(float), R = ada_up_to(rank, ADA_PIVOTS);
+    return (ada_landmarks){.R = (int)R,
+                           .factor = ada_carve(c, 2 * (int64_t)sizeof(double)),
+                           .mean = ada_carve(c, p->D * real),
+                           .point = ada_carve(c, R * p->D * real),
+                           .basis = ada_carve(c, R * R * real)};
+}
+
+bool ada_find_landmarks(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, int rank,
+                        const ada_sample *sample, ada_landmarks *to, char *scratch) {
+    ada_carver carver = {scratch, 0};
+    ada_sketch s = ada_sketch_of(p, rank, &carver);
+    const size_t row = (size_t)p->D * sizeof(float);
+    ada_far_keys all;
+    int draws = 0;
+    if (!ada_far_keys_of(p, b, &all) || !take_sample(p, k, b, h, &all, sample, &s)) return false;
+    while (s.rank < rank && add_landmarks(p, k, &s, &draws, rank - s.rank)) {
+    }
+    if (s.rank == 0) return false;
+    to->factor[0] = s.query_factor, to->factor[1] = s.key_factor;
+    memcpy(to->mean, s.mean, row);
+    memset(to->point, 0, (size_t)to->R * row);
+    memset(to->basis, 0, (size_t)(to->R * to->R) * sizeof *to->basis);
+    for (int i = 0; i < s.rank; i++) memcpy(to->point + i * p->D, s.point + s.pivot[i] * p->D, row);
+    take_basis(&s, to);
+    return true;
+}
+
 /* ---- forecast ---- */
 
 /* Adds the values of a block of sampled keys from j on, with what is in the kernel for them, to the sums; of
@@ -347,7 +426,8 @@ static void add_sampled(const ada_problem *p, const ada_kernels *k, const ada_sk
 
 /* Kernel of sampled keys and queries; output and mass of the queries, values that stand for others. Returns
  * the mean squared norm of the output. */
-static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h, ada_sketch *s) {
+static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
+                          const ada_sample *given, ada_sketch *s) {
     const int E = (int)p->E, D = (int)p->D, n = (int)(p->T < ADA_LANES ? p->T : ADA_LANES);
     const int64_t g = h / (p->H / p->G);
     const float stands = (float)(s->keys / s->even);
@@ -357,7 +437,10 @@ static double take_values(const ada_problem *p, const ada_kernels *k, int64_t b,
     memset(s->apart, 0, (size_t)(s->tiles * ADA_LANES) * sizeof(float));
     for (int i = 0; i < s->even; i++) {
         float *v = s->value + (ptrdiff_t)i * (E + 1);
-        ada_load_rows_f32(k, v + 1, E, &p->value, b, g, s->key[i], 1, E);
+        if (given)
+            memcpy(v + 1, given->values + (ptrdiff_t)i * E, (size_t)E * sizeof *v);
+        else
+            ada_load_rows_f32(k, v + 1, E, &p->value, b, g, s->key[i], 1, E);
         v[0] = stands;
         for (int e = 1; e <= E; e++) v[e] *= stands;
     }
@@ -458,22 +541,23 @@ bool ada_fulfils(const ada_rank_wish *wish, const ada_rank_forecast *f, int leve
 }
 
 void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                           const ada_rank_wish *wish, ada_rank_forecast *forecast, char *scratch) {
+                           const ada_sample *sample, const ada_rank_wish *wish, ada_rank_forecast *forecast,
+                           char *scratch) {
     const int least = wish->least, most = wish->most;
     static const int steps[ADA_RANK_LEVELS] = {16, 32, 48, 64, 96, 128, 192, 256, 384, ADA_MOST_RANK};
     ada_carver carver = {scratch, 0};
     ada_sketch s = ada_sketch_of(p, most, &carver);
     ada_far_keys keys;
     *forecast = (ada_rank_forecast){0};
-    if (!ada_far_keys_of(p, b, &keys) || !ada_take_sample(p, k, b, h, &keys, &s)) return;
-    take_queries(p, k, b, h, &keys, &s);
-    forecast->out2 = take_values(p, k, b, h, &s);
+    if (!ada_far_keys_of(p, b, &keys) || !take_sample(p, k, b, h, &keys, sample, &s)) return;
+    take_queries(p, k, b, h, &keys, sample, &s);
+    forecast->out2 = take_values(p, k, b, h, sample, &s);
     const double target2 = target2_of(wish, forecast);
     bool more = true;
     for (int step = 0, draws = 0; more && step < ADA_RANK_LEVELS && s.rank < most; step++) {
         const int wanted = steps[step] < most ? steps[step] : most, first = s.rank;
         if (wanted < least && step + 1 < ADA_RANK_LEVELS && steps[step + 1] <= most) continue;
-        while (more && s.rank < wanted) more = ada_add_landmarks(p, k, &s, &draws, most - s.rank);
+        while (more && s.rank < wanted) more = add_landmarks(p, k, &s, &draws, most - s.rank);
         if (s.rank == first) break;
         lessen_kernel(k, &s, first);
         const ada_rank_level level = level_of(p, k, &s, target2, wish->lse_error),

@@ -14,11 +14,6 @@
 #define KIND(name) name##_f32
 #include "read_tpl.h"
 
-/* Rows that may be computed exactly: half as many again as a sample may show. */
-#define MOST_EXACT(T) ((T) / 16 + 4)
-/* A head is given up where its rows' estimates exceed the budget so far. */
-#define MOST_SUM 2
-
 typedef struct {
     const ada_problem *p;
     const ada_kernels *k;
@@ -34,15 +29,11 @@ typedef struct {
 
 /* What a head's queries need. */
 typedef struct {
-    int R;            /* its rank up to ADA_PIVOTS */
+    ada_landmarks l;
     ada_far_keys far; /* sums of the first keys, up to the end of each bin */
-    double *factor;   /* query_factor */
-    float *mean;      /* [D] */
-    float *point;     /* [R][D] landmarks as the kernel takes them; zeros behind the last */
     float *packed;    /* [tiles][D][64] landmarks as the arrays' keys take them, in log2 units */
     float *reference; /* [tiles][64] what the mean of the keys is to them */
     float *sums;      /* [tiles][bins][E + 1][64] H(L, K) (V, 1) */
-    float *basis;     /* [R][R] */
     float *values;    /* [bins][chunks of 64 columns][R][64] F(K)' V */
     float *masses;    /* [bins][R] F(K)' 1 */
 } state;
@@ -52,18 +43,14 @@ static int64_t chunks_of(const ada_problem *p) { return (p->E + ADA_LANES - 1) /
 static state state_of(const run *r, int64_t index, ada_carver *c) {
     const ada_problem *p = r->p;
     const int64_t real = sizeof(float);
-    state s = {.R = ada_up_to(r->low->rank[index], ADA_PIVOTS)};
+    state s = {.l = ada_landmarks_of(p, r->low->rank[index], c)};
     ada_far_keys_of(p, r->heads[index] / p->H, &s.far);
-    const int64_t lanes = ada_up_to(s.R, ADA_LANES), bins = s.far.bins;
-    s.factor = ada_carve(c, (int64_t)sizeof *s.factor);
-    s.mean = ada_carve(c, p->D * real);
-    s.point = ada_carve(c, s.R * p->D * real);
+    const int64_t R = s.l.R, lanes = ada_up_to(s.l.R, ADA_LANES), bins = s.far.bins;
     s.packed = ada_carve(c, lanes * p->D * real);
     s.reference = ada_carve(c, lanes * real);
     s.sums = ada_carve(c, lanes * bins * (p->E + 1) * real);
-    s.basis = ada_carve(c, (int64_t)s.R * s.R * real);
-    s.values = ada_carve(c, bins * chunks_of(p) * s.R * ADA_LANES * real);
-    s.masses = ada_carve(c, bins * s.R * real);
+    s.values = ada_carve(c, bins * chunks_of(p) * R * ADA_LANES * real);
+    s.masses = ada_carve(c, bins * R * real);
     return s;
 }
 
@@ -76,59 +63,27 @@ static void fail(run *r, int64_t index) {
     atomic_store_explicit(&r->failed[index], true, memory_order_relaxed);
 }
 
-/* The inverse of the factor at the landmarks, transposed: F = H(., L) basis. */
-static void take_basis(const ada_sketch *s, const state *to, double *rows) {
-    const int R = to->R;
-    for (int r = 0; r < s->rank; r++) { /* row r of the inverse */
-        const int at = s->pivot[r];
-        const float *f = s->factor + (ptrdiff_t)(at / ADA_LANES) * s->most * ADA_LANES + at % ADA_LANES;
-        double *x = rows + (ptrdiff_t)r * R;
-        memset(x, 0, (size_t)r * sizeof *x);
-        for (int c = 0; c < r; c++) {
-            const double low = (double)f[c * ADA_LANES], *y = rows + (ptrdiff_t)c * R;
-            for (int l = 0; l <= c; l++) x[l] -= low * y[l];
-        }
-        x[r] = 1;
-        for (int l = 0; l <= r; l++) {
-            x[l] /= (double)f[r * ADA_LANES];
-            to->basis[l * R + r] = (float)x[l];
-        }
-    }
-}
-
 static void landmark_task(void *context, ada_job *job, int64_t index, int worker) {
     run *r = context;
     const ada_problem *p = r->p;
     const int64_t b = r->heads[index] / p->H, h = r->heads[index] % p->H;
-    const int D = (int)p->D, rank = r->low->rank[index];
-    ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
-    ada_sketch s = ada_sketch_of(p, rank, &carver);
-    double *rows = ada_carve(&carver, (int64_t)s.most * s.most * (int64_t)sizeof *rows);
-    const state to = state_at(r, index);
-    int draws = 0;
+    const int D = (int)p->D;
+    state to = state_at(r, index);
     if (ada_job_cancelled(job, worker)) return;
-    const bool good = ada_take_sample(p, r->k, b, h, &to.far, &s);
-    while (good && s.rank < rank && ada_add_landmarks(p, r->k, &s, &draws, rank - s.rank)) {
-    }
-    if (!good || s.rank == 0) {
+    if (!ada_find_landmarks(p, r->k, b, h, r->low->rank[index], NULL, &to.l,
+                            r->scratch + worker * r->scratch_bytes)) {
         fail(r, index);
         return;
     }
-    *to.factor = s.query_factor;
-    memcpy(to.mean, s.mean, (size_t)D * sizeof *to.mean);
-    memset(to.point, 0, (size_t)(to.R * D) * sizeof *to.point);
-    memset(to.basis, 0, (size_t)(to.R * to.R) * sizeof *to.basis);
-    for (int i = 0; i < s.rank; i++)
-        memcpy(to.point + i * D, s.point + (ptrdiff_t)s.pivot[i] * D, (size_t)D * sizeof *to.point);
-    for (int i = 0; i < to.R; i += ADA_LANES) {
-        const int n = to.R - i < ADA_LANES ? to.R - i : ADA_LANES;
-        const float factor = (float)(s.key_factor * ADA_LOG2E);
+    for (int i = 0; i < to.l.R; i += ADA_LANES) {
+        const int n = to.l.R - i < ADA_LANES ? to.l.R - i : ADA_LANES;
+        const float factor = (float)(to.l.factor[1] * ADA_LOG2E);
+        const float *point = to.l.point + i * D;
         float *reference = to.reference + i;
-        r->k->pack_f32(to.packed + i * D, to.point + i * D, D, n, D, ADA_LANES, factor);
-        r->k->row_scores_f32(reference, s.mean, 1, to.point + i * D, D, n, D);
+        r->k->pack_f32(to.packed + i * D, point, D, n, D, ADA_LANES, factor);
+        r->k->row_scores_f32(reference, to.l.mean, 1, point, D, n, D);
         for (int j = 0; j < ADA_LANES; j++) reference[j] = j < n ? reference[j] * factor : reference[n - 1];
     }
-    take_basis(&s, &to, rows);
 }
 
 /* Scores of a tile with the n keys from j on, in place where they can be read there, as weights; bits of
@@ -156,11 +111,11 @@ static void keys_task(void *context, ada_job *job, int64_t task, int worker) {
     const int64_t b = r->heads[index] / p->H, h = r->heads[index] % p->H, g = h / (p->H / p->G);
     const int D = (int)p->D, E = (int)p->E;
     const state s = state_at(r, index);
-    if (tile * ADA_LANES >= s.R || r->failed[index]) return;
+    if (tile * ADA_LANES >= s.l.R || r->failed[index]) return;
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
     float *keys = ada_carve(&carver, ADA_BLOCK * p->D * (int64_t)sizeof *keys);
     float *values = ada_carve(&carver, ADA_BLOCK * p->E * (int64_t)sizeof *values);
-    const int64_t left = s.R - tile * ADA_LANES, strip = (E + 1) * ADA_LANES;
+    const int64_t left = s.l.R - tile * ADA_LANES, strip = (E + 1) * ADA_LANES;
     ada_tile_f32 t = {.q = s.packed + tile * D * ADA_LANES,
                       .p = ada_carve(&carver, ADA_BLOCK * ADA_LANES * (int64_t)sizeof *t.p),
                       .m = s.reference + tile * ADA_LANES,
@@ -196,25 +151,27 @@ static void values_task(void *context, ada_job *job, int64_t task, int worker) {
     const int64_t index = task / r->most_bins, bin = task % r->most_bins, chunks = chunks_of(r->p);
     const state s = state_at(r, index);
     if (bin >= s.far.bins || ada_job_cancelled(job, worker) || r->failed[index]) return;
-    float *rows = (float *)(r->scratch + worker * r->scratch_bytes), *masses = s.masses + bin * s.R;
-    memset(masses, 0, (size_t)s.R * sizeof *masses);
+    float *rows = (float *)(r->scratch + worker * r->scratch_bytes), *masses = s.masses + bin * s.l.R;
+    memset(masses, 0, (size_t)s.l.R * sizeof *masses);
     for (int64_t c = 0; c < chunks; c++) {
         const int first = (int)c * ADA_LANES, n = E - first < ADA_LANES ? E - first : ADA_LANES;
-        float *out = s.values + (bin * chunks + c) * s.R * ADA_LANES;
-        memset(rows, 0, (size_t)(s.R * ADA_LANES) * sizeof *rows);
-        memset(out, 0, (size_t)(s.R * ADA_LANES) * sizeof *out);
-        for (int l = 0; l < s.R; l++) {
+        float *out = s.values + (bin * chunks + c) * s.l.R * ADA_LANES;
+        memset(rows, 0, (size_t)(s.l.R * ADA_LANES) * sizeof *rows);
+        memset(out, 0, (size_t)(s.l.R * ADA_LANES) * sizeof *out);
+        for (int l = 0; l < s.l.R; l++) {
             const float *sums =
                 s.sums + (l / ADA_LANES * s.far.bins + bin) * (E + 1) * ADA_LANES + l % ADA_LANES;
             for (int e = 0; e < n; e++) rows[l * ADA_LANES + e] = sums[(first + e) * ADA_LANES];
-            for (int i = l; c == 0 && i < s.R; i++) masses[i] += sums[E * ADA_LANES] * s.basis[l * s.R + i];
+            for (int i = l; c == 0 && i < s.l.R; i++)
+                masses[i] += sums[E * ADA_LANES] * s.l.basis[l * s.l.R + i];
         }
-        for (int l = 0; l < s.R; l += ADA_BLOCK) {
+        for (int l = 0; l < s.l.R; l += ADA_BLOCK) {
             const ada_tile_f32 t = {.p = rows + l * ADA_LANES,
                                     .o = out + l * ADA_LANES,
-                                    .E = s.R - l,
+                                    .E = s.l.R - l,
                                     .lanes = ada_up_to(n, ADA_LANE_STEP)};
-            r->k->values_f32(&t, s.basis + l * s.R + l, s.R, s.R - l < ADA_BLOCK ? s.R - l : ADA_BLOCK);
+            r->k->values_f32(&t, s.l.basis + l * s.l.R + l, s.l.R,
+                             s.l.R - l < ADA_BLOCK ? s.l.R - l : ADA_BLOCK);
         }
     }
 }
@@ -272,11 +229,11 @@ static uint64_t load_queries(const run *r, const state *s, const query_scratch *
                              const float **q, ptrdiff_t *ld) {
     const ada_problem *p = r->p;
     const int D = (int)p->D;
-    const float factor = (float)*s->factor;
+    const float factor = (float)s->l.factor[0];
     uint64_t out = 0;
     *q = rows_at_f32(r->k, &p->query, patch->b, patch->h, patch->i, patch->n, x->rows, ld);
     r->k->squares(x->own, NULL, *q, *ld, patch->n, D, NULL, NULL);
-    r->k->row_scores_f32(x->shift, s->mean, 1, *q, *ld, patch->n, D);
+    r->k->row_scores_f32(x->shift, s->l.mean, 1, *q, *ld, patch->n, D);
     for (int i = 0; i < patch->n; i++) {
         x->own[i] *= factor * factor;
         if (!(x->own[i] <= ADA_MOST_EXPONENT)) out |= (uint64_t)1 << i;
@@ -297,26 +254,27 @@ static void attend_far(const run *r, const state *s, const query_scratch *x, ada
     const int E = (int)r->p->E;
     memset(x->m, 0, ADA_LANES * sizeof *x->m);
     memset(x->l, 0, ADA_LANES * sizeof *x->l);
-    memset(x->f, 0, (size_t)(s->R * ADA_LANES) * sizeof *x->f);
+    memset(x->f, 0, (size_t)(s->l.R * ADA_LANES) * sizeof *x->f);
     memset(x->square, 0, ADA_LANES * sizeof *x->square);
-    for (int j = 0; j < s->R; j += ADA_BLOCK) {
-        const int n = s->R - j < ADA_BLOCK ? s->R - j : ADA_BLOCK;
+    for (int j = 0; j < s->l.R; j += ADA_BLOCK) {
+        const int n = s->l.R - j < ADA_BLOCK ? s->l.R - j : ADA_BLOCK;
         t.E = 0;
-        r->k->scores_weights_f32(&t, s->point + j * t.D, t.D, n); /* exponents are within ADA_MOST_EXPONENT */
-        t.o = x->f + j * ADA_LANES, t.E = s->R - j;
-        r->k->values_f32(&t, s->basis + j * s->R + j, s->R, n);
+        r->k->scores_weights_f32(&t, s->l.point + j * t.D, t.D,
+                                 n); /* exponents are within ADA_MOST_EXPONENT */
+        t.o = x->f + j * ADA_LANES, t.E = s->l.R - j;
+        r->k->values_f32(&t, s->l.basis + j * s->l.R + j, s->l.R, n);
     }
-    for (int j = 0; j < s->R; j++)
+    for (int j = 0; j < s->l.R; j++)
         for (int i = 0; i < ADA_LANES; i++) x->square[i] += x->f[j * ADA_LANES + i] * x->f[j * ADA_LANES + i];
     memset(x->l, 0, ADA_LANES * sizeof *x->l);
     memset(x->o, 0, (size_t)E * ADA_LANES * sizeof *x->o);
     if (bins == 0) return;
     t.p = x->f, t.o = x->l, t.E = 1;
-    r->k->values_f32(&t, s->masses + (bins - 1) * s->R, 1, s->R);
+    r->k->values_f32(&t, s->masses + (bins - 1) * s->l.R, 1, s->l.R);
     for (int64_t c = 0; c < chunks; c++) {
         const int64_t left = E - c * ADA_LANES;
         t.o = x->o + c * ADA_LANES * ADA_LANES, t.E = left < ADA_LANES ? (int)left : ADA_LANES;
-        r->k->values_f32(&t, s->values + ((bins - 1) * chunks + c) * s->R * ADA_LANES, ADA_LANES, s->R);
+        r->k->values_f32(&t, s->values + ((bins - 1) * chunks + c) * s->l.R * ADA_LANES, ADA_LANES, s->l.R);
     }
 }
 
@@ -364,7 +322,7 @@ static void query_task(void *context, ada_job *job, int64_t task, int worker) {
     if (ada_job_cancelled(job, worker) || r->failed[index]) return;
     const state s = state_at(r, index);
     ada_carver carver = {r->scratch + worker * r->scratch_bytes, 0};
-    const query_scratch x = query_scratch_of(p, s.R, &carver);
+    const query_scratch x = query_scratch_of(p, s.l.R, &carver);
     const int64_t bins = ada_bins_seen(p, &s.far, patch.b, first), far = bins * s.far.bin;
     const double scale = p->scale * ADA_LOG2E, share = (double)far / (double)(s.far.end - s.far.first);
     const float *q;
@@ -372,7 +330,7 @@ static void query_task(void *context, ada_job *job, int64_t task, int worker) {
     ada_tile_f32 t = {
         .q = x.q, .p = x.p, .m = x.m, .l = x.l, .D = D, .lanes = ada_up_to(patch.n, ADA_LANE_STEP)};
     uint64_t exactly = load_queries(r, &s, &x, &patch, &q, &ld);
-    r->k->pack_f32(x.q, q, ld, patch.n, D, t.lanes, (float)(*s.factor * ADA_LOG2E));
+    r->k->pack_f32(x.q, q, ld, patch.n, D, t.lanes, (float)(s.l.factor[0] * ADA_LOG2E));
     attend_far(r, &s, &x, t, bins);
     exactly |= distrust(&s, &x, &patch, bins);
     for (int i = 0; i < ADA_LANES; i++)
@@ -401,7 +359,7 @@ static void query_task(void *context, ada_job *job, int64_t task, int worker) {
     }
     const int many = __builtin_popcountll(exactly);
     good &= atomic_fetch_add_explicit(&r->exactly[index], many, memory_order_relaxed) + many <=
-                MOST_EXACT(p->T) &&
+                ada_most_exact_rows(p->T) &&
             r->k->unpack_f32(x.rows, E, x.o, x.factor, patch.n, E);
     if (good) {
         ada_store_rows_f32(r->k, &p->out, patch.b, patch.h, first, patch.n, E, x.rows, E);
@@ -450,7 +408,7 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
     ada_carver size = {NULL, 0};
     query_scratch_of(p, R, &size);
     const int64_t real = sizeof(float), blocks = ADA_BLOCK * (p->D + p->E + ADA_LANES) * real + 3 * 64;
-    const int64_t building = ada_landmark_scratch_bytes(p, R) + (int64_t)R * R * (int64_t)sizeof(double) + 64;
+    const int64_t building = ada_landmark_scratch_bytes(p, R);
     r.scratch_bytes = larger(larger(size.used, blocks), larger(building, R * ADA_LANES * real));
     size.used = 0;
     carve_run(&r, threads, &size);
@@ -471,7 +429,7 @@ ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, c
         double over = 0;
         for (int64_t row = 0; done && low->shift2 && row < p->T; row++)
             over += (double)low->shift2[heads[i] * p->T + row];
-        low->failed[i] = r.failed[i] || over > MOST_SUM * (double)p->T;
+        low->failed[i] = r.failed[i] || over > ADA_MOST_SUM * (double)p->T;
     }
     ada_scratch_give_back(r.memory);
     return done ? ADA_OK : ada_fail(error, ADA_INTERRUPTED, "attention: interrupted");

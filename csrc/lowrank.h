@@ -62,9 +62,12 @@ typedef struct {
     double lse_error; /* of any row; INFINITY: it is not wanted */
 } ada_rank_wish;
 
-/* Of head (b, h): levels from wish->least landmarks on, until one fulfils it or none will. */
+/* Of head (b, h): levels from wish->least landmarks on, until one fulfils it or none will. sample: NULL where
+ * the arrays can be read. */
+struct ada_sample;
 void ada_forecast_low_rank(const ada_problem *p, const ada_kernels *k, int64_t b, int64_t h,
-                           const ada_rank_wish *wish, ada_rank_forecast *forecast, char *scratch);
+                           const struct ada_sample *sample, const ada_rank_wish *wish,
+                           ada_rank_forecast *forecast, char *scratch);
 /* Whether that is one which does. */
 bool ada_fulfils(const ada_rank_wish *wish, const ada_rank_forecast *forecast, int level);
 
