@@ -152,7 +152,7 @@ ada_task ada_task_of(const ada_attending *a, int64_t head, double margin) {
 
 /* Whether no rung cheaper than the plain one is allowed, so that landmarks are all that may save time. */
 static bool only_ranks_pay(const ada_attending *a) {
-    return a->ranks && a->budget->cheapest != ADA_RUNG_AUTO &&
+    return a->ranks && !a->p->on_gpu && a->budget->cheapest != ADA_RUNG_AUTO &&
            a->budget->cheapest <= ada_candidates[ada_plain_candidate(a->p)].qk;
 }
 
@@ -478,7 +478,7 @@ static bool may_have_ranks(const ada_problem *p, const ada_budget *b) {
     return b->structure == ADA_STRUCTURE_LOW_RANK || (p->T >= ADA_SPARSE_LEAST && p->S >= ADA_SPARSE_LEAST);
 }
 
-static ada_rank_task rank_task_of(const ada_attending *a, const ada_far_keys *keys) {
+ada_rank_task ada_rank_task_of(const ada_attending *a, const ada_far_keys *keys) {
     const ada_problem *p = a->p;
     const int64_t count = keys->end - keys->first, least = a->budget->least_rank, most = a->budget->most_rank;
     ada_rank_task t = {.keys = *keys, .queries = (double)p->T, .D = p->D, .E = p->E};
@@ -488,6 +488,10 @@ static ada_rank_task rank_task_of(const ada_attending *a, const ada_far_keys *ke
     return t;
 }
 
+static ada_rank_speed rank_speed_of(const ada_budget *b) {
+    return (ada_rank_speed){b->rates[1], b->rates[1], 0};
+}
+
 /* Most landmarks of a head that it may gain by, 0: none. Those that cannot are known by their profiles alone.
  */
 static int ranks_to_look_at(const ada_attending *a, int64_t i) {
@@ -495,37 +499,30 @@ static int ranks_to_look_at(const ada_attending *a, int64_t i) {
     const ada_head_state *s = &a->states[i];
     ada_far_keys keys;
     if (!ada_far_keys_of(a->p, i / a->p->H, &keys)) return 0;
-    const ada_rank_task sizes = rank_task_of(a, &keys);
+    const ada_rank_task sizes = ada_rank_task_of(a, &keys);
     if (b->structure == ADA_STRUCTURE_LOW_RANK) return sizes.most;
     /* A sample of keys does not tell what the few with far larger values lose. */
     if (!s->n || a->keys[i / a->per_head].heavies) return 0;
     const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
-    return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &b->rates[1], s->seconds);
+    const ada_rank_speed speed = rank_speed_of(b);
+    return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &speed, s->seconds);
 }
 
-/* Landmarks for a head of a->list, at most a->rank of them, where they compute it within the budget and
- * faster than the choice that was made. */
-static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
-    ada_attending *a = context;
-    const ada_problem *p = a->p;
+void ada_choose_rank(const ada_attending *a, int64_t i, int most, const ada_rank_speed *speed,
+                     const struct ada_sample *sample, char *scratch) {
     const ada_budget *b = a->budget;
-    const int64_t i = a->list[index];
     ada_head *head = &b->heads[i];
     const ada_head_state *s = &a->states[i];
     const bool forced = b->structure == ADA_STRUCTURE_LOW_RANK;
-    const ada_rate *fp32 = &b->rates[1];
     ada_far_keys keys;
     ada_rank_forecast ranks;
     ada_rank_choice choice;
-    if (ada_job_cancelled(job, worker)) return;
-    ada_far_keys_of(p, i / p->H, &keys);
+    ada_far_keys_of(a->p, i / a->p->H, &keys);
     const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
-    const ada_rank_task sizes = rank_task_of(a, &keys);
-    const ada_rank_wish wish =
-        ada_rank_wish_of(&task, &sizes, a->rank[index], s->n ? head->forecast.out2 : 0);
-    ada_forecast_low_rank(p, a->k, i / p->H, i % p->H, NULL, &wish, &ranks,
-                          a->rank_scratch + worker * a->rank_scratch_bytes);
-    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, fp32, s->seconds, forced, &choice)) {
+    const ada_rank_task sizes = ada_rank_task_of(a, &keys);
+    const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, s->n ? head->forecast.out2 : 0);
+    ada_forecast_low_rank(a->p, a->k, i / a->p->H, i % a->p->H, sample, &wish, &ranks, scratch);
+    if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, speed, s->seconds, forced, &choice)) {
         head->retried |= forced;
         return;
     }
@@ -536,7 +533,16 @@ static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
     head->predicted_error = choice.error;
 }
 
-static ada_status plan_ranks(ada_attending *a, ada_error *error) {
+/* For a head of a->list. */
+static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
+    const ada_attending *a = context;
+    const ada_rank_speed speed = rank_speed_of(a->budget);
+    if (ada_job_cancelled(job, worker)) return;
+    ada_choose_rank(a, a->list[index], a->rank[index], &speed, NULL,
+                    a->rank_scratch + worker * a->rank_scratch_bytes);
+}
+
+static ada_status plan_ranks_on_cpu(ada_attending *a, ada_error *error) {
     const ada_problem *p = a->p;
     int64_t n = 0;
     int largest = 0;
@@ -574,6 +580,11 @@ static ada_status execute_on_cpu(ada_attending *a, const ada_problem *problem, c
     return ada_execute(problem, heads, n, a->interrupt, a->context, error);
 }
 
+static ada_status execute_ranks_on_cpu(ada_attending *a, const ada_low_rank *low, const int64_t *heads,
+                                       int64_t n, ada_error *error) {
+    return ada_execute_low_rank(a->p, low, heads, n, a->interrupt, a->context, error);
+}
+
 const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
                                      .execute = execute_on_cpu,
                                      .fetch_norms = ada_cpu_fetch_norms,
@@ -581,6 +592,8 @@ const ada_backend ada_cpu_backend = {.probe = probe_on_cpu,
                                      .exact = ada_cpu_exact,
                                      .output = ada_cpu_output,
                                      .output_lse = ada_cpu_output_lse,
+                                     .plan_ranks = plan_ranks_on_cpu,
+                                     .execute_ranks = execute_ranks_on_cpu,
                                      .look_operations = LOOK_OPERATIONS};
 
 /* apart: not even those that take all. */
@@ -648,7 +661,7 @@ static ada_status execute_ranks(ada_attending *a, const int64_t *list, int64_t n
         const ada_head *head = &a->budget->heads[list[i]];
         a->rank[i] = head->rank, a->gain[i] = head->rank_gain, a->limit[i] = head->rank_limit;
     }
-    if (ada_execute_low_rank(a->p, &low, list, n, a->interrupt, a->context, error)) return error->status;
+    if (a->backend->execute_ranks(a, &low, list, n, error)) return error->status;
     for (int64_t i = 0; i < n; i++) {
         ada_head *head = &a->budget->heads[list[i]];
         if (!a->failed[i]) continue;
@@ -739,8 +752,8 @@ static ada_status attend_within(ada_attending *a, ada_error *error) {
     double now = ada_seconds_now();
     budget->seconds[0] = now - start, start = now;
     plan_heads(a);
-    if (a->ranks && plan_ranks(a, error)) return error->status;
     if (a->backend->thin && a->backend->thin(a, error)) return error->status;
+    if (a->ranks && a->backend->plan_ranks(a, error)) return error->status;
     now = ada_seconds_now();
     budget->seconds[1] = now - start, start = now;
     if (budget->plan_only) return ADA_OK;

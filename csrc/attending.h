@@ -71,6 +71,11 @@ typedef struct {
     double (*output_lse)(const ada_attending *a, int64_t head, int i);
     /* Chooses heads that leave something out, behind the plan of dense ones; NULL: attend.c does. */
     ada_status (*thin)(ada_attending *a, ada_error *error);
+    /* Chooses heads that landmarks stand for, behind both. */
+    ada_status (*plan_ranks)(ada_attending *a, ada_error *error);
+    /* Computes them. */
+    ada_status (*execute_ranks)(ada_attending *a, const ada_low_rank *low, const int64_t *heads, int64_t n,
+                                ada_error *error);
     /* Whether such a head is computed by this choice; NULL: attend.c knows. */
     bool (*leaves_out)(const ada_attending *a, ada_choice choice);
     double look_operations; /* to look at an element of a head, in operations of the plain rung, */
@@ -181,6 +186,12 @@ double ada_margin_of(const ada_attending *a, int64_t head);
 /* Whether heads may be sparse, by what was asked for and their options. Short ones win too little; by name a
  * tile and a block suffice. */
 bool ada_may_be_sparse(const ada_problem *p, const ada_budget *budget);
+/* Sizes of landmarks of a head with these keys. */
+ada_rank_task ada_rank_task_of(const ada_attending *a, const ada_far_keys *keys);
+/* Landmarks for a head, at most so many, where they compute it within the budget and faster than the choice
+ * that was made; sample and scratch are ada_forecast_low_rank's. */
+void ada_choose_rank(const ada_attending *a, int64_t head, int most, const ada_rank_speed *speed,
+                     const struct ada_sample *sample, char *scratch);
 bool ada_run_tasks(ada_attending *a, ada_task_fn *task, int64_t tasks, double multiply_adds);
 /* Rows that a task of ADA_ROW_GROUPS per head has to do with. */
 int ada_rows_of_task(const ada_attending *a, int64_t task, int64_t *head, int *first);

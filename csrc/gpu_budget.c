@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "gpu_lowrank.h"
 #include "gpu_sparse.h"
 #include "memory.h"
 #include "visible.h"
@@ -171,6 +172,17 @@ static bool leaves_out(const ada_attending *a, ada_choice choice) {
     return ada_gpu_table()->leaves_out(d->call, choice);
 }
 
+static ada_status plan_ranks(ada_attending *a, ada_error *error) {
+    const on_device *d = a->device;
+    return ada_gpu_plan_ranks(a, d->call, error);
+}
+
+static ada_status execute_ranks(ada_attending *a, const ada_low_rank *low, const int64_t *heads, int64_t n,
+                                ada_error *error) {
+    const on_device *d = a->device;
+    return ada_gpu_execute_ranks(a, d->call, low, heads, n, error);
+}
+
 static ada_status fetch_norms(ada_attending *a, ada_error *error) {
     const on_device *d = a->device;
     ada_cuda_failure failure;
@@ -242,6 +254,8 @@ ada_status ada_gpu_attend_within(const ada_problem *p, ada_cuda_call *call, ada_
                                         .output_lse = output_lse,
                                         .thin = thin,
                                         .leaves_out = leaves_out,
+                                        .plan_ranks = plan_ranks,
+                                        .execute_ranks = execute_ranks,
                                         .look_operations = 0,
                                         .look_seconds = LOOK_SECONDS};
     on_device d = {.call = call};

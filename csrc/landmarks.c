@@ -32,8 +32,8 @@ static double square(double x) { return x * x; }
 bool ada_far_keys_of(const ada_problem *p, int64_t b, ada_far_keys *keys) {
     const ada_span span = ada_visible_span(p, b, 0), last = ada_visible_span(p, b, p->T - 1);
     const int64_t n = last.end - last.first;
-    *keys = (ada_far_keys){last.first, last.end, n, 1};
-    if (span.end != last.end) keys->bin = ADA_BIN, keys->bins = n / ADA_BIN;
+    *keys = (ada_far_keys){last.first, last.end, n, 1, span.end == last.end};
+    if (!keys->whole) keys->bin = ADA_BIN, keys->bins = n / ADA_BIN;
     return span.first == last.first && n > 0;
 }
 
@@ -49,7 +49,7 @@ static double landmark_operations(double keys, int64_t D, int rank) {
 
 double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t D, int64_t E, int rank) {
     const double R = rank, width = 2 * (double)(D + E), count = (double)(keys->end - keys->first);
-    const double near = keys->bin < keys->end - keys->first ? ADA_BIN / 2 + ADA_LANES : 0;
+    const double near = keys->whole ? 0 : ADA_BIN / 2 + ADA_LANES;
     return (count + queries) * (double)(D + E) * READING + R * (count * width + queries * (width + R)) +
            queries * near * width + (double)keys->bins * R * R * (double)(E + 1) +
            landmark_operations(count, D, rank);

@@ -306,7 +306,7 @@ static uint64_t distrust(const state *s, const query_scratch *x, const ada_patch
     const int64_t keys = s->far.end - s->far.first;
     uint64_t bad = 0;
     /* Scores of all centred keys have a mean of zero, so their exponentials one of at least one. */
-    const double least = s->far.bin == keys ? (double)keys / 2 : 0;
+    const double least = s->far.whole ? (double)keys / 2 : 0;
     for (int i = 0; bins && i < patch->n; i++)
         if (!((double)x->l[i] > least && x->l[i] < INFINITY)) bad |= (uint64_t)1 << i, x->l[i] = 1;
     return bad;

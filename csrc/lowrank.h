@@ -47,8 +47,8 @@ typedef struct {
 /* The keys of sequence b, from the first one on that its queries see. */
 typedef struct {
     int64_t first, end;
-    int64_t bin,
-        bins; /* keys of a bin, and how many are whole; all keys are one where all queries see them */
+    int64_t bin, bins; /* keys of a bin, and how many are whole */
+    bool whole;        /* all queries see all keys, which are one bin */
 } ada_far_keys;
 
 /* False where queries do not begin with the same key, or see none. */

@@ -288,7 +288,6 @@ static bool has_alibi(const ada_problem *p) { return p->alibi_slopes.data != NUL
 static bool has_dropout(const ada_problem *p) { return p->drop_below != 0; }
 static bool has_left_window(const ada_problem *p) { return p->window_left != ADA_UNBOUNDED; }
 static bool is_stored(const ada_problem *p) { return p->stored; }
-static bool is_on_gpu(const ada_problem *p) { return p->on_gpu; }
 static bool has_mask_on_gpu(const ada_problem *p) { return p->on_gpu && has_mask(p); }
 static bool is_wide_on_gpu(const ada_problem *p) { return p->on_gpu && (p->D > 128 || p->E > 128); }
 static bool is_double(const ada_problem *p) { return p->query.dtype == ADA_F64; }
@@ -306,8 +305,7 @@ static const struct {
              {"dropout_p", has_dropout, false, false},
              {"a KVCache", is_stored, false, false},
              {"attn_mask on a GPU", has_mask_on_gpu, false, false},
-             {"head sizes above 128 on a GPU", is_wide_on_gpu, false, false},
-             {"arrays on a GPU", is_on_gpu, true, false},
+             {"head sizes above 128 on a GPU", is_wide_on_gpu, false, true},
              {"a scale beyond fp32", has_odd_scale, false, false},
              {"attn_mask", has_mask, true, false},
              {"window[0]", has_left_window, true, false},
@@ -385,15 +383,16 @@ bool ada_plan_sparse(const ada_forecast *f, const ada_task *t, const ada_rate ra
 #define LEAST_RANKS 0.25
 
 /* Of so many operations, with nothing to pack. */
-static double seconds_of(double operations, const ada_task *t, const ada_rate *fp32) {
+static double seconds_of(double operations, const ada_task *t, const ada_rate *rate) {
     ada_task part = *t;
     part.operations = operations, part.elements = 0;
-    return ada_predicted_seconds(&part, fp32);
+    return ada_predicted_seconds(&part, rate);
 }
 
-double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                            int rank) {
     const double operations = ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
-    return seconds_of(RANK_OVERHEAD * operations, t, fp32);
+    return seconds_of(RANK_OVERHEAD * operations, t, &speed->products);
 }
 
 /* Of a kernel of scores that spread by s over d dimensions, terms of degree n + 1 of the exponential's series
@@ -409,21 +408,29 @@ static double ranks_needed(const ada_forecast *f, double error) {
     return ranks;
 }
 
-/* To look for ranks up to that one. */
-static double looking(const ada_task *t, const ada_rank_task *sizes, const ada_rate *fp32, int rank) {
+double ada_rank_looking_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                                int rank) {
     const double keys = (double)(sizes->keys.end - sizes->keys.first);
-    return seconds_of(ada_forecast_operations(keys, sizes->D, sizes->E, rank), t, fp32);
+    return speed->look_seconds +
+           seconds_of(ada_forecast_operations(keys, sizes->D, sizes->E, rank), t, &speed->looking);
+}
+
+int ada_most_ranks(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                   double seconds) {
+    int most = sizes->most;
+    while (most > 0 &&
+           !(ada_low_rank_seconds(t, sizes, speed, most) + ada_rank_looking_seconds(t, sizes, speed, most) <
+             PAYS * seconds))
+        most -= most > 16 ? 16 : most;
+    return most >= sizes->least ? most : 0;
 }
 
 int ada_ranks_to_look_at(const ada_forecast *f, const ada_task *t, const ada_rank_task *sizes,
-                         const ada_rate *fp32, double seconds) {
+                         const ada_rank_speed *speed, double seconds) {
     const double error = t->tolerance / sqrt(f->noise2);
     if (!f->finite || !(f->out2 > 0)) return 0;
-    int most = sizes->most;
-    while (most > 0 &&
-           !(ada_low_rank_seconds(t, sizes, fp32, most) + looking(t, sizes, fp32, most) < PAYS * seconds))
-        most -= most > 16 ? 16 : most;
-    return most >= sizes->least && LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
+    const int most = ada_most_ranks(t, sizes, speed, seconds);
+    return LEAST_RANKS * ranks_needed(f, error) <= most ? most : 0;
 }
 
 ada_rank_wish ada_rank_wish_of(const ada_task *t, const ada_rank_task *sizes, int most, double out2) {
@@ -435,7 +442,7 @@ ada_rank_wish ada_rank_wish_of(const ada_task *t, const ada_rank_task *sizes, in
 }
 
 bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *t,
-                       const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
+                       const ada_rank_task *sizes, const ada_rank_speed *speed, double seconds, bool forced,
                        ada_rank_choice *choice) {
     const double out2 = wish->out2 > 0 ? wish->out2 : ranks->out2, row2 = square(wish->error) * out2;
     for (int i = 0; i < ranks->levels; i++) {
@@ -447,7 +454,7 @@ bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish
                                     .gain = keeps && row2 > 0 ? level->gain / row2 : 0,
                                     .limit = keeps ? level->limit : INFINITY,
                                     .error = sqrt(relative2),
-                                    .seconds = ada_low_rank_seconds(t, sizes, fp32, level->rank)};
+                                    .seconds = ada_low_rank_seconds(t, sizes, speed, level->rank)};
         return forced || choice->seconds < PAYS * seconds;
     }
     return false;

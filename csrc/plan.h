@@ -126,16 +126,27 @@ typedef struct {
     int64_t D, E;
     int least, most; /* ranks that are allowed */
 } ada_rank_task;
-double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rate *fp32, int rank);
-/* Most landmarks with which a head may be faster than in these seconds, 0: none; and than what its own
- * statistics say that it needs at least. */
+/* How fast landmarks are attended to, and looked for; the latter takes some time whatever the head. */
+typedef struct {
+    ada_rate products, looking;
+    double look_seconds;
+} ada_rank_speed;
+double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                            int rank);
+/* To look for ranks up to that one. */
+double ada_rank_looking_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                                int rank);
+/* Most landmarks with which a head, looked for, may be faster than in these seconds, 0: none. */
+int ada_most_ranks(const ada_task *task, const ada_rank_task *sizes, const ada_rank_speed *speed,
+                   double seconds);
+/* The same, or 0 where the head's own statistics say that it needs more. */
 int ada_ranks_to_look_at(const ada_forecast *forecast, const ada_task *task, const ada_rank_task *sizes,
-                         const ada_rate *fp32, double seconds);
+                         const ada_rank_speed *speed, double seconds);
 /* What a head's ranks are looked for by; out2 as there. */
 ada_rank_wish ada_rank_wish_of(const ada_task *task, const ada_rank_task *sizes, int most, double out2);
 /* The least rank within the budget that is faster than these seconds; forced: the one that comes nearest. */
 bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish, const ada_task *task,
-                       const ada_rank_task *sizes, const ada_rate *fp32, double seconds, bool forced,
+                       const ada_rank_task *sizes, const ada_rank_speed *speed, double seconds, bool forced,
                        ada_rank_choice *choice);
 
 #endif

@@ -11,7 +11,7 @@
 #include "../csrc/adaattn.h"
 
 /* Goes up with every change of this file or of ada_problem. */
-#define ADA_CUDA_ABI 2
+#define ADA_CUDA_ABI 3
 #define ADA_CUDA_SYMBOL "ada_cuda_plugin"
 
 typedef struct {
@@ -101,6 +101,56 @@ static inline int64_t ada_cuda_head_bytes(ada_dtype dtype, int64_t width) {
 static inline int64_t ada_cuda_page_bytes(const ada_cuda_store *s, ada_dtype dtype) {
     return s->G * (ada_cuda_head_bytes(dtype, s->widths[0]) + ada_cuda_head_bytes(dtype, s->widths[1]));
 }
+
+/* What landmarks are chosen from (csrc/landmarks.h): of each head the mean of its keys, the furthest key of
+ * those whose numbers have the same remainder by ADA_CUDA_FAR, rows. */
+#define ADA_CUDA_FAR 32
+typedef struct {
+    int64_t head;        /* b * H + h */
+    int64_t first, end;  /* the keys that its queries see */
+    const int64_t *keys; /* [n_keys] to be sampled */
+    int64_t n_keys;
+} ada_cuda_sampled;
+/* Of all heads. */
+typedef struct {
+    int64_t keys;         /* the largest n_keys */
+    const int64_t *query; /* [queries] to be sampled */
+    int64_t queries;
+    int64_t measured, step; /* so many queries, every step-th, have their norms taken */
+} ada_cuda_sampling;
+/* Where a head's floats are, of so many. */
+typedef struct {
+    int64_t mean;    /* [D] of the keys */
+    int64_t spread;  /* sum of their squared distances from it */
+    int64_t far2;    /* [ADA_CUDA_FAR] of the furthest keys; -1 where there is none */
+    int64_t far;     /* likewise which keys, int32_t */
+    int64_t query2;  /* [measured] squared norms */
+    int64_t keys;    /* [n_keys + ADA_CUDA_FAR][D] the sampled keys, then the furthest */
+    int64_t values;  /* [n_keys][E] */
+    int64_t queries; /* [queries][D] */
+    int64_t floats;
+} ada_cuda_sample_at;
+
+static inline ada_cuda_sample_at ada_cuda_sample_layout(int64_t D, int64_t E, const ada_cuda_sampling *s) {
+    ada_cuda_sample_at at;
+    at.mean = 0, at.spread = at.mean + D;
+    at.far2 = at.spread + 1, at.far = at.far2 + ADA_CUDA_FAR;
+    at.query2 = at.far + ADA_CUDA_FAR, at.keys = at.query2 + s->measured;
+    at.values = at.keys + (s->keys + ADA_CUDA_FAR) * D, at.queries = at.values + s->keys * E;
+    at.floats = at.queries + s->queries * D;
+    return at;
+}
+
+/* A head that landmarks stand for (csrc/lowrank.h): floats of the host. */
+#define ADA_CUDA_BIN 256
+typedef struct {
+    int64_t head, first, end;
+    bool whole;   /* all queries see all of these keys; else sums are kept at every ADA_CUDA_BIN of them */
+    int32_t rank; /* a multiple of 16 */
+    double query_factor, key_factor;
+    const float *mean, *point, *basis; /* [D], [rank][D], [rank][rank] */
+    double gain, limit;                /* of a row's residual over its squared sum: to budgets, and at most */
+} ada_cuda_landmarks;
 
 /* A problem on its way: its vectors on the device. */
 typedef struct ada_cuda_call ada_cuda_call;
@@ -201,6 +251,18 @@ typedef struct {
      * them; scales, unless NULL: of int8 pages of keys, then of values, [2][B][G][columns - 1]. */
     int (*store_read)(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
                       const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
+
+    /* Of heads, each so many floats. */
+    int (*take_sample)(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n,
+                       const ada_cuda_sampling *what, float *to, ada_cuda_failure *failure);
+    /* execute by landmarks, in float, which waits: shift2 [n][T] tells of each row its estimated squared
+     * error in budgets; below 0: it is not to be had so, and was not computed. */
+    int (*execute_low_rank)(ada_cuda_call *call, const ada_cuda_landmarks *heads, int64_t n, float *shift2,
+                            ada_cuda_failure *failure);
+    /* These rows exactly for their dtype, in order. */
+    int (*execute_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_failure *failure);
+    /* Operations that the call's device computes in a second on plain arithmetic of floats, at best. */
+    double (*plain_operations)(const ada_cuda_call *call);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

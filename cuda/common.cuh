@@ -20,6 +20,11 @@ typedef struct {
 /* So many elements read or written at once. */
 template <typename T, int N> struct alignas(sizeof(T) * N) ada_vector { T x[N]; };
 
+template <typename REAL> ADA_DEVICE REAL ada_sum_of_warp(REAL x) {
+    for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
+    return x;
+}
+
 static inline int64_t ada_divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 /* Whether rows of an array can be read and written four elements at a time. */

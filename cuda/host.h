@@ -70,6 +70,8 @@ class Memory {
 
 /* Results of a call, waited for. */
 int fetch(cudaStream_t stream, void *to, const void *from, size_t bytes, ada_cuda_failure *failure);
+/* The table's upload. */
+int upload(int device, uintptr_t stream, void *to, const void *from, int64_t n, ada_cuda_failure *failure);
 /* Words of 8 bytes to the device. */
 cudaError_t send_words(void *to, const void *from, int64_t bytes, cudaStream_t stream);
 /* Capability and multiprocessors of the device. */
@@ -113,6 +115,12 @@ int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads,
                    ada_cuda_failure *failure);
 int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
                  ada_picture *picture, ada_cuda_failure *failure);
+int take_sample(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n, const ada_cuda_sampling *what,
+                float *to, ada_cuda_failure *failure);
+int execute_low_rank(ada_cuda_call *call, const ada_cuda_landmarks *heads, int64_t n, float *shift2,
+                     ada_cuda_failure *failure);
+int execute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_failure *failure);
+double plain_operations(const ada_cuda_call *call);
 int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
               ada_cuda_failure *failure);
 

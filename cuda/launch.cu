@@ -258,3 +258,12 @@ cudaError_t ada_cu_exact_rows(const ada_cu_params *p, const int32_t *pairs, int3
     a.pairs = pairs, a.rows = n, a.o = o, a.lse = lse;
     return ada_k0_run(a, true, k0_blocks(p, n), stream);
 }
+
+cudaError_t ada_cu_attend_rows(const ada_cu_params *p, const int32_t *list, int32_t n, int32_t *again,
+                               cudaStream_t stream) {
+    ada_k0_args a = k0_args(p);
+    a.list = list, a.again = again;
+    cudaError_t error = cudaMemsetAsync(again, 0, 4, stream);
+    if (!error) error = ada_k0_run(a, false, k0_blocks(p, n), stream);
+    return error ? error : run_again(p, again, stream);
+}

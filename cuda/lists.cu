@@ -18,10 +18,6 @@ enum { THREADS = 128, WARPS = THREADS / 32, ROWS = 64, BLOCK = ADA_LIST_BLOCK };
 #define ADA_SLACK 0.000244140625f /* of the product of two norms */
 #define ADA_KEYS_OF_BLOCK 6       /* octaves */
 
-ADA_DEVICE float sum_of_warp(float x) {
-    for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
-    return x;
-}
 /* NaN wins. */
 ADA_DEVICE float larger(float x, float y) { return !(x <= y) ? x : y; }
 
@@ -71,12 +67,12 @@ ADA_KERNEL(THREADS, 1) sum_up_blocks(ADA_ARGS(ada_lists_args) a) {
                 ada_element<float>(values + j * p.value.stride[2] + e * p.value.stride[3], p.dtype);
             norm2 += x * x;
         }
-        apart2 = sum_of_warp(apart2), norm2 = sum_of_warp(norm2);
+        apart2 = ada_sum_of_warp(apart2), norm2 = ada_sum_of_warp(norm2);
         const bool finite = norm2 < ADA_INF;
         reach2 = larger(finite ? apart2 : ADA_INF, reach2);
         if (finite) most2 = fmaxf(most2, norm2), value2 += norm2;
     }
-    drift2 = sum_of_warp(drift2), size2 = sum_of_warp(size2);
+    drift2 = ada_sum_of_warp(drift2), size2 = ada_sum_of_warp(size2);
     if (lane == 0) {
         float *own = each + 5 * warp;
         own[0] = drift2, own[1] = size2, own[2] = reach2, own[3] = most2, own[4] = value2;
@@ -103,7 +99,7 @@ ADA_KERNEL(32, 1) merge_values(ADA_ARGS(ada_lists_args) a) {
         const ada_block_figures f = a.figures[(int64_t)head * a.blocks + i];
         most = fmaxf(most, f.value_most), sum += f.value2 / (float)(keys > 0 ? keys : 1);
     }
-    sum = sum_of_warp(sum);
+    sum = ada_sum_of_warp(sum);
     for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, ada_shuffle_xor(most, lanes));
     if (ada_thread() == 0) a.values[head] = {most, sqrtf(sum)};
 }
@@ -153,11 +149,11 @@ ADA_DEVICE void load_queries(const ada_lists_args &a, const ada_sequence &s, int
                 score[i] += x * k, key2[i] += k * k;
             }
         }
-        norm2 = sum_of_warp(norm2), rest2 = sum_of_warp(rest2);
+        norm2 = ada_sum_of_warp(norm2), rest2 = ada_sum_of_warp(rest2);
         float floor = -ADA_INF;
         ADA_UNROLL for (int i = 0; i < 2; i++) {
-            const float dot = sum_of_warp(score[i]) * (float)(p.scale * ADA_LOG2E);
-            const float slack = ADA_SLACK * sqrtf(norm2 * sum_of_warp(key2[i])) * octaves;
+            const float dot = ada_sum_of_warp(score[i]) * (float)(p.scale * ADA_LOG2E);
+            const float slack = ADA_SLACK * sqrtf(norm2 * ada_sum_of_warp(key2[i])) * octaves;
             if (span.first < span.end) floor = fmaxf(floor, dot - slack - ADA_KEYS_OF_BLOCK);
         }
         if (lane == 0)

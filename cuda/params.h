@@ -114,6 +114,12 @@ cudaError_t ada_cu_attend(const ada_cu_params *p, cudaStream_t stream);
 cudaError_t ada_cu_exact_rows(const ada_cu_params *p, const int32_t *pairs, int32_t n, double *o, double *lse,
                               cudaStream_t stream);
 
+/* out and lse of rows of any heads, in float and, where that cannot hold them, in double: list has room for
+ * ADA_AGAIN_LIST + n numbers, the first one is n, rows stand from ADA_AGAIN_LIST on as head * T + row; again
+ * is as large and overwritten. */
+cudaError_t ada_cu_attend_rows(const ada_cu_params *p, const int32_t *list, int32_t n, int32_t *again,
+                               cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -114,6 +114,8 @@ int prepare_staging(Event events[2], ada_cuda_failure *failure) {
 
 size_t piece_at(size_t at, size_t bytes) { return bytes - at < PIECE ? bytes - at : PIECE; }
 
+} // namespace
+
 int upload(int device, uintptr_t stream, void *to, const void *from, int64_t n, ada_cuda_failure *failure) {
     ON_DEVICE(device);
     const std::lock_guard<std::mutex> lock(staging_lock);
@@ -131,6 +133,8 @@ int upload(int device, uintptr_t stream, void *to, const void *from, int64_t n, 
     for (Event &event : events) TRY(cudaEventSynchronize(event.event));
     return 0;
 }
+
+namespace {
 
 int download(int device, uintptr_t stream, void *to, const void *from, int64_t n, ada_cuda_failure *failure) {
     ON_DEVICE(device);
@@ -235,7 +239,9 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               merge,        convert,
                               use_store,    store_set,
                               store_copy,   store_append,
-                              store_reopen, store_read};
+                              store_reopen, store_read,
+                              take_sample,  execute_low_rank,
+                              execute_rows, plain_operations};
 
 } // namespace
 } // namespace ada_cuda

@@ -11,11 +11,6 @@ ADA_DEVICE const char *row_at(const ada_cu_array &a, int b, int h, int64_t row) 
     return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + row * a.stride[2];
 }
 
-ADA_DEVICE float sum_of_warp(float x) {
-    for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
-    return x;
-}
-
 ADA_DEVICE float most_of_warp(float x) {
     for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, ada_shuffle_xor(x, lanes));
     return x;
@@ -120,8 +115,8 @@ ADA_KERNEL(THREADS, 1) figure_rows(ADA_ARGS(ada_probe_args) a) {
         f.norm2 += x2;
         f.most = fmaxf(f.most, fabsf(x));
     }
-    f.spread = sum_of_warp(f.spread), f.by_mean = sum_of_warp(f.by_mean);
-    f.norm2 = sum_of_warp(f.norm2), f.most = most_of_warp(f.most);
+    f.spread = ada_sum_of_warp(f.spread), f.by_mean = ada_sum_of_warp(f.by_mean);
+    f.norm2 = ada_sum_of_warp(f.norm2), f.most = most_of_warp(f.most);
     if (ada_thread() % 32 == 0) a.figures[i] = f;
 }
 

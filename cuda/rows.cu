@@ -25,11 +25,6 @@ template <typename REAL> ADA_DEVICE REAL most_of_warp(REAL x) {
     return x;
 }
 
-template <typename REAL> ADA_DEVICE REAL sum_of_warp(REAL x) {
-    for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
-    return x;
-}
-
 /* Of a row: what its scores depend on. */
 template <typename REAL> struct row_facts {
     ada_span span;
@@ -163,7 +158,7 @@ template <typename REAL> ADA_KERNEL(THREADS, 1) part_of_rows(ADA_ARGS(ada_rows_a
         if (p.drop_below && ada_dropped(p, random, first + j)) w = 0;
         *ada_shared_at<REAL>(w_at(row, j)) = w;
     }
-    l = sum_of_warp(l);
+    l = ada_sum_of_warp(l);
     if (lane == 0) {
         double *part = to + row * (PART_O + p.E);
         part[PART_M] = (double)m, part[PART_L] = (double)l, part[PART_SAW] = saw, part[PART_BAD] = bad;

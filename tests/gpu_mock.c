@@ -263,7 +263,21 @@ static int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_c
     return fails("merge", failure) || ada_merge(m, NULL, NULL, &error);
 }
 
-/* It keeps no caches: these functions are missing. */
+/* Finds keys that are not numbers, so that no head has landmarks. */
+static int take_sample(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n,
+                       const ada_cuda_sampling *what, float *to, ada_cuda_failure *failure) {
+    const ada_cuda_sample_at at = ada_cuda_sample_layout(call->problem.D, call->problem.E, what);
+    (void)heads;
+    for (int64_t i = 0; i < n * at.floats; i++) to[i] = NAN;
+    return fails("take_sample", failure);
+}
+
+static double plain_operations(const ada_cuda_call *call) {
+    (void)call;
+    return 1e12;
+}
+
+/* It keeps no caches, and attends to no landmarks: these functions are missing. */
 static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .problem_bytes = sizeof(ada_problem),
                                      .version = "mock",
@@ -287,8 +301,9 @@ static const ada_cuda_table table = {.abi = MOCK_ABI,
                                      .row_norms = row_norms,
                                      .leaves_out = leaves_out,
                                      .gradients = gradients,
-
-                                     .merge = merge};
+                                     .merge = merge,
+                                     .take_sample = take_sample,
+                                     .plain_operations = plain_operations};
 
 #ifndef MOCK_WITHOUT_SYMBOL
 const ada_cuda_table *ada_cuda_plugin(void) { return &table; }
