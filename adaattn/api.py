@@ -105,8 +105,8 @@ def attention(
         it makes little difference. Heads of low rank: few landmarks stand for all keys. "dense" leaves
         nothing out. "sparse" and "low_rank" by name win over the planner, at any length: they are verified,
         and replaced (``retried``) only where the head's numbers do not allow them, or where there are fewer
-        than 64 queries or keys for "sparse". On a GPU there is no low rank, and what sparse heads leave out
-        is not computed at all. See the notes.
+        than 64 queries or keys for "sparse". On a GPU what sparse heads leave out is not computed at all. See
+        the notes.
     min_rank, max_rank : int, optional
         Least and most landmarks of a head of low rank; the least rank that keeps the tolerance is taken. By
         default from 1 to 512, as many as keys at most.

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import adaattn
-from adaattn.bench.heads import many, topics
+from adaattn.bench.heads import many, smooth, topics
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -343,6 +343,42 @@ def sparse(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def low_rank(quick: bool) -> list[dict[str, Any]]:
+    """Heads that are built smooth: all keys against landmarks."""
+    rows = []
+    for S in (4096,) if quick else (16384, 65536):
+        heads = many(lambda seed, S=S: smooth(S, 128, seed=seed), 1, 8)
+        for name in ("bf16", "fp32"):
+            arrays = [
+                torch.from_numpy(x).cuda().to(DTYPES[name]) for x in (heads.query, heads.key, heads.value)
+            ]
+            plans = {
+                kind: adaattn.plan(*arrays, structure=kind, tolerance=1e-2)
+                for kind in ("dense", "low_rank", "auto")
+            }
+            out, report = adaattn.attention(*arrays, plan=plans["low_rank"], return_report=True)
+            contenders: dict[str, Run] = {
+                kind: lambda a=arrays, p=plan: adaattn.attention(*a, plan=p, verify=False)
+                for kind, plan in plans.items()
+                if kind != "auto"
+            }
+            contenders["within"] = lambda a=arrays: adaattn.attention(*a, tolerance=1e-2)
+            contenders["within, dense"] = lambda a=arrays: adaattn.attention(
+                *a, structure="dense", tolerance=1e-2
+            )
+            rows.append(
+                {
+                    "dtype": name,
+                    "S": S,
+                    "rank": float(report.rank.mean()),
+                    "chosen": int((plans["auto"].structure == "low_rank").sum()),
+                    "error": relative(out[:, :1], exact(*(x[:, :1] for x in arrays), False)),
+                    "ms": race(contenders, 0.1),
+                }
+            )
+    return rows
+
+
 def overhead() -> dict[str, float]:
     """Microseconds of the host per call of a small problem, the GPU keeping up."""
     x = torch.randn(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
@@ -438,6 +474,7 @@ def main() -> None:
     step("overhead", overhead)
     step("budget", lambda: budget(arguments.quick))
     step("sparse", lambda: sparse(arguments.quick))
+    step("low rank", lambda: low_rank(arguments.quick))
     if not (arguments.quick or arguments.no_tests):
         step("tests", lambda: run_tests(folder, False))
     if arguments.sanitize:
@@ -506,6 +543,10 @@ def print_tables(result: dict[str, Any]) -> None:
     for r in result["sparse"] or []:
         times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "sparse", "within", "within, dense"))
         print(f"{r['dtype']:5} {r['S']:6} {r['kept']:5.2f} {r['chosen']:7} {r['error']:9.1e}{times}")
+    print("\nbuilt smooth, ms\ndtype      S  rank  chosen     error    dense low rank   within  (dense)")
+    for r in result["low rank"] or []:
+        times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "low_rank", "within", "within, dense"))
+        print(f"{r['dtype']:5} {r['S']:6} {r['rank']:5.0f} {r['chosen']:7} {r['error']:9.1e}{times}")
     print(f"\nhost, µs per call: {result['overhead']}")
     print(f"seconds: { {name: round(x, 1) for name, x in result['seconds'].items()} }")
     print(f"tests: {result.get('tests')}; sanitizer: {result.get('sanitizer')}")

@@ -127,8 +127,8 @@ static ada_rank_speed speed_of(ada_attending *a, ada_cuda_call *call) {
     const double host = HOST_GFLOPS * (double)ada_threads_for(a->p, ada_head_count(a), INFINITY);
     const double bytes = (double)(batch_of(a, NULL, 1).at.floats * (int64_t)sizeof(float));
     return (ada_rank_speed){.products = {.gflops = {plain, plain}},
-                            .looking = {.gflops = {host, host}},
-                            .look_seconds = LOOK_SECONDS + BYTE_SECONDS * bytes};
+                            .choosing = {.gflops = {host, host}},
+                            .sample_seconds = LOOK_SECONDS + BYTE_SECONDS * bytes};
 }
 
 /* Most landmarks of a head that it may gain by, 0: none. */

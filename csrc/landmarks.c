@@ -42,7 +42,7 @@ int64_t ada_bins_seen(const ada_problem *p, const ada_far_keys *keys, int64_t b,
     return n > 0 ? n / keys->bin : 0;
 }
 
-static double landmark_operations(double keys, int64_t D, int rank) {
+double ada_landmark_operations(double keys, int64_t D, int rank) {
     const double R = rank, sample = fmin(keys, ADA_SAMPLE + ADA_FURTHEST);
     return sample * R * (2 * (double)D + 2 * R) + R * R * R;
 }
@@ -51,13 +51,12 @@ double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t
     const double R = rank, width = 2 * (double)(D + E), count = (double)(keys->end - keys->first);
     const double near = keys->whole ? 0 : ADA_BIN / 2 + ADA_LANES;
     return (count + queries) * (double)(D + E) * READING + R * (count * width + queries * (width + R)) +
-           queries * near * width + (double)keys->bins * R * R * (double)(E + 1) +
-           landmark_operations(count, D, rank);
+           queries * near * width + (double)keys->bins * R * R * (double)(E + 1);
 }
 
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank) {
     const double sample = fmin(keys, ADA_SAMPLE + ADA_FURTHEST);
-    return landmark_operations(keys, D, rank) +
+    return ada_landmark_operations(keys, D, rank) +
            sample * ADA_LANES * 2 * (rank + (double)(ADA_RANK_LEVELS * E + D));
 }
 

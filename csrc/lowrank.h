@@ -84,9 +84,11 @@ typedef struct {
 ada_status ada_execute_low_rank(const ada_problem *p, const ada_low_rank *low, const int64_t *heads,
                                 int64_t n_heads, bool (*interrupt)(void *), void *context, ada_error *error);
 
-/* Operations of a head's landmarks and attention. */
+/* Operations of choosing a head's landmarks, */
+double ada_landmark_operations(double keys, int64_t D, int rank);
+/* of attention to them, */
 double ada_low_rank_operations(const ada_far_keys *keys, double queries, int64_t D, int64_t E, int rank);
-/* And of a forecast up to that rank. */
+/* and of a forecast up to that rank. */
 double ada_forecast_operations(double keys, int64_t D, int64_t E, int rank);
 
 #endif

@@ -391,8 +391,10 @@ static double seconds_of(double operations, const ada_task *t, const ada_rate *r
 
 double ada_low_rank_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,
                             int rank) {
+    const double keys = (double)(sizes->keys.end - sizes->keys.first);
     const double operations = ada_low_rank_operations(&sizes->keys, sizes->queries, sizes->D, sizes->E, rank);
-    return seconds_of(RANK_OVERHEAD * operations, t, &speed->products);
+    return speed->sample_seconds + seconds_of(RANK_OVERHEAD * operations, t, &speed->products) +
+           seconds_of(RANK_OVERHEAD * ada_landmark_operations(keys, sizes->D, rank), t, &speed->choosing);
 }
 
 /* Of a kernel of scores that spread by s over d dimensions, terms of degree n + 1 of the exponential's series
@@ -411,8 +413,8 @@ static double ranks_needed(const ada_forecast *f, double error) {
 double ada_rank_looking_seconds(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,
                                 int rank) {
     const double keys = (double)(sizes->keys.end - sizes->keys.first);
-    return speed->look_seconds +
-           seconds_of(ada_forecast_operations(keys, sizes->D, sizes->E, rank), t, &speed->looking);
+    return speed->sample_seconds +
+           seconds_of(ada_forecast_operations(keys, sizes->D, sizes->E, rank), t, &speed->choosing);
 }
 
 int ada_most_ranks(const ada_task *t, const ada_rank_task *sizes, const ada_rank_speed *speed,

@@ -126,10 +126,11 @@ typedef struct {
     int64_t D, E;
     int least, most; /* ranks that are allowed */
 } ada_rank_task;
-/* How fast landmarks are attended to, and looked for; the latter takes some time whatever the head. */
+/* How fast landmarks are attended to, and chosen; before that a sample is taken, of which so long is waited
+ * for. */
 typedef struct {
-    ada_rate products, looking;
-    double look_seconds;
+    ada_rate products, choosing;
+    double sample_seconds;
 } ada_rank_speed;
 double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rank_speed *speed,
                             int rank);

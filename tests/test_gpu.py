@@ -10,7 +10,7 @@ from support import BF16, CASES, DTYPES, F16, F32, F64, SHAPES, Array, Shape, in
 
 import adaattn
 from adaattn import reference
-from adaattn.bench.heads import topics
+from adaattn.bench.heads import smooth, topics
 
 INFO = adaattn.gpu_info()
 if not INFO["available"]:
@@ -278,6 +278,45 @@ def test_sparse_plans_are_captured() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
+
+
+# ---- heads of low rank
+
+
+@pytest.mark.parametrize("D", [40, 64, 128])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_heads_of_low_rank(dtype: Any, D: int) -> None:
+    made = [smooth(4096, D, seed=seed) for seed in range(2)]
+    arrays = [
+        to_gpu(np.concatenate([getattr(x, name) for x in made], 1).astype(dtype))
+        for name in ("query", "key", "value")
+    ]
+    for options in ({}, {"causal": True}, {"kv_lengths": [4000]}, {"sinks": [0.5, 1.0]}):
+        asked = {"structure": "low_rank", "tolerance": 1e-2, "return_report": True, "return_lse": True}
+        out, lse, report = adaattn.attention(*arrays, **asked, **options)
+        assert (report.structure == "low_rank").all() and not report.retried.any()
+        assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all() and (report.verified_rows > 0).all()
+        exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
+        assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
+        assert float((lse - exact_lse).abs().max()) <= 1e-2
+        for verify in (True, False):
+            again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
+            assert torch.equal(again, out)
+
+
+def test_rows_that_landmarks_do_not_span() -> None:
+    """Some queries look at one key each, far beyond the others."""
+    query, key, value = (
+        to_gpu(x) for x in (smooth(4096, 64).query, smooth(4096, 64).key, smooth(4096, 64).value)
+    )
+    key = key.clone()
+    key[0, 0, 700] += 3 * torch.randn_like(key[0, 0, 700])
+    query[0, 0, 5] = 4 * (key[0, 0, 700] - key.mean(2)[0, 0])
+    exact = to_cpu(adaattn.attention(query, key, value, precision="fp64"))
+    plan = adaattn.plan(query, key, value, structure="low_rank", tolerance=1e-2)
+    out, report = adaattn.attention(query, key, value, plan=plan, verify=False, return_report=True)
+    assert report.structure.item() == "low_rank"
+    assert relative(out, exact) <= 1e-2 and relative(out[:, :, 5], exact[:, :, 5]) <= 1e-2
 
 
 def test_plans_are_quiet() -> None:
