@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import adaattn
-from adaattn.bench.heads import many, smooth, topics
+from adaattn.bench.heads import many, topics, walk
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -344,10 +344,10 @@ def sparse(quick: bool) -> list[dict[str, Any]]:
 
 
 def low_rank(quick: bool) -> list[dict[str, Any]]:
-    """Heads that are built smooth: all keys against landmarks."""
+    """Heads whose keys follow a walk: all keys against landmarks."""
     rows = []
     for S in (4096,) if quick else (16384, 65536):
-        heads = many(lambda seed, S=S: smooth(S, 128, seed=seed), 1, 8)
+        heads = many(lambda seed, S=S: walk(S, 128, seed=seed), 1, 8)
         for name in ("bf16", "fp32"):
             arrays = [
                 torch.from_numpy(x).cuda().to(DTYPES[name]) for x in (heads.query, heads.key, heads.value)
@@ -543,7 +543,7 @@ def print_tables(result: dict[str, Any]) -> None:
     for r in result["sparse"] or []:
         times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "sparse", "within", "within, dense"))
         print(f"{r['dtype']:5} {r['S']:6} {r['kept']:5.2f} {r['chosen']:7} {r['error']:9.1e}{times}")
-    print("\nbuilt smooth, ms\ndtype      S  rank  chosen     error    dense low rank   within  (dense)")
+    print("\nbuilt low rank, ms\ndtype      S  rank  chosen     error    dense low rank   within  (dense)")
     for r in result["low rank"] or []:
         times = "".join(f"{r['ms'].get(x, 0):9.2f}" for x in ("dense", "low_rank", "within", "within, dense"))
         print(f"{r['dtype']:5} {r['S']:6} {r['rank']:5.0f} {r['chosen']:7} {r['error']:9.1e}{times}")

@@ -22,7 +22,7 @@ from heads import Heads, bundled, errors, gaussian
 from instruments import RATES, add_parts, part_of, read_json, use_rates, verdict, write_json
 from report import show_table
 
-from adaattn.bench.heads import topics
+from adaattn.bench.heads import topics, walk
 from adaattn.bench.peers import build_torch
 from adaattn.bench.timing import plural
 
@@ -48,17 +48,8 @@ def needles(length: int) -> Heads:
 
 
 def smooth(length: int, dims: int, spread: float, *, causal: bool = False) -> Heads:
-    """Diffuse rows over keys that follow a random walk through few dimensions; independent values."""
-    rng = np.random.default_rng(dims)
-    walk = np.cumsum(rng.standard_normal((length, dims)), axis=0)
-    walk = (walk - walk.mean(axis=0)) / walk.std(axis=0)
-    basis = np.linalg.qr(rng.standard_normal((64, dims)))[0].T
-    k, q = walk @ basis, rng.standard_normal((length, dims)) @ basis
-    q *= 8 * spread / np.std(q[:512] @ k.T)
-    v = rng.standard_normal((length, 64))
-    arrays = [x[None, None].astype(np.float32) for x in (q, k + rng.standard_normal(64), v)]
-    name = f"walk, {dims} dimensions, spread {spread:g}"
-    return Heads(f"{name}, causal" if causal else name, *arrays, {"causal": True} if causal else {})
+    heads = walk(length, dims=dims, spread=spread, seed=dims)
+    return replace(heads, name=f"{heads.name}, causal", options={"causal": True}) if causal else heads
 
 
 WALKS = ((2, 1.0), (4, 0.5), (4, 1.0), (8, 0.3), (8, 0.5))
@@ -69,9 +60,9 @@ SETS: dict[str, Callable[[], Iterator[Heads]]] = {
     "bytelm 8192": lambda: bundled(8192),
     "bytelm 16384": lambda: bundled(16384),
     "built sparse 16384": lambda: iter([topics(16384)]),
-    "built low rank 4096": lambda: (smooth(4096, *walk) for walk in WALKS),
-    "built low rank 16384": lambda: (smooth(16384, *walk) for walk in WALKS),
-    "built low rank 16384, causal": lambda: (smooth(16384, *walk, causal=True) for walk in WALKS),
+    "built low rank 4096": lambda: (smooth(4096, *each) for each in WALKS),
+    "built low rank 16384": lambda: (smooth(16384, *each) for each in WALKS),
+    "built low rank 16384, causal": lambda: (smooth(16384, *each, causal=True) for each in WALKS),
     "needles 8192": lambda: iter([needles(8192)]),
     "gaussian 1.5, 4096": lambda: iter([gaussian(1.5, 4096, 4096, causal=True)]),
     "gaussian 1.5, 16384": lambda: iter([gaussian(1.5, 16384, 16384, causal=True)]),

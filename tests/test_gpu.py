@@ -10,7 +10,7 @@ from support import BF16, CASES, DTYPES, F16, F32, F64, SHAPES, Array, Shape, in
 
 import adaattn
 from adaattn import reference
-from adaattn.bench.heads import smooth, topics
+from adaattn.bench.heads import topics, walk
 
 INFO = adaattn.gpu_info()
 if not INFO["available"]:
@@ -286,7 +286,7 @@ def test_sparse_plans_are_captured() -> None:
 @pytest.mark.parametrize("D", [40, 64, 128])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 def test_heads_of_low_rank(dtype: Any, D: int) -> None:
-    made = [smooth(4096, D, seed=seed) for seed in range(2)]
+    made = [walk(4096, D, seed=seed) for seed in range(2)]
     arrays = [
         to_gpu(np.concatenate([getattr(x, name) for x in made], 1).astype(dtype))
         for name in ("query", "key", "value")
@@ -306,10 +306,8 @@ def test_heads_of_low_rank(dtype: Any, D: int) -> None:
 
 def test_rows_that_landmarks_do_not_span() -> None:
     """Some queries look at one key each, far beyond the others."""
-    query, key, value = (
-        to_gpu(x) for x in (smooth(4096, 64).query, smooth(4096, 64).key, smooth(4096, 64).value)
-    )
-    key = key.clone()
+    heads = walk(4096)
+    query, key, value = (to_gpu(x) for x in (heads.query, heads.key, heads.value))
     key[0, 0, 700] += 3 * torch.randn_like(key[0, 0, 700])
     query[0, 0, 5] = 4 * (key[0, 0, 700] - key.mean(2)[0, 0])
     exact = to_cpu(adaattn.attention(query, key, value, precision="fp64"))

@@ -125,6 +125,19 @@ def smooth(S: int, D: int = 64, *, waves: int = 8, seed: int = 0) -> Heads:
     return Heads("built smooth", query, key, value)
 
 
+def walk(S: int, D: int = 64, *, dims: int = 4, spread: float = 0.5, seed: int = 0) -> Heads:
+    """Diffuse rows over keys that follow a random walk through few dimensions; independent values."""
+    rng = np.random.default_rng(seed)
+    path = np.cumsum(rng.standard_normal((S, dims)), axis=0)
+    path = (path - path.mean(axis=0)) / path.std(axis=0)
+    basis = np.linalg.qr(rng.standard_normal((D, dims)))[0].T
+    k, q = path @ basis, rng.standard_normal((S, dims)) @ basis
+    q *= np.sqrt(D) * spread / np.std(q[:512] @ k.T)
+    v = rng.standard_normal((S, D))
+    query, key, value = (x[None, None].astype(np.float32) for x in (q, k + rng.standard_normal(D), v))
+    return Heads(f"walk, {dims} dimensions, spread {spread:g}", query, key, value)
+
+
 def many(make: Callable[[int], Heads], batch: int, heads: int) -> Heads:
     """So many heads, each made of a seed of its own."""
     made = [make(seed) for seed in range(batch * heads)]
