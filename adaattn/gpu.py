@@ -122,33 +122,32 @@ def _blas_candidates() -> Iterator[str | None]:
     yield from ("libcublasLt.so.13", "libcublasLt.so.12")
 
 
-def open_blas() -> None:
-    """Open cuBLAS, which matrix products take.
+def open_blas(device: int) -> None:
+    """Open cuBLAS, which matrix products take, on a device.
 
     Raises
     ------
     DeviceError
-        There is none, or no GPU.
+        There is none that works, or no GPU.
     """
-    global _blas_is_open
-    if _blas_is_open:
+    if device in _blas_is_open_on:
         return
     _devices()
-    reason = ""
+    tried = []
     for path in _blas_candidates():
         try:
-            _adaattn._gpu_open_blas(path)
-            _blas_is_open = True
+            _adaattn._gpu_open_blas(path, device)
+            _blas_is_open_on.add(device)
             return
         except DeviceError as error:
-            reason = str(error)
+            tried.append(f"{path or 'this process'}: {error}")
     raise DeviceError(
         "cuBLAS: expected libcublasLt.so of version 12 or 13 in this process, in NVIDIA's wheels (pip "
-        f"install nvidia-cublas) or where the system's loader looks, got none that works ({reason})"
+        f"install nvidia-cublas) or where the system's loader looks, got none that works ({'; '.join(tried)})"
     )
 
 
-_blas_is_open = False
+_blas_is_open_on: set[int] = set()
 
 
 class DeviceArray:

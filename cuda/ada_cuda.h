@@ -152,9 +152,9 @@ typedef struct {
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
 
-    /* Opens cuBLAS: the one that the process has already (NULL), of this path, or of this name where the
-     * system's loader finds it. Once it is open, it stays. */
-    int (*open_blas)(const char *path, ada_cuda_failure *failure);
+    /* Opens cuBLAS on a device: the one that the process has already (NULL), of this path, or of this name
+     * where the system's loader finds it. Once one works, it stays, and is the one of every device. */
+    int (*open_blas)(const char *path, int device, ada_cuda_failure *failure);
     /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS. */
     int (*multiply)(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
     /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */

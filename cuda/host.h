@@ -104,7 +104,7 @@ int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_ro
 int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
                  double *out_o, double *out_lse, ada_cuda_failure *failure);
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
-int open_blas(const char *path, ada_cuda_failure *failure);
+int open_blas(const char *path, int device, ada_cuda_failure *failure);
 int multiply(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
 int product_error(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                   ada_cuda_failure *failure);

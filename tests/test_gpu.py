@@ -727,6 +727,20 @@ def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
                 assert float((y.double() - b.double() - right).norm() / right.norm()) < error
 
 
+def test_graph_capture_of_linear() -> None:
+    x, weight = torch.randn(64, 256, device="cuda"), torch.randn(128, 256, device="cuda")
+    for product in ("fp32", "bf16", "fp16"):
+        adaattn.linear(x, weight, precision=product)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = adaattn.linear(x, weight, precision=product)
+        x.copy_(torch.randn_like(x))
+        expected = adaattn.linear(x, weight, precision=product)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected), product
+
+
 # ---- few queries, caches, merging
 
 

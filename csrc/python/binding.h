@@ -144,7 +144,7 @@ PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none);
 PyObject *ada_py_gpu_allocate(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_export(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_order(PyObject *module, PyObject *args);
-PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *path);
+PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *args);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);

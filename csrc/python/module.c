@@ -621,8 +621,9 @@ PyDoc_STRVAR(
     "_gpu_linear($module, x, weight, bias, product, features, allocate, /)\n--\n\n"
     "x weight^T + bias on a GPU by the product of this index, and its error measured on these features "
     "(NaN: on none); None where there is no such product. bias has shape (1, N).");
-PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, /)\n--\n\n"
-                                "Opens cuBLAS: the process's own (None), or at a path, or by a name.");
+PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, device, /)\n--\n\n"
+                                "Opens cuBLAS on a device: the process's own (None), or at a path, or by a "
+                                "name.");
 PyDoc_STRVAR(store_doc, "Of caches on a GPU: what adaattn.pages asks for.");
 
 static PyMethodDef methods[] = {
@@ -641,7 +642,7 @@ static PyMethodDef methods[] = {
     {"_gpu_export", ada_py_gpu_export, METH_VARARGS, gpu_export_doc},
     {"_gpu_order", ada_py_gpu_order, METH_VARARGS, gpu_order_doc},
     {"_gpu_linear", (PyCFunction)(void (*)(void))ada_py_gpu_linear, METH_FASTCALL, gpu_linear_doc},
-    {"_gpu_open_blas", ada_py_gpu_open_blas, METH_O, gpu_open_blas_doc},
+    {"_gpu_open_blas", ada_py_gpu_open_blas, METH_VARARGS, gpu_open_blas_doc},
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"_store_bytes", ada_py_store_bytes, METH_VARARGS, store_doc},
     {"_store_address", ada_py_store_address, METH_O, store_doc},
