@@ -688,6 +688,40 @@ def test_sparse_where_it_pays(model: str) -> None:
     run(_sparse_where_it_pays, model)
 
 
+def _sparse_some_heads_at_a_time() -> dict[str, Any]:
+    """What comes of heads whose lists are together longer than what a launch may have."""
+    results = {}
+    for dtype in (F32, BF16):
+        arrays = topical(Shape(2, 3, 1, 300, 768, 16, 24), dtype)
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_lse": True, "return_report": True}
+        out, lse, report = adaattn.attention(*fakes(arrays), **asked)
+        there = report.structure, report.kept_fraction, report.kept_blocks, report.retried
+        results[dtype.name] = (out.array.astype(F32), lse.array, *there)
+        assert _relative(out, reference.attention(*arrays)) <= 1e-2
+    assert value("live") == 0
+    return results
+
+
+def test_sparse_heads_whose_lists_are_long(model: str, tmp_path: Path) -> None:
+    """A head's are of 260 bytes in fp32 (5 tiles of up to 12 blocks) and of 156 in bf16 (3)."""
+
+    def within(most: int) -> dict[str, Any]:
+        (folder := tmp_path / str(most)).mkdir()
+        mistake = ("thin.cu", "(int64_t)2 << 30", str(most), "thin.cu", "-O0")
+        library = cuda_build.with_mistake(folder, Path(model).parent, *mistake)
+        found: dict[str, Any] = run(_sparse_some_heads_at_a_time, str(library))
+        return found
+
+    whole, some, fewer = run(_sparse_some_heads_at_a_time, model), within(700), within(259)
+    same = [(some["float32"], whole["float32"])]
+    same += [(found["bfloat16"], whole["bfloat16"]) for found in (some, fewer)]
+    for found, expected in same:
+        assert (found[2] == "sparse").all()
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert (fewer["float32"][2] == "dense").all() and fewer["float32"][5].all()  # not even one head's fits
+
+
 def _bounds_are_held_against_outputs() -> None:
     """What a plan leaves out may be too much for other values, or for outputs that nearly cancel."""
     shape = Shape(1, 1, 1, 256, 768, 16, 8)
