@@ -110,6 +110,13 @@ def _stream_of(array: Any, ordinal: int) -> tuple[int, bool]:
     return _LEGACY, True
 
 
+def owner_of_stream(array: Any) -> Any:
+    """What must not go away as long as the stream is used on which the owner of an array works now: streams
+    of other libraries than CuPy live for ever."""
+    cupy = sys.modules.get("cupy")
+    return cupy.cuda.get_current_stream() if cupy and isinstance(array, cupy.ndarray) else None
+
+
 def _blas_candidates() -> Iterator[str | None]:
     """Where cuBLAS may be, in order: a file that is asked for, or the process's own (None), of NVIDIA's
     wheels, and what the system's loader finds."""

@@ -201,6 +201,8 @@ typedef struct {
      * them; scales, unless NULL: of int8 pages of keys, then of values, [2][B][G][columns - 1]. */
     int (*store_read)(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
                       const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
+    /* Whether what comes on a stream goes into a CUDA graph: such a stream is not ordered with others. */
+    int (*captured)(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

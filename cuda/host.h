@@ -132,6 +132,7 @@ int store_reopen(int device, uintptr_t stream, const ada_cuda_store *store, cons
                  const int64_t *pages, int64_t n, ada_cuda_failure *failure);
 int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
                const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
+int captured(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

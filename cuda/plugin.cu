@@ -235,7 +235,8 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               merge,        convert,
                               use_store,    store_set,
                               store_copy,   store_append,
-                              store_reopen, store_read};
+                              store_reopen, store_read,
+                              captured};
 
 } // namespace
 } // namespace ada_cuda

@@ -823,6 +823,34 @@ def test_steps_of_generation_are_quiet() -> None:
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)  # the first 63 are now in int8
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_cache_on_several_streams(dtype: str) -> None:
+    """What is slow on one stream is done when another one reads it, and memory comes back after it."""
+    tokens = [torch.randn(2, 2, 200, 64, device="cuda") for _ in range(2)]
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for slow in (False, True):
+        cache = adaattn.KVCache(2, 2, 64, dtype=dtype, device="cuda", capacity=256)
+        outs = []
+        torch.cuda.synchronize()
+        for turn, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if slow:
+                    torch.cuda._sleep(100_000_000)
+                cache.append(*(x[:, :, turn * 64 : turn * 64 + 70] for x in tokens))
+                outs.append(cache.attention(query))
+        assert not slow or not streams[-1].query()
+        nbytes = cache.nbytes
+        del cache
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.full((nbytes // 4,), torch.nan, device="cuda")
+        torch.cuda.synchronize()
+        results.append(outs)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merging(dtype: Any, rng: np.random.Generator) -> None:
     query, key, value = inputs(rng, Shape(2, 4, 2, 33, 300, 64, 48), dtype)

@@ -158,6 +158,20 @@ PyObject *ada_py_gpu_order(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyObject *ada_py_gpu_captured(PyObject *module, PyObject *args) {
+    const ada_module_state *state = PyModule_GetState(module);
+    ada_cuda_failure failure;
+    ada_error error;
+    int device;
+    unsigned long long stream;
+    bool captured;
+    if (!PyArg_ParseTuple(args, "iK", &device, &stream)) return NULL;
+    if (!ada_gpu_table()->captured(device, (uintptr_t)stream, &captured, &failure))
+        return PyBool_FromLong(captured);
+    ada_gpu_fail(&failure, &error);
+    return ada_raise(state, &error);
+}
+
 PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *args) {
     const ada_module_state *state = PyModule_GetState(module);
     ada_cuda_failure failure;
