@@ -212,7 +212,12 @@ def _errors() -> None:
     wide = Tensor(weight.array.astype(F64))
     expect(adaattn.DTypeError, "weight: expected float32, like x, got float64", x, wide)
     expect(adaattn.DeviceError, "weight: expected an array of the GPU", x, weight.array)
-    expect(adaattn.DeviceError, "got a PackedWeight", x, adaattn.PackedWeight(weight.array))
+    expect(
+        adaattn.DeviceError,
+        "got a PackedWeight of the CPU: pass the weight itself, moved to",
+        x,
+        adaattn.PackedWeight(weight.array),
+    )
     expect(adaattn.DeviceError, "on DLPack device 2:1", x, _on_second(weight))
     expect(adaattn.ArgumentError, "precision: expected 'auto' or one of 'fp8',", x, weight, precision="int8")
     expect(adaattn.ArgumentError, "tolerance: expected None beside", x, weight, precision="fp8", tolerance=1)
