@@ -155,7 +155,9 @@ typedef struct {
     /* Opens cuBLAS on a device: the one that the process has already (NULL), of this path, or of this name
      * where the system's loader finds it. Once one works, it stays, and is the one of every device. */
     int (*open_blas)(const char *path, int device, ada_cuda_failure *failure);
-    /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS. */
+    /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS, which
+     * does not support every product of every dtype (adaattn.gpu_products knows which are worth asking for).
+     */
     int (*multiply)(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
     /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */
     int (*product_error)(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,

@@ -122,13 +122,6 @@ int type_of(ada_product product, ada_dtype dtype) {
     }
 }
 
-/* Whether there is such a product of arrays of the dtype. */
-bool is_product_of(ada_product product, ada_dtype dtype) {
-    if (product == ADA_PRODUCT_FP64 || dtype == ADA_F32) return true;
-    if (dtype == ADA_F64) return false;
-    return product == ADA_PRODUCT_FP8 || product == (dtype == ADA_F16 ? ADA_PRODUCT_FP16 : ADA_PRODUCT_BF16);
-}
-
 struct Scales {
     float x, weight, alpha, beta;
 };
@@ -576,8 +569,7 @@ int multiply(const ada_cuda_linear *l, ada_product product, ada_cuda_failure *fa
                any = product == ADA_PRODUCT_FP32 || product == ADA_PRODUCT_FP64;
     const int least = product == ADA_PRODUCT_FP16 ? 70 : 80;
     const bool has = any || (fp8 ? ada_cu_has_fp8(chip.code) : chip.capability >= least);
-    if (!is_product_of(product, l->x.dtype) || !has)
-        return failed(cudaErrorNotSupported, "multiply", failure);
+    if (!has) return failed(cudaErrorNotSupported, "multiply", failure);
     if (product != ADA_PRODUCT_FP64 || l->x.dtype == ADA_F64) {
         const int status = multiply_by_blas(l, product, stream, failure);
         if (product != ADA_PRODUCT_FP64 || status != ADA_CUDA_NOT_SUPPORTED) return status;

@@ -759,11 +759,8 @@ FLAGS = ("-DADA_K1_WIDTHS(X)=X(32)", "-O0")
 
 @pytest.fixture(scope="session")
 def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of objects."""
-    folder = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
-    cuda_build.compile_sources(cuda_model.SOURCES, folder, *FLAGS, empty=others)
-    return folder
+    return cuda_build.faultless(tmp_path_factory, cuda_model.SOURCES, *FLAGS, empty=others)
 
 
 def find_faults(kernels: ctypes.CDLL) -> None:
