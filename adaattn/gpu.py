@@ -110,6 +110,13 @@ def _stream_of(array: Any, ordinal: int) -> tuple[int, bool]:
     return _LEGACY, True
 
 
+def owner_of_stream(array: Any) -> Any:
+    """What must not go away as long as the stream is used on which the owner of an array works now: streams
+    of other libraries than CuPy live for ever."""
+    cupy = sys.modules.get("cupy")
+    return cupy.cuda.get_current_stream() if cupy and isinstance(array, cupy.ndarray) else None
+
+
 def _blas_candidates() -> Iterator[str | None]:
     """Where cuBLAS may be, in order: a file that is asked for, or the process's own (None), of NVIDIA's
     wheels, and what the system's loader finds."""
@@ -122,33 +129,32 @@ def _blas_candidates() -> Iterator[str | None]:
     yield from ("libcublasLt.so.13", "libcublasLt.so.12")
 
 
-def open_blas() -> None:
-    """Open cuBLAS, which matrix products take.
+def open_blas(device: int) -> None:
+    """Open cuBLAS, which matrix products take, on a device.
 
     Raises
     ------
     DeviceError
-        There is none, or no GPU.
+        There is none that works, or no GPU.
     """
-    global _blas_is_open
-    if _blas_is_open:
+    if device in _blas_is_open_on:
         return
     _devices()
-    reason = ""
+    tried = []
     for path in _blas_candidates():
         try:
-            _adaattn._gpu_open_blas(path)
-            _blas_is_open = True
+            _adaattn._gpu_open_blas(path, device)
+            _blas_is_open_on.add(device)
             return
         except DeviceError as error:
-            reason = str(error)
+            tried.append(f"{path or 'this process'}: {error}")
     raise DeviceError(
         "cuBLAS: expected libcublasLt.so of version 12 or 13 in this process, in NVIDIA's wheels (pip "
-        f"install nvidia-cublas) or where the system's loader looks, got none that works ({reason})"
+        f"install nvidia-cublas) or where the system's loader looks, got none that works ({'; '.join(tried)})"
     )
 
 
-_blas_is_open = False
+_blas_is_open_on: set[int] = set()
 
 
 class DeviceArray:

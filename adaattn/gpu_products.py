@@ -10,7 +10,7 @@ import numpy as np
 from . import _adaattn
 from .api import _allocate, _as_kind_of
 from .errors import ArgumentError, DeviceError, ShapeError
-from .gpu import capability_for, open_blas
+from .gpu import capability_for, device_of, open_blas
 
 #: What a product may be computed from, cheap to dear.
 LADDER = _adaattn.GPU_PRODUCTS
@@ -100,7 +100,7 @@ def linear_on_gpu(
         if candidate not in _products_of(dtype):
             continue
         if M and (candidate != "fp64" or dtype == "float64"):
-            open_blas()
+            open_blas(device_of(x) or 0)
         done = _adaattn._gpu_linear(flat, weight, row, LADDER.index(candidate), features, _allocate)
         if done is None and precision != "auto":
             raise DeviceError(

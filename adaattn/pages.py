@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from . import _adaattn
 from .api import _allocate
 from .errors import DeviceError
-from .gpu import _devices, _ordinal_of, device_of
+from .gpu import _devices, _ordinal_of, device_of, owner_of_stream
 
 PAGE = 64  # tokens
 _OPEN = 0  # the column of the table where open pages stand; others are the pages in their order
@@ -23,6 +24,44 @@ class Paged(tuple[Any, ...]):
     tokens of the longest sequence, device."""
 
     __slots__ = ()
+
+
+class _Turns:
+    """The stream on which pages were used last. What comes on another waits for it, unless a CUDA graph is
+    captured, whose work is not done yet and must wait for nothing outside."""
+
+    def __init__(self, device: int) -> None:
+        self.device, self.stream, self.owner = device, 0, None
+
+    def take(self, like: Any) -> None:
+        """The library of this array works on the pages now."""
+        stream = _adaattn._store_stream(like)
+        if stream != self.stream and self.order(stream):
+            self.stream, self.owner = stream, owner_of_stream(like)
+
+    def order(self, later: int) -> bool:
+        """Let a stream wait for the last use; False: it may not."""
+        streams = [stream for stream in (self.stream, later) if stream]
+        if any(_adaattn._gpu_captured(self.device, stream) for stream in streams):
+            return False
+        if self.stream:
+            _adaattn._gpu_order(self.device, self.stream, later)
+        return True
+
+
+class _Memory:
+    """Floats that the library of an array made on the stream of this turn. The library gives them to the next
+    one there, so that stream waits for their last use in the end."""
+
+    def __init__(self, turns: _Turns, like: Any, n: int) -> None:
+        self._turns, self._stream, self._owner = turns, turns.stream, turns.owner
+        self.array = _allocate(like, (n,), "float32")
+        self.address = _adaattn._store_address(self.array)
+
+    def __del__(self) -> None:
+        if self._stream != self._turns.stream:
+            with suppress(DeviceError):  # there is nobody to tell
+                self._turns.order(self._stream)
 
 
 class Pages:
@@ -39,12 +78,12 @@ class Pages:
         self._dtype, self._heads, self._widths = dtype, heads, widths
         self._bytes = dict(zip((False, True), _adaattn._store_bytes(dtype, heads, *widths), strict=True))
         self._host = np.zeros((batch, 1 + capacity // PAGE), np.uint64)
-        self._table: Any = None  # the same on the device
-        self._address = 0
+        self._table: _Memory | None = None  # the same on the device
+        self._turns = _Turns(self.device)
         # What the device does not know yet: places of the table, and pages (to, from, whether open) to copy.
         self._unsent: set[int] = set()
         self._copies: list[tuple[int, int, bool]] = []
-        self._pool: list[Any] = []
+        self._pool: list[_Memory] = []
         self._count = {False: 0, True: 0}  # pages of the pool; True: open ones
         self._free: dict[bool, list[int]] = {False: [], True: []}
         self._shared: dict[int, int] = {}  # how many sequences have a page, if more than one
@@ -63,10 +102,11 @@ class Pages:
 
     def paged(self, like: Any, tokens: int) -> Paged:
         """For a call on what is there; like: an array of the library that makes memory."""
-        self._send(like)
+        self._turns.take(like)
+        table = self._send(like)
         B, columns = self._host.shape
         return Paged(
-            (self._dtype, self._address, columns, B, self._heads, *self._widths, tokens, self.device)
+            (self._dtype, table.address, columns, B, self._heads, *self._widths, tokens, self.device)
         )
 
     def check(self, name: str, array: Any) -> None:
@@ -86,6 +126,7 @@ class Pages:
 
     def append(self, key: Any, value: Any, lengths: _Vector, counts: _Vector) -> None:
         """Write the first counts[b] tokens behind the first lengths[b] ones."""
+        self._turns.take(key)
         after = lengths + counts
         if self._shared or (after > self._room).any() or self._table is None:
             self._prepare(key, lengths, after)
@@ -95,7 +136,8 @@ class Pages:
         """Give back what lies behind the first kept[b] tokens."""
         reopened = np.flatnonzero((kept // PAGE < lengths // PAGE) & (kept % PAGE > 0))
         if self._dtype == "int8" and reopened.size:
-            like = self._pool[0]
+            like = self._pool[0].array
+            self._turns.take(like)
             for b in reopened:
                 self._own(like, b, _OPEN, True)
             _adaattn._store_reopen(like, self.paged(like, 1), reopened, kept[reopened] // PAGE)
@@ -176,14 +218,14 @@ class Pages:
         B, columns = self._host.shape
         n, nbytes = self._count[is_open], self._bytes[is_open]
         more = max(n // 2, B) if n else B * (1 if is_open else columns - 1)
-        memory = _allocate(like, (more * nbytes // 4,), "float32")
-        first = _adaattn._store_address(memory)
+        memory = _Memory(self._turns, like, more * nbytes // 4)
+        first = memory.address
         self._pool.append(memory)
         self._count[is_open] += more
         self._free[is_open] += range(first + (more - 1) * nbytes, first - 1, -nbytes)
 
-    def _send(self, like: Any) -> None:
-        """Tell the device what it does not know."""
+    def _send(self, like: Any) -> _Memory:
+        """Tell the device what it does not know; returns the table."""
         for is_open in (False, True):
             while own := [copy for copy in self._copies if copy[2] == is_open]:
                 n = _independent(own)
@@ -191,13 +233,13 @@ class Pages:
                 _adaattn._store_copy(like, to, source, self._bytes[is_open])
                 self._copies = own[n:] + [copy for copy in self._copies if copy[2] != is_open]
         if self._table is None:
-            table = _allocate(like, (self._host.size * 2,), "float32")
-            self._address, self._table = _adaattn._store_address(table), table
+            self._table = _Memory(self._turns, like, self._host.size * 2)
             self._unsent = set(np.flatnonzero(self._host).tolist())
         if self._unsent:
             at = np.fromiter(sorted(self._unsent), np.int64)
-            _adaattn._store_set(like, self._address, at, self._host.reshape(-1)[at])
+            _adaattn._store_set(like, self._table.address, at, self._host.reshape(-1)[at])
             self._unsent = set()
+        return self._table
 
 
 def _independent(copies: list[tuple[int, int, bool]]) -> int:

@@ -326,8 +326,9 @@ def _on_gpu(
 
     for name, a in (("weight", weight), ("bias", bias)):
         if a is not None and device_of(a) is None:
-            got = "a PackedWeight" if isinstance(a, PackedWeight) else type(a).__name__
-            raise DeviceError(f"{name}: expected an array of the GPU that x lies on, got {got} of the CPU")
+            packed = "a PackedWeight of the CPU: pass the weight itself, moved to the GPU"
+            got = packed if isinstance(a, PackedWeight) else f"{type(a).__name__} of the CPU"
+            raise DeviceError(f"{name}: expected an array of the GPU that x lies on, got {got}")
     if tolerance is not None and precision != "auto":
         raise ArgumentError(f"tolerance: expected None beside precision={precision!r}, got {tolerance!r}")
     y, product, measured = linear_on_gpu(x, weight, bias, tolerance, precision, return_report)

@@ -202,10 +202,12 @@ typedef struct {
     /* [B * H][T] squared norms of the output's rows. */
     int (*row_norms)(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
 
-    /* Opens cuBLAS: the one that the process has already (NULL), of this path, or of this name where the
-     * system's loader finds it. Once it is open, it stays. */
-    int (*open_blas)(const char *path, ada_cuda_failure *failure);
-    /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS. */
+    /* Opens cuBLAS on a device: the one that the process has already (NULL), of this path, or of this name
+     * where the system's loader finds it. Once one works, it stays, and is the one of every device. */
+    int (*open_blas)(const char *path, int device, ada_cuda_failure *failure);
+    /* out = x weight^T + bias, in order. All but fp64 of arrays that are not, and no rows, take cuBLAS, which
+     * does not support every product of every dtype (adaattn.gpu_products knows which are worth asking for).
+     */
     int (*multiply)(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
     /* Relative error of out in the Frobenius norm, from up to ADA_CUDA_FEATURES of its columns in double. */
     int (*product_error)(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
@@ -263,6 +265,8 @@ typedef struct {
     int (*execute_rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_cuda_failure *failure);
     /* Operations that the call's device computes in a second on plain arithmetic of floats, at best. */
     double (*plain_operations)(const ada_cuda_call *call);
+    /* Whether what comes on a stream goes into a CUDA graph: such a stream is not ordered with others. */
+    int (*captured)(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

@@ -10,6 +10,7 @@
 #define ADA_CUDA_BACKWARD_TILED_CUH
 
 #include "backward.cuh"
+#include "k1.cuh"
 
 /* WARPS warps have 16 MR rows each of what stays; KEYS of what comes in a tile. SCORES: sums of dS, dQ or dK,
  * are wanted; WEIGHTS: those of weights, dV. */

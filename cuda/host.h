@@ -106,7 +106,7 @@ int probe(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_ro
 int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
                  double *out_o, double *out_lse, ada_cuda_failure *failure);
 int row_norms(ada_cuda_call *call, float *norms, ada_cuda_failure *failure);
-int open_blas(const char *path, ada_cuda_failure *failure);
+int open_blas(const char *path, int device, ada_cuda_failure *failure);
 int multiply(const ada_cuda_linear *linear, ada_product product, ada_cuda_failure *failure);
 int product_error(const ada_cuda_linear *linear, const int32_t *features, int n, double *error,
                   ada_cuda_failure *failure);
@@ -140,6 +140,7 @@ int store_reopen(int device, uintptr_t stream, const ada_cuda_store *store, cons
                  const int64_t *pages, int64_t n, ada_cuda_failure *failure);
 int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const int64_t *lengths,
                const ada_array *key, const ada_array *value, float *scales, ada_cuda_failure *failure);
+int captured(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure);
 
 } // namespace ada_cuda
 

@@ -1,5 +1,6 @@
 /* The instances of K1 of one format; the including file defines run_width<W>(a, options, stream) and ADA_RUN.
  */
+#include "k1.cuh"
 #include "launch.h"
 
 template <typename X> static cudaError_t run(ada_k1_args &a, cudaStream_t stream) {

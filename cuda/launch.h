@@ -3,7 +3,7 @@
 #define ADA_CUDA_LAUNCH_H
 
 #include "k0.cuh"
-#include "k1.cuh"
+#include "k1_tiling.cuh"
 
 /* Widths that K1 has instances of. */
 #ifndef ADA_K1_WIDTHS

@@ -10,7 +10,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <cstdio>
 #include <mutex>
 
@@ -28,10 +27,29 @@ struct Blas {
 enum { OLDEST_BLAS = 120000, MOST_DEVICES = 64 };
 const size_t WORKSPACE = (size_t)32 << 20;
 
-std::mutex blas_lock;
-Blas blas;
-std::atomic<bool> blas_is_open;
-void *blas_handles[MOST_DEVICES]; /* they have neither streams nor settings, so threads share them */
+/* What decides how cuBLASLt multiplies: types, whether alpha lies on the device, a bias, sizes, rows of
+ * operands and alignments. */
+struct Question {
+    int64_t type, out_type, compute, scaled, bias, features, M, depth, ld[2], alignment[4];
+};
+
+/* cuBLASLt ties a handle to a device. NVIDIA calls cuBLAS safe where threads share a handle and advises
+ * against it, and of handles of cuBLASLt says nothing: so threads take turns, for the microseconds of a
+ * launch. It is made when the library is opened and answers are kept, since neither a handle can be made nor
+ * cuBLASLt be asked while a CUDA graph is captured. */
+struct Handle {
+    enum { KEPT = 64 };
+    std::mutex turn;
+    void *handle;
+    Question questions[KEPT];
+    blas_choice answers[KEPT];
+    unsigned asked;
+};
+
+std::mutex opening;
+bool is_open;
+Blas blas; /* from the first handle on */
+Handle handles[MOST_DEVICES];
 
 int blas_refused(const char *call, const char *text, ada_cuda_failure *failure) {
     failure->code = cudaErrorInvalidValue;
@@ -40,19 +58,19 @@ int blas_refused(const char *call, const char *text, ada_cuda_failure *failure) 
     return failure->code;
 }
 
-int blas_failed(int status, const char *call, ada_cuda_failure *failure) {
+int blas_failed(const Blas &of, int status, const char *call, ada_cuda_failure *failure) {
     failure->code = status == BLAS_ALLOC_FAILED    ? ADA_CUDA_NO_MEMORY
                     : status == BLAS_NOT_SUPPORTED ? ADA_CUDA_NOT_SUPPORTED
                                                    : -status;
     snprintf(failure->call, sizeof failure->call, "cublasLt%s", call);
-    snprintf(failure->text, sizeof failure->text, "%s", blas.GetStatusString(status));
+    snprintf(failure->text, sizeof failure->text, "%s", of.GetStatusString(status));
     return failure->code;
 }
 
 #define TRY_BLAS(name, ...)                                                                                  \
     do {                                                                                                     \
         const int try_status = blas.name(__VA_ARGS__);                                                       \
-        if (try_status != BLAS_SUCCESS) return blas_failed(try_status, #name, failure);                      \
+        if (try_status != BLAS_SUCCESS) return blas_failed(blas, try_status, #name, failure);                \
     } while (0)
 
 void *find_library(const char *path) {
@@ -70,16 +88,6 @@ int find_functions(void *library, Blas *found, ada_cuda_failure *failure) {
     char text[64];
     snprintf(text, sizeof text, "expected version %d or later, got %zu", OLDEST_BLAS, found->GetVersion());
     return found->GetVersion() < OLDEST_BLAS ? blas_refused("cublasLtGetVersion", text, failure) : 0;
-}
-
-/* Of the current device. */
-int handle_of(int device, void **handle, ada_cuda_failure *failure) {
-    if (!blas_is_open) return blas_refused("cublasLtCreate", "cuBLAS is not open", failure);
-    if (device >= MOST_DEVICES) return blas_refused("cublasLtCreate", "too many devices", failure);
-    const std::lock_guard<std::mutex> lock(blas_lock);
-    if (!blas_handles[device]) TRY_BLAS(Create, &blas_handles[device]);
-    *handle = blas_handles[device];
-    return 0;
 }
 
 /* ---- operands ---- */
@@ -112,13 +120,6 @@ int type_of(ada_product product, ada_dtype dtype) {
     default:
         return type_of(dtype);
     }
-}
-
-/* Whether there is such a product of arrays of the dtype. */
-bool is_product_of(ada_product product, ada_dtype dtype) {
-    if (product == ADA_PRODUCT_FP64 || dtype == ADA_F32) return true;
-    if (dtype == ADA_F64) return false;
-    return product == ADA_PRODUCT_FP8 || product == (dtype == ADA_F16 ? ADA_PRODUCT_FP16 : ADA_PRODUCT_BF16);
 }
 
 struct Scales {
@@ -420,6 +421,29 @@ int scale_operands(const ada_cuda_linear *l, int exponent, bool adds, cudaStream
     return 0;
 }
 
+/* How to multiply, from what is known or from cuBLASLt. */
+int choose(Handle *own, const Question &question, const Plan &plan, blas_choice *choice,
+           ada_cuda_failure *failure) {
+    const unsigned known = own->asked < Handle::KEPT ? own->asked : (unsigned)Handle::KEPT;
+    for (unsigned i = 0; i < known; i++)
+        if (!memcmp(&own->questions[i], &question, sizeof question)) {
+            *choice = own->answers[i];
+            return 0;
+        }
+    void *const *const layouts = plan.layouts;
+    int found = 0;
+    const int looked = blas.MatmulAlgoGetHeuristic(own->handle, plan.desc, layouts[0], layouts[1], layouts[2],
+                                                   layouts[2], plan.preference, 1, choice, &found);
+    /* It calls what it does not have invalid as well. */
+    if (looked != BLAS_SUCCESS && looked != BLAS_INVALID_VALUE)
+        return blas_failed(blas, looked, "MatmulAlgoGetHeuristic", failure);
+    if (looked != BLAS_SUCCESS || !found || choice->state)
+        return blas_failed(blas, BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
+    const unsigned at = own->asked++ % Handle::KEPT;
+    own->questions[at] = question, own->answers[at] = *choice;
+    return 0;
+}
+
 int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t stream,
                      ada_cuda_failure *failure) {
     const bool fp8 = product == ADA_PRODUCT_FP8, wide = l->x.dtype == ADA_F64;
@@ -429,8 +453,8 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     const int64_t features = fp8 ? ada_divide_up(N, 16) * 16 : N, depth = fp8 ? ada_divide_up(K, 16) * 16 : K;
     const bool apart = features != N, filled = fp8 && l->bias.data;
     const bool scaled = fp8 || (product == ADA_PRODUCT_FP16 && l->x.dtype != ADA_F16);
-    void *handle;
-    if (handle_of(l->device, &handle, failure)) return failure->code;
+    if (l->device >= MOST_DEVICES || !handles[l->device].handle)
+        return blas_refused("cublasLtCreate", "cuBLAS is not open on this device", failure);
 
     Memory scales(stream), x_made(stream), weight_made(stream), bias_made(stream), out_made(stream),
         workspace(stream);
@@ -477,28 +501,25 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
     TRY_BLAS(MatmulPreferenceSetAttribute, plan.preference, BLAS_PREF_WORKSPACE_BYTES, &WORKSPACE,
              sizeof WORKSPACE);
     const void *const pointers[4] = {weight.data, x.data, out, out};
+    Question question = {type, out_type, compute,           scaled, l->bias.data && !filled, features,
+                         M,    depth,    {weight.ld, x.ld}, {}};
     for (int i = 0; i < 4; i++) {
         const uint32_t alignment = (uint32_t)alignment_of(pointers[i]);
+        question.alignment[i] = alignment;
         TRY_BLAS(MatmulPreferenceSetAttribute, plan.preference, BLAS_PREF_ALIGNMENT_A + i, &alignment,
                  sizeof alignment);
     }
+    Handle &own = handles[l->device];
+    const std::lock_guard<std::mutex> lock(own.turn);
     blas_choice choice = {};
-    int found = 0;
+    if (choose(&own, question, plan, &choice, failure)) return failure->code;
     void *const out_layout = plan.layouts[2];
-    const int looked =
-        blas.MatmulAlgoGetHeuristic(handle, plan.desc, plan.layouts[0], plan.layouts[1], out_layout,
-                                    out_layout, plan.preference, 1, &choice, &found);
-    /* It calls what it does not have invalid as well. */
-    if (looked != BLAS_SUCCESS && looked != BLAS_INVALID_VALUE)
-        return blas_failed(looked, "MatmulAlgoGetHeuristic", failure);
-    if (looked != BLAS_SUCCESS || !found || choice.state)
-        return blas_failed(BLAS_NOT_SUPPORTED, "MatmulAlgoGetHeuristic", failure);
     TRY(workspace.allocate(choice.workspace));
     const double one[2] = {1, 0};
     const float one_f[2] = {1, 0};
     const void *const host[2] = {wide ? (const void *)&one[0] : &one_f[0],
                                  wide ? (const void *)&one[1] : &one_f[1]};
-    TRY_BLAS(Matmul, handle, plan.desc, scaled ? (const void *)&on_device->alpha : host[0], weight.data,
+    TRY_BLAS(Matmul, own.handle, plan.desc, scaled ? (const void *)&on_device->alpha : host[0], weight.data,
              plan.layouts[0], x.data, plan.layouts[1], scaled ? (const void *)&on_device->beta : host[1], out,
              out_layout, out, out_layout, choice.algo, workspace.data, choice.workspace, stream);
     if (!apart) return 0;
@@ -512,9 +533,17 @@ int multiply_by_blas(const ada_cuda_linear *l, ada_product product, cudaStream_t
 
 /* ---- entries of the table ---- */
 
-int open_blas(const char *path, ada_cuda_failure *failure) {
-    const std::lock_guard<std::mutex> lock(blas_lock);
-    if (blas_is_open) return 0;
+int open_blas(const char *path, int device, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    if (device >= MOST_DEVICES) return blas_refused("cublasLtCreate", "too many devices", failure);
+    const std::lock_guard<std::mutex> lock(opening);
+    Handle &own = handles[device];
+    const std::lock_guard<std::mutex> turn(own.turn);
+    if (own.handle) return 0;
+    if (is_open) {
+        TRY_BLAS(Create, &own.handle);
+        return 0;
+    }
     void *const library = find_library(path);
     if (!library) return blas_refused("dlopen", path ? dlerror() : NULL, failure);
     Blas found;
@@ -522,7 +551,10 @@ int open_blas(const char *path, ada_cuda_failure *failure) {
         dlclose(library);
         return failure->code;
     }
-    blas = found, blas_is_open = true;
+    void *handle;
+    const int status = found.Create(&handle);
+    if (status) return blas_failed(found, status, "Create", failure); /* what has run is not closed */
+    blas = found, own.handle = handle, is_open = true;
     return 0;
 }
 
@@ -537,8 +569,7 @@ int multiply(const ada_cuda_linear *l, ada_product product, ada_cuda_failure *fa
                any = product == ADA_PRODUCT_FP32 || product == ADA_PRODUCT_FP64;
     const int least = product == ADA_PRODUCT_FP16 ? 70 : 80;
     const bool has = any || (fp8 ? ada_cu_has_fp8(chip.code) : chip.capability >= least);
-    if (!is_product_of(product, l->x.dtype) || !has)
-        return failed(cudaErrorNotSupported, "multiply", failure);
+    if (!has) return failed(cudaErrorNotSupported, "multiply", failure);
     if (product != ADA_PRODUCT_FP64 || l->x.dtype == ADA_F64) {
         const int status = multiply_by_blas(l, product, stream, failure);
         if (product != ADA_PRODUCT_FP64 || status != ADA_CUDA_NOT_SUPPORTED) return status;

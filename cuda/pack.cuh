@@ -2,7 +2,7 @@
 #ifndef ADA_CUDA_PACK_CUH
 #define ADA_CUDA_PACK_CUH
 
-#include "k1.cuh"
+#include "k1_tiling.cuh"
 
 typedef struct {
     ada_cu_array from;

@@ -241,7 +241,8 @@ const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
                               store_copy,   store_append,
                               store_reopen, store_read,
                               take_sample,  execute_low_rank,
-                              execute_rows, plain_operations};
+                              execute_rows, plain_operations,
+                              captured};
 
 } // namespace
 } // namespace ada_cuda

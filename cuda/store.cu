@@ -374,4 +374,16 @@ int store_read(int device, uintptr_t stream, const ada_cuda_store *store, const 
     return 0;
 }
 
+int captured(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure) {
+    ON_DEVICE(device);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t error = cudaStreamIsCapturing(stream_of(stream), &status);
+    /* Of the legacy stream while another one is captured that it would wait for. */
+    const bool implied = error == cudaErrorStreamCaptureImplicit;
+    if (implied) cudaGetLastError();
+    if (!implied) TRY(error);
+    *captured = implied || status != cudaStreamCaptureStatusNone;
+    return 0;
+}
+
 } // namespace ada_cuda

@@ -6,6 +6,18 @@ namespace ada_cuda {
 
 namespace {
 
+/* Bytes that lists may take: heads of longer ones are computed some at a time. */
+const int64_t MOST_LISTS = (int64_t)2 << 30;
+
+int64_t tiles_of(const ada_cu_params &p) { return ada_divide_up(p.T, ada_cu_list_rows(&p)); }
+int64_t blocks_of(const ada_cu_params &p) { return ada_divide_up(p.S, ADA_LIST_BLOCK); }
+
+/* 0: no head can leave out blocks. */
+int64_t heads_at_once(const ada_cu_params &p) {
+    if (!ada_cu_list_rows(&p)) return 0;
+    return MOST_LISTS / (tiles_of(p) * (1 + blocks_of(p)) * (int64_t)sizeof(int32_t));
+}
+
 /* Results in the host's memory. */
 template <class T> struct Host {
     T *data = nullptr;
@@ -25,9 +37,9 @@ class Lists {
           counts(of->stream), lists(of->stream) {
         a.p = params;
         a.n = (int32_t)n, a.rows = ada_cu_list_rows(&params);
-        a.tiles = (params.T + a.rows - 1) / a.rows;
+        a.tiles = (int32_t)tiles_of(params);
         a.looked = tiles && tiles < a.tiles ? tiles : a.tiles;
-        a.blocks = (params.S + ADA_LIST_BLOCK - 1) / ADA_LIST_BLOCK, a.chunks = (params.D + 7) / 8;
+        a.blocks = (int32_t)blocks_of(params), a.chunks = (params.D + 7) / 8;
     }
 
     /* kept: the lists themselves are wanted, not their sizes alone. */
@@ -98,30 +110,8 @@ class Lists {
     Memory heads, centres, figures, values, counts, lists;
 };
 
-} // namespace
-
-bool leaves_out(const ada_cuda_call *call, ada_choice choice) {
-    ada_cu_params c = call->params;
-    return rung_of(call, choice, &c.rung) && ada_cu_list_rows(&c);
-}
-
-int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
-                   ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    ada_cu_params c = call->params;
-    if (!rung_of(call, choice, &c.rung) || !ada_cu_list_rows(&c))
-        return failed(cudaErrorNotSupported, "look_at_blocks", failure);
-    Lists lists(call, c, n, tiles);
-    const int status = lists.make(heads, false, failure);
-    return status ? status : lists.tell(heads, nullptr, failure);
-}
-
-int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+int execute_some(const ada_cuda_call *call, ada_cu_params c, ada_cuda_thin *heads, int64_t n, bool tell,
                  ada_picture *picture, ada_cuda_failure *failure) {
-    ON_DEVICE(call->problem.device);
-    ada_cu_params c = call->params;
-    if (!rung_of(call, choice, &c.rung) || !ada_cu_list_rows(&c))
-        return failed(cudaErrorNotSupported, "execute_thin", failure);
     Memory list(call->stream);
     int64_t *const wide = (int64_t *)malloc((size_t)n * sizeof *wide);
     if (!wide) return failed(cudaErrorMemoryAllocation, "malloc", failure);
@@ -133,6 +123,37 @@ int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, i
     c.lists = lists.data();
     if (!status) status = attend_here(call, &c, failure);
     return status || !tell ? status : lists.tell(heads, picture, failure);
+}
+
+} // namespace
+
+bool leaves_out(const ada_cuda_call *call, ada_choice choice) {
+    ada_cu_params c = call->params;
+    return rung_of(call, choice, &c.rung) && heads_at_once(c);
+}
+
+int look_at_blocks(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, int32_t tiles,
+                   ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    ada_cu_params c = call->params;
+    if (!rung_of(call, choice, &c.rung) || !heads_at_once(c))
+        return failed(cudaErrorNotSupported, "look_at_blocks", failure);
+    Lists lists(call, c, n, tiles);
+    const int status = lists.make(heads, false, failure);
+    return status ? status : lists.tell(heads, nullptr, failure);
+}
+
+int execute_thin(ada_cuda_call *call, ada_choice choice, ada_cuda_thin *heads, int64_t n, bool tell,
+                 ada_picture *picture, ada_cuda_failure *failure) {
+    ON_DEVICE(call->problem.device);
+    ada_cu_params c = call->params;
+    const int64_t most = rung_of(call, choice, &c.rung) ? heads_at_once(c) : 0;
+    if (!most) return failed(cudaErrorNotSupported, "execute_thin", failure);
+    for (int64_t first = 0; first < n; first += most) {
+        const int64_t now = n - first < most ? n - first : most;
+        if (execute_some(call, c, heads + first, now, tell, picture, failure)) return failure->code;
+    }
+    return 0;
 }
 
 } // namespace ada_cuda

@@ -34,6 +34,15 @@ def compile_sources(
         list(pool.map(compile_one, names))
 
 
+def faultless(
+    factory: pytest.TempPathFactory, names: Iterable[str], *flags: str, empty: tuple[str, ...] = ()
+) -> Path:
+    """A folder of the sources' objects, for with_mistake."""
+    folder = factory.mktemp("faultless")
+    compile_sources(names, folder, *flags, empty=empty)
+    return folder
+
+
 def link(objects: Iterable[Path], folder: Path) -> Path:
     library = folder / "model.so"
     subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", library], check=True)

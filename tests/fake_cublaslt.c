@@ -1,21 +1,36 @@
 /* cuBLASLt without a GPU, for tests: the functions of cuda/blas.h on the CPU's memory, by loops. It refuses
  * what the library would refuse, fails on demand, and counts what is not given back. */
+#define _POSIX_C_SOURCE 199309L
 #include <math.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #ifndef FAKE_VERSION
 #    define FAKE_VERSION 130000
 #endif
-enum { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
+#ifndef FAKE_BROKEN
+#    define FAKE_BROKEN 0
+#endif
+enum {
+    SUCCESS = 0,
+    NOT_INITIALIZED = 1,
+    INVALID_VALUE = 7,
+    EXECUTION_FAILED = 13,
+    INTERNAL_ERROR = 14,
+    NOT_SUPPORTED = 15
+};
 enum { R_32F = 0, R_64F = 1, R_16F = 2, R_16BF = 14, R_E4M3 = 28 };
 enum { FAST_TF32 = 77, COMPUTE_64F = 70, WORKSPACE = 1000 };
 
 int fake_fail_after = -1, fake_status = 14, fake_live, fake_handles, fake_products;
-bool fake_without_fp8;
-double fake_fault = 1; /* by which products are wrong */
+bool fake_without_fp8, fake_capturing;
+int fake_meetings;      /* of threads at a handle */
+static atomic_int busy; /* the one handle is */
+double fake_fault = 1;  /* by which products are wrong */
 const char *fake_failed;
 
 typedef struct {
@@ -65,6 +80,7 @@ const char *cublasLtGetStatusString(int status) {
 }
 int cublasLtCreate(void **handle) {
     CALL();
+    if (FAKE_BROKEN || fake_capturing) return NOT_INITIALIZED;
     fake_handles++;
     *handle = &fake_handles;
     return SUCCESS;
@@ -132,6 +148,7 @@ static bool fits(const description *d, const layout *a, const layout *b, const l
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *b, void *c, void *d, void *wish,
                                    int wanted, choice *choices, int *count) {
     CALL();
+    if (fake_capturing) return INTERNAL_ERROR; /* that of CUDA 13.3 does so */
     const preference *p = wish;
     if (handle != &fake_handles || c != d || wanted < 1) return INVALID_VALUE;
     *count = fits(desc, a, b, c) && p->workspace >= WORKSPACE;
@@ -200,6 +217,9 @@ int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *a, v
                    const uint64_t *algo, void *workspace, size_t workspace_bytes, void *stream) {
     CALL();
     (void)stream;
+    fake_meetings += atomic_fetch_add(&busy, 1) > 0;
+    nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    atomic_fetch_sub(&busy, 1);
     const description *x = desc;
     const layout *la = a_layout, *lb = b_layout, *ld = d_layout;
     const void *const pointers[4] = {a, b, c, d};

@@ -12,6 +12,8 @@ __attribute__((visibility("default"), weak)) int mock_fail_after = -1;
 __attribute__((visibility("default"), weak)) int mock_code = 700;
 __attribute__((visibility("default"), weak)) const char *mock_failed;
 __attribute__((visibility("default"), weak)) int mock_live, mock_calls, mock_waits, mock_devices = 2;
+/* The stream that is captured, and pairs of streams of which the second waited for the first. */
+__attribute__((visibility("default"), weak)) int mock_captured, mock_orders, mock_order[64][2];
 }
 
 enum {
@@ -122,12 +124,23 @@ static inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
     mock_live--;
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+static inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     GPU_RUNTIME_CALL();
+    *event = (int)(uintptr_t)stream;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     GPU_RUNTIME_CALL();
+    const int pair[2] = {*event, (int)(uintptr_t)stream};
+    memcpy(mock_order[mock_orders++ % 64], pair, sizeof pair);
+    return cudaSuccess;
+}
+typedef int cudaStreamCaptureStatus;
+enum { cudaStreamCaptureStatusNone = 0, cudaErrorStreamCaptureImplicit = 906 };
+static inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status) {
+    GPU_RUNTIME_CALL();
+    if (mock_captured && stream == cudaStreamLegacy) return cudaErrorStreamCaptureImplicit;
+    *status = mock_captured && (int)(uintptr_t)stream == mock_captured;
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) {

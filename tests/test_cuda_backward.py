@@ -367,10 +367,7 @@ FLAGS = ("-DADA_BACK_WIDTHS(X)=X(64)", "-O0")
 
 @pytest.fixture(scope="session")
 def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of objects."""
-    folder = tmp_path_factory.mktemp("faultless")
-    cuda_build.compile_sources(cuda_backward.SOURCES, folder, *FLAGS)
-    return folder
+    return cuda_build.faultless(tmp_path_factory, cuda_backward.SOURCES, *FLAGS)
 
 
 def find_faults(kernels: ctypes.CDLL) -> None:

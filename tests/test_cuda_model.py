@@ -565,12 +565,12 @@ FAULTS = {
     ),
     "no barrier behind the wait": ("k1.cuh", "ada_sync(); /* all have", "/* all have", "k1_bf16.cu"),
     "values go to the other stage": (
-        "k1.cuh",
+        "k1_tiling.cuh",
         "v_to = shared + (uint32_t)(X::V_AT + turn %",
         "v_to = shared + (uint32_t)(X::V_AT + (turn + 1) %",
         "k1_bf16.cu",
     ),
-    "swizzle by addition": ("k1.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
+    "swizzle by addition": ("k1_tiling.cuh", "(place ^ (uint32_t)(", "(place + (uint32_t)(", "k1_bf16.cu"),
     "one key too many": ("k1.cuh", "8 * n + c < end ?", "8 * n + c <= end ?", "k1_bf16.cu"),
     "one key too few": ("k1.cuh", "8 * n + c >= lowest &&", "8 * n + c > lowest &&", "k1_bf16.cu"),
     "a tile too many is plain": (
@@ -595,7 +595,7 @@ FAULTS = {
         "&s[mr][j / 8 + i / 2][i / 2 * 2]",
         "k1_bf16.cu",
     ),
-    "hidden values are not zeros": ("k1.cuh", "i >= lowest && i < end ? n : 0", "n", "k1_bf16.cu"),
+    "hidden values are not zeros": ("k1_tiling.cuh", "i >= lowest && i < end ? n : 0", "n", "k1_bf16.cu"),
     "warps merge at different references": (
         "k1.cuh",
         "end[0] == m ? 1 : ada_exp2(end[0] - m)",
@@ -707,7 +707,7 @@ FP8_FAULTS = {
         "launch.cu",
     ),
     "columns of another tile": (
-        "k1.cuh",
+        "k1_tiling.cuh",
         "(first / ADA_UNIT_ROWS) * E *",
         "(first / ADA_UNIT_ROWS) * X::WIDTH *",
         "k1_fp8.cu",
@@ -718,7 +718,7 @@ FP8_FAULTS = {
         "weights[mr][j], v[0], v[1]",
         "k1_fp8.cu",
     ),
-    "weights beyond the largest number": ("k1.cuh", "ADA_FP8_LAG 0.75f", "ADA_FP8_LAG 8", "k1_fp8.cu"),
+    "weights beyond the largest number": ("k1_tiling.cuh", "ADA_FP8_LAG 0.75f", "ADA_FP8_LAG 8", "k1_fp8.cu"),
     "rounded sums keep their old reference": ("k1.cuh", "rows.rounded[mr][half] *= by;", "", "k1_fp8.cu"),
     "outputs are divided by what was not rounded": (
         "k1_fp8.cuh",
@@ -759,11 +759,8 @@ FLAGS = ("-DADA_K1_WIDTHS(X)=X(32)", "-O0")
 
 @pytest.fixture(scope="session")
 def faultless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of objects."""
-    folder = tmp_path_factory.mktemp("faultless")
     others = ("k1_f16.cu", "k1_split.cu", "k1_bytes.cu")
-    cuda_build.compile_sources(cuda_model.SOURCES, folder, *FLAGS, empty=others)
-    return folder
+    return cuda_build.faultless(tmp_path_factory, cuda_model.SOURCES, *FLAGS, empty=others)
 
 
 def find_faults(kernels: ctypes.CDLL) -> None:

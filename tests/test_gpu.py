@@ -764,6 +764,20 @@ def test_linear_of_views_and_on_a_stream(rng: np.random.Generator) -> None:
                 assert float((y.double() - b.double() - right).norm() / right.norm()) < error
 
 
+def test_graph_capture_of_linear() -> None:
+    x, weight = torch.randn(64, 256, device="cuda"), torch.randn(128, 256, device="cuda")
+    for product in ("fp32", "bf16", "fp16"):
+        adaattn.linear(x, weight, precision=product)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = adaattn.linear(x, weight, precision=product)
+        x.copy_(torch.randn_like(x))
+        expected = adaattn.linear(x, weight, precision=product)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected), product
+
+
 # ---- few queries, caches, merging
 
 
@@ -844,6 +858,34 @@ def test_steps_of_generation_are_quiet() -> None:
         assert not stream.query()
     stream.synchronize()
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)  # the first 63 are now in int8
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_cache_on_several_streams(dtype: str) -> None:
+    """What is slow on one stream is done when another one reads it, and memory comes back after it."""
+    tokens = [torch.randn(2, 2, 200, 64, device="cuda") for _ in range(2)]
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for slow in (False, True):
+        cache = adaattn.KVCache(2, 2, 64, dtype=dtype, device="cuda", capacity=256)
+        outs = []
+        torch.cuda.synchronize()
+        for turn, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if slow:
+                    torch.cuda._sleep(100_000_000)
+                cache.append(*(x[:, :, turn * 64 : turn * 64 + 70] for x in tokens))
+                outs.append(cache.attention(query))
+        assert not slow or not streams[-1].query()
+        nbytes = cache.nbytes
+        del cache
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.full((nbytes // 4,), torch.nan, device="cuda")
+        torch.cuda.synchronize()
+        results.append(outs)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -212,7 +212,12 @@ def _errors() -> None:
     wide = Tensor(weight.array.astype(F64))
     expect(adaattn.DTypeError, "weight: expected float32, like x, got float64", x, wide)
     expect(adaattn.DeviceError, "weight: expected an array of the GPU", x, weight.array)
-    expect(adaattn.DeviceError, "got a PackedWeight", x, adaattn.PackedWeight(weight.array))
+    expect(
+        adaattn.DeviceError,
+        "got a PackedWeight of the CPU: pass the weight itself, moved to",
+        x,
+        adaattn.PackedWeight(weight.array),
+    )
     expect(adaattn.DeviceError, "on DLPack device 2:1", x, _on_second(weight))
     expect(adaattn.ArgumentError, "precision: expected 'auto' or one of 'fp8',", x, weight, precision="int8")
     expect(adaattn.ArgumentError, "tolerance: expected None beside", x, weight, precision="fp8", tolerance=1)
@@ -311,6 +316,78 @@ def test_library_of_a_wheel(model: str, blas: str, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copy(blas, folder / "libcublasLt.so.13")
     run(_found, model, blas, str(tmp_path))
+
+
+def _broken(wheels: str) -> None:
+    import sys
+
+    sys.path.append(wheels)
+    del os.environ["ADAATTN_CUBLASLT"]
+    x, weight, _ = (Tensor(a) for a in arrays(2, 3, 4))
+    with pytest.raises(adaattn.DeviceError) as caught:
+        adaattn.linear(x, weight)
+    assert "got none that works (this process: " in str(caught.value)
+    assert f"; {wheels}/nvidia/cu13/lib/libcublasLt.so.13: cublasLtCreate: status 1 of" in str(caught.value)
+    assert "; libcublasLt.so.12: dlopen: " in str(caught.value)
+    shutil.copy(wheels + "/works.so", wheels + "/nvidia/cu13/lib/libcublasLt.so.12")  # comes after that
+    assert off(adaattn.linear(x, weight).array, exact(x.array, weight.array)) < 1e-6
+
+
+def test_a_library_that_makes_no_handle_is_passed_over(
+    cc: str, model: str, blas: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nvidia/cu13/lib"
+    folder.mkdir(parents=True)
+    build_blas(cc, folder / "libcublasLt.so.13", "-DFAKE_BROKEN=1")
+    shutil.copy(blas, tmp_path / "works.so")
+    run(_broken, model, blas, str(tmp_path))
+
+
+def _captured() -> None:
+    """What was multiplied once needs nothing of cuBLAS that a capture of a CUDA graph forbids."""
+
+    def aligned(x: Array) -> Array:
+        memory = np.empty(x.nbytes + 256, np.uint8)
+        memory = memory[-memory.ctypes.data % 256 :][: x.nbytes]
+        memory[:] = x.reshape(-1).view(np.uint8)
+        return memory.view(x.dtype).reshape(x.shape)
+
+    def multiply(M: int) -> float:
+        x, weight, bias = map(aligned, arrays(M, 6, 8, seed=M))
+        return off(linear(x, weight, bias, precision="fp32")[0], exact(x, weight, bias))
+
+    multiply(4)
+    for M in range(100, 163):  # more than are kept, with the first one
+        multiply(M)
+    ctypes.c_bool.in_dll(fake(), "fake_capturing").value = True
+    for M in (4, 100, 162):
+        assert multiply(M) < 1e-6
+    with pytest.raises(adaattn.DeviceError, match="cublasLtMatmulAlgoGetHeuristic: status 14 of cuBLAS"):
+        multiply(5)
+    ctypes.c_bool.in_dll(fake(), "fake_capturing").value = False
+    multiply(5)  # takes the place of the first
+    ctypes.c_bool.in_dll(fake(), "fake_capturing").value = True
+    assert multiply(5) < 1e-6 and multiply(100) < 1e-6
+    with pytest.raises(adaattn.DeviceError, match="status 14"):
+        multiply(4)
+
+
+def test_products_in_captured_graphs(model: str, blas: str) -> None:
+    run(_captured, model, blas)
+
+
+def _threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    x, weight, _ = arrays(4, 6, 8)
+    with ThreadPoolExecutor(4) as pool:  # nothing of this runs a kernel of the model, which has one machine
+        for y in pool.map(lambda _: adaattn.linear(Tensor(x), Tensor(weight)), range(40)):
+            assert off(y.array, exact(x, weight)) < 1e-6
+    assert of_fake("products") == 40 and of_fake("handles") == 1 and of_fake("meetings") == 0
+
+
+def test_threads_take_turns(model: str, blas: str) -> None:
+    run(_threads, model, blas)
 
 
 # ---- faults that these tests see: text that stands in cuda/linear.cu once, and what replaces it

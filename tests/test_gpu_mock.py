@@ -247,7 +247,8 @@ def _current_stream(kind: int, device: int, to: Any) -> int:
     return 0
 
 
-def _quick() -> None:
+def _exchange() -> Any:
+    """What Quick and its like speak, and what must live as long."""
     view = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(_view)
     pointer = ctypes.POINTER(ctypes.c_size_t)
     stream = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int32, pointer)(_current_stream)
@@ -259,6 +260,11 @@ def _quick() -> None:
         ctypes.py_object,
     )
     Quick.__dlpack_c_exchange_api__ = new_capsule(ctypes.addressof(exchange), b"dlpack_exchange_api", None)
+    return exchange, view, stream
+
+
+def _quick() -> None:
+    kept = _exchange()
     arrays = arguments(BF16)
     expected = adaattn.attention(*fakes(arrays)).array
     quick = [Quick(x) for x in arrays]
@@ -277,6 +283,7 @@ def _quick() -> None:
         adaattn.DeviceError, match=r"^query: expected memory of the CPU.* finds 2\), got .* 2:7"
     ):
         adaattn.attention(*(Quick(x, 7) for x in arrays))
+    assert kept
 
 
 def test_quick_exchange(mock: str) -> None:
@@ -687,6 +694,40 @@ def _sparse_where_it_pays() -> None:
 
 def test_sparse_where_it_pays(model: str) -> None:
     run(_sparse_where_it_pays, model)
+
+
+def _sparse_some_heads_at_a_time() -> dict[str, Any]:
+    """What comes of heads whose lists are together longer than what a launch may have."""
+    results = {}
+    for dtype in (F32, BF16):
+        arrays = topical(Shape(2, 3, 1, 300, 768, 16, 24), dtype)
+        asked = {"structure": "sparse", "tolerance": 1e-2, "return_lse": True, "return_report": True}
+        out, lse, report = adaattn.attention(*fakes(arrays), **asked)
+        there = report.structure, report.kept_fraction, report.kept_blocks, report.retried
+        results[dtype.name] = (out.array.astype(F32), lse.array, *there)
+        assert _relative(out, reference.attention(*arrays)) <= 1e-2
+    assert value("live") == 0
+    return results
+
+
+def test_sparse_heads_whose_lists_are_long(model: str, tmp_path: Path) -> None:
+    """A head's are of 260 bytes in fp32 (5 tiles of up to 12 blocks) and of 156 in bf16 (3)."""
+
+    def within(most: int) -> dict[str, Any]:
+        (folder := tmp_path / str(most)).mkdir()
+        mistake = ("thin.cu", "(int64_t)2 << 30", str(most), "thin.cu", "-O0")
+        library = cuda_build.with_mistake(folder, Path(model).parent, *mistake)
+        found: dict[str, Any] = run(_sparse_some_heads_at_a_time, str(library))
+        return found
+
+    whole, some, fewer = run(_sparse_some_heads_at_a_time, model), within(700), within(259)
+    same = [(some["float32"], whole["float32"])]
+    same += [(found["bfloat16"], whole["bfloat16"]) for found in (some, fewer)]
+    for found, expected in same:
+        assert (found[2] == "sparse").all()
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert (fewer["float32"][2] == "dense").all() and fewer["float32"][5].all()  # not even one head's fits
 
 
 def _bounds_are_held_against_outputs() -> None:
@@ -1182,6 +1223,66 @@ def _quiet_steps() -> None:
 
 def test_steps_wait_for_nothing(model: str) -> None:
     run(_quiet_steps, model)
+
+
+class Streamed(Quick, Sized):
+    pass
+
+
+def _cache_streams(dtype: str) -> None:
+    """What comes on another stream waits for the one before, unless a graph is captured; so does who gets the
+    memory next."""
+    kept = _exchange()
+    orders = (ctypes.c_int * 128).in_dll(library(), "mock_order")
+
+    def on(stream: int, function: Callable[..., Any], *more: Any, **options: Any) -> list[tuple[int, int]]:
+        Quick.current = stream
+        before = value("orders")
+        function(*more, **options)
+        return [(orders[2 * i % 128], orders[2 * i % 128 + 1]) for i in range(before, value("orders"))]
+
+    cache = adaattn.KVCache(2, 2, 16, dtype=dtype, device="cuda")
+    rng = np.random.default_rng(6)
+    many, one = (Streamed(rng.standard_normal((2, 2, n, 16)).astype(F32)) for n in (100, 1))
+    query, out = (Streamed(x) for x in np.zeros((2, 2, 4, 1, 16), F32))
+    attend = {"out": out}
+    assert on(0x70, cache.append, many, many) == []
+    assert on(0x70, cache.attention, query, **attend) == []
+    assert on(0x80, cache.attention, query, **attend) == [(0x70, 0x80)]
+    assert on(0x80, cache.append, one, one) == []
+    assert on(0x70, cache.append, one, one) == [(0x80, 0x70)]
+    set_value("captured", 0x90)
+    assert on(0x90, cache.attention, query, **attend) == []
+    assert on(0x80, cache.attention, query, **attend) == [(0x70, 0x80)]  # of what was done, not captured
+    set_value("captured", 0)
+    # Other tables and pools: memory of 0x80 comes to those of 0x70, whose old table goes back there.
+    assert on(0x90, cache.append, many, many) == [(0x80, 0x90), (0x90, 0x70)]
+    assert on(0x90, cache.reorder, [1, 0]) == []
+    assert on(0x90, cache.attention, query, **attend) == []
+    reopened = on(0x70, cache.truncate, 70)
+    # The array of these pages is on the legacy stream, as its library is no other's.
+    assert reopened == ([(0x90, 1)] if dtype == "int8" else [])
+    assert on(0x90, cache.attention, query, **attend) == ([(1, 0x90)] if dtype == "int8" else [])
+    set_value("fail_after", 1)  # the capture of the one is asked for, that of the other fails
+    with pytest.raises(adaattn.DeviceError, match="injected"):
+        on(0x80, cache.attention, query, **attend)
+    assert on(0x80, cache.attention, query, **attend) == [(0x90, 0x80)]
+
+    assert on(0x80, cache.reorder, [0, 0, 1]) == [(0x80, 0x90)]  # that table is no longer there
+    reopened = on(0x80, cache.truncate, 60)  # int8: into new memory
+    assert reopened == ([(0x80, 1)] if dtype == "int8" else [])
+
+    def drop() -> None:
+        nonlocal cache
+        del cache
+
+    last = 1 if dtype == "int8" else 0x80
+    assert set(on(0x90, drop)) == {(last, 0x70), (last, 0x90)} and value("live") == 0 and kept
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_cache_on_several_streams(dtype: str, model: str) -> None:
+    run(_cache_streams, model, dtype)
 
 
 def _merging() -> None:

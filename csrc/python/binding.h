@@ -122,6 +122,7 @@ int ada_use_paged(const ada_module_state *state, PyObject *object, const ada_pla
                   struct ada_cuda_store *store, ada_problem *p);
 PyObject *ada_py_store_bytes(PyObject *module, PyObject *args);
 PyObject *ada_py_store_address(PyObject *module, PyObject *array);
+PyObject *ada_py_store_stream(PyObject *module, PyObject *like);
 PyObject *ada_py_store_set(PyObject *module, PyObject *args);
 PyObject *ada_py_store_copy(PyObject *module, PyObject *args);
 PyObject *ada_py_store_count(PyObject *module, PyObject *args);
@@ -144,7 +145,8 @@ PyObject *ada_py_gpu_describe(PyObject *module, PyObject *none);
 PyObject *ada_py_gpu_allocate(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_export(PyObject *module, PyObject *args);
 PyObject *ada_py_gpu_order(PyObject *module, PyObject *args);
-PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *path);
+PyObject *ada_py_gpu_captured(PyObject *module, PyObject *args);
+PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *args);
 
 /* inspect.c: methods of the module, for tests. */
 PyObject *ada_py_plan_head(PyObject *module, PyObject *args);

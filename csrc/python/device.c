@@ -158,14 +158,31 @@ PyObject *ada_py_gpu_order(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *path) {
+PyObject *ada_py_gpu_captured(PyObject *module, PyObject *args) {
     const ada_module_state *state = PyModule_GetState(module);
     ada_cuda_failure failure;
     ada_error error;
-    PyObject *bytes = NULL;
+    int device;
+    unsigned long long stream;
+    bool captured;
+    if (!PyArg_ParseTuple(args, "iK", &device, &stream)) return NULL;
+    if (!ada_gpu_table()->captured(device, (uintptr_t)stream, &captured, &failure))
+        return PyBool_FromLong(captured);
+    ada_gpu_fail(&failure, &error);
+    return ada_raise(state, &error);
+}
+
+PyObject *ada_py_gpu_open_blas(PyObject *module, PyObject *args) {
+    const ada_module_state *state = PyModule_GetState(module);
+    ada_cuda_failure failure;
+    ada_error error;
+    PyObject *path, *bytes = NULL;
+    int device;
+    if (!PyArg_ParseTuple(args, "Oi", &path, &device)) return NULL;
     if (!ada_gpu_table()) return PyErr_Format(state->device_error, "the CUDA backend is not open");
     if (path != Py_None && !PyUnicode_FSConverter(path, &bytes)) return NULL;
-    const int failed = ada_gpu_table()->open_blas(bytes ? PyBytes_AS_STRING(bytes) : NULL, &failure);
+    const char *name = bytes ? PyBytes_AS_STRING(bytes) : NULL;
+    const int failed = ada_gpu_table()->open_blas(name, device, &failure);
     Py_XDECREF(bytes);
     if (!failed) Py_RETURN_NONE;
     ada_gpu_fail(&failure, &error);

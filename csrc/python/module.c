@@ -582,6 +582,8 @@ PyDoc_STRVAR(gpu_allocate_doc, "_gpu_allocate($module, device, stream, nbytes, /
                                "Memory of a device that is freed with the capsule that holds it.");
 PyDoc_STRVAR(gpu_export_doc, "_gpu_export($module, memory, device, shape, dtype, /)\n--\n\n"
                              "A DLPack capsule over such memory, which it keeps.");
+PyDoc_STRVAR(gpu_captured_doc, "_gpu_captured($module, device, stream, /)\n--\n\n"
+                               "Whether what comes on a stream goes into a CUDA graph.");
 PyDoc_STRVAR(gpu_order_doc, "_gpu_order($module, device, earlier, later, /)\n--\n\n"
                             "What comes on the later stream waits for what stands on the earlier one.");
 PyDoc_STRVAR(gpu_describe_doc,
@@ -621,8 +623,9 @@ PyDoc_STRVAR(
     "_gpu_linear($module, x, weight, bias, product, features, allocate, /)\n--\n\n"
     "x weight^T + bias on a GPU by the product of this index, and its error measured on these features "
     "(NaN: on none); None where there is no such product. bias has shape (1, N).");
-PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, /)\n--\n\n"
-                                "Opens cuBLAS: the process's own (None), or at a path, or by a name.");
+PyDoc_STRVAR(gpu_open_blas_doc, "_gpu_open_blas($module, path, device, /)\n--\n\n"
+                                "Opens cuBLAS on a device: the process's own (None), or at a path, or by a "
+                                "name.");
 PyDoc_STRVAR(store_doc, "Of caches on a GPU: what adaattn.pages asks for.");
 
 static PyMethodDef methods[] = {
@@ -640,11 +643,13 @@ static PyMethodDef methods[] = {
     {"_gpu_allocate", ada_py_gpu_allocate, METH_VARARGS, gpu_allocate_doc},
     {"_gpu_export", ada_py_gpu_export, METH_VARARGS, gpu_export_doc},
     {"_gpu_order", ada_py_gpu_order, METH_VARARGS, gpu_order_doc},
+    {"_gpu_captured", ada_py_gpu_captured, METH_VARARGS, gpu_captured_doc},
     {"_gpu_linear", (PyCFunction)(void (*)(void))ada_py_gpu_linear, METH_FASTCALL, gpu_linear_doc},
-    {"_gpu_open_blas", ada_py_gpu_open_blas, METH_O, gpu_open_blas_doc},
+    {"_gpu_open_blas", ada_py_gpu_open_blas, METH_VARARGS, gpu_open_blas_doc},
     {"_gpu_describe", ada_py_gpu_describe, METH_NOARGS, gpu_describe_doc},
     {"_store_bytes", ada_py_store_bytes, METH_VARARGS, store_doc},
     {"_store_address", ada_py_store_address, METH_O, store_doc},
+    {"_store_stream", ada_py_store_stream, METH_O, store_doc},
     {"_store_set", ada_py_store_set, METH_VARARGS, store_doc},
     {"_store_copy", ada_py_store_copy, METH_VARARGS, store_doc},
     {"_store_count", ada_py_store_count, METH_VARARGS, store_doc},

@@ -90,6 +90,13 @@ PyObject *ada_py_store_address(PyObject *module, PyObject *array) {
     return address;
 }
 
+/* The stream that is current for the array's library. */
+PyObject *ada_py_store_stream(PyObject *module, PyObject *like) {
+    (void)module;
+    ada_place place;
+    return ada_place_of(like, Py_None, &place) ? NULL : PyLong_FromUnsignedLongLong(place.stream);
+}
+
 /* Two vectors of as many numbers. */
 static int views_of_vectors(const ada_module_state *state, PyObject *a, ada_dtype a_dtype, PyObject *b,
                             ada_dtype b_dtype, ada_view views[2]) {
