@@ -218,24 +218,26 @@ int chip_of(int device, ada_cu_params *params, ada_cuda_failure *failure) {
 
 namespace {
 
-const ada_cuda_table table = {ADA_CUDA_ABI, sizeof(ada_problem),
-                              ADA_VERSION,  count,
-                              describe,     allocate,
-                              release,      upload,
-                              download,     synchronize,
-                              order,        open_call,
-                              close_call,   computes,
-                              check_mask,   watch,
-                              watched,      execute,
-                              probe,        compute_rows,
-                              row_norms,    open_blas,
-                              multiply,     product_error,
-                              leaves_out,   look_at_blocks,
-                              execute_thin, gradients,
-                              merge,        convert,
-                              use_store,    store_set,
-                              store_copy,   store_append,
-                              store_reopen, store_read};
+const ada_cuda_table table = {ADA_CUDA_ABI,    sizeof(ada_problem),
+                              ADA_VERSION,     count,
+                              describe,        allocate,
+                              release,         upload,
+                              download,        synchronize,
+                              order,           open_call,
+                              close_call,      computes,
+                              check_mask,      watch,
+                              watched,         execute,
+                              probe,           compute_rows,
+                              row_norms,       open_blas,
+                              multiply,        product_error,
+                              leaves_out,      look_at_blocks,
+                              execute_thin,    gradients,
+                              merge,           convert,
+                              use_store,       store_set,
+                              store_copy,      store_append,
+                              store_reopen,    store_read,
+                              gradients_again, gradient_norms,
+                              gradient_rows};
 
 } // namespace
 } // namespace ada_cuda
