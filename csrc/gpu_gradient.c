@@ -65,6 +65,19 @@ static void draw(verification *v, bool keys, int64_t head, ada_sampled *s) {
     ada_draw_gradient(&v->check, group, keys, s);
 }
 
+static void draw_queries_task(void *context, ada_job *job, int64_t head, int worker) {
+    verification *v = context;
+    const ada_problem *p = &v->check.x->p;
+    (void)job, (void)worker;
+    if (v->check.open[head / (p->H / p->G)]) draw(v, false, head, &v->check.queries[head]);
+}
+
+static void draw_keys_task(void *context, ada_job *job, int64_t group, int worker) {
+    verification *v = context;
+    (void)job, (void)worker;
+    if (v->check.open[group]) draw(v, true, group, &v->check.keys[group]);
+}
+
 /* Draws rows of the open heads, queries or keys, and hears of them from the device. */
 static ada_status take_rows(verification *v, bool keys, ada_error *error) {
     const ada_problem *p = &v->check.x->p;
@@ -73,11 +86,11 @@ static ada_status take_rows(verification *v, bool keys, ada_error *error) {
     ada_sampled *all = keys ? v->check.keys : v->check.queries;
     ada_cuda_failure failure;
     int64_t n = 0;
-    for (int64_t i = 0; i < heads; i++) {
-        if (!v->check.open[i / per]) continue;
-        draw(v, keys, i, &all[i]);
-        for (int x = 0; x < all[i].n; x++) v->rows[n++] = (ada_cuda_row){(int32_t)i, (int32_t)all[i].rows[x]};
-    }
+    const int threads = ada_threads_for(p, heads, 16 * (double)heads * (double)(keys ? p->S : p->T));
+    ada_parallel_for(heads, threads, keys ? draw_keys_task : draw_queries_task, v, NULL, NULL);
+    for (int64_t i = 0; i < heads; i++)
+        for (int x = 0; v->check.open[i / per] && x < all[i].n; x++)
+            v->rows[n++] = (ada_cuda_row){(int32_t)i, (int32_t)all[i].rows[x]};
     if (n == 0) return ADA_OK;
     if (ada_gpu_table()->gradient_rows(v->call, v->check.x, keys, v->rows, n, v->found, &failure))
         return ada_gpu_fail(&failure, error);
