@@ -76,7 +76,7 @@ int gradients_again(ada_cuda_call *call, const ada_backward_problem *x, ada_choi
     c.again = (const uint32_t *)told.data;
     for (int i = ADA_OF_MASK; i < ADA_GRADIENTS; i++) c.results[i].data = nullptr;
     if (run(call, &c, choice, again, failure)) return failure->code;
-    for (size_t i = 0; i < n; i++) again[i] = heads[i] && again[i] == 1;
+    for (size_t i = 0; i < n; i++) again[i] = again[i] == 1;
     return 0;
 }
 

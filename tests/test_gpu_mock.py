@@ -568,9 +568,10 @@ def _each_gradient_failure(report: bool, tolerance: float | None = None) -> int:
     options = {"sinks": [0.5, 1.0], "attn_mask": np.zeros((70, 66), F32)}
     arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 70, 66, 16, 16), **options)
     options |= {"attn_mask": Fake(options["attn_mask"]), "needs": ["query", "sinks", "attn_mask"]}
-    if tolerance:  # through all rungs
+    if tolerance:  # and once more
         options = {"tolerance": tolerance}
         arrays = backward_problem(np.random.default_rng(2), Shape(1, 1, 1, 64, 9, 4, 4))
+        arrays[5] += np.random.default_rng(3).standard_normal(arrays[5].shape).astype(F32)
     for _ in range(2):
         adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
     set_value("calls", 0)
@@ -598,7 +599,7 @@ def test_every_failure_of_gradients_surfaces_once(report: bool, backend: str) ->
 
 
 def test_every_failure_of_verified_gradients_surfaces_once(model: str) -> None:
-    assert run(_each_gradient_failure, model, True, 1e-9) > 40
+    assert run(_each_gradient_failure, model, True, 1e-3) > 40
 
 
 # ---- budgets
