@@ -16,6 +16,7 @@
 
 #include "attending.h"
 #include "execute.h"
+#include "gradient_check.h"
 #include "gpu_backward.h"
 #include "operands.h"
 #include "verify.h"
@@ -58,14 +59,6 @@ typedef struct {
 
 /* What is to be done with a key head. */
 enum { WAY_DONE, WAY_NARROW, WAY_EXACT };
-
-/* Of a row that is computed for itself: its lse in log2 units, its sum of weights times their gradients, the
- * squared norms of its query times the scale and of its grad_out, and sums over its keys: of squared weights,
- * of squared slopes and gradients of its scores and of their products, where a slope is what a unit of the
- * first sum moves a gradient by. */
-typedef struct {
-    double lse, delta, query2, grad2, weight2, slope2, score2, both;
-} true_row;
 
 static ada_range part_of(int64_t n, int64_t parts, int64_t part) {
     return (ada_range){n * part / parts, n * (part + 1) / parts};

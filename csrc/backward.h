@@ -24,7 +24,7 @@ typedef struct {
     ada_choice asked; /* AUTO, or the precision that was forced */
     bool verify;
     const ada_rate *rates;    /* [ADA_CANDIDATES], with a tolerance */
-    ada_gradient_head *heads; /* (B, G); NULL: without a tolerance, and nobody asks */
+    ada_gradient_head *heads; /* (B, G); NULL: not verified, and nobody asks */
     ada_measured *queries;    /* (B, H), likewise */
     double seconds[2];        /* execute, verify: the whole call */
 } ada_gradient_budget;

@@ -54,7 +54,7 @@ static void KIND(add_rows)(const back_run *r, REAL *sum, const REAL *w, const ui
 
 /* Rows i[0 ... n - 1] of dQ in dq, and what else is known of them. */
 static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64_t *i, int n, char *scratch,
-                            true_row *truth, double *dq) {
+                            ada_true_row *truth, double *dq) {
     const ada_problem *p = r->p;
     const int D = (int)p->D, E = (int)p->E;
     const int64_t g = h / (p->H / p->G), ldx = r->blocks * ADA_BLOCK;
@@ -111,7 +111,7 @@ static void KIND(true_rows)(const back_run *r, int64_t b, int64_t h, const int64
             score[j] = (REAL)w;
         }
         l += exp2(sink - from), delta = l > 0 ? delta / l : 0;
-        truth[x] = (true_row){.lse = from + log2(l), .delta = delta};
+        truth[x] = (ada_true_row){.lse = from + log2(l), .delta = delta};
         for (int d = 0; d < D; d++)
             truth[x].query2 += (double)s.one[x * D + d] * (double)s.one[x * D + d] * (ADA_LN2 * ADA_LN2);
         for (int e = 0; e < E; e++) truth[x].grad2 += (double)s.other[x * E + e] * (double)s.other[x * E + e];

@@ -79,6 +79,8 @@ typedef struct {
     double value_rms; /* out */
 } ada_cuda_thin;
 
+#define ADA_CUDA_TRUTHS 10
+
 /* The pages of a cache on a device, each with keys and then values of all heads. A table of 64-bit addresses
  * has a row of so many columns for each sequence: where its open page lies (int8 alone has one, in floats:
  * the tokens behind its full pages), then its pages. Rows are padded to 16 bytes. */
@@ -267,6 +269,19 @@ typedef struct {
     double (*plain_operations)(const ada_cuda_call *call);
     /* Whether what comes on a stream goes into a CUDA graph: such a stream is not ordered with others. */
     int (*captured)(int device, uintptr_t stream, bool *captured, ada_cuda_failure *failure);
+    /* To verify gradients that told of key heads in `again`. First their queries, keys and values once more,
+     * in fp32 or fp64, for the key heads [B * G] that are not 0, from an lse and an out of their own. */
+    int (*gradients_again)(ada_cuda_call *call, const ada_backward_problem *backward, ada_choice choice,
+                           const uint32_t *heads, uint32_t *again, ada_cuda_failure *failure);
+    /* Of queries [B * H][T][4]: squared norms of grad_out, of grad_out, query and out multiplied, of dQ; and
+     * whether it sees a key. Of keys [B * G][S][3]: of dK, of dV; whether a query sees it. */
+    int (*gradient_norms)(ada_cuda_call *call, const ada_backward_problem *backward, double *of_queries,
+                          double *of_keys, ada_cuda_failure *failure);
+    /* Exact rows in double, those of a head (of keys: b * G + g) together, and the same of the results (0
+     * where not wanted). Of a query [ADA_CUDA_TRUTHS + 2 * D]: what ada_true_row of csrc/gradient_check.h
+     * has, in order, and dQ; of a key [2 * (D + E)]: dK and dV, from what the run knows of its queries. */
+    int (*gradient_rows)(ada_cuda_call *call, const ada_backward_problem *backward, bool keys,
+                         const ada_cuda_row *rows, int64_t n, double *found, ada_cuda_failure *failure);
 } ada_cuda_table;
 
 typedef const ada_cuda_table *ada_cuda_plugin_fn(void);

@@ -46,7 +46,7 @@ Layout layout_of(const ada_cu_gradients *x) {
     Layout at = {};
     size_t used = 0;
     at.flags = take(&used, 4 * (1 + 3 * (int64_t)p->B * p->G)); /* whether any; norms; each */
-    at.rows = take(&used, rows * (int64_t)sizeof(ada_back_row));
+    at.rows = take(&used, x->rows ? 0 : rows * (int64_t)sizeof(ada_back_row));
     at.pairs = take(&used, rows * (int64_t)sizeof(ada_back_pair));
     at.slopes = take(&used, heads * ada_divide_up(p->T, ADA_BACK_SLOPE_ROWS) * 8);
     for (int i = 0; i < 4 && is_tiled(x); i++) {
@@ -73,6 +73,7 @@ ADA_KERNEL(THREADS, 1) know_rows(ADA_ARGS(ada_back_args) a) {
     const int i = (int)(of_value ? at % p.S : row % a.padded);
     const int heads = of_value ? p.G : p.H, b = head / heads, h = head % heads;
     const int group = of_value ? head : b * p.G + h / per;
+    if (a.unfit[group] == ADA_BACK_DONE) return;
     const bool there = of_value ? i < ada_reach_of(p, b).keys : i < p.T;
     const ada_cu_array &x = of_value ? p.value : a.x.grad_out, &y = of_value ? p.value : p.out;
     double sum = 0;
@@ -158,7 +159,7 @@ ADA_KERNEL(ADA_SIMT_THREADS, 1) add_vectors(ADA_ARGS(ada_back_args) a) {
         const int64_t head = (int64_t)b * p.H + h;
         if (of_slopes) {
             /* As many partial sums as the kernel that computed the head has tiles. */
-            const bool unfit = a.unfit[b * p.G + h / (p.H / p.G)];
+            const bool unfit = a.unfit[b * p.G + h / (p.H / p.G)] == ADA_BACK_F64;
             const int tile = unfit || p.D > 128 || p.E > 128 ? ADA_BACK_SLOPE_ROWS : ada_simt_f32::TILE;
             for (int n = ada_thread(); n < (p.T + tile - 1) / tile; n += ADA_SIMT_THREADS)
                 sum += a.slopes[head * a.slope_tiles + n];
@@ -207,6 +208,10 @@ cudaError_t run_rung(const ada_back_args *all, const Layout *at, cudaStream_t st
 
 } // namespace
 
+size_t ada_cu_known_bytes(const ada_cu_params *p) {
+    return (size_t)((int64_t)p->B * p->H * padded_rows(p)) * sizeof(ada_back_row);
+}
+
 size_t ada_cu_backward_workspace(const ada_cu_gradients *x) { return layout_of(x).bytes; }
 
 cudaError_t ada_cu_backward(const ada_cu_gradients *x, cudaStream_t stream) {
@@ -220,18 +225,24 @@ cudaError_t ada_cu_backward(const ada_cu_gradients *x, cudaStream_t stream) {
     a.x = *x;
     a.any = (uint32_t *)(workspace + at.flags), a.most = a.any + 1;
     a.unfit = x->unfit ? x->unfit : a.most + 2 * groups;
-    a.rows = (ada_back_row *)(workspace + at.rows), a.pairs = (ada_back_pair *)(workspace + at.pairs);
+    a.rows = (ada_back_row *)(x->rows ? x->rows : workspace + at.rows);
+    a.pairs = (ada_back_pair *)(workspace + at.pairs);
     a.slopes = (double *)(workspace + at.slopes);
     a.slope_tiles = (int32_t)ada_divide_up(p->T, ADA_BACK_SLOPE_ROWS);
     a.padded = (int32_t)padded_rows(p);
     a.together = is_together(x);
     a.options = p->mask.data || p->alibi_slopes || p->softcap != 0 || p->drop_below;
     cudaError_t error = cudaMemsetAsync(a.any, 0, (size_t)(4 * (1 + 2 * groups)), stream);
-    if (!error) error = cudaMemsetAsync(a.unfit, 0, (size_t)(4 * groups), stream);
+    const size_t flags = (size_t)(4 * groups);
+    a.own = x->again != nullptr;
+    if (!error)
+        error = x->again ? cudaMemcpyAsync(a.unfit, x->again, flags, cudaMemcpyDeviceToDevice, stream)
+                         : cudaMemsetAsync(a.unfit, 0, flags, stream);
     const int64_t rows = (int64_t)p->B * p->H * a.padded + groups * p->S;
     if (!error) error = ada_launch(know_rows, ada_divide_up(rows, WARPS), THREADS, 0, stream, a);
+    if (!error && a.own) error = ada_back_run_rows(a, stream);
     if (!error && p->rung != ADA_CU_SIMT_F64) error = run_rung(&a, &at, stream);
-    if (!error) error = ada_back_run_rows(a, stream);
+    if (!error && !a.own) error = ada_back_run_rows(a, stream);
     if (!error) error = ada_back_run_simt(a, true, stream);
     const bool vectors = x->results[ADA_CU_OF_SINKS].data || x->results[ADA_CU_OF_SLOPES].data;
     if (!error && vectors)

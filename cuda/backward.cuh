@@ -27,7 +27,7 @@ typedef struct {
     ada_back_row *rows;      /* [B * H][padded] */
     ada_back_pair *pairs;    /* likewise */
     int32_t padded;          /* T to whole tiles of rows */
-    uint32_t *unfit;         /* [B * G] float64 has to compute it */
+    uint32_t *unfit;         /* [B * G] ADA_BACK_... */
     uint32_t *any;           /* one of them has to be */
     uint32_t *most;          /* [B * G][2] largest norms, as bits, of rows of grad_out and of values */
     double *slopes;          /* [B * H][slope_tiles] */
@@ -35,7 +35,11 @@ typedef struct {
     int32_t units, group, tiles; /* as ada_k1_args' */
     int32_t together;            /* two neighbours of a result can be written at once */
     int32_t options;             /* mask, slopes, cap or dropout */
+    int32_t own;                 /* rows of key heads that the rung computes come from the inputs, too */
 } ada_back_args;
+
+/* Who computes a key head: the rung, float64, or nobody as it is done. */
+enum { ADA_BACK_RUNG, ADA_BACK_F64, ADA_BACK_DONE };
 
 /* Key j is seen by query i if lowest <= j - i <= highest and j < keys, as causal, window and kv_lengths have
  * it. */
@@ -79,17 +83,45 @@ ADA_DEVICE bool ada_all_reach(const ada_reach &r, int i, int queries, int j, int
            j + keys <= r.keys;
 }
 
-/* Whether float64 is to compute a key head, the same for all threads of a block. */
-ADA_DEVICE bool ada_is_unfit(const uint32_t *flag, uint32_t at) {
+/* Who computes a key head, the same for all threads of a block. */
+ADA_DEVICE uint32_t ada_computed_by(const uint32_t *flag, uint32_t at) {
     uint32_t *const told = ada_shared_at<uint32_t>(at);
     if (ada_thread() == 0) *told = *(const volatile uint32_t *)flag;
     ada_sync();
-    const bool unfit = *told != 0;
+    const uint32_t by = *told;
     ada_sync();
-    return unfit;
+    return by;
 }
 
-ADA_DEVICE void ada_make_unfit(const ada_back_args &a, int group) { a.unfit[group] = 1, *a.any = 1; }
+ADA_DEVICE void ada_make_unfit(const ada_back_args &a, int group) {
+    a.unfit[group] = ADA_BACK_F64, *a.any = 1;
+}
+
+/* Whether query i sees key j, and what a mask adds to the score; mask: of the query, or NULL. */
+template <typename REAL>
+ADA_DEVICE bool ada_pair_sees(const ada_cu_params &p, const ada_reach &reach, const char *mask, int i, int j,
+                              REAL &add) {
+    add = 0;
+    if (!ada_reaches(reach, i, j)) return false;
+    if (!mask) return true;
+    const char *const m = mask + j * p.mask.stride[3];
+    if (p.mask_dtype == ADA_CU_BOOL) return *m != 0;
+    add = ada_mask_value<REAL>(p, m);
+    return !(add == (REAL)-ADA_INF);
+}
+
+/* A product times the scale to a score in octaves; bend: the derivative of the softcap there. */
+template <typename REAL>
+ADA_DEVICE REAL ada_pair_score(REAL s, REAL cap, REAL slope, int64_t distance, REAL add, REAL &bend) {
+    bend = 1;
+    if (cap != 0) {
+        const REAL bent = ada_tanh(s / cap);
+        s = cap * bent;
+        bend = 1 - bent * bent;
+    }
+    if (slope != 0) s -= slope * (REAL)(distance < 0 ? -distance : distance);
+    return (s + add) * (REAL)ADA_LOG2E;
+}
 
 cudaError_t ada_back_run_simt(const ada_back_args &a, bool f64, cudaStream_t stream);
 cudaError_t ada_back_run_f16(const ada_back_args &a, cudaStream_t stream);

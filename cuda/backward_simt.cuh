@@ -125,26 +125,10 @@ ADA_DEVICE void ada_simt_scores(const ada_back_args &a, const ada_back_head &at,
         const char *const mask = p.mask.data && there ? ada_mask_row(p, at.b, at.h, row) : nullptr;
         ADA_UNROLL for (int x = 0; x < X::PER; x++) {
             const int key = j + ada_thread() % 16 + 16 * x;
-            bool visible = there && ada_reaches(at.reach, row, key);
-            REAL s = pairs.s[y][x] * scale, add = 0;
-            if (visible && mask) {
-                const char *const m = mask + key * p.mask.stride[3];
-                if (p.mask_dtype == ADA_CU_BOOL)
-                    visible = *m != 0;
-                else
-                    add = ada_mask_value<REAL>(p, m), visible = !(add == (REAL)-ADA_INF);
-            }
-            pairs.bend[y][x] = 1;
-            if (cap != 0) {
-                const REAL bent = ada_tanh(s / cap);
-                s = cap * bent;
-                pairs.bend[y][x] = 1 - bent * bent;
-            }
-            if (slope != 0) {
-                const int64_t distance = at.offset + row - key;
-                s -= slope * (REAL)(distance < 0 ? -distance : distance);
-            }
-            pairs.s[y][x] = (s + add) * (REAL)ADA_LOG2E;
+            REAL add = 0;
+            const bool visible = there && ada_pair_sees(p, at.reach, mask, row, key, add);
+            pairs.s[y][x] = ada_pair_score(pairs.s[y][x] * scale, cap, slope, at.offset + row - key, add,
+                                           pairs.bend[y][x]);
             const bool keep = !p.drop_below || (visible && !ada_dropped(p, random, key));
             if (p.drop_below) pairs.g[y][x] *= keep ? kept : 0;
             pairs.seen |= (uint32_t)visible << (X::PER * y + x);
@@ -191,7 +175,8 @@ ADA_DEVICE void ada_share_tile(const ada_back_args &a, const ada_pairs_of_thread
 
 /* Whether this launch has nothing to do with a key head. */
 template <typename X> ADA_DEVICE bool ada_not_ours(const ada_back_args &a, int group) {
-    return ada_is_unfit(a.unfit + group, X::FLAG_AT) != X::CAREFUL;
+    return ada_computed_by(a.unfit + group, X::FLAG_AT) !=
+           (uint32_t)(X::CAREFUL ? ADA_BACK_F64 : ADA_BACK_RUNG);
 }
 
 /* Sums of a tile times a factor to rows of a result. Threads hold rows and elements as they hold pairs. */
@@ -346,7 +331,7 @@ template <typename X> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_mask(ADA_ARGS(ada
     const int column = index % columns, row = index / columns % rows;
     index /= columns * rows;
     const int h0 = index % heads, b0 = index / heads;
-    if (ada_is_unfit(a.any, X::FLAG_AT) != X::CAREFUL) return;
+    if (ada_computed_by(a.any, X::FLAG_AT) != X::CAREFUL) return;
     double sums[X::PER][X::PER];
     ADA_UNROLL for (int y = 0; y < X::PER; y++) ADA_UNROLL for (int x = 0; x < X::PER; x++) sums[y][x] = 0;
     const int b_end = to.stride[0] ? b0 + 1 : p.B, h_end = to.stride[1] ? h0 + 1 : p.H;
@@ -399,7 +384,8 @@ template <typename X> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_rows_again(ADA_AR
     const int tiles = (p.T + X::TILE - 1) / X::TILE, head = ada_block() / tiles;
     const int i = ada_block() % tiles * X::TILE, row = ada_thread();
     const ada_back_head at = ada_back_head_of(p, head);
-    if (ada_not_ours<X>(a, at.b * p.G + at.g)) return;
+    const uint32_t by = ada_computed_by(a.unfit + at.b * p.G + at.g, X::FLAG_AT);
+    if (by != ADA_BACK_F64 && !(a.own && by == ADA_BACK_RUNG)) return;
     const double nothing = (double)-ADA_INF;
     double m = nothing, l = 0, delta = 0;
     bool saw = false, bad = false;

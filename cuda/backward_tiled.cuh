@@ -196,7 +196,7 @@ template <typename X> ADA_DEVICE void ada_back_block(const ada_back_args &a) {
     const int lane = ada_thread() % 32, warp = ada_thread() / 32;
     const uint32_t shared = ada_shared();
     const ada_reach reach = ada_reach_of(p, w.b);
-    if (ada_is_unfit(a.unfit + w.b * p.G + w.g, X::FLAG_AT)) return;
+    if (ada_computed_by(a.unfit + w.b * p.G + w.g, X::FLAG_AT) != ADA_BACK_RUNG) return;
     const ada_span span = X::OF_KEYS ? ada_tiles_of_queries(reach, w.first, X::STAYING, p.T, X::KEYS)
                                      : ada_tiles_of_keys(reach, w.first, X::STAYING, p.S, X::KEYS);
     const int each = span.end - span.first, count = each * (X::OF_KEYS ? p.H / p.G : 1);

@@ -91,6 +91,7 @@ void close_call(ada_cuda_call *call) {
     const Device guard(call->problem.device);
     if (call->vectors) cudaFreeAsync(call->vectors, call->stream);
     if (call->again) cudaFreeAsync(call->again, call->stream);
+    if (call->known) cudaFreeAsync(call->known, call->stream);
     free(call);
 }
 

@@ -19,6 +19,7 @@ struct ada_cuda_call {
     cudaStream_t stream;
     void *vectors; /* on the device */
     void *again;   /* likewise, [B * H] uint32_t; NULL: nobody asked */
+    void *known;   /* likewise, of a gradient's rows, by ada_cu_known_bytes; NULL: nobody asked */
 };
 
 namespace ada_cuda {
@@ -123,6 +124,12 @@ int execute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, ada_c
 double plain_operations(const ada_cuda_call *call);
 int gradients(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice, uint32_t *again,
               ada_cuda_failure *failure);
+int gradients_again(ada_cuda_call *call, const ada_backward_problem *x, ada_choice choice,
+                    const uint32_t *heads, uint32_t *again, ada_cuda_failure *failure);
+int gradient_norms(ada_cuda_call *call, const ada_backward_problem *x, double *of_queries, double *of_keys,
+                   ada_cuda_failure *failure);
+int gradient_rows(ada_cuda_call *call, const ada_backward_problem *x, bool keys, const ada_cuda_row *rows,
+                  int64_t n, double *found, ada_cuda_failure *failure);
 
 /* store.cu */
 int merge(int device, uintptr_t stream, const ada_merge_problem *m, ada_cuda_failure *failure);

@@ -20,6 +20,7 @@ enum {
     cudaErrorMemoryAllocation = 2,
     cudaMemcpyHostToDevice = 1,
     cudaMemcpyDeviceToHost = 2,
+    cudaMemcpyDeviceToDevice = 3,
     cudaHostAllocPortable = 1,
     cudaEventDisableTiming = 2,
     cudaDevAttrComputeCapabilityMajor = 75,

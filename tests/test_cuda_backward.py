@@ -311,9 +311,172 @@ def test_a_loss_of_any_scale_in_fp16(size: float, kernels: ctypes.CDLL, rng: np.
         assert np.linalg.norm(a.astype(F64) - e) <= 2.0**-9 * np.linalg.norm(e) + tiny
 
 
+# ---- verification
+
+
+def truths(arrays: list[Array], options: Options) -> tuple[dict[str, Array], Array, Array]:
+    """What is told of every query, from dense weights; dK and dV by the out and the lse that are given."""
+    grad_out, query, key, value, out, given = (x.astype(F64) for x in arrays)
+    per, S = query.shape[1] // key.shape[1], key.shape[2]
+    eye = np.broadcast_to(np.eye(S), (*key.shape[:2], S, S))
+    plain = {name: x for name, x in options.items() if name not in ("dropout_p", "seed")}
+    weights, lse = reference.attention(query, key, eye, return_lse=True, **plain)
+    kept = reference.attention(query, key, eye, **options)
+    seen = weights > 0
+    key, value = (np.repeat(x, per, axis=1) for x in (key, value))
+    scale = options.get("scale") or query.shape[-1] ** -0.5
+    dots, gradients = (x @ y.swapaxes(-1, -2) for x, y in ((query, key), (grad_out, value)))
+    gradients = np.where(seen, gradients * kept, 0) / np.where(seen, weights, 1)
+    cap = options.get("softcap")
+    slopes = weights * (1 - np.tanh(dots * scale / cap) ** 2) if cap else weights
+    delta = (weights * gradients).sum(-1)
+    scores = slopes * (gradients - delta[..., None])
+    off = np.exp(np.where(seen.any(-1), lse - given, 0))[..., None]
+    by_given = off * slopes * (gradients - (grad_out * out).sum(-1)[..., None])
+    of_keys = [by_given.swapaxes(-1, -2) @ query * scale, (off * kept).swapaxes(-1, -2) @ grad_out]
+    dk, dv = (x.reshape(*x.shape[:1], -1, per, *x.shape[2:]).sum(2) for x in of_keys)
+    told = {
+        "lse": lse / np.log(2),
+        "delta": delta,
+        "query2": scale**2 * (query**2).sum(-1),
+        "grad2": (grad_out**2).sum(-1),
+        "weight2": (weights**2).sum(-1),
+        "slope2": (slopes**2).sum(-1),
+        "score2": (scores**2).sum(-1),
+        "both": (scores * slopes).sum(-1),
+    }
+    return told, dk, dv
+
+
+def check_rows(
+    kernels: ctypes.CDLL, arrays: list[Array], options: Options, rung: str, order: int = 1
+) -> None:
+    """Rows of queries and keys, and the norms of all, against the oracle."""
+    run = cuda_backward.Verification(kernels, *arrays, rung=rung, order=order, **options)
+    (B, H, T, D), (_, G, S, _) = arrays[1].shape, arrays[2].shape
+    (told, dk, dv), rng = truths(arrays, options), np.random.default_rng(order)
+    exact_out, exact_lse = reference.attention(
+        *(x.astype(F64) for x in arrays[1:4]), return_lse=True, **options
+    )
+    exact = reference.attention_backward(
+        *(x.astype(F64) for x in arrays[:4]), exact_out, exact_lse, **options
+    )
+    close: Options = {"rtol": 1e-9, "atol": 1e-11}
+    wanted = [(int(x), np.unique(rng.integers(0, T, 4)).tolist()) for x in range(B * H)]
+    wanted[-1] = (B * H - 1, [T - 1])
+    for (head, rows), found in zip(wanted, run.rows(False, wanted), strict=True):
+        b, h = divmod(head, H)
+        for t, x in zip(rows, found, strict=True):
+            for name, of_row in told.items():
+                np.testing.assert_allclose(
+                    x[cuda_backward.TRUTHS.index(name)], of_row[b, h, t], err_msg=name, **close
+                )
+            np.testing.assert_allclose(x[8] * np.log(2), arrays[5][b, h, t], rtol=1e-6, atol=1e-6)
+            out = arrays[4][b, h, t].astype(F64)
+            np.testing.assert_allclose(x[9], (arrays[0][b, h, t].astype(F64) * out).sum(), **close)
+            np.testing.assert_allclose(x[10 : 10 + D], exact.query[b, h, t], **close)
+            assert (x[10 + D :] == run.results.query[b, h, t]).all()
+    wanted = [(int(x), np.unique(rng.integers(0, S, 4)).tolist()) for x in range(B * G)]
+    for (head, rows), found in zip(wanted, run.rows(True, wanted), strict=True):
+        b, g = divmod(head, G)
+        for j, x in zip(rows, found, strict=True):
+            both = np.concatenate([dk[b, g, j], dv[b, g, j]])
+            np.testing.assert_allclose(x[: both.size], both, **close)
+            both = np.concatenate([run.results.key[b, g, j], run.results.value[b, g, j]])
+            assert (x[both.size :] == both).all()
+    queries, keys = run.norms()
+    norms = [(x.astype(F64) ** 2).sum(-1) for x in (arrays[0], arrays[1], arrays[4], *run.results[:3])]
+    np.testing.assert_allclose(queries[..., 0], norms[0], **close)
+    np.testing.assert_allclose(queries[..., 1], norms[0] * norms[1] * norms[2], **close)
+    np.testing.assert_allclose(queries[..., 2], norms[3], **close)
+    np.testing.assert_allclose(keys[..., :2], np.stack(norms[4:], -1), **close)
+    without = {name: x for name, x in options.items() if name not in ("dropout_p", "seed", "sinks")}
+    eye = np.broadcast_to(np.eye(S), (B, G, S, S))
+    weights = reference.attention(*(x.astype(F64) for x in arrays[1:3]), eye, **without) > 0
+    assert (queries[..., 3] == weights.any(-1)).all()
+    assert (keys[..., 2] == weights.any(2).reshape(B, G, H // G, S).any(2)).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if not case.startswith(("precision", "two threads")) and "lowest" not in case],
+)
+def test_rows_to_verify(case: str, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    options = CASES[case](rng, SMALL)
+    check_rows(kernels, problem(rng, SMALL, F32, options), options, "fp32")
+
+
+@pytest.mark.parametrize("dtype", [F64, F16, BF16], ids=str)
+def test_rows_to_verify_of_parts(dtype: Any, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """Longer than a part, of queries and keys, any head size and layout."""
+    rung = {F64: "fp64", F16: "fp16", BF16: "bf16"}[dtype]
+    for n, options in enumerate(({"causal": True}, {"softcap": 2.0, "sinks": np.array([0.5])})):
+        shape = [Shape(1, 2, 1, 260, 270, 9, 33), Shape(1, 1, 1, 70, 257, 130, 1)][n]
+        arrays = [guarded(x) for x in problem(rng, shape, dtype, options)]
+        if dtype == F64:  # of rows of their own
+            options = dict(options)
+            arrays[4:] = reference.attention(*arrays[1:4], return_lse=True, **options)
+        check_rows(kernels, arrays, options, rung, order=n + 1)
+
+
+@pytest.mark.parametrize("f64", [False, True])
+def test_key_heads_once_more(f64: bool, kernels: ctypes.CDLL, rng: np.random.Generator) -> None:
+    check_again(kernels, rng, f64, "bf16", BF16)
+
+
+def check_again(kernels: ctypes.CDLL, rng: np.random.Generator, f64: bool, rung: str, dtype: Any) -> None:
+    """Those that are asked for, from an lse and an out of their own; no bit of the others changes."""
+    arrays = problem(rng, Shape(2, 4, 2, 40, 50, 24, 16), dtype, {"causal": True})
+    spoilt = [*arrays[:4], arrays[4] * arrays[4].dtype.type(2), arrays[5] + F32.type(0.3)]
+    run = cuda_backward.Verification(kernels, *spoilt, rung=rung, causal=True)
+    before, known = [x.copy() for x in run.results[:3]], run.known.copy()
+    again = run.again(np.array([[0, 1], [1, 0]]), f64)
+    assert again.tolist() == [[2, f64], [f64, 2]]
+    wide = [x.astype(F64) for x in arrays[:4]]
+    wide += reference.attention(*wide[1:], return_lse=True, causal=True)
+    exact = reference.attention_backward(*wide, causal=True)
+    for now, then, right in zip(run.results[:3], before, exact[:3], strict=True):
+        per = now.shape[1] // 2
+        for b, g in np.ndindex(2, 2):
+            heads = (b, slice(g * per, (g + 1) * per))
+            if b == g:
+                assert same_bits(now[heads], then[heads])
+            else:
+                error = np.linalg.norm(now[heads].astype(F64) - right[heads])
+                assert error <= 3e-3 * np.linalg.norm(right[heads])
+    size = run.known.size // 8  # of a query head
+    changed = [not (run.known[i * size :][:size] == known[i * size :][:size]).all() for i in range(8)]
+    assert changed == [False, False, True, True, True, True, False, False]
+    for head, rows in ((2, [39]), (5, [0, 17])):
+        for x in run.rows(False, [(head, rows)])[0]:
+            np.testing.assert_allclose(x[8:10], x[:2], rtol=1e-12, atol=1e-13)
+    before, known = run.results.key[1, 0].copy(), run.known.copy()
+    run.again(np.array([[1, 0], [0, 0]]), f64)
+    assert same_bits(run.results.key[1, 0], before) and (run.known[2 * size :] == known[2 * size :]).all()
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_verification_of_what_is_no_number(
+    special: float, kernels: ctypes.CDLL, rng: np.random.Generator
+) -> None:
+    """It reaches rows that see it, and what is hidden reaches none."""
+    options: Options = {"attn_mask": np.arange(21)[:, None] + np.arange(50) > 3}
+    arrays = problem(rng, SMALL, F32, options)
+    arrays[0][1, 1, 5, 0] = special
+    run = cuda_backward.Verification(kernels, *arrays, rung="fp32", **options)
+    bad, good = run.rows(False, [(3, [4, 5])])[0]
+    assert not np.isnan(bad[:34]).any() and np.isnan(good[10:34]).all()
+    arrays = problem(rng, SMALL, F32, {"kv_lengths": np.array([30, 30])})
+    arrays[2][:, :, 30:] = arrays[3][:, :, 30:] = special
+    run = cuda_backward.Verification(kernels, *arrays, rung="fp32", kv_lengths=np.array([30, 30]))
+    assert all(np.isfinite(x).all() for rows in run.rows(False, [(3, [4, 5])]) for x in rows)
+    assert not run.rows(True, [(0, [30, 49])])[0][0].any()
+
+
 # What one mistake in a kernel's text looks like: file, text that stands there once, what replaces it, and the
 # translation unit that has to be compiled again.
 TILED, SIMT = ("backward_tiled.cuh", "backward_f16.cu"), ("backward_simt.cuh", "backward_simt.cu")
+ROWS = ("backward_rows.cu", "backward_rows.cu")
 FAULTS = {
     "copies are not waited for": (TILED, "ada_copy_wait<0>(); /* this", "/* this"),
     "what stays still arrives at the end": (TILED, "ada_copy_wait<0>(); /* what stays", "/* what stays"),
@@ -353,6 +516,39 @@ FAULTS = {
     ),
     "hidden pairs are added": (SIMT, "X::CAREFUL && !ada_seen<X>()[n * X::TILE + key]", "false"),
     "sums of rows keep their old reference": (SIMT, "l *= by, delta *= by;", "l *= by;"),
+    "parts are added as if they had one reference": (
+        ROWS,
+        "const double by = exp2(part[PART_M] - m);",
+        "const double by = 1;",
+    ),
+    "rows of a group are weighed before all have them": (
+        ROWS,
+        "is_one ? c : c - p.D) * from.stride[3], p.dtype) : 0; } ada_sync();",
+        "is_one ? c : c - p.D) * from.stride[3], p.dtype) : 0; }",
+    ),
+    "one sum for all that see a key": (ROWS, "if (any >> r & 1) sums[r] +=", "if (any) sums[r] +="),
+    "the first head's queries alone, in rows": (ROWS, "(p.H / p.G) + split / a.parts", "(p.H / p.G)"),
+    "the last lanes' share is lost": (
+        ROWS,
+        "ADA_UNROLL for (int lanes = 1; lanes < SHARE; lanes *= 2) { sums",
+        "ADA_UNROLL for (int lanes = 1; lanes < SHARE / 2; lanes *= 2) { sums",
+    ),
+    "the softcap's slope is left out": (ROWS, "g = w * (g - row.delta) * bend;", "g = w * (g - row.delta);"),
+    "a key that a later head sees is not seen": (
+        ROWS,
+        "h < (g + 1) * per && !seen; h++",
+        "h < g * per + 1 && !seen; h++",
+    ),
+    "key heads that are done are computed again": (
+        ("backward.cu", "backward.cu"),
+        "if (a.unfit[group] == ADA_BACK_DONE) return;",
+        "",
+    ),
+    "rows keep the lse that was given": (
+        ("backward_simt.cuh", "backward_simt.cu"),
+        "!(a.own && by == ADA_BACK_RUNG)",
+        "true",
+    ),
     "half of a row's delta": (
         ("backward.cu", "backward.cu"),
         "lanes < 32; lanes *= 2) { sum",
@@ -393,6 +589,9 @@ def find_faults(kernels: ctypes.CDLL) -> None:
         for x, y in zip(reference.attention(*arrays[1:4], return_lse=True, **edge), arrays[4:], strict=True)
     )
     check(kernels, "fp16", arrays, edge)
+    rows = {"softcap": 2.0, "attn_mask": np.arange(580).reshape(2, 1, 290) % 7 > 2}
+    check_rows(kernels, problem(rng, Shape(1, 2, 1, 70, 290, 12, 8), F32, rows), rows, "fp32")
+    check_again(kernels, rng, False, "fp32", F32)
     nothing = {"kv_lengths": np.array([0])}
     check(kernels, "fp16", problem(rng, Shape(1, 2, 1, 5, 9, 32, 32), F16, nothing), nothing)
     check(kernels, "fp32", problem(rng, Shape(1, 1, 1, 9, 20, 32, 32), F32, {}), {})

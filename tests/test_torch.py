@@ -613,13 +613,13 @@ def test_everything_dropped() -> None:
 
 
 def test_gradients_on_a_gpu_without_one() -> None:
-    """What is traced lies where its input does, and a tolerance is refused before anything is computed."""
+    """What is traced lies where its input does. Autograd itself takes a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         query, key = (torch.empty(1, h, 5, 8, device="cuda", dtype=torch.bfloat16) for h in (2, 1))
         sinks = torch.empty(2)
-        rest = (None, None, sinks, None, None, None, "", None, None, None, None, 0.0, None)
+        rest = (None, None, sinks, None, None, None, "", None, None, None, None, 0.0, 5e-2)
         rest += ("auto", "auto", "auto", "auto", "auto", None, None)
         out, lse = torch.ops.adaattn.attention_lse(query, key, key, *rest)
         needs = [True, True, False, False, False, True]
@@ -629,9 +629,4 @@ def test_gradients_on_a_gpu_without_one() -> None:
             ("cuda", torch.bfloat16, key.shape),
             ("cpu", torch.float32, sinks.shape),
         ]
-        with pytest.raises(
-            adaattn.ArgumentError, match=r"^tolerance: expected None beside gradients on a GPU"
-        ):
-            scaled_dot_product_attention(query.requires_grad_(), key, key, policy="speed")
-        with torch.no_grad():
-            assert scaled_dot_product_attention(query, key, key, policy="speed").shape == query.shape
+        assert scaled_dot_product_attention(query, key, key, policy="speed").shape == query.shape

@@ -53,8 +53,7 @@ def scaled_dot_product_attention(
     """Torch's function of this name, with an error budget and `adaattn.attention`'s options.
 
     Tensors are read and written in place, on the CPU or a CUDA GPU. Works under `torch.compile` and
-    `torch.export`, under autocast, and is differentiable; on a GPU only without a tolerance, as gradients are
-    not verified there.
+    `torch.export`, under autocast, and is differentiable; a tolerance is that of the gradients, too.
 
     Parameters
     ----------
@@ -121,11 +120,6 @@ def scaled_dot_product_attention(
         or (alibi_slopes is not None and getattr(alibi_slopes, "requires_grad", False))
         or (sinks is not None and getattr(sinks, "requires_grad", False))
     )
-    if needs_grad and tolerance is not None and device == "cuda":
-        raise ArgumentError(
-            "tolerance: expected None beside gradients on a GPU, where they are not verified, got "
-            f"{tolerance!r}"
-        )
     if needs_grad or is_traced(query):
         left, right = window or (None, None)
         qk, pv = (precision, precision) if isinstance(precision, str) else precision

@@ -104,7 +104,7 @@ PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_
         goto done;
     }
     budget.tolerance = x.p.has_tolerance ? x.p.tolerance : 0;
-    if (return_report || x.p.has_tolerance) {
+    if (return_report || (x.p.has_tolerance && budget.verify)) {
         budget.heads = PyMem_Calloc((size_t)(x.p.B * x.p.G), sizeof *budget.heads);
         budget.queries = PyMem_Calloc((size_t)(x.p.B * x.p.H), sizeof *budget.queries);
         if (!budget.heads || !budget.queries) {
