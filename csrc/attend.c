@@ -489,7 +489,7 @@ ada_rank_task ada_rank_task_of(const ada_attending *a, const ada_far_keys *keys)
 }
 
 static ada_rank_speed rank_speed_of(const ada_budget *b) {
-    return (ada_rank_speed){b->rates[1], b->rates[1], 0};
+    return (ada_rank_speed){b->rates[1], b->rates[1], 0, 0};
 }
 
 /* Most landmarks of a head that it may gain by, 0: none. Those that cannot are known by their profiles alone.
@@ -508,7 +508,7 @@ static int ranks_to_look_at(const ada_attending *a, int64_t i) {
     return ada_ranks_to_look_at(&b->heads[i].forecast, &task, &sizes, &speed, s->seconds);
 }
 
-void ada_choose_rank(const ada_attending *a, int64_t i, int most, const ada_rank_speed *speed,
+void ada_choose_rank(const ada_attending *a, int64_t i, int most, double out2, const ada_rank_speed *speed,
                      const struct ada_sample *sample, char *scratch) {
     const ada_budget *b = a->budget;
     ada_head *head = &b->heads[i];
@@ -520,7 +520,7 @@ void ada_choose_rank(const ada_attending *a, int64_t i, int most, const ada_rank
     ada_far_keys_of(a->p, i / a->p->H, &keys);
     const ada_task task = ada_task_of(a, i, ada_margin_of(a, i));
     const ada_rank_task sizes = ada_rank_task_of(a, &keys);
-    const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, s->n ? head->forecast.out2 : 0);
+    const ada_rank_wish wish = ada_rank_wish_of(&task, &sizes, most, out2);
     ada_forecast_low_rank(a->p, a->k, i / a->p->H, i % a->p->H, sample, &wish, &ranks, scratch);
     if (!ada_plan_low_rank(&ranks, &wish, &task, &sizes, speed, s->seconds, forced, &choice)) {
         head->retried |= forced;
@@ -538,7 +538,9 @@ static void rank_task(void *context, ada_job *job, int64_t index, int worker) {
     const ada_attending *a = context;
     const ada_rank_speed speed = rank_speed_of(a->budget);
     if (ada_job_cancelled(job, worker)) return;
-    ada_choose_rank(a, a->list[index], a->rank[index], &speed, NULL,
+    const int64_t i = a->list[index];
+    const double out2 = a->states[i].n ? a->budget->heads[i].forecast.out2 : 0;
+    ada_choose_rank(a, i, a->rank[index], out2, &speed, NULL,
                     a->rank_scratch + worker * a->rank_scratch_bytes);
 }
 

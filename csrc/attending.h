@@ -189,8 +189,8 @@ bool ada_may_be_sparse(const ada_problem *p, const ada_budget *budget);
 /* Sizes of landmarks of a head with these keys. */
 ada_rank_task ada_rank_task_of(const ada_attending *a, const ada_far_keys *keys);
 /* Landmarks for a head, at most so many, where they compute it within the budget and faster than the choice
- * that was made; sample and scratch are ada_forecast_low_rank's. */
-void ada_choose_rank(const ada_attending *a, int64_t head, int most, const ada_rank_speed *speed,
+ * that was made; out2 as in ada_rank_wish; sample and scratch are ada_forecast_low_rank's. */
+void ada_choose_rank(const ada_attending *a, int64_t head, int most, double out2, const ada_rank_speed *speed,
                      const struct ada_sample *sample, char *scratch);
 bool ada_run_tasks(ada_attending *a, ada_task_fn *task, int64_t tasks, double multiply_adds);
 /* Rows that a task of ADA_ROW_GROUPS per head has to do with. */

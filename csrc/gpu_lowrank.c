@@ -9,13 +9,17 @@
 #include "landmarks.h"
 #include "memory.h"
 
-/* What a thread of the host does, by a Zen 4's 31 to 47. */
-#define HOST_GFLOPS 30
-/* Of the best that a device does on plain arithmetic; to hear from the device, and to bring a byte. Assumed,
- * not measured. */
-#define PLAIN_SHARE 0.35
-#define LOOK_SECONDS 5e-5
+/* What the host does for a head, by the 31 to 47 of a Zen 4's thread: heads share threads, but what one of
+ * them is computed by must not depend on the others. */
+#define HOST_GFLOPS 100
+/* Of the best that a device does on plain arithmetic, for landmarks, and for rows that are computed exactly;
+ * to hear from the device, and to bring a byte. Assumed, not measured. */
+#define PLAIN_SHARE 0.3
+#define EXACT_SHARE 0.05
+#define LOOK_SECONDS 1.5e-4
 #define BYTE_SECONDS 2e-10
+/* Rows of a head that are computed exactly to learn how large its output is. */
+#define OUT_ROWS 8
 /* Of the time of a head of which nothing else is known, for looking at it. */
 #define LOOK_SHARE (1.0 / 12)
 /* Of samples at a time. */
@@ -36,6 +40,7 @@ typedef struct {
     int64_t scratch_bytes;
     /* To plan: */
     const int *most;
+    double *out2; /* [n] */
     ada_rank_speed speed;
     /* To execute: */
     const ada_low_rank *low;
@@ -125,10 +130,10 @@ static int largest(const int *x, int64_t n) {
 
 static ada_rank_speed speed_of(ada_attending *a, ada_cuda_call *call) {
     const double plain = 1e-9 * PLAIN_SHARE * ada_gpu_table()->plain_operations(call);
-    const double host = HOST_GFLOPS * (double)ada_threads_for(a->p, ada_head_count(a), INFINITY);
     const double bytes = (double)(batch_of(a, NULL, 1).at.floats * (int64_t)sizeof(float));
     return (ada_rank_speed){.products = {.gflops = {plain, plain}},
-                            .choosing = {.gflops = {host, host}},
+                            .choosing = {.gflops = {HOST_GFLOPS, HOST_GFLOPS}},
+                            .exact_gflops = EXACT_SHARE / PLAIN_SHARE * plain,
                             .sample_seconds = LOOK_SECONDS + BYTE_SECONDS * bytes};
 }
 
@@ -149,8 +154,41 @@ static void plan_task(void *context, ada_job *job, int64_t index, int worker) {
     const batch *x = context;
     if (ada_job_cancelled(job, worker)) return;
     const ada_sample sample = sample_of(x, index);
-    ada_choose_rank(x->a, x->heads[index], x->most[index], &x->speed, &sample,
+    const float *value2 = x->floats + index * x->at.floats + x->at.value2;
+    /* A sample of keys does not tell what the few with far larger values lose. */
+    const bool heavy = (double)value2[1] * sample.extent.keys > ADA_HEAVIER * (double)value2[0];
+    if (heavy && x->a->budget->structure != ADA_STRUCTURE_LOW_RANK) return;
+    ada_choose_rank(x->a, x->heads[index], x->most[index], x->out2[index], &x->speed, &sample,
                     x->scratch + worker * x->scratch_bytes);
+}
+
+/* Mean squared norms of the heads' outputs, by some rows. */
+static ada_status measure_outputs(batch *x, ada_cuda_call *call, ada_error *error) {
+    const ada_problem *p = x->a->p;
+    const int64_t each = x->what.queries < OUT_ROWS ? x->what.queries : OUT_ROWS, n = x->n * each, E = p->E;
+    ada_carver c = {NULL, 0};
+    ada_cuda_failure failure;
+    ada_cuda_row *rows = NULL;
+    double *o = NULL, *lse = NULL;
+    char *memory = NULL;
+    for (int turn = 0; turn < 2; turn++) {
+        rows = ada_carve(&c, n * (int64_t)sizeof *rows);
+        o = ada_carve(&c, n * E * (int64_t)sizeof *o), lse = ada_carve(&c, n * (int64_t)sizeof *lse);
+        if (turn) break;
+        if (!(memory = ada_scratch_take(c.used))) return ada_no_scratch(c.used, error);
+        c = (ada_carver){memory, 0};
+    }
+    for (int64_t i = 0; i < n; i++)
+        rows[i] =
+            (ada_cuda_row){(int32_t)x->heads[i / each], (int32_t)x->query[i % each * x->what.queries / each]};
+    const bool failed = ada_gpu_table()->rows(call, rows, n, false, o, lse, NULL, NULL, &failure);
+    for (int64_t i = 0; i < x->n && !failed; i++) {
+        double sum = 0;
+        for (int64_t e = 0; e < each * E; e++) sum += o[i * each * E + e] * o[i * each * E + e];
+        x->out2[i] = isfinite(sum) ? sum / (double)each : 0;
+    }
+    ada_scratch_give_back(memory);
+    return failed ? ada_gpu_fail(&failure, error) : ADA_OK;
 }
 
 ada_status ada_gpu_plan_ranks(ada_attending *a, ada_cuda_call *call, ada_error *error) {
@@ -163,7 +201,8 @@ ada_status ada_gpu_plan_ranks(ada_attending *a, ada_cuda_call *call, ada_error *
     for (int64_t first = 0; first < n;) {
         batch x = batch_of(a, a->list + first, n - first);
         x.most = a->rank + first, x.speed = speed;
-        if (take_samples(&x, call, error)) return error->status;
+        x.out2 = a->gain + first;
+        if (measure_outputs(&x, call, error) || take_samples(&x, call, error)) return error->status;
         const ada_status status = run_tasks(&x, plan_task, largest(x.most, x.n), error);
         ada_scratch_give_back(x.floats);
         if (status) return status;
@@ -186,13 +225,17 @@ static void find_task(void *context, ada_job *job, int64_t index, int worker) {
 
 /* What the device did with a head; lists the rows that are to be computed exactly, unless it failed. */
 static bool is_good(const ada_problem *p, int64_t head, float *shift2, ada_cuda_row *rows, int64_t *n) {
+    const int64_t most = ada_most_exact_rows(p->T);
     double sum = 0;
     int64_t exactly = 0;
     for (int64_t t = 0; t < p->T; t++) {
-        if (shift2[t] < 0) rows[*n + exactly++] = (ada_cuda_row){(int32_t)head, (int32_t)t}, shift2[t] = 0;
+        if (shift2[t] < 0) {
+            if (exactly == most) return false;
+            rows[*n + exactly++] = (ada_cuda_row){(int32_t)head, (int32_t)t}, shift2[t] = 0;
+        }
         sum += (double)shift2[t];
     }
-    if (exactly > ada_most_exact_rows(p->T) || sum > ADA_MOST_SUM * (double)p->T) return false;
+    if (sum > ADA_MOST_SUM * (double)p->T) return false;
     *n += exactly;
     return true;
 }
@@ -204,7 +247,7 @@ static ada_status attend(batch *x, ada_cuda_call *call, ada_error *error) {
     const ada_low_rank *low = x->low;
     const int64_t shifts_at = (x->n * (int64_t)sizeof(ada_cuda_landmarks) + 63) / 64 * 64,
                   rows_at = shifts_at + x->n * p->T * (int64_t)sizeof(float),
-                  bytes = rows_at + x->n * p->T * (int64_t)sizeof(ada_cuda_row);
+                  bytes = rows_at + x->n * ada_most_exact_rows(p->T) * (int64_t)sizeof(ada_cuda_row);
     ada_cuda_failure failure;
     int64_t n = 0, n_rows = 0;
     char *memory = ada_scratch_take(bytes);

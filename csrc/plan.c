@@ -457,6 +457,8 @@ bool ada_plan_low_rank(const ada_rank_forecast *ranks, const ada_rank_wish *wish
                                     .limit = keeps ? level->limit : INFINITY,
                                     .error = sqrt(relative2),
                                     .seconds = ada_low_rank_seconds(t, sizes, speed, level->rank)};
+        if (speed->exact_gflops > 0)
+            choice->seconds += 1e-9 * level->exact * t->operations / speed->exact_gflops;
         return forced || choice->seconds < PAYS * seconds;
     }
     return false;

@@ -127,10 +127,10 @@ typedef struct {
     int least, most; /* ranks that are allowed */
 } ada_rank_task;
 /* How fast landmarks are attended to, and chosen; before that a sample is taken, of which so long is waited
- * for. */
+ * for. exact_gflops: of rows that are computed exactly; 0: they are few, and counted among the others. */
 typedef struct {
     ada_rate products, choosing;
-    double sample_seconds;
+    double sample_seconds, exact_gflops;
 } ada_rank_speed;
 double ada_low_rank_seconds(const ada_task *task, const ada_rank_task *sizes, const ada_rank_speed *speed,
                             int rank);

@@ -22,8 +22,6 @@
 #define MOST_SPREAD 16
 /* Rows that spread so much more than the mean are so few that a sample may miss them. */
 #define OUTLIER 8
-/* Values whose squared norm is so far above the mean decide the error of rows that attend to them. */
-#define HEAVY 32
 /* Rows of a block that is looked at for others, too. */
 #define SOME_OF_BLOCK UINT64_C(0xFFFF)
 
@@ -111,7 +109,7 @@ static void find_heavy(ada_key_probe *keys, int64_t blocks) {
             j += ADA_BLOCK - 1;
             continue;
         }
-        if (!((double)keys->value2[j] > HEAVY * keys->value2_mean)) continue;
+        if (!((double)keys->value2[j] > ADA_HEAVIER * keys->value2_mean)) continue;
         int at = keys->heavies < ADA_HEAVY ? keys->heavies++ : ADA_HEAVY;
         for (; at > 0 && keys->value2[keys->heavy[at - 1]] < keys->value2[j]; at--)
             if (at < ADA_HEAVY) keys->heavy[at] = keys->heavy[at - 1];

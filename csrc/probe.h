@@ -7,6 +7,9 @@
 #include "kernels.h"
 #include "memory.h"
 
+/* Values whose squared norm is so far above the mean decide the error of rows that attend to them. */
+#define ADA_HEAVIER 32
+
 /* Keys and values of one key head that some query may attend to; others count nowhere. Keys are centred. */
 #define ADA_HEAVY 7
 /* What stands in may do so up to one of these sums of spreads (sparse.h) in a row: 2^(-4 - k) mean squared

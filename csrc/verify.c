@@ -290,6 +290,12 @@ static void tell_left_out(ada_attending *a, int64_t i) {
     head->predicted_error = hypot(rung, left_out(a, i));
 }
 
+/* Whether what computed a head says how much each of its rows may be off; not where a GPU leaves out blocks.
+ */
+static bool has_estimates(const ada_problem *p, const ada_head *head) {
+    return ada_is_thinned(head) && (!p->on_gpu || head->rank > 0);
+}
+
 /* Which rows of a head whose norms are measured are compared, and how they are computed. */
 static void draw_rows_to_verify(ada_attending *a, int64_t head, char *scratch) {
     const ada_problem *p = a->p;
@@ -305,7 +311,7 @@ static void draw_rows_to_verify(ada_attending *a, int64_t head, char *scratch) {
     tell_left_out(a, head);
     if (!s->known)
         ada_draw_rows(a, head, s->n, norms,
-                      ada_is_thinned(&a->budget->heads[head]) && !p->on_gpu ? a->shift2 + head * p->T : NULL,
+                      has_estimates(p, &a->budget->heads[head]) ? a->shift2 + head * p->T : NULL,
                       s->doubted ? DOUBT_STREAM : VERIFY_STREAM);
     const int fp32 = ada_candidate_of((ada_choice){ADA_RUNG_FP32, ADA_RUNG_FP32});
     const double in_fp32 = a->budget->heads[head].forecast.error[fp32];

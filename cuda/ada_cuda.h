@@ -104,8 +104,8 @@ static inline int64_t ada_cuda_page_bytes(const ada_cuda_store *s, ada_dtype dty
     return s->G * (ada_cuda_head_bytes(dtype, s->widths[0]) + ada_cuda_head_bytes(dtype, s->widths[1]));
 }
 
-/* What landmarks are chosen from (csrc/landmarks.h): of each head the mean of its keys, the furthest key of
- * those whose numbers have the same remainder by ADA_CUDA_FAR, rows. */
+/* What landmarks are chosen from (csrc/landmarks.h): of each head the mean of its keys, those furthest from
+ * it, rows. */
 #define ADA_CUDA_FAR 32
 typedef struct {
     int64_t head;        /* b * H + h */
@@ -124,7 +124,8 @@ typedef struct {
 typedef struct {
     int64_t mean;    /* [D] of the keys */
     int64_t spread;  /* sum of their squared distances from it */
-    int64_t far2;    /* [ADA_CUDA_FAR] of the furthest keys; -1 where there is none */
+    int64_t value2;  /* [2] of squared norms of the values: the sum, and the largest */
+    int64_t far2;    /* [ADA_CUDA_FAR] of the furthest keys, descending; -1 where there are fewer */
     int64_t far;     /* likewise which keys, int32_t */
     int64_t query2;  /* [measured] squared norms */
     int64_t keys;    /* [n_keys + ADA_CUDA_FAR][D] the sampled keys, then the furthest */
@@ -136,7 +137,7 @@ typedef struct {
 static inline ada_cuda_sample_at ada_cuda_sample_layout(int64_t D, int64_t E, const ada_cuda_sampling *s) {
     ada_cuda_sample_at at;
     at.mean = 0, at.spread = at.mean + D;
-    at.far2 = at.spread + 1, at.far = at.far2 + ADA_CUDA_FAR;
+    at.value2 = at.spread + 1, at.far2 = at.value2 + 2, at.far = at.far2 + ADA_CUDA_FAR;
     at.query2 = at.far + ADA_CUDA_FAR, at.keys = at.query2 + s->measured;
     at.values = at.keys + (s->keys + ADA_CUDA_FAR) * D, at.queries = at.values + s->keys * E;
     at.floats = at.queries + s->queries * D;
@@ -198,7 +199,7 @@ typedef struct {
     int (*probe)(ada_cuda_call *call, ada_cuda_keys *keys, int64_t n, const ada_cuda_row *rows,
                  int64_t n_rows, ada_cuda_figures *figures, ada_cuda_failure *failure);
     /* Exact rows, o [n][E] and lse [n], in double or, f64 being false, in float; and the same rows of what
-     * was executed (lse 0 where there is none). Rows of a head come together. */
+     * was executed (lse 0 where there is none), unless out_o is NULL. Rows of a head come together. */
     int (*rows)(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool f64, double *o, double *lse,
                 double *out_o, double *out_lse, ada_cuda_failure *failure);
     /* [B * H][T] squared norms of the output's rows. */

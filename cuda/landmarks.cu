@@ -19,16 +19,17 @@ enum {
     WEIGHTS_AT = 2 * RIGHT_AT,
     ROWS_AT = WEIGHTS_AT + TILE * LD * 4
 };
-#define ADA_MOST_EXPONENT 16                  /* of H(x, x), as in csrc/landmarks.h */
-#define ADA_LEAST_RESIDUAL 1e-5f              /* as there */
-const size_t MOST_MEMORY = (size_t)256 << 20; /* for heads that are computed together */
+#define ADA_MOST_EXPONENT 16                 /* of H(x, x), as in csrc/landmarks.h */
+#define ADA_LEAST_RESIDUAL 1e-5f             /* as there */
+const size_t MOST_MEMORY = (size_t)64 << 20; /* for heads that are computed together */
 
 struct Head {
     int32_t head, first, end, rank;
     int32_t chunks; /* of ADA_CUDA_BIN keys whose sums are wanted */
     int32_t whole;  /* all queries see all keys: only sums over all chunks count */
+    int32_t kept;   /* so many chunks' projections are kept: all, or the last */
     float query_factor, key_factor, gain, limit;
-    int64_t mean, point, basis, sums, values, factors; /* where its floats begin */
+    int64_t mean, point, basis, sums, values; /* where its floats begin */
 };
 
 struct Args {
@@ -36,7 +37,8 @@ struct Args {
     const Head *heads;
     float *memory;
     float *shift2; /* [n][T] */
-    int32_t most_chunks, most_ranks /* tiles of landmarks */, tiles /* of queries */;
+    int32_t n, most_chunks, most_ranks /* tiles of landmarks */, tiles /* of queries */;
+    int64_t factors; /* of each block, [most_ranks * TILE][TILE] */
 };
 
 /* What is known of a tile's queries. */
@@ -162,7 +164,15 @@ ADA_KERNEL(THREADS, 1) add_chunks(ADA_ARGS(Args) a) {
     if (i >= wide + head.rank) return;
     const int step = i < wide ? wide : head.rank;
     float *at = a.memory + head.sums + (i < wide ? i : (int64_t)head.chunks * wide + i - wide), sum = 0;
-    ADA_UNROLL_BY(4) for (int c = 0; c < head.chunks; c++, at += step) *at = sum += *at;
+    for (int c = 0; c < head.chunks; c += 8) { /* loads of eight do not wait for stores */
+        float x[8];
+        ADA_UNROLL for (int k = 0; k < 8; k++) x[k] = c + k < head.chunks ? at[(int64_t)(c + k) * step] : 0;
+        ADA_UNROLL for (int k = 0; k < 8; k++) {
+            sum += x[k];
+            if (head.whole ? c + k == head.chunks - 1 : c + k < head.chunks)
+                at[(int64_t)(c + k) * step] = sum;
+        }
+    }
 }
 
 /* The basis's transpose times that, where it is wanted. */
@@ -174,14 +184,13 @@ ADA_KERNEL(THREADS, 2) project_values(ADA_ARGS(Args) a) {
     const int chunk = (rest /= a.most_ranks) % a.most_chunks;
     const Head head = a.heads[rest / a.most_chunks];
     const int R = head.rank, thread = ada_thread();
-    if (l0 >= R || chunk >= head.chunks || (head.whole && chunk + 1 < head.chunks)) return;
+    const int slot = chunk - (head.chunks - head.kept);
+    if (l0 >= R || chunk >= head.chunks || slot < 0) return;
     const float *const basis = a.memory + head.basis,
                        *const sums = a.memory + head.sums + (int64_t)chunk * R * p.E,
                        *const sum_masses = a.memory + head.sums + (int64_t)head.chunks * R * p.E + chunk * R;
-    float *const to = a.memory + head.values + (int64_t)chunk * R * p.E, *const masses =
-                                                                             a.memory + head.values +
-                                                                             (int64_t)head.chunks * R * p.E +
-                                                                             chunk * R;
+    float *const to = a.memory + head.values + (int64_t)slot * R * p.E;
+    float *const masses = a.memory + head.values + (int64_t)head.kept * R * p.E + slot * R;
     const int depth = l0 + TILE < R ? l0 + TILE : R; /* the basis is triangular */
     Tile out;
     clear(out);
@@ -218,9 +227,9 @@ ADA_DEVICE void load_rows(const Args &a, const Head &head, const ada_sequence &s
     to->exact = !(to->own <= ADA_MOST_EXPONENT);
 }
 
-/* F of a tile's queries, [rank][TILE] from head.factors on, and sums over the first bins of keys. */
+/* F of a tile's queries, [rank][TILE], and sums over the first bins of keys. */
 template <int PIECES>
-ADA_DEVICE void attend_far(const Args &a, const Head &head, const ada_sequence &s, int t0, int chunk,
+ADA_DEVICE void attend_far(const Args &a, const Head &head, const ada_sequence &s, int t0, int slot,
                            float *factors, Tile (&out)[PIECES]) {
     const ada_cu_params &p = a.p;
     const int R = head.rank, h = head.head % p.H, y0 = ada_thread() / 16 * 4, x0 = ada_thread() % 16 * 4;
@@ -244,8 +253,8 @@ ADA_DEVICE void attend_far(const Args &a, const Head &head, const ada_sequence &
             factors[(l0 + y0 + i) * TILE + x0 + j] = x[i][j];
     }
     ada_sync();
-    if (chunk < 0) return;
-    const float *const values = a.memory + head.values + (int64_t)chunk * R * p.E;
+    if (slot < 0) return;
+    const float *const values = a.memory + head.values + (int64_t)slot * R * p.E;
     ADA_UNROLL for (int c = 0; c < PIECES; c++) add_columns(
         out[c], R, [&](int k, int i) { return factors[k * TILE + i]; },
         [&](int k, int e) { return TILE * c + e < p.E ? values[k * p.E + TILE * c + e] : 0; });
@@ -296,10 +305,9 @@ ADA_DEVICE float end_row(const Args &a, const Head &head, Row *row, int t, float
     return head.gain * rest;
 }
 
-template <int PIECES> ADA_KERNEL(THREADS, 2) attend_tile(ADA_ARGS(Args) a) {
+template <int PIECES> ADA_DEVICE void attend_tile(const Args &a, int n, int t0) {
     const ada_cu_params &p = a.p;
-    const int n = ada_block() / a.tiles, tile = ada_block() % a.tiles, t0 = tile * TILE,
-              thread = ada_thread();
+    const int thread = ada_thread();
     const Head head = a.heads[n];
     const int b = head.head / p.H, h = head.head % p.H, t = t0 + thread;
     const int last = t0 + TILE < p.T ? t0 + TILE - 1 : p.T - 1;
@@ -308,16 +316,16 @@ template <int PIECES> ADA_KERNEL(THREADS, 2) attend_tile(ADA_ARGS(Args) a) {
     const int chunks = head.whole ? head.chunks : seen > 0 ? seen / ADA_CUDA_BIN : 0;
     const int far_end = head.whole ? head.end : head.first + chunks * ADA_CUDA_BIN;
     Row *const rows = ada_shared_at<Row>(ROWS_AT);
-    float *const factors =
-        a.memory + head.factors + (int64_t)tile * ((head.rank + TILE - 1) / TILE) * TILE * TILE;
+    const int slot = chunks - 1 - (head.chunks - head.kept);
+    float *const factors = a.memory + a.factors + ada_block() * (int64_t)a.most_ranks * TILE * TILE;
     Tile out[PIECES];
     ADA_UNROLL for (int c = 0; c < PIECES; c++) clear(out[c]);
     load_rows(a, head, sequence, t0);
-    attend_far<PIECES>(a, head, sequence, t0, chunks - 1, factors, out);
+    attend_far<PIECES>(a, head, sequence, t0, slot, factors, out);
     float square = 0, mass = 0;
     if (thread < TILE) {
         const float *masses =
-            a.memory + head.values + (int64_t)head.chunks * head.rank * p.E + (chunks - 1) * head.rank;
+            a.memory + head.values + (int64_t)head.kept * head.rank * p.E + slot * head.rank;
         for (int l = 0; l < head.rank; l++) {
             const float f = factors[l * TILE + thread];
             square += f * f;
@@ -354,11 +362,18 @@ template <int PIECES> ADA_KERNEL(THREADS, 2) attend_tile(ADA_ARGS(Args) a) {
             rows[thread].exact || !(rows[thread].own == rows[thread].own) ? -1 : estimate;
 }
 
+/* Each block takes tile after tile. */
+template <int PIECES> ADA_KERNEL(THREADS, 2) attend_tiles(ADA_ARGS(Args) a) {
+    ADA_UNROLL_NOT for (int64_t i = ada_block(); i < (int64_t)a.n * a.tiles; i += ada_blocks()) {
+        attend_tile<PIECES>(a, (int)(i / a.tiles), (int)(i % a.tiles) * TILE);
+        ada_sync(); /* what is known of its rows has been read */
+    }
+}
+
 /* ---- the host's side ---- */
 
 /* Where a head's floats lie: those that the host sends, and those that are made, each behind those before. */
-void place(const ada_cu_params &p, const ada_cuda_landmarks &x, int tiles, Head *head, int64_t *sent,
-           int64_t *made) {
+void place(const ada_cu_params &p, const ada_cuda_landmarks &x, Head *head, int64_t *sent, int64_t *made) {
     const int64_t R = x.rank, keys = x.end - x.first;
     *head = {};
     head->head = (int32_t)x.head, head->first = (int32_t)x.first, head->end = (int32_t)x.end;
@@ -368,26 +383,30 @@ void place(const ada_cu_params &p, const ada_cuda_landmarks &x, int tiles, Head 
     head->gain = (float)x.gain, head->limit = (float)x.limit;
     head->mean = *sent, head->point = head->mean + p.D, head->basis = head->point + R * p.D;
     *sent = head->basis + R * R;
+    head->kept = x.whole ? 1 : head->chunks;
     head->sums = *made, head->values = head->sums + head->chunks * R * (p.E + 1);
-    head->factors = head->values + head->chunks * R * (p.E + 1);
-    /* Tiles of fours want fours. */
-    head->factors = ada_divide_up(head->factors, 4) * 4;
-    *made = head->factors + (int64_t)tiles * ada_divide_up(R, TILE) * TILE * TILE;
+    *made = head->values + head->kept * R * (p.E + 1);
 }
 
-template <int PIECES> cudaError_t launch(const Args &a, int64_t n, cudaStream_t stream) {
+/* That attend to tiles: as many as there are at a time. */
+int64_t blocks_of(const Args &a) {
+    const int64_t most = 2 * (int64_t)a.p.multiprocessors, tiles = (int64_t)a.n * a.tiles;
+    return tiles < most ? tiles : most;
+}
+
+template <int PIECES> cudaError_t launch(const Args &a, cudaStream_t stream) {
     const int shared = ROWS_AT + TILE * (int)sizeof(Row);
-    const int64_t chunks = n * a.most_chunks * a.most_ranks;
+    const int64_t chunks = (int64_t)a.n * a.most_chunks * a.most_ranks;
     const int64_t columns = ada_divide_up((int64_t)a.most_ranks * TILE * (a.p.E + 1), THREADS);
     cudaError_t error = cudaSuccess;
     if (chunks) {
         error = ada_launch(sum_values<PIECES>, chunks, THREADS, shared, stream, a);
-        if (!error) error = ada_launch(add_chunks, n * columns, THREADS, 0, stream, a);
+        if (!error) error = ada_launch(add_chunks, a.n * columns, THREADS, 0, stream, a);
         if (!error)
             error =
                 ada_launch(project_values, chunks * ada_divide_up(a.p.E, TILE), THREADS, shared, stream, a);
     }
-    return error ? error : ada_launch(attend_tile<PIECES>, n * a.tiles, THREADS, shared, stream, a);
+    return error ? error : ada_launch(attend_tiles<PIECES>, blocks_of(a), THREADS, shared, stream, a);
 }
 
 /* The first of these heads, at most n, that fit together; *done: how many. */
@@ -399,17 +418,22 @@ int attend_some(const ada_cuda_call *call, const ada_cuda_landmarks *given, int6
     int64_t sent = 0, made = 0, count = 0;
     for (Head head; count < n; count++) {
         int64_t more = sent, all = made;
-        place(a.p, given[count], a.tiles, &head, &more, &all);
+        place(a.p, given[count], &head, &more, &all);
         if (count && (size_t)(more + all) * sizeof(float) > MOST_MEMORY) break;
         sent = more, made = all;
+        const int32_t ranks = (int32_t)ada_divide_up(given[count].rank, TILE);
+        a.most_ranks = ranks > a.most_ranks ? ranks : a.most_ranks;
+        a.most_chunks = head.chunks > a.most_chunks ? head.chunks : a.most_chunks;
     }
-    *done = count;
+    *done = count, a.n = (int32_t)count;
     /* What the host says: its floats, then the heads. */
     const int64_t heads_at = ada_divide_up(sent, 4) * 4 * (int64_t)sizeof(float);
     const int64_t told_bytes = heads_at + count * (int64_t)sizeof(Head);
     const int64_t made_at = ada_divide_up(told_bytes, 256) * 256 / (int64_t)sizeof(float);
+    a.factors = ada_divide_up(made_at + made, 4) * 4; /* that lie together in fours */
+    const int64_t floats = a.factors + blocks_of(a) * a.most_ranks * TILE * TILE;
     Memory memory(call->stream), shifts(call->stream);
-    TRY(memory.allocate((size_t)(made_at + made) * sizeof(float)));
+    TRY(memory.allocate((size_t)floats * sizeof(float)));
     TRY(shifts.allocate((size_t)(count * a.p.T) * sizeof(float)));
     char *const told = (char *)calloc(1, (size_t)told_bytes);
     if (!told) return failed(cudaErrorMemoryAllocation, "calloc", failure);
@@ -418,13 +442,10 @@ int attend_some(const ada_cuda_call *call, const ada_cuda_landmarks *given, int6
         const ada_cuda_landmarks &x = given[i];
         Head *const head = (Head *)(told + heads_at) + i;
         float *const to = (float *)told;
-        place(a.p, x, a.tiles, head, &at, &place_at);
+        place(a.p, x, head, &at, &place_at);
         memcpy(to + head->mean, x.mean, (size_t)a.p.D * sizeof *to);
         memcpy(to + head->point, x.point, (size_t)(x.rank * a.p.D) * sizeof *to);
         memcpy(to + head->basis, x.basis, (size_t)x.rank * (size_t)x.rank * sizeof *to);
-        const int32_t ranks = (int32_t)ada_divide_up(x.rank, TILE);
-        a.most_ranks = ranks > a.most_ranks ? ranks : a.most_ranks;
-        a.most_chunks = head->chunks > a.most_chunks ? head->chunks : a.most_chunks;
     }
     const int status =
         upload(call->problem.device, call->problem.stream, memory.data, told, told_bytes, failure);
@@ -432,9 +453,9 @@ int attend_some(const ada_cuda_call *call, const ada_cuda_landmarks *given, int6
     if (status) return status;
     a.memory = (float *)memory.data, a.shift2 = (float *)shifts.data;
     a.heads = (const Head *)((char *)memory.data + heads_at);
-    TRY(a.p.E <= 64    ? launch<1>(a, count, call->stream)
-        : a.p.E <= 128 ? launch<2>(a, count, call->stream)
-                       : launch<4>(a, count, call->stream));
+    TRY(a.p.E <= 64    ? launch<1>(a, call->stream)
+        : a.p.E <= 128 ? launch<2>(a, call->stream)
+                       : launch<4>(a, call->stream));
     return fetch(call->stream, shift2, shifts.data, (size_t)(count * a.p.T) * sizeof(float), failure);
 }
 

@@ -176,14 +176,15 @@ int compute_rows(ada_cuda_call *call, const ada_cuda_row *rows, int64_t n, bool 
     a.partials = (double *)partials.data;
     a.lse = (double *)found.data, a.o = a.lse + count;
     TRY(ada_rows_run(a, f64, call->stream));
+    const size_t wanted = out_o ? 2 * of_rows : of_rows;
     Outputs outputs = {call->params, a.pairs, a.o + count * E + count, a.o + count * E, nullptr, 0};
-    TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, outputs));
-    double *here = (double *)malloc(2 * of_rows);
+    if (out_o) TRY(ada_launch(gather_rows, n, Outputs::THREADS, 0, call->stream, outputs));
+    double *here = (double *)malloc(wanted);
     if (!here) return failed(cudaErrorMemoryAllocation, "malloc", failure);
-    const int fetched = fetch(call->stream, here, found.data, 2 * of_rows, failure);
-    if (!fetched) {
+    const int fetched = fetch(call->stream, here, found.data, wanted, failure);
+    if (!fetched) memcpy(lse, here, count * sizeof *lse), memcpy(o, here + count, count * E * sizeof *o);
+    if (!fetched && out_o) {
         const double *outs = here + count * (E + 1);
-        memcpy(lse, here, count * sizeof *lse), memcpy(o, here + count, count * E * sizeof *o);
         memcpy(out_lse, outs, count * sizeof *lse), memcpy(out_o, outs + count, count * E * sizeof *o);
     }
     free(here);

@@ -9,32 +9,35 @@ namespace ada_cuda {
 
 namespace {
 
-enum { THREADS = 128, WARPS = THREADS / 32, CHUNK = 1024 /* keys of a block */, FAR = ADA_CUDA_FAR };
-static_assert(FAR == 32, "a lane for each");
+enum { THREADS = 128, WARPS = THREADS / 32, CHUNK = 256 /* keys of a block */, FAR = ADA_CUDA_FAR };
 
 struct Head {
     int32_t head, first, end, n_keys;
 };
+
+/* What is known of a chunk, in floats behind the sums of its D columns. */
+enum { SPREAD, VALUE2, VALUE_MOST2, FAR2, FAR_KEYS = FAR2 + FAR /* int32_t */, KNOWN = FAR_KEYS + FAR };
 
 struct Sampling {
     ada_cu_params p;
     ada_cuda_sample_at at;
     const Head *heads;
     const int32_t *keys, *queries; /* [n][most_keys], [n_queries] */
-    int32_t most_keys, n_queries, step, chunks;
-    float
-        *partials; /* [n][chunks][D + 1 + 2 FAR]: sums of columns, of squared distances, the furthest ones */
-    float *to;     /* [n] as at says */
+    int32_t most_keys, n_queries, step, measured, chunks;
+    int32_t blocks;  /* of a head, that gather */
+    float *partials; /* [n][chunks][D + KNOWN] */
+    float *to;       /* [n] as at says */
 };
 
 ADA_DEVICE const char *row_of(const ada_cu_array &x, int b, int h, int64_t i) {
     return (const char *)x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
 }
-ADA_DEVICE const char *key_of(const Sampling &a, const Head &head, int64_t i) {
-    return row_of(a.p.key, head.head / a.p.H, head.head % a.p.H / (a.p.H / a.p.G), i);
+/* Of the key head of a head. */
+ADA_DEVICE const char *key_row(const Sampling &a, const ada_cu_array &x, const Head &head, int64_t i) {
+    return row_of(x, head.head / a.p.H, head.head % a.p.H / (a.p.H / a.p.G), i);
 }
 ADA_DEVICE float *partial_of(const Sampling &a, int head, int chunk) {
-    return a.partials + ((int64_t)head * a.chunks + chunk) * (a.p.D + 1 + 2 * FAR);
+    return a.partials + ((int64_t)head * a.chunks + chunk) * (a.p.D + KNOWN);
 }
 ADA_DEVICE int chunks_of(const Head &head) { return (head.end - head.first + CHUNK - 1) / CHUNK; }
 
@@ -53,122 +56,174 @@ ADA_DEVICE Part part_here(const Sampling &a) {
     return x;
 }
 
-ADA_KERNEL(THREADS, 1) sum_keys(ADA_ARGS(Sampling) a) {
-    const Part x = part_here(a);
-    float *const to = partial_of(a, x.n, x.chunk);
-    for (int d = ada_thread(); d < a.p.D; d += THREADS) {
-        const char *at = key_of(a, x.head, x.first) + d * a.p.key.stride[3];
-        float sum = 0;
-        ADA_UNROLL_BY(8)
-        for (int j = x.first; j < x.end; j++, at += a.p.key.stride[2])
-            sum += ada_element<float>(at, a.p.dtype);
-        to[d] = sum;
+ADA_DEVICE float squared_norm(const char *row, int64_t stride, int dtype, int width) {
+    float sum = 0;
+    for (int d = ada_thread() % 32; d < width; d += 32) {
+        const float x = ada_element<float>(row + d * stride, dtype);
+        sum += x * x;
     }
+    return ada_sum_of_warp(sum);
 }
 
-/* A warp per key; lane i keeps the furthest key whose number has the remainder i, which is always the same
- * warp's. */
-ADA_KERNEL(THREADS, 1) measure_keys(ADA_ARGS(Sampling) a) {
+/* A warp per key: sums of columns, and of values squared norms. */
+ADA_KERNEL(THREADS, 4) sum_keys(ADA_ARGS(Sampling) a) {
+    enum { MOST = ADA_CU_MAX_HEAD / 32 };
     const ada_cu_params &p = a.p;
     const Part x = part_here(a);
     if (x.first >= x.end) return;
-    const int lane = ada_thread() % 32, warp = ada_thread() / 32, chunks = chunks_of(x.head);
-    float *const mean = ada_shared_at<float>(0), *const sums = mean + p.D; /* [D], [WARPS] */
+    const int lane = ada_thread() % 32, warp = ada_thread() / 32;
+    float *const columns = ada_shared_at<float>(0), *const values = columns + WARPS * p.D;
+    float sums[MOST] = {0}, value2 = 0, most2 = 0;
+    for (int j = x.first + warp; j < x.end; j += WARPS) {
+        const char *key = key_row(a, p.key, x.head, j);
+        ADA_UNROLL for (int i = 0; i < MOST; i++) {
+            const int d = lane + 32 * i;
+            if (d < p.D) sums[i] += ada_element<float>(key + d * p.key.stride[3], p.dtype);
+        }
+        const float norm2 = squared_norm(key_row(a, p.value, x.head, j), p.value.stride[3], p.dtype, p.E);
+        value2 += norm2, most2 = fmaxf(most2, norm2);
+    }
+    ADA_UNROLL for (int i = 0; i < MOST; i++) if (lane + 32 * i < p.D) columns[warp * p.D + lane + 32 * i] =
+        sums[i];
+    if (lane == 0) values[2 * warp] = value2, values[2 * warp + 1] = most2;
+    ada_sync();
+    float *const to = partial_of(a, x.n, x.chunk);
     for (int d = ada_thread(); d < p.D; d += THREADS) {
         float sum = 0;
-        for (int c = 0; c < chunks; c++) sum += partial_of(a, x.n, c)[d];
+        for (int w = 0; w < WARPS; w++) sum += columns[w * p.D + d];
+        to[d] = sum;
+    }
+    if (ada_thread()) return;
+    for (int w = 1; w < WARPS; w++) value2 += values[2 * w], most2 = fmaxf(most2, values[2 * w + 1]);
+    to[p.D + VALUE2] = value2, to[p.D + VALUE_MOST2] = most2;
+}
+
+/* Distances from the mean; those of the furthest keys of a chunk in descending order. */
+ADA_KERNEL(THREADS, 4) measure_keys(ADA_ARGS(Sampling) a) {
+    const ada_cu_params &p = a.p;
+    const Part x = part_here(a);
+    if (x.first >= x.end) return;
+    const int lane = ada_thread() % 32, warp = ada_thread() / 32, chunks = chunks_of(x.head),
+              count = x.end - x.first;
+    float *const apart2 = ada_shared_at<float>(0), *const mean = apart2 + CHUNK; /* [CHUNK], [D] */
+    for (int d = ada_thread(); d < p.D; d += THREADS) {
+        float sum = 0;
+        ADA_UNROLL_BY(8) for (int c = 0; c < chunks; c++) sum += partial_of(a, x.n, c)[d];
         mean[d] = sum / (float)(x.head.end - x.head.first);
         if (x.chunk == 0) a.to[x.n * a.at.floats + a.at.mean + d] = mean[d];
     }
     ada_sync();
-    float most = -1, sum = 0;
-    int32_t furthest = -1;
-    for (int j = x.first + warp; j < x.end; j += WARPS) {
-        const char *at = key_of(a, x.head, j);
-        float apart2 = 0;
+    for (int i = warp; i < count; i += WARPS) {
+        const char *key = key_row(a, p.key, x.head, x.first + i);
+        float sum = 0;
         for (int d = lane; d < p.D; d += 32) {
-            const float y = ada_element<float>(at + d * p.key.stride[3], p.dtype) - mean[d];
-            apart2 += y * y;
+            const float y = ada_element<float>(key + d * p.key.stride[3], p.dtype) - mean[d];
+            sum += y * y;
         }
-        apart2 = ada_sum_of_warp(apart2), sum += apart2;
-        if ((j - x.head.first) % FAR == lane && apart2 > most) most = apart2, furthest = j;
+        sum = ada_sum_of_warp(sum);
+        if (lane == 0) apart2[i] = sum;
     }
-    float *const to = partial_of(a, x.n, x.chunk) + p.D;
-    if (lane % WARPS == warp) to[1 + lane] = most, ((int32_t *)to)[1 + FAR + lane] = furthest;
-    if (lane == 0) sums[warp] = sum;
     ada_sync();
+    float *const to = partial_of(a, x.n, x.chunk) + p.D;
+    for (int i = ada_thread(); i < count || i < FAR; i += THREADS) {
+        int rank = i;
+        if (i < count) {
+            rank = 0;
+            for (int j = 0; j < count; j++)
+                rank += apart2[j] > apart2[i] || (apart2[j] == apart2[i] && j < i);
+        }
+        if (rank >= FAR) continue;
+        to[FAR2 + rank] = i < count ? apart2[i] : -1;
+        ((int32_t *)to)[FAR_KEYS + rank] = i < count ? x.first + i : -1;
+    }
     if (ada_thread()) return;
-    for (int w = 1; w < WARPS; w++) sum += sums[w];
-    to[0] = sum;
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += apart2[i];
+    to[SPREAD] = sum;
 }
 
-/* The furthest key with a remainder, and how far. */
-ADA_DEVICE int furthest_key(const Sampling &a, int n, int i, float *most) {
-    const int chunks = chunks_of(a.heads[n]);
-    int32_t key = -1;
-    *most = -1;
-    for (int c = 0; c < chunks; c++) {
-        const float *from = partial_of(a, n, c) + a.p.D + 1;
-        if (from[i] > *most) *most = from[i], key = ((const int32_t *)from)[FAR + i];
+/* What chunks know of a head together: of the furthest keys each round takes the first one that is left. */
+ADA_KERNEL(THREADS, 1) merge_chunks(ADA_ARGS(Sampling) a) {
+    struct Best {
+        float most;
+        int32_t chunk;
+    };
+    const ada_cu_params &p = a.p;
+    const int n = ada_block(), thread = ada_thread(), chunks = chunks_of(a.heads[n]);
+    float *const to = a.to + n * a.at.floats;
+    Best *const bests = ada_shared_at<Best>(0);                               /* [WARPS] */
+    uint8_t *const taken = ada_shared_at<uint8_t>(WARPS * (int)sizeof(Best)); /* [chunks] of each */
+    for (int c = thread; c < chunks; c += THREADS) taken[c] = 0;
+    for (int i = 0; i < FAR; i++) {
+        Best own = {-1, -1};
+        for (int c = thread; c < chunks; c += THREADS) {
+            const float most = taken[c] < FAR ? partial_of(a, n, c)[p.D + FAR2 + taken[c]] : -1;
+            if (most > own.most) own.most = most, own.chunk = c;
+        }
+        for (int lanes = 16; lanes; lanes /= 2) {
+            const float most = ada_shuffle_xor(own.most, lanes);
+            const int32_t chunk = ada_shuffle_xor(own.chunk, lanes);
+            if (most > own.most || (most == own.most && chunk < own.chunk))
+                own.most = most, own.chunk = chunk;
+        }
+        if (thread % 32 == 0) bests[thread / 32] = own;
+        ada_sync();
+        for (int w = 0; w < WARPS; w++) {
+            const Best other = bests[w];
+            if (other.most > own.most || (other.most == own.most && other.chunk < own.chunk)) own = other;
+        }
+        ada_sync();
+        if (thread == own.chunk % THREADS || (own.chunk < 0 && thread == 0)) {
+            int32_t key = -1;
+            if (own.chunk >= 0)
+                key = ((const int32_t *)partial_of(a, n, own.chunk))[p.D + FAR_KEYS + taken[own.chunk]++];
+            to[a.at.far2 + i] = own.most, ((int32_t *)to)[a.at.far + i] = key;
+        }
     }
-    return key;
+    if (thread) return;
+    float spread = 0, value2 = 0, most2 = 0;
+    for (int c = 0; c < chunks; c++) {
+        const float *from = partial_of(a, n, c) + p.D;
+        spread += from[SPREAD], value2 += from[VALUE2], most2 = fmaxf(most2, from[VALUE_MOST2]);
+    }
+    to[a.at.spread] = spread, to[a.at.value2] = value2, to[a.at.value2 + 1] = most2;
 }
 
 ADA_DEVICE void copy_row(float *to, const char *from, int64_t stride, int dtype, int width) {
     for (int i = ada_thread(); i < width; i += THREADS) to[i] = ada_element<float>(from + i * stride, dtype);
 }
 
-/* Rows of a head, each by a block: sampled keys, the furthest ones, queries; then norms of other queries, a
- * warp each; then what is left to sum. */
+ADA_DEVICE void copy_key(const Sampling &a, const Head &head, float *to, int at, int key) {
+    copy_row(to + a.at.keys + at * a.p.D, key_row(a, a.p.key, head, key), a.p.key.stride[3], a.p.dtype,
+             a.p.D);
+}
+
+/* Rows of a head: sampled keys, the furthest ones, queries; norms of other queries, a warp each. */
 ADA_KERNEL(THREADS, 1) gather_sample(ADA_ARGS(Sampling) a) {
     const ada_cu_params &p = a.p;
-    const int measured = (p.T + a.step - 1) / a.step, lane = ada_thread() % 32;
-    const int items = a.most_keys + FAR + a.n_queries + (measured + WARPS - 1) / WARPS + 1;
-    const int n = ada_block() / items;
-    int i = ada_block() % items;
+    const int n = ada_block() / a.blocks;
+    int i = ada_block() % a.blocks;
     const Head head = a.heads[n];
     const int b = head.head / p.H, h = head.head % p.H;
     float *const to = a.to + n * a.at.floats;
     if (i < a.most_keys) {
         if (i >= head.n_keys) return;
         const int key = a.keys[n * a.most_keys + i];
-        copy_row(to + a.at.keys + i * p.D, key_of(a, head, key), p.key.stride[3], p.dtype, p.D);
-        copy_row(to + a.at.values + i * p.E, row_of(p.value, b, h / (p.H / p.G), key), p.value.stride[3],
-                 p.dtype, p.E);
-        return;
-    }
-    if ((i -= a.most_keys) < FAR) {
-        float most;
-        const int key = furthest_key(a, n, i, &most);
-        if (ada_thread() == 0) to[a.at.far2 + i] = most, ((int32_t *)to)[a.at.far + i] = key;
-        if (key >= 0)
-            copy_row(to + a.at.keys + (head.n_keys + i) * p.D, key_of(a, head, key), p.key.stride[3], p.dtype,
-                     p.D);
-        return;
-    }
-    if ((i -= FAR) < a.n_queries) {
+        copy_key(a, head, to, i, key);
+        copy_row(to + a.at.values + i * p.E, key_row(a, p.value, head, key), p.value.stride[3], p.dtype, p.E);
+    } else if ((i -= a.most_keys) < FAR) {
+        const int key = ((const int32_t *)to)[a.at.far + i];
+        if (key >= 0) copy_key(a, head, to, head.n_keys + i, key);
+    } else if ((i -= FAR) < a.n_queries) {
         copy_row(to + a.at.queries + i * p.D, row_of(p.query, b, h, a.queries[i]), p.query.stride[3], p.dtype,
                  p.D);
-        return;
+    } else {
+        const int query = (i - a.n_queries) * WARPS + ada_thread() / 32;
+        if (query >= a.measured) return;
+        const float norm2 =
+            squared_norm(row_of(p.query, b, h, (int64_t)query * a.step), p.query.stride[3], p.dtype, p.D);
+        if (ada_thread() % 32 == 0) to[a.at.query2 + query] = norm2;
     }
-    i -= a.n_queries;
-    const int query = i * WARPS + ada_thread() / 32;
-    if (i < (measured + WARPS - 1) / WARPS) {
-        if (query >= measured) return;
-        const char *from = row_of(p.query, b, h, (int64_t)query * a.step);
-        float norm2 = 0;
-        for (int d = lane; d < p.D; d += 32) {
-            const float x = ada_element<float>(from + d * p.query.stride[3], p.dtype);
-            norm2 += x * x;
-        }
-        norm2 = ada_sum_of_warp(norm2);
-        if (lane == 0) to[a.at.query2 + query] = norm2;
-        return;
-    }
-    if (ada_thread()) return;
-    float sum = 0;
-    for (int c = 0; c < chunks_of(head); c++) sum += partial_of(a, n, c)[p.D];
-    to[a.at.spread] = sum;
 }
 
 } // namespace
@@ -180,6 +235,7 @@ int take_sample(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n, c
     Sampling a = {};
     a.p = call->params, a.at = ada_cuda_sample_layout(call->problem.D, call->problem.E, what);
     a.most_keys = (int32_t)what->keys, a.n_queries = (int32_t)what->queries, a.step = (int32_t)what->step;
+    a.measured = (int32_t)what->measured;
     a.chunks = 1;
     /* Heads, keys, queries: one behind another. */
     const size_t keys_at = (size_t)n * sizeof(Head), queries_at = keys_at + (size_t)(n * what->keys) * 4;
@@ -196,7 +252,7 @@ int take_sample(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n, c
     }
     for (int64_t i = 0; i < what->queries; i++)
         ((int32_t *)(told.get() + queries_at))[i] = (int32_t)what->query[i];
-    const size_t of_part = (size_t)a.p.D + 1 + 2 * FAR, numbers = (size_t)(n * a.at.floats) * sizeof(float);
+    const size_t of_part = (size_t)a.p.D + KNOWN, numbers = (size_t)(n * a.at.floats) * sizeof(float);
     Memory lists(call->stream), partials(call->stream), found(call->stream);
     TRY(lists.allocate(bytes));
     TRY(partials.allocate((size_t)n * (size_t)a.chunks * of_part * sizeof(float)));
@@ -206,11 +262,12 @@ int take_sample(ada_cuda_call *call, const ada_cuda_sampled *heads, int64_t n, c
     a.heads = (const Head *)lists.data, a.keys = (const int32_t *)((char *)lists.data + keys_at);
     a.queries = (const int32_t *)((char *)lists.data + queries_at);
     a.partials = (float *)partials.data, a.to = (float *)found.data;
-    const int64_t measured = (a.p.T + a.step - 1) / a.step;
-    const int64_t items = a.most_keys + FAR + a.n_queries + (measured + WARPS - 1) / WARPS + 1;
-    TRY(ada_launch(sum_keys, n * a.chunks, THREADS, 0, call->stream, a));
-    TRY(ada_launch(measure_keys, n * a.chunks, THREADS, (a.p.D + WARPS) * 4, call->stream, a));
-    TRY(ada_launch(gather_sample, n * items, THREADS, 0, call->stream, a));
+    a.blocks = a.most_keys + FAR + a.n_queries + (a.measured + WARPS - 1) / WARPS;
+    const int shared = WARPS * (a.p.D + 2) * 4;
+    TRY(ada_launch(sum_keys, n * a.chunks, THREADS, shared, call->stream, a));
+    TRY(ada_launch(measure_keys, n * a.chunks, THREADS, (CHUNK + a.p.D) * 4, call->stream, a));
+    TRY(ada_launch(merge_chunks, n, THREADS, WARPS * 8 + a.chunks, call->stream, a));
+    TRY(ada_launch(gather_sample, n * a.blocks, THREADS, 0, call->stream, a));
     return fetch(call->stream, to, found.data, numbers, failure);
 }
 

@@ -217,6 +217,7 @@ static int rows(ada_cuda_call *call, const ada_cuda_row *list, int64_t n, bool f
         ada_exact_rows(p, ada_kernels_get(), f64, false, b, h, &row, 1, scratch, &exact);
         memcpy(o + i * p->E, exact.o, (size_t)p->E * sizeof *o);
         lse[i] = exact.lse[0];
+        if (!out_o) continue;
         load(out_o + i * p->E, &p->out, b, h, row);
         out_lse[i] = !p->lse ? 0 : p->query.dtype == ADA_F64 ? ((double *)p->lse)[at] : ((float *)p->lse)[at];
     }

@@ -117,6 +117,35 @@ def test_rows_that_landmarks_do_not_span(model: str) -> None:
     run(_rows, model)
 
 
+def _outliers() -> None:
+    """Keys apart from all others, which some rows look at, are in the sample whatever their places."""
+    rng = np.random.default_rng(3)
+    for S, count in ((8192, 10), (3000, 24)):
+        query, key, value = smooth(rng, length=S, queries=600)
+        mean = key[0, 0].mean(axis=0)
+        centred = key[0, 0] - mean
+        radius, span = (
+            np.linalg.norm(centred, axis=1).max(),
+            np.linalg.svd(centred, full_matrices=False)[2][:3],
+        )
+        ways = rng.standard_normal((count, 64))
+        ways = np.linalg.qr((ways - ways @ span.T @ span).T)[0].T
+        key[0, 0, rng.choice(S, count, replace=False)] = mean + 1.1 * radius * ways
+        query[0, 0, ::20] += (48 / (1.1 * radius)) * ways[np.arange(30) % count]
+        arrays = [query, key, value]
+        plan = adaattn.plan(*fakes(arrays), tolerance=1e-2, structure="low_rank")
+        out, report = adaattn.attention(*fakes(arrays), plan=plan, verify=False, return_report=True)
+        assert report.structure.item() == "low_rank" and not report.retried.item()
+        assert relative(out.array, reference.attention(*arrays)) < 5e-3
+        few = replace(plan, rank=np.full_like(plan.rank, 8), rank_limit=np.full_like(plan.rank_limit, np.inf))
+        out, report = adaattn.attention(*fakes(arrays), plan=few, return_report=True)
+        assert report.retried.item() and relative(out.array, reference.attention(*arrays)) < 1e-2
+
+
+def test_keys_apart_from_others(model: str) -> None:
+    run(_outliers, model)
+
+
 def _beyond() -> None:
     """Heads whose numbers, or whose rows, do not allow landmarks are dense; nothing is hidden."""
     rng = np.random.default_rng(3)
@@ -191,6 +220,12 @@ def _where_it_pays() -> None:
         out, report = adaattn.attention(*fakes(own), **asked)
         assert report.structure.tolist() == [["low_rank", "dense"]], report.structure
         assert not report.retried.any() and relative(out.array, reference.attention(*own)) < 1e-2
+        for threads in (1, 2):
+            alone = [x[:, :1] for x in own]
+            assert adaattn.plan(*fakes(alone), tolerance=1e-2, num_threads=threads).rank == report.rank[0, 0]
+    heavy = [x.copy() for x in arrays]
+    heavy[2][0, 0, 1301] *= 100  # a key that few samples would have
+    assert "low_rank" not in adaattn.plan(*fakes(heavy), tolerance=1e-2).structure
     rates._GPU_DEFAULTS[9, 0] |= {"fp32": (1e5, 1e5, 0), "fp16": (1e5, 1e5, 0)}
     for dtype in (F32, F16):
         own = [x.astype(dtype) for x in arrays]
@@ -275,8 +310,8 @@ FAULTS = {
         "p.key, s.b, g, j + i, d) - mean[d]",
         "p.key, s.b, g, j + i, d)",
     ),
-    "the first chunk counts as all": ("landmarks.cu", "chunks - 1, factors, out", "0, factors, out"),
-    "chunks are not added": ("landmarks.cu", "*at = sum += *at", "sum += *at"),
+    "the first chunk counts as all": ("landmarks.cu", "slot, factors, out);", "0, factors, out);"),
+    "chunks are not added": ("landmarks.cu", "sum += x[k];", "sum = x[k];"),
     "factors are overwritten before others need them": (
         "landmarks.cu",
         "int l0 = (R - 1) / TILE * TILE; l0 >= 0; l0 -= TILE",
@@ -289,6 +324,11 @@ FAULTS = {
     ),
     "keys behind a row's last": ("landmarks.cu", "j + i < rows[row].end", "j + i < end"),
     "residuals do not matter": ("landmarks.cu", "rest > head.limit", "false"),
+    "a block's tiles do not wait for each other": (
+        "landmarks.cu",
+        "ada_sync(); /* what is known of its rows has been read */",
+        "",
+    ),
     "masses of the far keys alone": ("landmarks.cu", "rows[thread].mass = mass", "rows[thread].mass = far"),
     "a tile of landmarks too few": (
         "landmarks.cu",
@@ -296,7 +336,16 @@ FAULTS = {
         "l0 < R ? l0 : R, [&](int k, int l)",
     ),
     "the mean is a sum": ("sample.cu", "sum / (float)(x.head.end - x.head.first)", "sum"),
-    "queries from the beginning": ("sample.cu", "a.queries[i]), p.query", "i), p.query"),
+    "the nearest keys for the furthest": (
+        "sample.cu",
+        "apart2[j] > apart2[i] ||",
+        "apart2[j] < apart2[i] ||",
+    ),
+    "a chunk's furthest key alone": (
+        "sample.cu",
+        "FAR_KEYS + taken[own.chunk]++",
+        "FAR_KEYS + taken[own.chunk]",
+    ),
     "values of the first key": (
         "sample.cu",
         "row_of(p.value, b, h / (p.H / p.G), key)",
@@ -313,13 +362,14 @@ def _wrong() -> None:
         arrays = smooth(rng, length=900, queries=150, heads=2, size=24)
         arrays[2] *= np.linspace(0.1, 3, 900, dtype=F32)[:, None]
         report = check(hidden(arrays, 890), 2e-3, kv_lengths=np.array([890]))
-        # The forecast is that of the same rows and keys.
+        # The forecast is that of the same rows and keys, over outputs of other rows.
         cpu = adaattn.plan(*arrays, tolerance=1e-2, structure="low_rank", kv_lengths=np.array([890]))
-        np.testing.assert_allclose(report.predicted_error, cpu.predicted_error, rtol=1e-2)
+        np.testing.assert_allclose(report.predicted_error, cpu.predicted_error, rtol=0.35)
         check(arrays, 2e-3, causal=True)
         many = smooth(rng, dims=4, sigma=1.2, length=600, queries=140, size=40)
         check(many, 1e-4, tolerance=3e-4)
     _rows()
+    _outliers()
 
 
 def test_nothing_is_found_without_a_fault(model: str) -> None:
