@@ -411,7 +411,9 @@ def test_profile_of_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert torch.backends.mha.get_fastpath_enabled()
     printed = capsys.readouterr().out
     assert "layers.0.self_attn" in printed and "layers.1.self_attn" in printed
-    assert "1,2,80,16" in printed and "cheaper at 0.05" in printed and "of the largest calls" in printed
+    assert "1,2,80,16" in printed and "cheaper at 0.05" in printed
+    # Where nothing is faster than fp32, as on plain kernels, no rung is listed.
+    assert ("of the largest calls" in printed) != ("on this machine: nothing" in printed)
 
 
 def test_profile_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -348,8 +348,8 @@ FAULTS = {
     ),
     "values of the first key": (
         "sample.cu",
-        "row_of(p.value, b, h / (p.H / p.G), key)",
-        "row_of(p.value, b, h / (p.H / p.G), 0)",
+        "key_row(a, p.value, head, key)",
+        "key_row(a, p.value, head, 0)",
     ),
 }
 

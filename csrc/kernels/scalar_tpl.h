@@ -3,6 +3,7 @@
  * KIND(name), the name of a type or kernel of REAL, and EXP2 and TANH of REAL.
  */
 typedef KIND(ada_tile) KIND(tile);
+enum { PIECE = 64 };
 
 static bool KIND(bit)(const uint64_t *bits, int j, int i) { return !bits || (bits[j] >> i & 1); }
 
@@ -24,8 +25,13 @@ void KERNEL(scores)(const KIND(tile) * t, const REAL *k, ptrdiff_t ldk, int n) {
     for (int j = 0; j < n; j++) {
         REAL *s = t->p + j * ADA_LANES;
         for (int i = 0; i < t->lanes; i++) s[i] = 0;
-        for (int d = 0; d < t->D; d++)
-            for (int i = 0; i < t->lanes; i++) s[i] += t->q[d * ADA_LANES + i] * k[j * ldk + d];
+        for (int first = 0; first < t->D; first += PIECE) { /* long sums round more, and there is no FMA */
+            const int end = first + PIECE < t->D ? first + PIECE : t->D;
+            REAL piece[ADA_LANES] = {0};
+            for (int d = first; d < end; d++)
+                for (int i = 0; i < t->lanes; i++) piece[i] += t->q[d * ADA_LANES + i] * k[j * ldk + d];
+            for (int i = 0; i < t->lanes; i++) s[i] += piece[i];
+        }
     }
 }
 
