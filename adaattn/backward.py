@@ -16,11 +16,14 @@ from .stats import GradientReport, tolerance_of
 NARROW = ("int16", "bf16")
 
 
-def budget_of(tolerance: Any, min_precision: Any = "auto", verify: Any = "auto") -> dict[str, Any]:
-    """Options of `attention_backward` for those of `attention`: exact where nothing cheaper is allowed."""
+def budget_of(
+    tolerance: Any, min_precision: Any = "auto", verify: Any = "auto", exact: str = "auto"
+) -> dict[str, Any]:
+    """Options of `attention_backward` for those of `attention`: where nothing cheaper is allowed, exact ones,
+    which are of this precision."""
     rungs = _adaattn.RUNGS
     allowed = min_precision == "auto" or rungs.index(min_precision) >= max(map(rungs.index, NARROW))
-    return {"tolerance": tolerance, "verify": verify} if allowed else {}
+    return {"tolerance": tolerance, "verify": verify} if allowed else {"precision": exact}
 
 
 class Gradients(NamedTuple):
@@ -137,9 +140,9 @@ def attention_backward(
 
     On a GPU half arrays are multiplied in their own format, others as without a tolerance on the CPU; the
     call returns before the work is done, unless it is verified or there is a report, and does not look for
-    NaN in a mask. Within a tolerance half arrays keep to their format where its usual error (bf16: 4e-3, fp16:
-    5e-4) leaves room, and the rest is as above, but for 16-bit integers, which are refused. Not run on a GPU
-    yet.
+    NaN in a mask. Within a tolerance half arrays keep to their format where its usual error (bf16: 4e-3,
+    fp16: 5e-4) leaves room, and the rest is as above, but for 16-bit integers, which are refused. Not run on
+    a GPU yet.
 
     Five products of a tile of 64 queries and 64 keys (FlashAttention-2, arXiv 2307.08691); tiles that share a
     sum are computed one after the other in an order that the sizes of one head fix.

@@ -40,11 +40,10 @@ class _Turns:
             self.stream, self.owner = stream, owner_of_stream(like)
 
     def order(self, later: int) -> bool:
-        """Let a stream wait for the last use; False: it may not."""
-        streams = [stream for stream in (self.stream, later) if stream]
-        if any(_adaattn._gpu_captured(self.device, stream) for stream in streams):
+        """Let a stream wait for the last use, if neither is captured; whether this one is not."""
+        if _adaattn._gpu_captured(self.device, later):
             return False
-        if self.stream:
+        if self.stream and not _adaattn._gpu_captured(self.device, self.stream):
             _adaattn._gpu_order(self.device, self.stream, later)
         return True
 

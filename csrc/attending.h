@@ -10,8 +10,6 @@
 #define ADA_MOST_ROWS 32
 /* Groups of rows of all heads are tasks. */
 #define ADA_ROW_GROUPS (ADA_MOST_ROWS / ADA_EXACT_ROWS)
-/* Fewer queries are not verified unless that is asked for: it costs as much as computing them. */
-#define ADA_LEAST_QUERIES 64
 /* Between a prediction that is not verified and the tolerance. */
 #define ADA_MARGIN_GUESSED 3
 /* Exact rows are this much finer than the tolerance. */

@@ -124,13 +124,14 @@ static bool goes_up(void *context, int64_t group) {
     return true;
 }
 
-static ada_status compute_again(verification *v, ada_rung rung, ada_error *error) {
+static ada_status compute_again(verification *v, ada_rung rung, bool *changed, ada_error *error) {
     const int64_t groups = v->check.x->p.B * v->check.x->p.G;
     const ada_choice choice = {rung, rung}, in_f64 = {ADA_RUNG_FP64, ADA_RUNG_FP64};
     ada_cuda_failure failure;
     bool any = false;
     for (int64_t i = 0; i < groups; i++) any |= v->again[i] = v->heads[i] == (uint32_t)rung;
     if (!any) return ADA_OK;
+    *changed = true;
     if (ada_gpu_table()->gradients_again(v->call, v->check.x, choice, v->again, v->again, &failure))
         return ada_gpu_fail(&failure, error);
     for (int64_t i = 0; i < groups; i++)
@@ -142,15 +143,16 @@ static ada_status verify(verification *v, ada_error *error) {
     const ada_problem *p = &v->check.x->p;
     const ada_cuda_table *t = ada_gpu_table();
     ada_cuda_failure failure;
-    for (;;) {
-        bool again;
-        if (t->gradient_norms(v->call, v->check.x, v->of_queries, v->of_keys, &failure))
+    for (bool again, changed = true;;) {
+        if (changed && t->gradient_norms(v->call, v->check.x, v->of_queries, v->of_keys, &failure))
             return ada_gpu_fail(&failure, error);
         if (take_rows(v, false, error) || take_rows(v, true, error)) return error->status;
         memset(v->heads, 0, (size_t)(p->B * p->G) * sizeof *v->heads);
         if (ada_compare_gradients(&v->check, goes_up, v, &again, error)) return error->status;
         if (!again) return ADA_OK;
-        if (compute_again(v, ADA_RUNG_FP32, error) || compute_again(v, ADA_RUNG_FP64, error))
+        changed = false;
+        if (compute_again(v, ADA_RUNG_FP32, &changed, error) ||
+            compute_again(v, ADA_RUNG_FP64, &changed, error))
             return error->status;
     }
 }

@@ -5,6 +5,9 @@
 #include "adaattn.h"
 #include "kernels.h"
 
+/* Fewer queries are not verified unless that is asked for: it costs as much as computing them. */
+#define ADA_LEAST_QUERIES 64
+
 /* Squared Frobenius error of a head, from rows drawn with known probabilities: an estimate, and limits of its
  * root beyond which it lies with a probability of 1e-3 each. */
 typedef struct {

@@ -33,11 +33,6 @@ ADA_DEVICE const char *row_of(const ada_cu_array &a, int b, int h, int i) {
     return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + i * a.stride[2];
 }
 
-ADA_DEVICE double sum_of_warp(double x) {
-    ADA_UNROLL for (int lanes = 16; lanes; lanes /= 2) x += ada_shuffle_xor(x, lanes);
-    return x;
-}
-
 /* [ROWS][PART] in shared memory: weights, gradients of scores, slopes (of queries); which rows see each. */
 ADA_DEVICE double *shared_pairs(int width, int which, int r) {
     return ada_shared_at<double>((uint32_t)(ROWS * width + (which * ROWS + r) * PART) * 8);
@@ -70,7 +65,8 @@ ADA_DEVICE void end_part(const double *score, const double *gradient, const uint
         l += w;
         if (seen[n] >> r & 1) delta += w * gradient[n];
     }
-    l = sum_of_warp(l), delta = sum_of_warp(delta), saw = sum_of_warp(saw), bad = sum_of_warp(bad);
+    l = ada_sum_of_warp(l), delta = ada_sum_of_warp(delta), saw = ada_sum_of_warp(saw),
+    bad = ada_sum_of_warp(bad);
     if (lane != 0) return;
     to[PART_M] = m, to[PART_L] = l, to[PART_DELTA] = delta, to[PART_SAW] = saw, to[PART_BAD] = bad;
 }
@@ -179,7 +175,7 @@ template <int WHAT> ADA_KERNEL(THREADS, 1) meet(ADA_ARGS(Check) a) {
                 squares[PART_SCORE2] += d * d, squares[PART_BOTH] += d * by;
             }
             ADA_UNROLL for (int i = 0; i < PART_SUMS; i++) {
-                const double sum = sum_of_warp(squares[i]);
+                const double sum = ada_sum_of_warp(squares[i]);
                 if (ada_thread() % 32 == 0) to[own * size + i] = sum;
             }
         }
@@ -252,7 +248,7 @@ template <bool KEYS> ADA_KERNEL(THREADS, 1) tell_rows(ADA_ARGS(Check) a) {
         const double x = ada_element<double>(row_of(go, b, h, group.row[r]) + e * go.stride[3], p.dtype);
         grad2 += x * x;
     }
-    query2 = sum_of_warp(query2), grad2 = sum_of_warp(grad2);
+    query2 = ada_sum_of_warp(query2), grad2 = ada_sum_of_warp(grad2);
     if (lane != 0) return;
     const ada_back_row own = a.own[ada_block()];
     const ada_back_row given = a.known[(int64_t)group.head * a.padded + group.row[r]];
@@ -277,7 +273,7 @@ ADA_DEVICE double norm2(const ada_cu_params &p, const ada_cu_array &a, int b, in
         const double x = ada_element<double>(row_of(a, b, h, i) + d * a.stride[3], p.dtype);
         sum += x * x;
     }
-    return sum_of_warp(sum);
+    return ada_sum_of_warp(sum);
 }
 
 /* Whether a query sees any key, or a key is seen by any query, of those within a span: by a warp. */
@@ -285,10 +281,10 @@ ADA_DEVICE bool any_sees(const ada_cu_params &p, const ada_back_head &at, bool o
                          ada_span span) {
     if (!p.mask.data) return span.first < span.end;
     bool found = false;
-    for (int n = span.first; n < span.end && !found; n += 32) {
-        const int other = n + ada_thread() % 32, i = of_key ? other : own, j = of_key ? own : other;
+    for (int n = span.end; n > span.first && !found; n -= 32) { /* what is causal shows at the end */
+        const int other = n - 1 - ada_thread() % 32, i = of_key ? other : own, j = of_key ? own : other;
         double add;
-        found = ada_any(other < span.end &&
+        found = ada_any(other >= span.first &&
                         ada_pair_sees(p, at.reach, ada_mask_row(p, at.b, at.h, i), i, j, add));
     }
     return found;

@@ -226,6 +226,7 @@ template <typename X, int CHUNKS> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_keys(
                 ada_stage<X>(ada_left<X>(), a.x.grad_out, p.dtype, b, at.h, i, p.T, c * X::TILE, p.E);
                 ada_stage<X>(ada_right<X>(), p.query, p.dtype, b, at.h, i, p.T, c * X::TILE, p.D);
                 ada_sync();
+                REAL of_value[X::PER][X::PER] = {}, of_key[X::PER][X::PER] = {}; /* long sums round more */
                 ADA_UNROLL_BY(2) for (int n = 0; n < X::TILE; n++) {
                     REAL go[X::PER], q[X::PER];
                     ADA_UNROLL for (int x = 0; x < X::PER; x++) {
@@ -238,10 +239,14 @@ template <typename X, int CHUNKS> ADA_KERNEL(ADA_SIMT_THREADS, 1) ada_back_keys(
                                    s = ada_slopes<X>()[n * X::LD + key];
                         if (X::CAREFUL && !ada_seen<X>()[n * X::TILE + key]) continue;
                         ADA_UNROLL for (int x = 0; x < X::PER; x++) {
-                            dv[c][y][x] += w * go[x];
-                            dk[c][y][x] += s * q[x];
+                            of_value[y][x] += w * go[x];
+                            of_key[y][x] += s * q[x];
                         }
                     }
+                }
+                ADA_UNROLL for (int y = 0; y < X::PER; y++) ADA_UNROLL for (int x = 0; x < X::PER; x++) {
+                    dv[c][y][x] += of_value[y][x];
+                    dk[c][y][x] += of_key[y][x];
                 }
             }
         }
@@ -298,6 +303,7 @@ ada_back_queries(ADA_ARGS(ada_back_args) a) {
             ada_sync();
             ada_stage<X>(ada_left<X>(), p.key, p.dtype, at.b, at.g, j, at.reach.keys, c * X::TILE, p.D);
             ada_sync();
+            REAL sums[X::PER][X::PER] = {};
             ADA_UNROLL_BY(2) for (int key = 0; key < X::TILE; key++) {
                 REAL k[X::PER];
                 ADA_UNROLL for (int x = 0; x < X::PER; x++) k[x] = ada_left<X>()[key * X::LD + x0 + 16 * x];
@@ -305,9 +311,11 @@ ada_back_queries(ADA_ARGS(ada_back_args) a) {
                     const int row = y0 + 16 * y;
                     if (X::CAREFUL && !ada_seen<X>()[row * X::TILE + key]) continue;
                     const REAL s = ada_slopes<X>()[row * X::LD + key];
-                    ADA_UNROLL for (int x = 0; x < X::PER; x++) dq[c][y][x] += s * k[x];
+                    ADA_UNROLL for (int x = 0; x < X::PER; x++) sums[y][x] += s * k[x];
                 }
             }
+            ADA_UNROLL for (int y = 0; y < X::PER; y++) ADA_UNROLL for (int x = 0; x < X::PER; x++)
+                dq[c][y][x] += sums[y][x];
         }
     }
     if (a.x.results[ADA_CU_OF_QUERY].data)

@@ -38,7 +38,7 @@ struct Question {
  * launch. It is made when the library is opened and answers are kept, since neither a handle can be made nor
  * cuBLASLt be asked while a CUDA graph is captured. */
 struct Handle {
-    enum { KEPT = 64 };
+    enum { KEPT = 512 };
     std::mutex turn;
     void *handle;
     Question questions[KEPT];

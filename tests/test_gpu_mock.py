@@ -399,6 +399,24 @@ def test_key_heads_that_the_rung_does_not_hold(model: str) -> None:
     run(_unfit_gradients, model)
 
 
+def _flat_gradients() -> None:
+    """Sums of equal terms over many rows round no more than sums of few."""
+    shape = Shape(1, 2, 1, 8192, 16, 8, 8)
+    query, key = np.zeros((1, 2, 8192, 8), F32), np.zeros((1, 1, 16, 8), F32)
+    value = np.random.default_rng(0).standard_normal((1, 1, 16, 8)).astype(F32)
+    grad = np.full((1, 2, 8192, 8), 0.1, F32)
+    out, lse = adaattn.attention(query, key, value, return_lse=True)
+    right = float(np.float32(0.1)) * shape.T * shape.H / shape.S
+    for options in ({}, {"tolerance": 1e-3}):
+        arrays = fakes([grad, query, key, value, out, lse])
+        gradients = adaattn.attention_backward(*arrays, needs=("value",), **options)
+        assert np.abs(gradients.value.array / right - 1).max() < 1e-5
+
+
+def test_flat_gradients(model: str) -> None:
+    run(_flat_gradients, model)
+
+
 def _gradient_errors() -> None:
     arrays = backward_problem(np.random.default_rng(2), Shape(1, 2, 1, 5, 9, 8, 8))
     with pytest.raises(adaattn.ArgumentError, match=r"^precision: .* on a GPU, got \('int16', 'bf16'\)"):

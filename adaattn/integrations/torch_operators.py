@@ -185,9 +185,12 @@ def _backward(
     wanted = [name for name, need in zip(_GRADIENTS, needs, strict=True) if need]
     if not (out.numel() and key.shape[2]):
         return [torch.zeros_like(inputs[name], memory_format=torch.contiguous_format) for name in wanted]
-    options |= budget_of(*(options.pop(name) for name in ("tolerance", "min_precision", "verify")))
     for name in ("precision", "max_precision", "structure"):  # of the forward pass alone
         options.pop(name)
+    # Exact gradients of half tensors are computed in their own format on a GPU.
+    exact = "fp32" if query.dtype in (torch.float16, torch.bfloat16) else "auto"
+    tolerance, min_precision, verify = (options.pop(x) for x in ("tolerance", "min_precision", "verify"))
+    options |= budget_of(tolerance, min_precision, verify, exact)
     _read(options)
     if options["num_threads"] is None:
         options["num_threads"] = torch.get_num_threads()

@@ -5,6 +5,7 @@
 
 #include "../backward.h"
 #include "../gpu.h"
+#include "../verify.h"
 
 /* Which gradients an iterable of names asks for. */
 static int needs_of(const ada_module_state *state, PyObject *object, bool needs[ADA_GRADIENTS]) {
@@ -104,7 +105,9 @@ PyObject *ada_py_attention_backward(PyObject *module, PyObject *const *args, Py_
         goto done;
     }
     budget.tolerance = x.p.has_tolerance ? x.p.tolerance : 0;
-    if (return_report || (x.p.has_tolerance && budget.verify)) {
+    /* On a GPU who is told of heads waits for it. */
+    const bool verified = x.p.has_tolerance && budget.verify && !(x.p.on_gpu && x.p.T < ADA_LEAST_QUERIES);
+    if (return_report || verified) {
         budget.heads = PyMem_Calloc((size_t)(x.p.B * x.p.G), sizeof *budget.heads);
         budget.queries = PyMem_Calloc((size_t)(x.p.B * x.p.H), sizeof *budget.queries);
         if (!budget.heads || !budget.queries) {
