@@ -28,24 +28,33 @@ class Paged(tuple[Any, ...]):
 
 class _Turns:
     """The stream on which pages were used last. What comes on another waits for it, unless a CUDA graph is
-    captured, whose work is not done yet and must wait for nothing outside."""
+    captured, whose work is not done yet and must wait for nothing outside: then later ones do."""
 
     def __init__(self, device: int) -> None:
         self.device, self.stream, self.owner = device, 0, None
+        self._last: dict[int, Any] = {}  # the owners of the streams to wait for: that one, and captured ones
 
     def take(self, like: Any) -> None:
         """The library of this array works on the pages now."""
         stream = _adaattn._store_stream(like)
-        if stream != self.stream and self.order(stream):
+        if stream == self.stream and len(self._last) == 1:
+            return
+        if self.order(stream):
+            kept = {x: owner for x, owner in self._last.items() if self._is_captured(x)}
             self.stream, self.owner = stream, owner_of_stream(like)
+            self._last = kept | {stream: self.owner}
 
     def order(self, later: int) -> bool:
-        """Let a stream wait for the last use, if neither is captured; whether this one is not."""
-        if _adaattn._gpu_captured(self.device, later):
+        """Let a stream wait for the last uses; False: it may not."""
+        if self._is_captured(later):
             return False
-        if self.stream and not _adaattn._gpu_captured(self.device, self.stream):
-            _adaattn._gpu_order(self.device, self.stream, later)
+        for earlier in self._last:
+            if earlier != later and not self._is_captured(earlier):
+                _adaattn._gpu_order(self.device, earlier, later)
         return True
+
+    def _is_captured(self, stream: int) -> bool:
+        return _adaattn._gpu_captured(self.device, stream)
 
 
 class _Memory:

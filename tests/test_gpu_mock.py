@@ -1431,7 +1431,16 @@ def _cache_streams(dtype: str) -> None:
     set_value("captured", 0x90)
     assert on(0x90, cache.attention, query, **attend) == []
     assert on(0x80, cache.attention, query, **attend) == [(0x70, 0x80)]  # of what was done, not captured
+    set_value("captured", 0x80)
+    assert on(0x70, cache.attention, query, **attend) == []  # who was last cannot be waited for yet
+    assert on(0x70, cache.attention, query, **attend) == []
     set_value("captured", 0)
+    assert on(0x80, cache.append, one, one) == [(0x70, 0x80)]
+    set_value("captured", 0x80)
+    assert on(0x70, cache.attention, query, **attend) == []
+    set_value("captured", 0)
+    assert on(0x90, cache.attention, query, **attend) == [(0x80, 0x90), (0x70, 0x90)]
+    assert on(0x80, cache.attention, query, **attend) == [(0x90, 0x80)]
     # Other tables and pools: memory of 0x80 comes to those of 0x70, whose old table goes back there.
     assert on(0x90, cache.append, many, many) == [(0x80, 0x90), (0x90, 0x70)]
     assert on(0x90, cache.reorder, [1, 0]) == []

@@ -151,6 +151,24 @@ def test_the_operator_tells_true_from_auto(verify: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_gradients_are_exact_on_a_gpu(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a tolerance that allows nothing cheaper: half tensors would be computed in their own format."""
+    seen: list[Any] = []
+
+    def recorded(*arrays: Any, **options: Any) -> Any:
+        seen.append((options.get("precision"), options.get("tolerance")))
+        return adaattn.attention_backward(*arrays, **options)
+
+    monkeypatch.setattr(torch_operators, "attention_backward", recorded)
+    x = torch.randn(1, 2, 70, 8, dtype=dtype, requires_grad=True)
+    for least in ("fp32", "auto"):
+        options = {"tolerance": 1e-2, "min_precision": least}
+        scaled_dot_product_attention(x, x, x, **options).sum().backward()
+    exact = "fp32" if dtype in (torch.float16, torch.bfloat16) else "auto"
+    assert seen == [(exact, None), (None, 1e-2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_is_shared(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine reads and writes the tensors themselves, with as many threads as torch has."""
     seen: list[Any] = []
