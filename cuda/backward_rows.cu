@@ -29,10 +29,6 @@ typedef struct {
 
 ADA_DEVICE int row_size(const ada_cu_params &p, bool keys) { return keys ? p.D + p.E : PART_SUMS + p.D; }
 
-ADA_DEVICE const char *row_of(const ada_cu_array &a, int b, int h, int i) {
-    return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + i * a.stride[2];
-}
-
 /* [ROWS][PART] in shared memory: weights, gradients of scores, slopes (of queries); which rows see each. */
 ADA_DEVICE double *shared_pairs(int width, int which, int r) {
     return ada_shared_at<double>((uint32_t)(ROWS * width + (which * ROWS + r) * PART) * 8);
@@ -90,7 +86,7 @@ template <int WHAT> ADA_KERNEL(THREADS, 1) meet(ADA_ARGS(Check) a) {
         const int r = i / width, c = i % width;
         const bool is_one = c < p.D;
         const ada_cu_array &from = is_one ? one : other;
-        held[i] = r < group.count ? ada_element<double>(row_of(from, b, one_head, group.row[r]) +
+        held[i] = r < group.count ? ada_element<double>(ada_row_of(from, b, one_head, group.row[r]) +
                                                             (is_one ? c : c - p.D) * from.stride[3],
                                                         p.dtype)
                                   : 0;
@@ -110,8 +106,8 @@ template <int WHAT> ADA_KERNEL(THREADS, 1) meet(ADA_ARGS(Check) a) {
         uint32_t any = (uint32_t)sees << lane;
         ADA_UNROLL for (int lanes = 1; lanes < SHARE; lanes *= 2) any |= ada_shuffle_xor(any, lanes);
         double sums[ROWS] = {0}, gradients[ROWS] = {0};
-        const char *const x = any ? row_of(left, b, met_head, met) : nullptr;
-        const char *const y = any ? row_of(right, b, met_head, met) : nullptr;
+        const char *const x = any ? ada_row_of(left, b, met_head, met) : nullptr;
+        const char *const y = any ? ada_row_of(right, b, met_head, met) : nullptr;
         for (int d = lane; any && d < p.D; d += SHARE) {
             const double e = ada_element<double>(x + d * left.stride[3], p.dtype);
             ADA_UNROLL for (int r = 0; r < ROWS; r++) sums[r] += held[r * width + d] * e;
@@ -158,8 +154,8 @@ template <int WHAT> ADA_KERNEL(THREADS, 1) meet(ADA_ARGS(Check) a) {
             for (int n = 0; n < end - first; n++) {
                 const int any = seen[n];
                 if (!any) continue;
-                const double e =
-                    ada_element<double>(row_of(from, b, met_head, first + n) + d * from.stride[3], p.dtype);
+                const double e = ada_element<double>(
+                    ada_row_of(from, b, met_head, first + n) + d * from.stride[3], p.dtype);
                 ADA_UNROLL for (int r = 0; r < ROWS; r++) if (any >> r & 1) sums[r] +=
                     shared_pairs(width, !of_value, r)[n] * e;
             }
@@ -234,18 +230,19 @@ template <bool KEYS> ADA_KERNEL(THREADS, 1) tell_rows(ADA_ARGS(Check) a) {
                                                      : ADA_CU_OF_QUERY];
         numbers[c] = sum_at(KEYS ? c : PART_SUMS + c) * (of_value ? 1 : p.scale);
         numbers[width + c] =
-            x.data ? ada_element<double>(row_of(x, b, h, group.row[r]) + d * x.stride[3], p.dtype) : 0;
+            x.data ? ada_element<double>(ada_row_of(x, b, h, group.row[r]) + d * x.stride[3], p.dtype) : 0;
     }
     if (KEYS || lane >= 32) return;
     double query2 = 0, grad2 = 0;
     for (int d = lane; d < p.D; d += 32) {
-        const double x = p.scale * ada_element<double>(
-                                       row_of(p.query, b, h, group.row[r]) + d * p.query.stride[3], p.dtype);
+        const double x =
+            p.scale *
+            ada_element<double>(ada_row_of(p.query, b, h, group.row[r]) + d * p.query.stride[3], p.dtype);
         query2 += x * x;
     }
     for (int e = lane; e < p.E; e += 32) {
         const ada_cu_array &go = a.x.grad_out;
-        const double x = ada_element<double>(row_of(go, b, h, group.row[r]) + e * go.stride[3], p.dtype);
+        const double x = ada_element<double>(ada_row_of(go, b, h, group.row[r]) + e * go.stride[3], p.dtype);
         grad2 += x * x;
     }
     query2 = ada_sum_of_warp(query2), grad2 = ada_sum_of_warp(grad2);
@@ -270,7 +267,7 @@ typedef struct {
 ADA_DEVICE double norm2(const ada_cu_params &p, const ada_cu_array &a, int b, int h, int i, int width) {
     double sum = 0;
     for (int d = ada_thread() % 32; a.data && d < width; d += 32) {
-        const double x = ada_element<double>(row_of(a, b, h, i) + d * a.stride[3], p.dtype);
+        const double x = ada_element<double>(ada_row_of(a, b, h, i) + d * a.stride[3], p.dtype);
         sum += x * x;
     }
     return ada_sum_of_warp(sum);

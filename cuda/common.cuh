@@ -94,8 +94,12 @@ template <typename REAL> ADA_DEVICE void ada_store_element(char *at, int dtype, 
 
 ADA_DEVICE int ada_dtype_size(int dtype) { return dtype == ADA_CU_F32 ? 4 : dtype == ADA_CU_F64 ? 8 : 2; }
 
+ADA_DEVICE const char *ada_row_of(const ada_cu_array &a, int b, int h, int64_t row) {
+    return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + row * a.stride[2];
+}
+
 ADA_DEVICE const char *ada_mask_row(const ada_cu_params &p, int b, int h, int t) {
-    return (const char *)p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + t * p.mask.stride[2];
+    return ada_row_of(p.mask, b, h, t);
 }
 
 /* A float mask's value; the lowest float16 counts as float32's lowest, which swallows scores. */

@@ -104,8 +104,7 @@ struct Outputs {
 };
 
 ADA_DEVICE const char *output_row(const ada_cu_params &p, int head, int64_t row) {
-    return (const char *)p.out.data + head / p.H * p.out.stride[0] + head % p.H * p.out.stride[1] +
-           row * p.out.stride[2];
+    return ada_row_of(p.out, head / p.H, head % p.H, row);
 }
 
 ADA_KERNEL(Outputs::THREADS, 1) gather_rows(ADA_ARGS(Outputs) a) {

@@ -7,10 +7,6 @@ enum { THREADS = 128, WARPS = THREADS / 32 };
 
 namespace {
 
-ADA_DEVICE const char *row_at(const ada_cu_array &a, int b, int h, int64_t row) {
-    return (const char *)a.data + b * a.stride[0] + h * a.stride[1] + row * a.stride[2];
-}
-
 ADA_DEVICE float most_of_warp(float x) {
     for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, ada_shuffle_xor(x, lanes));
     return x;
@@ -41,13 +37,13 @@ ADA_KERNEL(THREADS, 1) sum_columns(ADA_ARGS(ada_probe_args) a) {
     const keys_of_block k = keys_here(a);
     float *to = a.partials + ada_block() * (int64_t)(p.D + 3 * p.E);
     for (int d = ada_thread(); d < p.D; d += THREADS) {
-        const char *at = row_at(p.key, k.b, k.g, k.first) + d * p.key.stride[3];
+        const char *at = ada_row_of(p.key, k.b, k.g, k.first) + d * p.key.stride[3];
         float sum = 0;
         for (int j = k.first; j < k.end; j++, at += p.key.stride[2]) sum += ada_element<float>(at, p.dtype);
         to[d] = sum;
     }
     for (int e = ada_thread(); e < p.E; e += THREADS) {
-        const char *at = row_at(p.value, k.b, k.g, k.first) + e * p.value.stride[3];
+        const char *at = ada_row_of(p.value, k.b, k.g, k.first) + e * p.value.stride[3];
         float sum = 0, square = 0, most = 0;
         for (int j = k.first; j < k.end; j++, at += p.value.stride[2]) {
             const float x = ada_element<float>(at, p.dtype);
@@ -64,7 +60,7 @@ ADA_KERNEL(THREADS, 1) sum_deviations(ADA_ARGS(ada_probe_args) a) {
     const float *means = a.means + ada_block() / a.looked * (int64_t)p.D;
     float *to = a.partials + ada_block() * (int64_t)(p.D + 1), most = 0;
     for (int d = ada_thread(); d < p.D; d += THREADS) {
-        const char *at = row_at(p.key, k.b, k.g, k.first) + d * p.key.stride[3];
+        const char *at = ada_row_of(p.key, k.b, k.g, k.first) + d * p.key.stride[3];
         const float mean = means[d];
         float sum = 0;
         for (int j = k.first; j < k.end; j++, at += p.key.stride[2]) {
@@ -104,7 +100,7 @@ ADA_KERNEL(THREADS, 1) figure_rows(ADA_ARGS(ada_probe_args) a) {
     const int64_t i = ada_block() * (int64_t)WARPS + ada_thread() / 32;
     if (i >= a.rows) return;
     const int head = a.pairs[2 * i], key_head = a.key_head[i];
-    const char *query = row_at(p.query, head / p.H, head % p.H, a.pairs[2 * i + 1]);
+    const char *query = ada_row_of(p.query, head / p.H, head % p.H, a.pairs[2 * i + 1]);
     const float *variances = a.variances + (int64_t)key_head * p.D,
                 *means = a.means + (int64_t)key_head * p.D;
     ada_cuda_figures f = {0, 0, 0, 0};

@@ -29,12 +29,9 @@ struct Sampling {
     float *to;       /* [n] as at says */
 };
 
-ADA_DEVICE const char *row_of(const ada_cu_array &x, int b, int h, int64_t i) {
-    return (const char *)x.data + b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
-}
 /* Of the key head of a head. */
 ADA_DEVICE const char *key_row(const Sampling &a, const ada_cu_array &x, const Head &head, int64_t i) {
-    return row_of(x, head.head / a.p.H, head.head % a.p.H / (a.p.H / a.p.G), i);
+    return ada_row_of(x, head.head / a.p.H, head.head % a.p.H / (a.p.H / a.p.G), i);
 }
 ADA_DEVICE float *partial_of(const Sampling &a, int head, int chunk) {
     return a.partials + ((int64_t)head * a.chunks + chunk) * (a.p.D + KNOWN);
@@ -215,13 +212,13 @@ ADA_KERNEL(THREADS, 1) gather_sample(ADA_ARGS(Sampling) a) {
         const int key = ((const int32_t *)to)[a.at.far + i];
         if (key >= 0) copy_key(a, head, to, head.n_keys + i, key);
     } else if ((i -= FAR) < a.n_queries) {
-        copy_row(to + a.at.queries + i * p.D, row_of(p.query, b, h, a.queries[i]), p.query.stride[3], p.dtype,
-                 p.D);
+        copy_row(to + a.at.queries + i * p.D, ada_row_of(p.query, b, h, a.queries[i]), p.query.stride[3],
+                 p.dtype, p.D);
     } else {
         const int query = (i - a.n_queries) * WARPS + ada_thread() / 32;
         if (query >= a.measured) return;
         const float norm2 =
-            squared_norm(row_of(p.query, b, h, (int64_t)query * a.step), p.query.stride[3], p.dtype, p.D);
+            squared_norm(ada_row_of(p.query, b, h, (int64_t)query * a.step), p.query.stride[3], p.dtype, p.D);
         if (ada_thread() % 32 == 0) to[a.at.query2 + query] = norm2;
     }
 }

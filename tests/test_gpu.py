@@ -222,22 +222,28 @@ def topical(S: int, D: int, heads: int = 2) -> list[Array]:
     return [np.concatenate([getattr(x, name) for x in made], 1) for name in ("query", "key", "value")]
 
 
+def check_structure(structure: str, arrays: list[Any], dtype: Any, options: dict[str, Any]) -> Any:
+    """All heads have it by name, and are right; so are plans of it."""
+    asked = {"structure": structure, "tolerance": 1e-2, "return_report": True, "return_lse": True}
+    out, lse, report = adaattn.attention(*arrays, **asked, **options)
+    assert (report.structure == structure).all() and not report.retried.any()
+    assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all() and (report.verified_rows > 0).all()
+    exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
+    assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
+    assert float((lse - exact_lse).abs().max()) <= 1e-2
+    for verify in (True, False):
+        again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
+        assert torch.equal(again, out)
+    return report
+
+
 @pytest.mark.parametrize("D", [40, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sparse_heads(dtype: Any, D: int) -> None:
     arrays = [to_gpu(x.astype(dtype)) for x in topical(4096, D)]
     for options in ({"causal": True}, {}, {"window": (3000, 0), "causal": True}, {"kv_lengths": [4000]}):
-        asked = {"structure": "sparse", "tolerance": 1e-2, "return_report": True, "return_lse": True}
-        out, lse, report = adaattn.attention(*arrays, **asked, **options)
-        assert (report.structure == "sparse").all() and not report.retried.any()
-        assert (report.kept_fraction < 0.6).all() and (report.verified_rows > 0).all()
-        assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all()
-        exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
-        assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
-        assert float((lse - exact_lse).abs().max()) <= 1e-2
-        for verify in (True, False):
-            again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
-            assert torch.equal(again, out)
+        report = check_structure("sparse", arrays, dtype, options)
+        assert (report.kept_fraction < 0.6).all()
 
 
 def test_sparse_heads_are_chosen() -> None:
@@ -292,16 +298,7 @@ def test_heads_of_low_rank(dtype: Any, D: int) -> None:
         for name in ("query", "key", "value")
     ]
     for options in ({}, {"causal": True}, {"kv_lengths": [4000]}, {"sinks": [0.5, 1.0]}):
-        asked = {"structure": "low_rank", "tolerance": 1e-2, "return_report": True, "return_lse": True}
-        out, lse, report = adaattn.attention(*arrays, **asked, **options)
-        assert (report.structure == "low_rank").all() and not report.retried.any()
-        assert (report.error_limit <= 1e-2 + ROUNDING[dtype]).all() and (report.verified_rows > 0).all()
-        exact, exact_lse = adaattn.attention(*arrays, precision="fp64", return_lse=True, **options)
-        assert relative(out, to_cpu(exact)) <= 1e-2 + ROUNDING[dtype]
-        assert float((lse - exact_lse).abs().max()) <= 1e-2
-        for verify in (True, False):
-            again = adaattn.attention(*arrays, plan=report.plan, verify=verify, **options)
-            assert torch.equal(again, out)
+        check_structure("low_rank", arrays, dtype, options)
 
 
 def test_rows_that_landmarks_do_not_span() -> None:

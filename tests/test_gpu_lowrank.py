@@ -12,7 +12,7 @@ import cuda_build
 import numpy as np
 import pytest
 from support import BF16, F16, F32, F64, Array, same_bits
-from test_gpu_mock import Fake, fakes, library, mock, model, run, set_value, value
+from test_gpu_mock import Fake, fail_each, fakes, library, mock, model, run, value
 from test_lowrank import needles, smooth
 
 import adaattn
@@ -270,31 +270,10 @@ def test_rules(mock: str) -> None:
 
 
 def _each_failure() -> int:
-    """Lets each call of the runtime fail once; returns how many there are."""
     arrays = smooth(np.random.default_rng(7), length=300, queries=100, size=16)
     needles(np.random.default_rng(8), arrays, 3)
-
-    def attend() -> Any:
-        return low_rank(*arrays)
-
-    for _ in range(2):
-        assert attend()[2].rank.item() > 0
-    set_value("calls", 0)
-    attend()
-    total = value("calls")
-    for n in range(total):
-        for code, kind in ((700, adaattn.DeviceError), (2, MemoryError)):
-            set_value("code", code)
-            set_value("fail_after", n)
-            try:
-                attend()
-            except kind as error:
-                assert f"error {code} of the CUDA runtime: injected" in str(error)
-            else:  # what is freed in the end has nobody to tell
-                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
-                assert failed in (b"cudaFreeAsync", b"cudaGetDevice"), failed
-            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
-    return total
+    assert low_rank(*arrays)[2].rank.item() > 0
+    return fail_each(lambda: low_rank(*arrays))
 
 
 def test_every_failure_surfaces_once_and_nothing_leaks(model: str) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,32 @@ def fakes(arrays: list[Array]) -> list[Any]:
 
 def run(function: Callable[..., Any], mock: str, *more: Any) -> Any:
     return in_new_process(function, *more, ADAATTN_CUDA_PLUGIN=mock)
+
+
+# What a code of the runtime becomes.
+KINDS: Mapping[int, type[Exception]] = {700: adaattn.DeviceError, 2: MemoryError}
+
+
+def fail_each(call: Callable[[], Any], kinds: Mapping[int, type[Exception]] = KINDS) -> int:
+    """Lets each call of a backend's function, or of the runtime, fail once; returns how many there are."""
+    for _ in range(2):  # finds the devices and what is made once
+        call()
+    set_value("calls", 0)
+    call()
+    total = value("calls")
+    for n in range(total):
+        for code, kind in kinds.items():
+            set_value("code", code)
+            set_value("fail_after", n)
+            try:
+                call()
+            except kind as error:
+                assert f"error {code} of the CUDA runtime: injected" in str(error)
+            else:  # what is freed in the end has nobody to tell
+                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
+                assert failed in (b"release", b"cudaGetDevice"), failed
+            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
+    return total
 
 
 # ---- arrays
@@ -597,25 +623,10 @@ def _each_gradient_failure(report: bool, tolerance: float | None = None) -> int:
         options = {"tolerance": tolerance}
         arrays = backward_problem(np.random.default_rng(2), Shape(1, 1, 1, 64, 9, 4, 4))
         arrays[5] += np.random.default_rng(3).standard_normal(arrays[5].shape).astype(F32)
-    for _ in range(2):
-        adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
-    set_value("calls", 0)
-    adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
-    total = value("calls")
-    kinds = {700: adaattn.DeviceError} if tolerance else {700: adaattn.DeviceError, 2: MemoryError}
-    for n in range(total):
-        for code, kind in kinds.items():
-            set_value("code", code)
-            set_value("fail_after", n)
-            try:
-                adaattn.attention_backward(*fakes(arrays), return_report=report, **options)
-            except kind as error:
-                assert f"error {code} of the CUDA runtime: injected" in str(error)
-            else:
-                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
-                assert failed in (b"release", b"cudaGetDevice"), failed
-            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
-    return total
+    kinds = {700: adaattn.DeviceError} if tolerance else KINDS
+    return fail_each(
+        lambda: adaattn.attention_backward(*fakes(arrays), return_report=report, **options), kinds
+    )
 
 
 @pytest.mark.parametrize("report", [False, True])
@@ -987,28 +998,9 @@ def test_a_plan_that_is_trusted_waits_for_nothing(mock: str) -> None:
 
 
 def _each_failure(options: dict[str, Any], staged: bool) -> int:
-    """Lets each call of a backend's function, or of the runtime, fail once; returns how many there are."""
     arrays = arguments(F32, Shape(1, 2, 1, 70, 66, 16, 16))
-    attend = adaattn.attention
     there = {"device": "cuda"} if staged else {}
-    for _ in range(2):  # finds the devices and what is made once
-        attend(*(arrays if staged else fakes(arrays)), **there, **options)
-    set_value("calls", 0)
-    attend(*(arrays if staged else fakes(arrays)), **there, **options)
-    total = value("calls")
-    for n in range(total):
-        for code, kind in ((700, adaattn.DeviceError), (2, MemoryError)):
-            set_value("code", code)
-            set_value("fail_after", n)
-            try:
-                attend(*(arrays if staged else fakes(arrays)), **there, **options)
-            except kind as error:
-                assert f"error {code} of the CUDA runtime: injected" in str(error)
-            else:  # what is freed in the end has nobody to tell
-                failed = ctypes.c_char_p.in_dll(library(), "mock_failed").value
-                assert failed in (b"release", b"cudaGetDevice"), failed
-            assert value("fail_after") == -1 and value("live") == 0, (n, code, value("live"))
-    return total
+    return fail_each(lambda: adaattn.attention(*(arrays if staged else fakes(arrays)), **there, **options))
 
 
 @pytest.mark.parametrize("staged", [False, True])
